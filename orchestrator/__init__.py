@@ -1,0 +1,63 @@
+"""Transfer learning on Ray: a trained network, a new last layer, your data.
+
+    import orchestrator
+    run = orchestrator.finetune(backbone="microsoft/resnet-50", data="photos/")
+    orchestrator.predict(run, ["photo.jpg"])
+
+Names are loaded when they are first used, so that `import orchestrator` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.errors import OrchestratorError as OrchestratorError
+    from orchestrator.errors import RefusedError as RefusedError
+    from orchestrator.modality import Modality as Modality
+    from orchestrator.plans import BackboneCard as BackboneCard
+    from orchestrator.plans import Plan as Plan
+    from orchestrator.planning import check as check
+    from orchestrator.planning import plan as plan
+    from orchestrator.predictor import evaluate as evaluate
+    from orchestrator.predictor import predict as predict
+    from orchestrator.registry import register as register
+    from orchestrator.runs import Run as Run
+    from orchestrator.runs import open_run as open_run
+    from orchestrator.spec import Job as Job
+    from orchestrator.train import finetune as finetune
+    from orchestrator.train import pretrain as pretrain
+
+# No module may have the name of a public function: importing `orchestrator.x` would replace `orchestrator.x()`.
+_HOMES = {
+    "BackboneCard": "plans",
+    "Job": "spec",
+    "Modality": "modality",
+    "OrchestratorError": "errors",
+    "Plan": "plans",
+    "RefusedError": "errors",
+    "Run": "runs",
+    "check": "planning",
+    "evaluate": "predictor",
+    "finetune": "train",
+    "open_run": "runs",
+    "plan": "planning",
+    "predict": "predictor",
+    "pretrain": "train",
+    "register": "registry",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605  # one list of names, not two
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
+    value = getattr(import_module(f"orchestrator.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,157 @@
+"""What is Ray's: joining a cluster, the trainer, and the events that come back from its workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError
+from orchestrator.loop import run_worker
+from orchestrator.plans import Plan
+
+_EVENT_EVERY_S = 0.1
+_STOP_EVERY_S = 0.5
+_PASSED_ON = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET")  # never a token: Ray shows these to all
+
+
+@contextlib.contextmanager
+def joined(plan: Plan) -> Iterator[None]:
+    """Connected to the plan's cluster; one that was started here is stopped again, one that was there stays."""
+    address = plan.job.scaling.address
+    if ray.is_initialized():
+        yield
+        return
+    here = address in (None, "local")
+    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "runtime_env": {"env_vars": environment} if environment else None,
+    }
+    try:
+        if here:
+            ray.init(
+                address="local",
+                num_cpus=plan.num_workers * plan.threads_per_worker,
+                include_dashboard=False,
+                **quiet,
+            )
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError) as error:
+        raise RefusedError(
+            "resources",
+            f"there is no Ray cluster to join at {address}: {str(error).strip().splitlines()[0]}",
+            mend="start one with `ray start --head`, correct scaling.address, or leave it out",
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+class _EventSink:
+    """Where the workers put events, and the driver takes them from."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+
+    def put(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+
+def event_sink() -> Any:
+    """The handle of a new sink."""
+    return _EventSink.remote()
+
+
+def fit(plan: Plan, config: dict[str, Any]) -> Exception | None:
+    """Run the trainer to its end; what it failed with, None if it did not."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = plan.job.scaling.device != "cpu" and gpus >= plan.num_workers
+    if plan.job.scaling.device == "gpu" and not use_gpu:
+        return RefusedError(
+            "resources",
+            f"{plan.num_workers} workers want a GPU each, and the cluster has {gpus:g}",
+            mend="lower scaling.num_workers, or use device auto",
+        )
+    needed, there = plan.num_workers * plan.threads_per_worker, ray.cluster_resources().get("CPU", 0)
+    if needed > there:
+        return RefusedError(
+            "resources",
+            f"{plan.num_workers} workers x {plan.threads_per_worker} threads need {needed} CPUs, and the cluster "
+            f"has {there:g}",
+            mend="lower scaling.num_workers or scaling.threads_per_worker",
+        )
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": plan.threads_per_worker},
+        ),
+        run_config=RunConfig(
+            name=f"{plan.name}-{int(time.time() * 1000):x}",
+            # Ray Train's own files are of no use to us, whose checkpoints stand in the run; so they stay apart.
+            storage_path=str(Path(config["run"]) / ".ray"),
+            failure_config=FailureConfig(max_failures=plan.job.scaling.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        return error
+    return None
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One worker process. An error of ours goes to the driver at once: trying again would end the same."""
+    sink, stop_file = config["sink"], Path(config["stop_file"])
+    if stop_file.exists():  # restarted after such an error
+        return
+    last = {"event": 0.0, "stop": 0.0}
+    pending = {"num": 0}
+
+    def events(event: dict[str, Any]) -> None:
+        if event["kind"] == "advance" and "epoch" not in event:
+            pending["num"] += event["num"]
+            if time.monotonic() - last["event"] < _EVENT_EVERY_S:
+                return
+            event = {**event, "num": pending["num"]}
+        elif pending["num"]:
+            sink.put.remote({"kind": "advance", "num": pending["num"]})
+        pending["num"] = 0
+        last["event"] = time.monotonic()
+        sink.put.remote(event)
+
+    def should_stop() -> bool:
+        if time.monotonic() - last["stop"] < _STOP_EVERY_S:
+            return False
+        last["stop"] = time.monotonic()
+        return stop_file.exists()
+
+    context = ray.train.get_context()
+    try:
+        run_worker(
+            {**config, "events": events, "should_stop": should_stop, "local_rank": context.get_local_rank()}
+        )
+    except InterruptedRunError as error:  # all workers stop at the same step, so none is left waiting
+        ray.get(sink.put.remote({"kind": "error", "error": error}))
+    except OrchestratorError as error:
+        ray.get(sink.put.remote({"kind": "error", "error": error}))
+        raise

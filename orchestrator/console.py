@@ -1,0 +1,208 @@
+"""What a person sees in a terminal: progress, plans, results, refusals. Reads well at 80 columns."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.errors import OrchestratorError
+
+Events = Callable[[dict[str, Any]], None]
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+_PLAIN_EVERY_S = 10.0
+
+
+class _Rate(ProgressColumn):
+    """Samples a second, and the time left."""
+
+    def render(self, task: Task) -> Text:
+        per_unit = task.fields.get("samples_per_unit", 1.0)
+        rate = f"{task.speed * per_unit:,.0f}/s" if task.speed else ""
+        left = task.time_remaining
+        return Text(f"{rate:>9} {_clock(left) if left is not None else '':>6}", style="cyan")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Events]:
+    """A function that shows events: a bar on a terminal, a line now and then elsewhere."""
+    if not err.is_terminal:
+        yield _Plain()
+        return
+    bar = Progress(
+        TextColumn("{task.description}", style="bold"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(),
+        TextColumn("{task.fields[status]}", style="green"),
+        console=err,
+        transient=True,
+        expand=True,
+        speed_estimate_period=10,
+    )
+    with bar:
+        yield _Bar(bar)
+
+
+class _Bar:
+    """Events as one bar a phase."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task: Any = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "phase":
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(
+                event["text"],
+                total=event.get("total"),
+                completed=event.get("done", 0),
+                samples_per_unit=event.get("samples_per_unit", 1.0),
+                status="",
+            )
+        elif kind == "advance" and self._task is not None:
+            self._bar.advance(self._task, event["num"])
+            if "epoch" in event:
+                self._bar.update(self._task, status=_epoch_status(event))
+        elif kind == "note":
+            self._bar.console.print(Text("  note ", style="yellow").append(event["text"], style="default"))
+        elif kind == "done" and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
+
+def _epoch_status(event: Mapping[str, Any]) -> str:
+    line = event["epoch"]
+    accuracy = line.get("validation_accuracy", line["train_accuracy"])
+    return f"epoch {line['epoch']}/{event['epochs']} acc {accuracy:.3f}"
+
+
+class _Plain:
+    """Events as lines, for a log."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["kind"] in ("phase", "note"):
+            err.print(escape(event["text"]), soft_wrap=True)
+        elif "epoch" in event and (
+            time.monotonic() - self._last > _PLAIN_EVERY_S or event["epoch"]["epoch"] == event["epochs"]
+        ):
+            self._last = time.monotonic()
+            err.print(escape(_epoch_status(event)))
+
+
+def show_error(error: OrchestratorError) -> None:
+    """What happened, what was expected, and the mend."""
+    word = "refused" if error.exit_code == 2 else ("stopped" if error.exit_code == 130 else "failed")
+    err.print(Text(f"{word} ", style="bold red").append(f"({error.reason}) ", style="red").append(error.message))
+    if error.expected:
+        err.print(Text("expected ", style="bold").append(error.expected, style="default"))
+    if error.mend:
+        err.print(Text("mend     ", style="bold green").append(error.mend, style="default"))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> Table:
+    """A plain table; columns numbered in `right` are numbers."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else escape(str(cell)) for cell in row))
+    return made
+
+
+def pairs(rows: Sequence[tuple[str, object]]) -> Table:
+    """Names and what they are, one a line."""
+    made = Table(box=None, show_header=False, pad_edge=False)
+    made.add_column(style="bold")
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(name, value if isinstance(value, Text) else escape(str(value)))
+    return made
+
+
+def show_plan(plan: Any) -> None:
+    """A Plan as a person reads it."""
+    card, counts, schedule = plan.backbone, plan.data.num_samples, plan.schedule
+    commit = (card.commit or "").removeprefix("sha256:")[:12]
+    rows: list[tuple[str, object]] = [
+        ("run", plan.name),
+        ("backbone", f"{card.source} @ {commit} ({card.model_type}, {card.kind})"),
+        ("method", plan.job.method),
+        ("classes", f"{len(plan.classes)}: {_some(plan.classes, 10)}"),
+        ("samples", f"train {counts['train']}, validation {counts['validation']}, test {counts['test']}"),
+        ("a class", _spread(plan.data.per_class["train"]) + " in train"),
+        ("input", ", ".join(f"{key} {value}" for key, value in plan.input.items())),
+        *(("adapted", str(one)) for one in plan.adaptations),
+        *(("warning", one) for one in plan.warnings),
+        *(("note", one) for one in plan.data.notes),
+    ]
+    if plan.data.num_duplicates or plan.data.num_skipped:
+        rows.append(("left out", f"{plan.data.num_duplicates} duplicates, {plan.data.num_skipped} bad samples"))
+    if plan.parameters is not None:
+        p = plan.parameters
+        rows += [
+            ("parameters", f"{p.trained:,} trained, {p.frozen:,} frozen"),
+            ("memory", f"weights {_mb(p.weights_bytes)}, gradients {_mb(p.gradients_bytes)}, "
+                       f"optimizer {_mb(p.optimizer_bytes)}"),
+        ]  # fmt: skip
+    rows += [
+        ("training", f"{schedule.epochs} epochs x {schedule.steps_per_epoch} steps of {schedule.batch_size} samples"),
+        ("rates", f"body {schedule.learning_rate:g}, head {schedule.head_learning_rate:g}, {plan.job.training.optimizer}"),
+        ("BatchNorm", schedule.batch_norm),
+        ("body runs", "once for each sample" if plan.features == "once" else "in every step"),
+        ("workers", f"{plan.num_workers} x {plan.threads_per_worker} threads"
+                    + (", on Ray" if plan.ray else ", in this process")),
+    ]  # fmt: skip
+    if plan.job.method == "head":
+        rows = [row for row in rows if row[0] != "BatchNorm"]
+    out.print(pairs(rows))
+
+
+def _some(names: Sequence[str], num: int) -> str:
+    return ", ".join(names[:num]) + (f" and {len(names) - num} more" if len(names) > num else "")
+
+
+def _spread(counts: Sequence[int]) -> str:
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def _mb(num: int) -> str:
+    return f"{num / 2**20:,.1f} MB"
+
+
+def show_results(results: Mapping[str, Any]) -> None:
+    """The final figures of a run."""
+    rows = []
+    for split in ("validation", "test"):
+        if split in results:
+            one = results[split]
+            low, high = one["accuracy_95"]
+            rows.append([split, one["num_samples"], f"{one['accuracy']:.3f}", f"{low:.3f} to {high:.3f}",
+                         f"{one['macro_f1']:.3f}", f"{one['loss']:.3f}"])  # fmt: skip
+    if rows:
+        out.print(table(["split", "samples", "accuracy", "95 % interval", "macro F1", "loss"], rows, (1, 2, 4, 5)))
+    if results.get("num_skipped"):
+        out.print(f"{results['num_skipped']} samples were left out; skipped.jsonl in the run names them")

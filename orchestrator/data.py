@@ -1,0 +1,374 @@
+"""The user's data -> one checked sample table: classes, splits, what is measured on it, its fingerprint.
+
+What is wrong with the data is found here, before anything is downloaded or scheduled, and each kind of fault
+has one outcome, which `docs/data.md` lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from orchestrator.errors import BadSampleError, DataError
+from orchestrator.modality import Facts, Modality, Profile, Sample
+from orchestrator.plans import SPLITS, DataSummary
+from orchestrator.sources import Row, inside, read_rows
+from orchestrator.spec import Data
+from orchestrator.splits import balanced_subset, grouped, stratified
+
+Ints = npt.NDArray[np.int64]
+
+NUM_MEASURED_ALL = 5_000
+"""Up to so many samples are all decoded before the start; of more, `NUM_MEASURED` at even distances."""
+NUM_MEASURED = 1_000
+MAX_HASHED_BYTES = 256 * 2**20
+"""Up to so many bytes the fingerprint is of the contents; above, of sizes and modification times."""
+_UNSPLIT = -1
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A sample that is left out, and why."""
+
+    place: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data that a job can be planned with."""
+
+    classes: tuple[str, ...]
+    summary: DataSummary
+    profile: Profile
+    skipped: tuple[Skip, ...]
+    table: pa.Table
+    """uri: string (relative to the root, '' for bytes), content: binary, label: int32, split: int8."""
+
+
+def prepare(spec: Data, modality: Modality, classes: tuple[str, ...] | None = None) -> Prepared:
+    """Read, check, split and measure the data. `classes` fixes them, for the evaluation of a finished model.
+
+    Raises `DataError`, naming the file, row or class.
+    """
+    source = read_rows(spec, modality.sample[0])
+    _find_missing(source.rows)
+    rows, num_duplicates = _drop_duplicates([row for row in source.rows if not row.problem])
+    skipped = [Skip(row.place, row.problem) for row in source.rows if row.problem]
+    if spec.on_bad_sample == "fail" and skipped:
+        raise _bad(skipped)
+    ids, facts, broken = _measure(rows, modality)
+    if broken:
+        if spec.on_bad_sample == "fail":
+            raise _bad(broken)
+        skipped += broken
+        out = {skip.place for skip in broken}
+        keep = [i for i, row in enumerate(rows) if row.place not in out]
+        rows, ids = [rows[i] for i in keep], [ids[i] for i in keep]
+    if not rows:
+        raise DataError(f"{spec.path} holds no sample that can be used", mend="look at the first: " + _first(skipped))
+    names = classes or _class_names(rows, source.classes, spec)
+    labels = _labels(rows, names, spec)
+    split = np.full(len(rows), 2, dtype=np.int64) if classes else _split(rows, labels, names, spec, source.ready_made)
+    if not classes:
+        _refuse_unseen(labels, split, names)
+    notes = list(source.notes) + _leaks(rows, ids, split)
+    if not classes and not (split == 2).any():
+        notes.append("there is no test split: the final figures are the validation's")
+    uris = [_relative(row, source.root) for row in rows]
+    table = pa.table(
+        {
+            "uri": pa.array(uris, pa.large_string()),
+            "content": pa.array([row.content for row in rows], pa.large_binary()),
+            "label": pa.array(labels, pa.int32()),
+            "split": pa.array(split, pa.int8()),
+        }
+    ).filter(pa.array(split != _UNSPLIT))
+    summary = DataSummary(
+        fingerprint=_fingerprint(rows, ids, split),
+        root=str(source.root),
+        num_samples={name: int((split == i).sum()) for i, name in enumerate(SPLITS)},
+        per_class={
+            name: tuple(int(n) for n in np.bincount(labels[split == i], minlength=len(names)))
+            for i, name in enumerate(SPLITS)
+        },
+        num_duplicates=num_duplicates,
+        num_skipped=len(skipped),
+        notes=tuple(notes),
+    )
+    return Prepared(tuple(names), summary, Profile.of(facts), tuple(skipped), table)
+
+
+def _find_missing(rows: Iterable[Row]) -> None:
+    resolved: dict[str, str] = {}
+    for row in rows:
+        if row.problem or not row.uri:
+            continue
+        file, why = inside(row.root, row.uri, resolved)
+        if file is None:
+            # Never a matter of skipping: somebody wrote a path that reaches for other files.
+            raise DataError(
+                f"{row.place}: the path {row.uri!r} {why} {row.root}",
+                expected="paths below the data's root",
+                mend="move the files below it, or name a higher one: data.root",
+            )
+        if not os.path.isfile(file):
+            row.problem = f"the file {row.uri} is missing" if row.place != file else "is no file"
+
+
+def _drop_duplicates(rows: list[Row]) -> tuple[list[Row], int]:
+    """One row a file. The same file with two labels is refused: one of them is wrong."""
+    first: dict[tuple[str, str], Row] = {}
+    kept = []
+    for row in rows:
+        if not row.uri:
+            kept.append(row)
+            continue
+        key = (str(row.root), os.path.normpath(row.uri))
+        other = first.setdefault(key, row)
+        if other is row:
+            kept.append(row)
+            continue
+        for what, mine, theirs in (("label", row.label, other.label), ("group", row.group, other.group)):
+            if mine != theirs:
+                raise DataError(
+                    f"{row.uri} has two {what}s: {theirs!r} in {other.place}, {mine!r} in {row.place}",
+                    mend=f"leave the row with the right {what}",
+                )
+        if row.split != other.split:
+            raise DataError(
+                f"{row.uri} stands in two splits, by {other.place} and {row.place}", mend="leave it in one of them"
+            )
+    return kept, len(rows) - len(kept)
+
+
+def _measure(rows: list[Row], modality: Modality) -> tuple[list[str], list[Facts], list[Skip]]:
+    """What each sample is known by, the facts of the measured ones, and those that cannot be decoded."""
+    step = 1 if len(rows) <= NUM_MEASURED_ALL else len(rows) // NUM_MEASURED
+    stats = [None if row.content is not None else os.stat(row.root / row.uri) for row in rows]
+    total = sum(len(row.content or b"") if stat is None else stat.st_size for row, stat in zip(rows, stats, strict=True))
+    field = modality.sample[0].name
+    decode, measure = modality.decode, modality.measure
+    assert decode is not None
+    assert measure is not None
+
+    def look(i: int) -> tuple[str, Facts | None, Skip | None]:
+        row, stat = rows[i], stats[i]
+        measured = i % step == 0
+        content = row.content
+        if content is None and (measured or total <= MAX_HASHED_BYTES):
+            try:
+                content = (row.root / row.uri).read_bytes()
+            except OSError as error:
+                return "", None, Skip(row.place, f"cannot be read: {error.strerror}")
+        if content is not None and total <= MAX_HASHED_BYTES:
+            known_by = hashlib.sha256(content).hexdigest()
+        else:
+            known_by = f"{stat.st_size}:{stat.st_mtime_ns}" if stat else str(len(content or b""))
+        if not measured:
+            return known_by, None, None
+        try:
+            return known_by, measure(decode({field: content})), None
+        except BadSampleError as error:
+            return known_by, None, Skip(row.place, error.message)
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        looks = list(pool.map(look, range(len(rows))))
+    return (
+        [known_by for known_by, _, _ in looks],
+        [facts for _, facts, _ in looks if facts is not None],
+        [skip for _, _, skip in looks if skip is not None],
+    )
+
+
+def _bad(skips: list[Skip]) -> DataError:
+    more = f" (and {len(skips) - 1} more)" if len(skips) > 1 else ""
+    return DataError(
+        f"{_first(skips)}{more}",
+        expected="samples that can all be used",
+        mend="mend or remove them, or leave them out, listed: --on-bad-sample skip",
+    )
+
+
+def _first(skips: list[Skip]) -> str:
+    return f"{skips[0].place}: {skips[0].problem}" if skips else ""
+
+
+def _class_names(rows: list[Row], named: list[str], spec: Data) -> list[str]:
+    counts = Counter(row.label for row in rows)
+    empty = [name for name in named if not counts[name]]
+    if empty:
+        raise DataError(
+            f"the class {empty[0]!r} has no usable sample", mend="remove its folder, or put samples into it"
+        )
+    if len(counts) < 2:
+        raise DataError(
+            f"{spec.path} holds one class only: {next(iter(counts))!r}",
+            expected="two classes or more",
+            mend="add samples of another class; everything else can be a class too",
+        )
+    if all(name.isdecimal() for name in counts):
+        return sorted(counts, key=lambda name: (int(name), name))
+    return sorted(counts)
+
+
+def _labels(rows: list[Row], names: Iterable[str], spec: Data) -> Ints:
+    number = {name: i for i, name in enumerate(names)}
+    for row in rows:
+        if row.label not in number:
+            raise DataError(
+                f"{row.place} has the label {row.label!r}, which the model never learnt",
+                expected="one of " + ", ".join(list(number)[:20]),
+                mend=f"take it out of {spec.path}",
+            )
+    return np.array([number[row.label] for row in rows], dtype=np.int64)
+
+
+def _split(rows: list[Row], labels: Ints, names: Iterable[str], spec: Data, ready_made: bool) -> Ints:
+    names = list(names)
+    groups = _group_numbers(rows) if spec.group_column else None
+    if ready_made:
+        split = np.array([row.split or 0 for row in rows], dtype=np.int64)
+        if groups is not None:
+            _refuse_crossing(groups, split, rows)
+        chosen = np.flatnonzero(split == 0)
+        fractions = (0.0 if (split == 1).any() else spec.validation_fraction, 0.0)
+    else:
+        split = np.zeros(len(rows), dtype=np.int64)
+        chosen = np.arange(len(rows))
+        fractions = (spec.validation_fraction, spec.test_fraction)
+    if any(fractions):
+        if groups is not None:
+            _, mine = np.unique(groups[chosen], return_inverse=True)
+            wanted = 1 + sum(fraction > 0 for fraction in fractions)
+            if mine.max() + 1 < wanted:
+                raise DataError(
+                    f"{spec.path} holds {mine.max() + 1} groups in {spec.group_column!r}, too few for {wanted} splits",
+                    expected=f"{wanted} groups or more",
+                )
+            split[chosen] = grouped(labels[chosen], mine, len(names), fractions, spec.seed)
+        else:
+            split[chosen] = stratified(labels[chosen], names, fractions, spec.seed)
+    if spec.num_train is not None:
+        train = np.flatnonzero(split == 0)
+        if spec.num_train < len(names):
+            raise DataError(
+                f"data.num_train = {spec.num_train} leaves classes without a sample", expected=f"{len(names)} or more"
+            )
+        split[np.setdiff1d(train, balanced_subset(labels, names, train, spec.num_train, spec.seed))] = _UNSPLIT
+    return split
+
+
+def _group_numbers(rows: list[Row]) -> Ints:
+    _, numbers = np.unique([row.group or "" for row in rows], return_inverse=True)
+    return numbers.astype(np.int64)
+
+
+def _refuse_crossing(groups: Ints, split: Ints, rows: list[Row]) -> None:
+    side: dict[int, int] = {}
+    for i, (group, here) in enumerate(zip(groups.tolist(), split.tolist(), strict=True)):
+        if side.setdefault(group, here) != here:
+            raise DataError(
+                f"the group {rows[i].group!r} stands in {SPLITS[side[group]]} and in {SPLITS[here]} ({rows[i].place})",
+                expected="every group in one split",
+                mend="move its samples to one split, or leave the splitting to us",
+            )
+
+
+def _refuse_unseen(labels: Ints, split: Ints, names: Iterable[str]) -> None:
+    names = list(names)
+    seen = set(labels[split == 0].tolist())
+    for here in (1, 2):
+        unseen = sorted(set(labels[split == here].tolist()) - seen)
+        if unseen:
+            raise DataError(
+                f"the class {names[unseen[0]]!r} is in {SPLITS[here]}, but training never sees it",
+                expected="every class in train",
+                mend=f"add training samples of it, or take it out of {SPLITS[here]}",
+            )
+    if not seen:
+        raise DataError("there is no training sample")
+    missing = [name for i, name in enumerate(names) if i not in seen]
+    if missing:
+        raise DataError(f"the class {missing[0]!r} has no training sample", mend="add some, or take the class out")
+
+
+def _leaks(rows: list[Row], ids: list[str], split: Ints) -> list[str]:
+    """A note where the same content is trained on and tested with."""
+    if not ids or ":" in ids[0]:
+        return []
+    trained = {known_by for known_by, here in zip(ids, split.tolist(), strict=True) if here == 0}
+    notes = []
+    for here in (1, 2):
+        same = [i for i in np.flatnonzero(split == here) if ids[i] in trained]
+        if same:
+            notes.append(
+                f"{len(same)} of {SPLITS[here]} have the same content as a training sample, "
+                f"such as {rows[same[0]].place}"
+            )
+    return notes
+
+
+def _relative(row: Row, root: Path) -> str:
+    if not row.uri:
+        return ""
+    file = os.path.normpath(row.root / row.uri)
+    return os.path.relpath(file, root) if row.root == root else file
+
+
+def _fingerprint(rows: list[Row], ids: list[str], split: Ints) -> str:
+    lines = [
+        json.dumps([os.path.normpath(row.uri) if row.uri else "", row.label, here, known_by], ensure_ascii=False)
+        for row, here, known_by in zip(rows, split.tolist(), ids, strict=True)
+    ]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+class Samples:
+    """The sample table of a run, memory-mapped; a sample's bytes are read when asked for."""
+
+    def __init__(self, file: Path, root: str, field: str) -> None:
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        self._root = root
+        self._field = field
+        self._uri = table.column("uri").combine_chunks()
+        self._content = table.column("content").combine_chunks()
+        self.labels: Ints = table.column("label").to_numpy().astype(np.int64)
+        self._split: Ints = table.column("split").to_numpy().astype(np.int64)
+
+    def rows(self, split: str) -> Ints:
+        """The rows of a split, int64, ascending."""
+        return np.flatnonzero(self._split == SPLITS.index(split))
+
+    def place(self, row: int) -> str:
+        """What the sample is called in a message."""
+        uri = self._uri[row].as_py()
+        return os.path.join(self._root, uri) if uri else f"table row {row + 1}"
+
+    def read(self, row: int) -> Sample:
+        """{field: the bytes of one sample}. Raises `BadSampleError` where they cannot be read."""
+        content: Any = self._content[row].as_py()
+        if content is None:
+            try:
+                with open(self.place(row), "rb") as file:
+                    content = file.read()
+            except OSError as error:
+                raise BadSampleError(f"cannot be read: {error.strerror}") from None
+        return {self._field: content}
+
+
+def write_table(table: pa.Table, file: Path) -> None:
+    """The table as an Arrow file that `Samples` maps."""
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())

@@ -1,0 +1,175 @@
+"""Every error that a user can meet, in one tree.
+
+    OrchestratorError                 exit 1: it ran and failed
+    ├── RefusedError                  exit 2: refused before anything was downloaded or scheduled
+    │   ├── JobError                  the job itself: unknown key, wrong type, impossible value
+    │   ├── DataError                 the data: missing, corrupt, contradictory, unusable labels
+    │   ├── PluginError               a plugin: missing, broken, two of one name
+    │   ├── MissingExtraError         a library of an extra is not installed
+    │   └── ChangedError              data, backbone or job differ from those that the run began with
+    ├── BadSampleError                one sample cannot be read; raised by a plugin's `decode`
+    ├── WeightsError                  a checkpoint does not fit its own architecture
+    ├── CheckpointError               no valid checkpoint where there should be one
+    ├── TrainingError                 a worker died, or the loss is not finite
+    └── InterruptedRunError           exit 130: stopped on request; the same command goes on
+"""
+
+from __future__ import annotations
+
+REASONS: dict[str, str] = {
+    "usage": "the command or the job: an unknown key, a wrong type, an impossible value",
+    "data": "the data: not found, unreadable, or labels that cannot be learnt from",
+    "plugin": "no such modality, a plugin that does not import, or two that claim one name",
+    "missing_extra": "a library is needed that this installation lacks",
+    "changed": "data, backbone or job are not those that the run began with",
+    "busy": "another process is working on this run",
+    "not_built": "declared, but not built yet in this version",
+    "wrong_modality": "the backbone takes another kind of input",
+    "two_modalities": "the backbone takes two kinds of input at once",
+    "unknown_type": "the backbone's type is not in this version's rows",
+    "no_head": "a known type without a classification head",
+    "unsupported": "a known type that cannot be used, for the reason given",
+    "adapter_only": "the repository holds an adapter, not a model",
+    "pickle_only": "the weights are pickles only, and are not opened",
+    "gguf_only": "the weights are GGUF only",
+    "no_weights": "the repository holds no weights",
+    "no_config": "there is no config.json",
+    "bad_config": "a metadata file is broken, or contradicts another one",
+    "no_model_type": "config.json names neither a model_type nor a timm architecture",
+    "no_processor": "the file that says how input is prepared is missing",
+    "quantised": "the weights are quantised and cannot be trained",
+    "not_found": "no such repository, directory or run",
+    "bad_revision": "the repository has no such revision",
+    "gated": "the repository asks for a licence to be accepted first",
+    "unauthorised": "the Hub did not accept the token",
+    "offline": "the Hub cannot be reached, and the files are not cached",
+    "fixed_size": "the backbone takes one input size only",
+    "channels": "the data's channels cannot be adapted to the backbone's",
+    "resources": "the job asks for more than the machine or the cluster has",
+}
+"""The published list of `reason` values, each with what it means."""
+
+
+class OrchestratorError(Exception):
+    """An error with what was expected and what to do about it.
+
+    `exit_code` is the command line's; `str(error)` is one line for a log; the parts are for a screen.
+    """
+
+    exit_code = 1
+    reason = "failed"
+
+    def __init__(self, message: str, *, expected: str = "", mend: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.expected = expected
+        self.mend = mend
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        if self.expected:
+            parts.append(f"expected: {self.expected}")
+        if self.mend:
+            parts.append(f"mend: {self.mend}")
+        return "; ".join(parts)
+
+    def as_dict(self) -> dict[str, str]:
+        """The error as `--json` prints it."""
+        return {
+            "reason": self.reason,
+            "message": self.message,
+            "expected": self.expected,
+            "mend": self.mend,
+        }
+
+
+class RefusedError(OrchestratorError):
+    """Refused before the start. `reason` is one of `REASONS`."""
+
+    exit_code = 2
+
+    def __init__(self, reason: str, message: str, *, expected: str = "", mend: str = "") -> None:
+        assert reason in REASONS, reason
+        super().__init__(message, expected=expected, mend=mend)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:  # crosses process borders with all its parts
+        return _rebuild, (type(self), self.__dict__, self.args)
+
+
+class JobError(RefusedError):
+    """The job itself cannot be meant: unknown key, wrong type, impossible value."""
+
+    def __init__(self, message: str, *, expected: str = "", mend: str = "") -> None:
+        super().__init__("usage", message, expected=expected, mend=mend)
+
+
+class DataError(RefusedError):
+    """The data cannot be learnt from as it is. The message names the file, row or class."""
+
+    def __init__(self, message: str, *, expected: str = "", mend: str = "") -> None:
+        super().__init__("data", message, expected=expected, mend=mend)
+
+
+class PluginError(RefusedError):
+    """A modality plugin is missing, broken, or claims a name that is taken."""
+
+    def __init__(self, message: str, *, expected: str = "", mend: str = "") -> None:
+        super().__init__("plugin", message, expected=expected, mend=mend)
+
+
+class MissingExtraError(RefusedError):
+    """A library is missing that an extra of this distribution installs."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(
+            "missing_extra",
+            f"this needs {library}, which is not installed",
+            expected=f"the extra [{extra}]",
+            mend=f"pip install 'orchestrator[{extra}]'",
+        )
+
+
+class ChangedError(RefusedError):
+    """Something differs from what the run began with, so that going on would mix two experiments."""
+
+    def __init__(self, message: str, *, expected: str = "", mend: str = "") -> None:
+        super().__init__("changed", message, expected=expected, mend=mend)
+
+
+class BadSampleError(OrchestratorError):
+    """One sample cannot be read. Raised by a plugin's `decode`; the core adds which sample it was."""
+
+    reason = "bad_sample"
+
+
+class WeightsError(OrchestratorError):
+    """The weights do not fit the architecture that their own config.json describes."""
+
+    reason = "weights"
+
+
+class CheckpointError(OrchestratorError):
+    """There is no valid checkpoint where there should be one."""
+
+    reason = "checkpoint"
+
+
+class TrainingError(OrchestratorError):
+    """Training cannot go on: a worker died too often, or the loss is not finite."""
+
+    reason = "training"
+
+
+class InterruptedRunError(OrchestratorError):
+    """Stopped on request. The run is resumable: the same command goes on from where it stopped."""
+
+    exit_code = 130
+    reason = "interrupted"
+
+
+def _rebuild(cls: type[RefusedError], state: dict[str, object], args: tuple[object, ...]) -> RefusedError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, *args)
+    error.__dict__.update(state)
+    return error

@@ -1,0 +1,118 @@
+"""The best weights -> a Hugging Face directory that serves without this package, its card and lineage."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.model import Network
+from orchestrator.plans import Plan
+
+_PIPELINES = {"image": "image-classification", "audio": "audio-classification", "text": "text-classification"}
+
+
+def export(
+    network: Network, plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any], directory: Path
+) -> None:
+    """Write `directory` whole or not at all: model, processor, README.md, lineage.json."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    network.save(partial)
+    (partial / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
+    (partial / "README.md").write_text(model_card(plan, results, lineage), encoding="utf-8")
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(partial, directory)
+
+
+def model_card(plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any]) -> str:
+    """The model card: every field filled from what the run knows, none left blank."""
+    task = _PIPELINES.get(plan.job.modality, plan.job.modality)
+    split = "test" if "test" in results else "validation"
+    figures = results.get(split, {})
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": task,
+        "tags": ["transfer-learning", plan.job.method],
+    }
+    if plan.backbone.repo_id and plan.weights == "pretrained":
+        front["base_model"] = plan.backbone.repo_id
+    license_name = lineage["backbone"].get("license")
+    if license_name:
+        front["license"] = license_name
+    if figures:
+        metrics = [{"type": key, "value": round(figures[key], 4)} for key in ("accuracy", "macro_f1")]
+        front["model-index"] = [
+            {
+                "name": plan.name,
+                "results": [
+                    {
+                        "task": {"type": task},
+                        "dataset": {"name": Path(plan.job.data.path).name, "type": "private", "split": split},
+                        "metrics": metrics,
+                    }
+                ],
+            }
+        ]
+    lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", f"# {plan.name}", ""]
+    lines.append(_origin(plan, lineage))
+    lines.append("")
+    if figures:
+        low, high = figures["accuracy_95"]
+        lines += [
+            f"| {split} samples | accuracy | 95 % interval | macro F1 |",
+            "|---|---|---|---|",
+            f"| {figures['num_samples']} | {figures['accuracy']:.3f} | {low:.3f} to {high:.3f} "
+            f"| {figures['macro_f1']:.3f} |",
+            "",
+        ]
+    counts = plan.data.num_samples
+    lines += [
+        "## Data",
+        "",
+        f"{counts['train']} training, {counts['validation']} validation and {counts['test']} test samples; "
+        f"fingerprint `{plan.data.fingerprint[:16]}`.",
+        "",
+        f"{len(plan.classes)} classes: {', '.join(escape(name) for name in plan.classes[:50])}"
+        + (" and more" if len(plan.classes) > 50 else "")
+        + ".",
+        "",
+    ]
+    if plan.adaptations:
+        lines += ["What is done to the input:", "", *(f"- {escape(str(one))}" for one in plan.adaptations), ""]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'classify = pipeline("{task}", model=".")',
+        'classify("a file")',
+        "```",
+        "",
+        f"Trained with seed {plan.job.training.seed} for {plan.schedule.epochs} epochs, the best of which was "
+        f"number {results['best_epoch']}. `lineage.json` has commits, versions and settings.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _origin(plan: Plan, lineage: Mapping[str, Any]) -> str:
+    source = escape(plan.backbone.source)
+    commit = str(plan.backbone.commit or "")[:23]
+    if plan.weights == "random":
+        return f"A `{plan.row.architecture}` trained from random weights; the architecture is that of {source}."
+    trained = f"{lineage['trained_parameters']:,} parameters were trained, {lineage['frozen_parameters']:,} kept"
+    return f"{source} at `{commit}` with a new last layer, method `{plan.job.method}`: {trained}."
+
+
+def escape(text: str) -> str:
+    """Text of the user's (a class name, a path) as Markdown shows it, with no markup of its own."""
+    return re.sub(r"([\\`*_{}\[\]<>|#&])", r"\\\1", text).replace("\n", " ")

@@ -1,0 +1,564 @@
+"""What one worker does, top to bottom. The same in this process and in each process of a Ray cluster.
+
+A step's batch is a fixed list of logical shards, whatever the number of workers; each worker computes its
+share of them one after the other, and the gradients are added up. What is random depends on (seed, step,
+shard) alone, the order of the samples on (seed, epoch). So 1 and 8 workers learn the same thing, and a run
+that was interrupted goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from orchestrator import checkpoint as ckpt
+from orchestrator import hub, registry
+from orchestrator.data import Samples
+from orchestrator.errors import InterruptedRunError, TrainingError
+from orchestrator.metrics import Predictions, measure
+from orchestrator.export import export
+from orchestrator.features import SPLIT_TOLERANCE, FeatureSource, SampleSource, Source, extract, prove_split
+from orchestrator.modality import Modality
+from orchestrator.model import Inputs, Network, batch_norms, freeze, make_optimizer, set_mode
+from orchestrator.plans import Plan
+from orchestrator.worker import Worker, autocast, seed_for, start_worker
+
+EVALUATION_BATCH = 64
+_ORDER, _STEP = 1, 2  # what a random number is for
+
+Ints = npt.NDArray[np.int64]
+Events = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Position:
+    """Where a run stands. JSON, in every checkpoint."""
+
+    step: int = 0
+    epoch_loss: float = 0.0
+    epoch_correct: float = 0.0
+    epoch_weight: float = 0.0
+    best_epoch: int = -1
+    best_loss: float = math.inf
+    best_accuracy: float = -1.0
+    seconds: float = 0.0
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Session:
+    """What this worker holds while it works."""
+
+    plan: Plan
+    run: Path
+    worker: Worker
+    network: Network
+    forward: Callable[[Inputs], Tensor]
+    train: Source
+    validation: Source
+    test: Source
+    samples: Samples
+    raw: SampleSource
+    events: Events
+    should_stop: Callable[[], bool]
+    started: float
+    position: Position = field(default_factory=Position)
+    saved_at: float = 0.0
+
+    def seconds(self) -> float:
+        """Of work on this run, those of earlier processes included."""
+        return self.position.seconds + time.monotonic() - self.started
+
+
+def run_worker(config: Mapping[str, Any]) -> None:
+    """Train as the plan says, and leave the finished run in its directory.
+
+    `config`: the plan as JSON, the run's directory, `events` (called with what happens), `should_stop`
+    (asked after each step), and the modality itself where other processes could not look it up.
+    """
+    started = time.monotonic()
+    plan = Plan.model_validate_json(config["plan"])
+    run = Path(config["run"])
+    worker = start_worker(plan, int(config.get("local_rank", 0)))
+    modality: Modality = config.get("modality") or registry.get(plan.job.modality)
+    events: Events = config["events"] if worker.rank == 0 else _silence
+    with ThreadPoolExecutor(max_workers=plan.threads_per_worker) as pool:
+        session = _prepare(plan, run, worker, modality, events, config["should_stop"], started, pool)
+        _train(session)
+        _finish(session)
+
+
+def _silence(_event: dict[str, Any]) -> None:
+    pass
+
+
+# --- what stands before the first step ---
+
+
+def _prepare(
+    plan: Plan, run: Path, worker: Worker, modality: Modality, events: Events,
+    should_stop: Callable[[], bool], started: float, pool: ThreadPoolExecutor,
+) -> Session:  # fmt: skip
+    events({"kind": "phase", "text": "loading the backbone"})
+    directory = _fetch(plan, worker)
+    assert modality.build is not None
+    assert modality.batch is not None
+    assert modality.decode is not None
+    network = modality.build(plan, directory)
+    freeze(network, plan)
+    network.module.to(worker.device)
+    network.module.to(memory_format=torch.channels_last)
+    samples = Samples(run / "samples.arrow", plan.data.root, modality.sample[0].name)
+    raw = SampleSource(
+        samples,
+        modality.decode,
+        modality.batch(plan, directory),
+        skip=plan.job.data.on_bad_sample == "skip",
+        pool=pool,
+    )
+    set_mode(network, plan, training=False)
+    lineage: dict[str, Any] = {"features": plan.features}
+    session = Session(
+        plan=plan, run=run, worker=worker, network=network, forward=network.logits,
+        train=raw, validation=raw, test=raw, samples=samples, raw=raw, events=events,
+        should_stop=should_stop, started=started,
+    )  # fmt: skip
+    if plan.features == "once":
+        lineage |= _run_body_once(session)
+    if worker.rank == 0:
+        _write_lineage(session, lineage)
+    return session
+
+
+def _fetch(plan: Plan, worker: Worker) -> Path:
+    """The backbone's files; on each node one worker downloads, the others wait for it."""
+    weights = plan.weights != "random"
+    if worker.local_rank == 0:
+        hub.fetch(plan.backbone, weights)
+    worker.wait()
+    return hub.fetch(plan.backbone, weights)
+
+
+def _run_body_once(session: Session) -> dict[str, Any]:
+    """Replace the sources by features, if the split holds on real samples; what to note of it."""
+    splits = [session.samples.rows(name) for name in ("train", "validation", "test")]
+    error = prove_split(session.network, session.raw, splits[0], session.worker.device)
+    if error > SPLIT_TOLERANCE:
+        session.events(
+            {"kind": "note", "text": "the split into body and head does not hold here: the body runs in every step"}
+        )
+        return {"features": "every step", "split_error": error if math.isfinite(error) else None}
+    total = sum(len(rows) for rows in splits)
+    session.events({"kind": "phase", "text": "running the frozen body once", "total": total, "unit": "samples"})
+    started = time.monotonic()
+
+    def progress(num: int) -> None:
+        session.events({"kind": "advance", "num": num * session.worker.num_workers})
+        if session.should_stop() and session.worker.num_workers == 1:
+            raise InterruptedRunError("stopped while the body ran", mend="the same command goes on")
+
+    session.train, session.validation, session.test = extract(
+        session.network, session.raw, splits, session.worker, session.run / "features", progress
+    )
+    session.forward = _HeadOnly(session.network)
+    return {"features": "once", "split_error": error, "features_s": time.monotonic() - started}
+
+
+class _HeadOnly:
+    """features -> logits, with the network's own head module."""
+
+    def __init__(self, network: Network) -> None:
+        self._head = network.head_module()
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        return self._head(inputs["features"])  # type: ignore[no-any-return]
+
+
+# --- the loop ---
+
+
+def _train(session: Session) -> None:
+    plan, schedule, worker, position = session.plan, session.plan.schedule, session.worker, session.position
+    optimizer, named = make_optimizer(session.network, plan)
+    mine = ckpt.trained_tensors(session.network.module, with_buffers=plan.job.method != "head")
+    rows = session.samples.rows("train")
+    best: ckpt.Tensors = {}
+    found = ckpt.newest(session.run / "checkpoints")
+    if found is not None:
+        ckpt.put_back(found.weights, mine)
+        ckpt.restore_optimizer(optimizer, named, found.optimizer)
+        best = found.best
+        found.state.pop("step")
+        session.position = position = Position(step=found.step, **found.state)
+        session.raw.skipped.update({int(row): why for row, why in position.skipped.items()})
+        session.events({"kind": "note", "text": f"going on from step {found.step} of {schedule.num_steps}"})
+    worker.wait()  # nobody prunes a checkpoint that another one is still reading
+    if worker.rank == 0:
+        _cut_metrics(session.run / "metrics.jsonl", position.step)
+    session.saved_at = time.monotonic()
+    session.events(
+        {
+            "kind": "phase", "text": f"training {'the head' if plan.job.method == 'head' else 'everything'}",
+            "total": schedule.num_steps, "done": position.step, "unit": "steps",
+            "samples_per_unit": len(rows) / schedule.steps_per_epoch,
+        }
+    )  # fmt: skip
+    order_of, order = -1, rows
+    epoch_started = time.monotonic()
+    while position.step < schedule.num_steps:
+        epoch, within = divmod(position.step, schedule.steps_per_epoch)
+        if epoch != order_of:
+            order_of, order = epoch, rows[_order(plan, epoch, len(rows))]
+        set_mode(session.network, plan, training=True)
+        stop = _step(session, optimizer, named, _part(order, within, schedule.steps_per_epoch))
+        position.step += 1
+        if within + 1 == schedule.steps_per_epoch:
+            better = _end_epoch(session, epoch, time.monotonic() - epoch_started)
+            if better:
+                best = ckpt.copy_of(mine)
+            epoch_started = time.monotonic()
+        else:
+            session.events({"kind": "advance", "num": 1})
+        last = position.step == schedule.num_steps
+        if worker.rank == 0 and (last or stop or _checkpoint_due(session)):
+            _save(session, mine, best, ckpt.optimizer_tensors(optimizer, named))
+        if stop and not last:
+            worker.wait()
+            raise InterruptedRunError(
+                f"stopped at step {position.step} of {schedule.num_steps}", mend="the same command goes on from there"
+            )
+    ckpt.put_back({name: tensor.to(mine[name].device) for name, tensor in best.items()}, mine)
+
+
+def _order(plan: Plan, epoch: int, num: int) -> Ints:
+    """The permutation of an epoch's samples."""
+    return np.random.default_rng((_ORDER, plan.job.training.seed, epoch)).permutation(num)
+
+
+def _part(rows: Ints, number: int, num_parts: int) -> Ints:
+    """One of `num_parts` pieces whose lengths differ by one at most."""
+    return rows[number * len(rows) // num_parts : (number + 1) * len(rows) // num_parts]
+
+
+def _step(
+    session: Session, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter], rows: Ints
+) -> bool:
+    """One optimizer step over all shards of a batch; whether somebody asked to stop."""
+    plan, worker, position = session.plan, session.worker, session.position
+    num_shards = plan.schedule.num_shards
+    statistics = _ShardStatistics(session, num_shards)
+    totals = torch.zeros(4, dtype=torch.float64)
+    for shard in range(worker.rank, num_shards, worker.num_workers):
+        seed_for(_STEP, plan.job.training.seed, position.step, shard)
+        batch = session.train.batch(_part(rows, shard, num_shards), train=True)
+        if batch is None:
+            continue
+        batch = batch.to(worker.device)
+        with statistics.of(shard):
+            with autocast(plan, worker):
+                logits = session.forward(_channels_last(batch.inputs))
+            loss = functional.cross_entropy(
+                logits.float(), batch.labels, reduction="sum", label_smoothing=plan.job.training.label_smoothing
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+        correct = (logits.argmax(dim=-1) == batch.labels).sum()
+        totals += torch.tensor([loss.item(), correct.item(), len(batch.labels), 0.0], dtype=torch.float64)
+    totals[3] = float(session.should_stop())
+    totals = worker.add_up(totals.to(worker.device if worker.device.type == "cuda" else "cpu")).cpu()
+    loss_sum, num_correct, weight, stops = totals.tolist()
+    if not math.isfinite(loss_sum):
+        raise TrainingError(
+            f"the loss is {loss_sum} at step {position.step}",
+            expected="a finite loss",
+            mend="lower training.learning_rate, and start over with --fresh",
+        )
+    if weight:
+        parameters = list(named.values())
+        worker.add_up_gradients(parameters, 1.0 / weight)
+        if plan.job.training.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, plan.job.training.clip_norm)
+        factor = _rate_factor(plan, position.step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        statistics.average()
+    position.epoch_loss += loss_sum
+    position.epoch_correct += num_correct
+    position.epoch_weight += weight
+    return stops > 0
+
+
+def _channels_last(inputs: Inputs) -> Inputs:
+    """Images in the memory format that convolutions are fastest with."""
+    return {
+        name: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        for name, tensor in inputs.items()
+    }
+
+
+def _rate_factor(plan: Plan, step: int) -> float:
+    """Linear warm-up from 0, then cosine to 0 (Loshchilov & Hutter 2017, arXiv 1608.03983) or constant."""
+    training, total = plan.job.training, plan.schedule.num_steps
+    warmup = round(training.warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if training.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class _ShardStatistics:
+    """BatchNorm's running statistics over several shards: each starts from the same, their mean is kept.
+
+    Without this they would depend on which shards a worker happens to have. One shard needs nothing.
+    """
+
+    def __init__(self, session: Session, num_shards: int) -> None:
+        self._worker = session.worker
+        self._layers = []
+        if num_shards > 1 and session.plan.job.method != "head" and session.plan.schedule.batch_norm == "train":
+            self._layers = [layer for layer in batch_norms(session.network.module) if layer.training]
+        if self._layers:
+            self._start = self._read()
+            self._of_shards = self._start.new_zeros(num_shards, len(self._start))
+            self._mine = self._start.new_zeros(num_shards)
+
+    def _read(self) -> Tensor:
+        return torch.cat([t.reshape(-1) for layer in self._layers for t in (layer.running_mean, layer.running_var) if t is not None])
+
+    def _write(self, flat: Tensor) -> None:
+        at = 0
+        for layer in self._layers:
+            for tensor in (layer.running_mean, layer.running_var):
+                if tensor is not None:
+                    tensor.copy_(flat[at : at + tensor.numel()].view_as(tensor))
+                    at += tensor.numel()
+
+    def of(self, shard: int) -> _OfShard:
+        """A context in which one shard runs forward."""
+        return _OfShard(self, shard)
+
+    def average(self) -> None:
+        """Keep the mean over the shards, in the order of their numbers."""
+        if self._layers:
+            # Rows of other workers are 0 here, so that the sum over workers is exact.
+            self._worker.add_up(self._of_shards)
+            self._worker.add_up(self._mine)
+            self._write(self._of_shards.sum(dim=0) / self._mine.sum().clamp(min=1))
+
+
+@dataclass
+class _OfShard:
+    statistics: _ShardStatistics
+    shard: int
+
+    def __enter__(self) -> None:
+        if self.statistics._layers:
+            self.statistics._write(self.statistics._start)
+
+    def __exit__(self, *_: object) -> None:
+        if self.statistics._layers:
+            self.statistics._of_shards[self.shard] = self.statistics._read()
+            self.statistics._mine[self.shard] = 1
+
+
+def _end_epoch(session: Session, epoch: int, seconds: float) -> bool:
+    """Evaluate, write the epoch's line; whether it is the best so far."""
+    position, plan = session.position, session.plan
+    weight = max(1.0, position.epoch_weight)
+    line: dict[str, Any] = {
+        "epoch": epoch + 1,
+        "step": position.step,
+        "train_loss": position.epoch_loss / weight,
+        "train_accuracy": position.epoch_correct / weight,
+        "learning_rate": plan.schedule.head_learning_rate * _rate_factor(plan, position.step - 1),
+        "seconds": round(session.seconds(), 3),
+        "samples_per_s": round(weight / max(seconds, 1e-9), 1),
+    }
+    position.epoch_loss = position.epoch_correct = position.epoch_weight = 0.0
+    found = _predict(session, session.validation, session.samples.rows("validation"))
+    if len(found.labels):
+        line["validation_loss"] = float(found.loss.mean())
+        line["validation_accuracy"] = float((found.predicted == found.labels).mean())
+        # The most right; of equals the surest. Small validation sets have many equals.
+        better = (line["validation_accuracy"], -line["validation_loss"]) > (position.best_accuracy, -position.best_loss)
+    else:
+        better = True
+    if better:
+        position.best_epoch = epoch + 1
+        position.best_accuracy = line.get("validation_accuracy", -1.0)
+        position.best_loss = line.get("validation_loss", math.inf)
+    if session.worker.rank == 0:
+        with (session.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    session.events({"kind": "advance", "num": 1, "epoch": line, "epochs": plan.schedule.epochs})
+    return better
+
+
+def _predict(session: Session, source: Source, rows: Ints) -> Predictions:
+    """What the network says of a split's samples; each worker does its share and gets all."""
+    worker = session.worker
+    set_mode(session.network, session.plan, training=False)
+    mine = rows[worker.rank * len(rows) // worker.num_workers : (worker.rank + 1) * len(rows) // worker.num_workers]
+    parts = []
+    for start in range(0, len(mine), EVALUATION_BATCH):
+        batch = source.batch(mine[start : start + EVALUATION_BATCH], train=False)
+        if batch is None:
+            continue
+        parts.append(predict_batch(session.forward, batch.rows, batch.to(worker.device).inputs, batch.labels))
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else None
+    gathered = [columns for columns in worker.gather(columns) if columns is not None]
+    if not gathered:
+        empty = np.zeros(0, np.int64)
+        return Predictions(empty, empty, empty, np.zeros(0, np.float32), np.zeros(0, np.float32))
+    return Predictions(*(np.concatenate(column) for column in zip(*gathered, strict=True)))
+
+
+def predict_batch(forward: Callable[[Inputs], Tensor], rows: Ints, inputs: Inputs, labels: Tensor) -> list[Any]:
+    """[rows, labels, predicted, confidence, loss] of one batch, each [samples], in fp32."""
+    with torch.no_grad():
+        logits = forward(_channels_last(inputs)).float().cpu()
+    labels = labels.cpu()
+    confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
+    loss = functional.cross_entropy(logits, labels, reduction="none")
+    return [rows, labels.numpy(), predicted.numpy(), confidence.numpy(), loss.numpy()]
+
+
+def _checkpoint_due(session: Session) -> bool:
+    training = session.plan.job.training
+    every = training.checkpoint_every_steps
+    if every is not None:
+        return session.position.step % every == 0
+    return time.monotonic() - session.saved_at > training.checkpoint_every_s
+
+
+def _save(session: Session, mine: ckpt.Tensors, best: ckpt.Tensors, optimizer: ckpt.Tensors) -> None:
+    position = session.position
+    state = {
+        **position.__dict__,
+        "seconds": session.seconds(),
+        "skipped": {str(row): why for row, why in session.raw.skipped.items()},
+    }
+    ckpt.save(session.run / "checkpoints", ckpt.Checkpoint(position.step, mine, best, optimizer, state))
+    session.saved_at = time.monotonic()
+
+
+def _cut_metrics(file: Path, step: int) -> None:
+    """Drop the lines that will be written again, and one that was cut off."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(partial, file)
+
+
+# --- what stands behind the last step ---
+
+
+def _finish(session: Session) -> None:
+    """Final figures, the exported model, and results.json, which says that the run is done."""
+    plan, position = session.plan, session.position
+    session.events({"kind": "phase", "text": "final figures"})
+    splits = {name: getattr(session, name) for name in ("validation", "test")}
+    found = {name: _predict(session, source, session.samples.rows(name)) for name, source in splits.items()}
+    skips = [skip for part in session.worker.gather(session.raw.skipped) for skip in part.items()]
+    if session.worker.rank != 0:
+        return
+    if skips:
+        with (session.run / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            for row, why in sorted(dict(skips).items()):
+                place = session.samples.place(row)
+                file.write(json.dumps({"place": place, "problem": why}, ensure_ascii=False) + "\n")
+    results: dict[str, Any] = {
+        "name": plan.name,
+        "method": plan.job.method,
+        "backbone": plan.backbone.source,
+        "num_train": plan.data.num_samples["train"],
+        "best_epoch": position.best_epoch,
+        "num_skipped": plan.data.num_skipped + len(dict(skips)),
+        "seconds": round(session.seconds(), 3),
+    }
+    for name, predictions in found.items():
+        if len(predictions.labels):
+            results[name] = measure(predictions, plan.classes)
+    session.events({"kind": "phase", "text": "writing the model"})
+    lineage = json.loads((session.run / "lineage.json").read_text(encoding="utf-8"))
+    export(session.network, plan, results, lineage, session.run / "model")
+    shutil.rmtree(session.run / "features", ignore_errors=True)
+    results["seconds"] = round(session.seconds(), 3)
+    partial = session.run / "results.partial"
+    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, session.run / "results.json")
+
+
+def _write_lineage(session: Session, found: dict[str, Any]) -> None:
+    """What only the running job can know, and where everything came from."""
+    plan, network = session.plan, session.network
+    card = plan.backbone
+    libraries = ("orchestrator", "torch", "transformers", "timm", "ray", "numpy")
+    versions = {name: _version(name) for name in libraries}
+    trained = sum(p.numel() for p in network.module.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in network.module.parameters())
+    lineage = {
+        "backbone": {
+            "source": card.source, "kind": card.kind, "commit": card.commit, "type": card.model_type,
+            "license": _license(card.config), "lineage": card.lineage,
+        },
+        "method": plan.job.method,
+        "data": {"path": plan.job.data.path, "fingerprint": plan.data.fingerprint, "counts": plan.data.num_samples},
+        "classes": list(plan.classes),
+        "seed": plan.job.training.seed,
+        "adaptations": [str(adaptation) for adaptation in plan.adaptations],
+        "head": list(network.head),
+        "new_tensors": list(network.new) if plan.weights == "pretrained" else "all",
+        "unused_tensors": list(network.unused),
+        "trained_parameters": trained,
+        "frozen_parameters": total - trained,
+        "device": str(session.worker.device),
+        "num_workers": session.worker.num_workers,
+        "threads_per_worker": plan.threads_per_worker,
+        "versions": {"python": platform.python_version(), **versions},
+        **found,
+    }  # fmt: skip
+    partial = session.run / "lineage.partial"
+    partial.write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, session.run / "lineage.json")
+
+
+def _license(config: Mapping[str, Any]) -> str | None:
+    found = config.get("license") or (config.get("pretrained_cfg") or {}).get("license")
+    return str(found) if found else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except ImportError:
+        return None
+
+
+__all__ = ["EVALUATION_BATCH", "FeatureSource", "predict_batch", "run_worker"]

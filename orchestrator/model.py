@@ -1,0 +1,268 @@
+"""Body and head: a network with its new last layer, what of it is frozen, and where it is split.
+
+The head is the modules whose shape depends on the number of classes, and every module with a parameter that
+the checkpoint does not hold: no randomly initialised parameter is ever frozen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from orchestrator.errors import WeightsError
+from orchestrator.plans import Plan
+from orchestrator.spec import Training
+
+Inputs = Mapping[str, Tensor]
+
+_HEAD_STD = 0.02
+_MAY_BE_MISSING = ("num_batches_tracked", "position_ids")
+_MAY_BE_UNUSED = ("pooler", "mask_token", "position_ids", "num_batches_tracked")
+
+
+@dataclass
+class Network:
+    """A model with a head for the plan's classes. Its parameters are all those of `module`."""
+
+    module: nn.Module
+    """Called with the collate function's output as keywords; gives logits [batch, classes], float, alone or
+    as the `.logits` of an output object."""
+    head: tuple[str, ...]
+    """Names of the submodules that `method: head` trains, in forward order."""
+    new: tuple[str, ...]
+    """Parameters and buffers that started from random values."""
+    unused: tuple[str, ...]
+    """Tensors of the checkpoint that this model has no place for (the head of its old task)."""
+    save: Callable[[Path], None]
+    """Write the model as a Hugging Face directory."""
+
+    @property
+    def split(self) -> str | None:
+        """The module whose input is the features, where the head is one module."""
+        return self.head[0] if len(self.head) == 1 else None
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """float [batch, classes]."""
+        output = self.module(**inputs)
+        return output if isinstance(output, Tensor) else output.logits  # type: ignore[no-any-return]
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """The input of the head, float [batch, ...]: the body runs, the head does not."""
+        assert self.split is not None
+        handle = self.module.get_submodule(self.split).register_forward_pre_hook(_reach)
+        try:
+            self.module(**inputs)
+        except _ReachedError as reached:
+            return reached.features
+        finally:
+            handle.remove()
+        raise WeightsError(f"the model never called its head {self.split!r}")
+
+    def head_module(self) -> nn.Module:
+        """The head alone: features -> logits."""
+        assert self.split is not None
+        return self.module.get_submodule(self.split)
+
+
+class _ReachedError(Exception):
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
+def _reach(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    raise _ReachedError(args[0])
+
+
+def build_transformers(
+    plan: Plan,
+    directory: Path,
+    model_class: Any,
+    changes: Mapping[str, Any],
+    processor: Any | None,
+    fresh: Callable[[Any], nn.Module] | None = None,
+) -> Network:
+    """The default `build` for what transformers loads, timm's networks included.
+
+    `changes` are put into the config. `fresh(config)` makes the model from random weights, where the
+    library's own way is not the right one. Raises `WeightsError` where anything but the head does not match.
+    """
+    config = make_config(plan, changes)
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(plan.job.training.seed)
+    if plan.weights == "random":
+        module = fresh(config) if fresh else model_class.from_config(config)
+        names = tuple(module.state_dict())
+        return Network(module, plan.row.head, names, (), _saver(module, processor))
+    with _quiet():
+        module, info = model_class.from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    missing = {name for name in info["missing_keys"] if not name.endswith(_MAY_BE_MISSING)}
+    mismatched = {entry[0] for entry in info["mismatched_keys"]}
+    unused = set(info["unexpected_keys"])
+    head = _head(plan, missing, mismatched)
+    base = f"{getattr(module, 'base_model_prefix', '')}."
+    lost = sorted(name for name in unused if name.startswith(base) and not _any(_MAY_BE_UNUSED, name))
+    if lost:
+        raise _mismatch(plan, f"it holds {lost[0]}, which the architecture has no place for", len(lost))
+    if plan.weights == "pretrained":
+        _renew(module, plan.row.head)
+    new = tuple(name for name in module.state_dict() if _within(name, plan.row.head) or name in missing)
+    new = () if plan.weights == "trained" else new
+    return Network(module, head, new, tuple(sorted(unused)), _saver(module, processor))
+
+
+def make_config(plan: Plan, changes: Mapping[str, Any]) -> Any:
+    """The backbone's config with the plan's classes, for transformers."""
+    raw = {key: value for key, value in plan.backbone.config.items() if key not in ("label_names", "num_classes")}
+    if raw.get("model_args"):  # timm's save_for_hf puts num_classes in here, which the wrapper gives a second time
+        raw["model_args"] = {key: value for key, value in raw["model_args"].items() if key != "num_classes"}
+    model_type = "timm_wrapper" if plan.backbone.library == "timm" else plan.backbone.model_type
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    names = dict(enumerate(plan.classes))
+    for key in ("id2label", "label2id", "num_labels", "model_type"):
+        raw.pop(key, None)
+    return config_class.from_dict(
+        {**raw, **changes},
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+        num_labels=len(names),
+        problem_type="single_label_classification",
+    )
+
+
+def _head(plan: Plan, missing: set[str], mismatched: set[str]) -> tuple[str, ...]:
+    """The modules of the head; raises `WeightsError` where something outside of it is missing."""
+    row = plan.row
+    extended = []
+    for name in sorted(missing | mismatched):
+        if _within(name, row.head) and plan.weights == "pretrained":
+            continue
+        owner = next((module for module in row.may_be_new if _within(name, (module,))), None)
+        if owner is None or name in mismatched or plan.weights == "trained":
+            what = "has another shape" if name in mismatched else "is missing"
+            raise _mismatch(plan, f"{name} {what}", len(missing | mismatched))
+        extended.append(owner)
+    owners = [module for module in row.may_be_new if module in extended]
+    return tuple(owners + [name for name in row.head if not _within(name, owners)])
+
+
+def _mismatch(plan: Plan, problem: str, num: int) -> WeightsError:
+    more = f" (and {num - 1} more)" if num > 1 else ""
+    return WeightsError(
+        f"the weights of {plan.backbone.source} do not fit its config.json: {problem}{more}",
+        expected=f"every tensor of {plan.row.architecture}, but those of {', '.join(plan.row.head)}",
+        mend="fetch or save the backbone again",
+    )
+
+
+def _within(name: str, modules: tuple[str, ...] | list[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _any(parts: tuple[str, ...], name: str) -> bool:
+    return any(part in name for part in parts)
+
+
+def _renew(module: nn.Module, head: tuple[str, ...]) -> None:
+    """Random values for the last layer, also where the old one had the same number of classes."""
+    for name in head:
+        for layer in module.get_submodule(name).modules():
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                nn.init.normal_(layer.weight, std=_HEAD_STD)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+
+def _saver(module: Any, processor: Any | None) -> Callable[[Path], None]:
+    def save(directory: Path) -> None:
+        with _quiet():
+            module.save_pretrained(directory)
+            if processor is not None:
+                processor.save_pretrained(directory)
+
+    return save
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar: ours tells what is going on."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
+
+
+def freeze(network: Network, plan: Plan) -> None:
+    """Ask for gradients where the method trains, nowhere else."""
+    everything = plan.job.method != "head"
+    for name, parameter in network.module.named_parameters():
+        parameter.requires_grad_(everything or _within(name, network.head))
+
+
+def set_mode(network: Network, plan: Plan, training: bool) -> None:
+    """Train or eval mode. What is frozen stays in eval mode: dropout off, BatchNorm on its own statistics."""
+    if plan.job.method == "head":
+        network.module.eval()
+        for name in network.head:
+            network.module.get_submodule(name).train(training)
+    else:
+        network.module.train(training)
+        if plan.schedule.batch_norm == "frozen":
+            for layer in batch_norms(network.module):
+                layer.eval()
+
+
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers that keep running statistics."""
+    return [
+        layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None
+    ]
+
+
+def make_optimizer(network: Network, plan: Plan) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
+    """The optimizer over the trained parameters, and these by name.
+
+    Four groups at most: body and head have their own rates, and vectors (biases, norms) no weight decay.
+    """
+    training = plan.job.training
+    named = {name: p for name, p in network.module.named_parameters() if p.requires_grad}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        groups.setdefault((_within(name, network.head), parameter.ndim > 1), []).append(parameter)
+    rates = {False: plan.schedule.learning_rate, True: plan.schedule.head_learning_rate}
+    settings = [
+        {
+            "params": parameters,
+            "lr": rates[in_head],
+            "peak_lr": rates[in_head],
+            "weight_decay": training.weight_decay if decays else 0.0,
+        }
+        for (in_head, decays), parameters in groups.items()
+    ]
+    return _optimizer(training, settings), named
+
+
+def _optimizer(training: Training, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, nesterov=training.momentum > 0)
+    return torch.optim.AdamW(groups, lr=0.0)

@@ -1,0 +1,121 @@
+"""What can be said before anything runs: whether a backbone fits, and what a job would do. Without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import gate, hub, registry
+from orchestrator.errors import MissingExtraError
+from orchestrator.modality import Fit, Modality, Profile
+from orchestrator.plans import BackboneCard, BackboneRow, Plan
+from orchestrator.spec import Data, Job, make_job
+
+if TYPE_CHECKING:
+    from orchestrator.data import Prepared
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A backbone that the gate lets through."""
+
+    card: BackboneCard
+    row: BackboneRow
+    fit: Fit | None
+    """None where the modality is declared only."""
+    profile: Profile | None
+
+
+def check(
+    backbone: str,
+    modality: str,
+    data: str | Data | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> BackboneCard:
+    """The backbone's card, if it fits the modality (and the data). Raises `RefusedError` with the mend.
+
+    Reads metadata only: no weight byte, neither torch nor ray.
+    """
+    return inspect(backbone, modality, data, settings).card
+
+
+def inspect(
+    backbone: str,
+    modality: str,
+    data: str | Data | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Checked:
+    """`check`, with the row that matched and how the data would be adapted."""
+    plugin = registry.get(modality)
+    card = hub.read_card(backbone)
+    row = _match(card, plugin)
+    hub.require_weights(card)
+    profile = None
+    if data is not None:
+        if not plugin.trainable:
+            raise gate.not_built(plugin)
+        spec = data if isinstance(data, Data) else Data(path=str(data))
+        profile = _prepare(spec, plugin).profile
+    fit = gate.fit(card, row, plugin, settings or {}, profile) if plugin.fit is not None else None
+    return Checked(card, row, fit, profile)
+
+
+def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: Any) -> Plan:
+    """The Plan of a job: what would happen, with nothing run and no weight downloaded.
+
+    Takes what `finetune` takes. Raises `JobError` and `RefusedError`.
+    """
+    return prepare(make_job(job, **fields))[0]
+
+
+def prepare(job: Job) -> tuple[Plan, Prepared]:
+    """The Plan, and the sample table that goes with it."""
+    plugin = registry.get(job.modality)
+    gate.parse_settings(plugin, job.settings)
+    card = hub.read_card(job.backbone)
+    row = _match(card, plugin)
+    if not plugin.trainable:
+        raise gate.not_built(plugin)
+    if job.method != "scratch":
+        hub.require_weights(card)
+    gate.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
+    prepared = _prepare(job.data, plugin)
+    tensors = hub.read_tensors(card) if card.weight_files else None
+    made = gate.make_plan(
+        job,
+        plugin,
+        hub.with_digest(card),
+        row,
+        tensors,
+        prepared.classes,
+        prepared.summary,
+        prepared.profile,
+        num_cores(),
+    )
+    return made, prepared
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
+    known = {plugin.name: plugin}
+    try:
+        return gate.match(card, plugin, known)
+    except gate.RefusedError as error:
+        if error.reason != "unknown_type":
+            raise
+    return gate.match(card, plugin, registry.available())  # only a refusal asks what the others take
+
+
+def _prepare(spec: Data, plugin: Modality) -> Prepared:
+    try:
+        from orchestrator.data import prepare as prepare_data
+    except ImportError as error:
+        raise MissingExtraError(error.name or "pyarrow", plugin.extra or "train") from None
+    return prepare_data(spec, plugin)

@@ -1,0 +1,143 @@
+"""The plain data that travels from the gate to the workers: what a backbone is, and the Plan.
+
+All of it is JSON, never pickle. A Plan holds what can be known before the job runs; what only the running
+job can know goes into its `lineage.json`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.spec import Job
+
+SPLITS = ("train", "validation", "test")
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BackboneCard(_Plain):
+    """What the metadata files of a backbone say. No weight byte was read to make it."""
+
+    source: str
+    """As the user wrote it."""
+    kind: Literal["hub", "directory", "run"]
+    name: str
+    """Short, for a run's name."""
+    repo_id: str | None = None
+    commit: str | None = None
+    """The full commit sha; for a directory the digest of its files, known once a plan is made."""
+    path: str | None = None
+    """The directory, where it is one."""
+    library: Literal["transformers", "timm", ""] = ""
+    model_type: str = ""
+    """`config.model_type`, or the timm architecture."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    preprocessor: dict[str, Any] | None = None
+    files: dict[str, int] = Field(default_factory=dict)
+    """Name -> bytes (-1 where the server does not tell)."""
+    lineage: dict[str, Any] | None = None
+    """Of the earlier run, where the backbone is one."""
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """The safetensors files that hold the weights, shards in order."""
+        return tuple(
+            sorted(f for f in self.files if f.endswith(".safetensors") and "/" not in f and "adapter" not in f)
+        )
+
+
+class BackboneRow(_Plain):
+    """One known model type: how the model is called and where its head is."""
+
+    architecture: str = ""
+    """The class in transformers, or the timm architecture."""
+    inputs: tuple[str, ...] = ()
+    """What `forward` takes."""
+    head: tuple[str, ...] = ()
+    """The modules whose shape depends on the number of classes, in forward order."""
+    may_be_new: tuple[str, ...] = ()
+    """Modules outside the base model that a checkpoint of another task does not hold; then they are head too."""
+    size: Literal["any", "fixed"] = "any"
+    """Whether the input's size can be chosen."""
+
+
+class Adaptation(_Plain):
+    """One thing that is done to the input so that it becomes what the backbone was trained on."""
+
+    what: str
+    received: str
+    used: str
+    share: float = 1.0
+    """Of the measured samples that it touches."""
+
+    def __str__(self) -> str:
+        touched = "" if self.share >= 1 else f" ({self.share:.0%} of samples)"
+        return f"{self.what}: {self.received} -> {self.used}{touched}"
+
+
+class Schedule(_Plain):
+    """`Training` with every default resolved."""
+
+    epochs: int
+    batch_size: int
+    num_shards: int
+    learning_rate: float
+    head_learning_rate: float
+    batch_norm: Literal["train", "frozen"]
+    steps_per_epoch: int
+    num_steps: int
+
+
+class Parameters(_Plain):
+    """Counts from the safetensors header."""
+
+    total: int
+    trained: int
+    frozen: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+
+
+class DataSummary(_Plain):
+    """What the sample table holds."""
+
+    fingerprint: str
+    root: str
+    num_samples: dict[str, int]
+    """Per split."""
+    per_class: dict[str, tuple[int, ...]]
+    """Per split, in the order of `classes`."""
+    num_duplicates: int = 0
+    num_skipped: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class Plan(_Plain):
+    """A Job that was checked and resolved. Workers get this and nothing else."""
+
+    version: int = 1
+    name: str
+    job: Job
+    backbone: BackboneCard
+    row: BackboneRow
+    weights: Literal["pretrained", "random", "trained"]
+    """trained: everything, the head included, must be in the checkpoint (to predict with a finished run)."""
+    classes: tuple[str, ...]
+    data: DataSummary
+    input: dict[str, Any]
+    """The plugin's resolved input settings, for example {"size": [64, 64]}."""
+    adaptations: tuple[Adaptation, ...] = ()
+    warnings: tuple[str, ...] = ()
+    schedule: Schedule
+    parameters: Parameters | None = None
+    num_workers: int = 1
+    threads_per_worker: int = 1
+    features: Literal["once", "every step"]
+    """Whether a frozen body runs once for each sample, or again in every step."""
+    ray: bool = False
+    """Whether workers are processes of a Ray cluster, or this process."""

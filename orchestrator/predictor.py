@@ -1,0 +1,140 @@
+"""A finished run on new inputs: predictions for files, figures for labelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator import data, hub, registry
+from orchestrator.errors import BadSampleError
+from orchestrator.metrics import Predictions, measure
+from orchestrator.loop import EVALUATION_BATCH, predict_batch
+from orchestrator.modality import Collate, Modality
+from orchestrator.model import Network, freeze, set_mode
+from orchestrator.plans import SPLITS, Plan
+from orchestrator.runs import Run, open_run
+from orchestrator.spec import Data
+from orchestrator.worker import Worker, start_worker
+
+import numpy as np  # isort: skip
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one input."""
+
+    input: str
+    label: str
+    score: float
+    """The softmax probability of `label`."""
+    top: tuple[tuple[str, float], ...]
+    """The most probable classes, the first being `label`."""
+    problem: str = ""
+    """Why there is no prediction."""
+
+
+@dataclass
+class _Loaded:
+    plan: Plan
+    modality: Modality
+    network: Network
+    collate: Collate
+    worker: Worker
+
+
+def predict(run: Run | str | Path, inputs: Iterable[str | Path | bytes], top: int = 3) -> list[Prediction]:
+    """One Prediction for each input: the path of a file, or its bytes.
+
+    An input that cannot be read gets a Prediction with its `problem`, and the others theirs.
+    """
+    loaded = _load(run)
+    asked = list(inputs)
+    found: list[Prediction] = []
+    for start in range(0, len(asked), EVALUATION_BATCH):
+        found += _predict_some(loaded, asked[start : start + EVALUATION_BATCH], top)
+    return found
+
+
+def evaluate(run: Run | str | Path, labelled: str | Data) -> dict[str, Any]:
+    """The figures of a finished run on labelled data, all of it: as in its results.json.
+
+    Raises `DataError` for a label that the model never learnt.
+    """
+    loaded = _load(run)
+    spec = labelled if isinstance(labelled, Data) else Data(path=str(labelled))
+    prepared = data.prepare(spec, loaded.modality, classes=loaded.plan.classes)
+    field = loaded.modality.sample[0].name
+    decode = loaded.modality.decode
+    assert decode is not None
+    root = Path(prepared.summary.root)
+    uris, contents = prepared.table.column("uri").to_pylist(), prepared.table.column("content").to_pylist()
+    labels = prepared.table.column("label").to_numpy().astype(np.int64)
+    parts = []
+    with ThreadPoolExecutor(max_workers=loaded.plan.threads_per_worker) as pool:
+        for start in range(0, len(uris), EVALUATION_BATCH):
+            rows = np.arange(start, min(start + EVALUATION_BATCH, len(uris)))
+
+            def one(row: int) -> object:
+                content = contents[row]
+                return decode({field: content if content is not None else (root / uris[row]).read_bytes()})
+
+            inputs = loaded.collate(list(pool.map(one, rows.tolist())), False)
+            inputs = {name: tensor.to(loaded.worker.device) for name, tensor in inputs.items()}
+            parts.append(predict_batch(loaded.network.logits, rows, inputs, torch.from_numpy(labels[rows])))
+    figures = measure(Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True))), loaded.plan.classes)
+    return {**figures, "num_skipped": len(prepared.skipped)}
+
+
+def _load(run: Run | str | Path) -> _Loaded:
+    run = run if isinstance(run, Run) else open_run(run)
+    _ = run.results  # refuses an unfinished one
+    plan = run.plan
+    card = hub.read_card(str(run.path))
+    plan = plan.model_copy(update={"backbone": card, "weights": "trained"})
+    modality = registry.get(plan.job.modality)
+    assert modality.build is not None
+    assert modality.batch is not None
+    worker = start_worker(plan)
+    network = modality.build(plan, run.model)
+    freeze(network, plan)
+    network.module.to(worker.device, memory_format=torch.channels_last)
+    set_mode(network, plan, training=False)
+    return _Loaded(plan, modality, network, modality.batch(plan, run.model), worker)
+
+
+def _predict_some(loaded: _Loaded, asked: list[str | Path | bytes], top: int) -> list[Prediction]:
+    field = loaded.modality.sample[0].name
+    decode = loaded.modality.decode
+    assert decode is not None
+    names = [f"input {i + 1}" if isinstance(one, bytes) else str(one) for i, one in enumerate(asked)]
+    decoded: list[Any] = []
+    problems: dict[int, str] = {}
+    for i, one in enumerate(asked):
+        try:
+            decoded.append(decode({field: one if isinstance(one, bytes) else Path(one).read_bytes()}))
+        except BadSampleError as error:
+            problems[i] = error.message
+        except OSError as error:
+            problems[i] = f"cannot be read: {error.strerror}"
+    scores = iter(())
+    if decoded:
+        inputs = {name: tensor.to(loaded.worker.device) for name, tensor in loaded.collate(decoded, False).items()}
+        with torch.no_grad():
+            scores = iter(loaded.network.logits(inputs).float().softmax(dim=-1).cpu())
+    found = []
+    for i, name in enumerate(names):
+        if i in problems:
+            found.append(Prediction(name, "", 0.0, (), problems[i]))
+            continue
+        values, which = next(scores).topk(min(top, len(loaded.plan.classes)))
+        best = tuple((loaded.plan.classes[k], float(v)) for k, v in zip(which.tolist(), values.tolist(), strict=True))
+        found.append(Prediction(name, best[0][0], best[0][1], best))
+    return found
+
+
+__all__ = ["SPLITS", "Prediction", "evaluate", "predict"]

@@ -1,0 +1,147 @@
+"""A Run: a directory on the storage. What is in it, whether it is done, and who works on it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import RefusedError
+from orchestrator.plans import Plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of ours, by its directory: job.yaml, plan.json, metrics.jsonl, checkpoints/, model/, results.json."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether the figures and the model are there; results.json is written last."""
+        return (self.path / "results.json").is_file()
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The final figures: accuracy with its interval, macro F1, loss, confusion, for each split."""
+        if not self.finished:
+            raise RefusedError(
+                "not_found",
+                f"the run {self.path} has not finished",
+                mend=f"go on with it: orchestrator finetune {self.path / 'job.yaml'}",
+            )
+        return _read(self.path / "results.json")
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """Where the model came from: commits, fingerprint, versions, what only the running job knew."""
+        return _read(self.path / "lineage.json")
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One entry an epoch."""
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
+            return []
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+    @property
+    def plan(self) -> Plan:
+        """What it was decided to do."""
+        return read_plan(self.path)
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face directory."""
+        return self.path / "model"
+
+    @property
+    def accuracy(self) -> float:
+        """On the test split, or on the validation split where there is no test split."""
+        results = self.results
+        return float((results.get("test") or results["validation"])["accuracy"])
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else works on this run meanwhile. The lock goes with the process, however it ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise RefusedError(
+                    "busy",
+                    f"process {file.read().strip() or '?'} is working on the run {self.path}",
+                    mend="wait for it, or give this one another name: --name",
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def clear(self) -> None:
+        """Remove all that the run holds but its lock."""
+        for child in self.path.iterdir():
+            if child.name == ".lock":
+                continue
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            else:
+                child.unlink()
+
+
+def open_run(path: str | Path) -> Run:
+    """The run of that directory. Raises `RefusedError` where there is none."""
+    place = Path(path).expanduser()
+    if not (place / "plan.json").is_file():
+        raise RefusedError(
+            "not_found",
+            f"there is no run {path}",
+            expected="a directory that a finetune or pretrain command made",
+            mend="list them: orchestrator runs",
+        )
+    return Run(place)
+
+
+def list_runs(storage: str | Path) -> list[Run]:
+    """The runs below a storage directory, by name."""
+    place = Path(storage).expanduser()
+    if not place.is_dir():
+        return []
+    return [Run(child) for child in sorted(place.iterdir()) if (child / "plan.json").is_file()]
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan of a run's directory."""
+    try:
+        return Plan.model_validate_json((path / "plan.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RefusedError(
+            "changed",
+            f"{path / 'plan.json'} is not one of this version's: {str(error).splitlines()[0]}",
+            mend="start over with --fresh",
+        ) from None
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value

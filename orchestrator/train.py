@@ -1,0 +1,261 @@
+"""The driver: a Job -> a Plan -> a worker in this process, or several on Ray -> a Run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from orchestrator import registry
+from orchestrator.console import progress
+from orchestrator.data import Prepared, write_table
+from orchestrator.errors import (
+    ChangedError,
+    InterruptedRunError,
+    MissingExtraError,
+    OrchestratorError,
+    RefusedError,
+    TrainingError,
+)
+from orchestrator.plans import Plan
+from orchestrator.planning import prepare
+from orchestrator.runs import Run, read_plan, write_file
+from orchestrator.spec import Job, make_job
+
+Events = Callable[[dict[str, Any]], None]
+_POLL_S = 0.2
+_STOP_FILE = "STOP"
+_STOP_GRACE_S = 60.0
+
+
+def finetune(
+    job: Job | Mapping[str, Any] | str | Path | None = None,
+    /,
+    *,
+    fresh: bool = False,
+    events: Events | None = None,
+    **fields: Any,
+) -> Run:
+    """Train, and return the finished Run.
+
+    `job` is a Job, a dict or the path of a YAML file; `fields` are set on top of it: `method="full"`,
+    `data="photos/"`, `training={"epochs": 3}` or `**{"training.epochs": 3}`. The same call again goes on
+    with an unfinished run and returns a finished one; `fresh` starts over. `events` is called with what
+    happens; by default a progress bar shows it.
+
+    Raises `RefusedError` before anything is downloaded or scheduled, `TrainingError` when it failed, and
+    `InterruptedRunError` after Ctrl-C, when the same call goes on.
+    """
+    return _run(make_job(job, **fields), fresh, events)
+
+
+def pretrain(
+    job: Job | Mapping[str, Any] | str | Path | None = None,
+    /,
+    *,
+    fresh: bool = False,
+    events: Events | None = None,
+    **fields: Any,
+) -> Run:
+    """`finetune` with method `scratch`: train the backbone's architecture from random weights.
+
+    The run is a backbone for a later `finetune`.
+    """
+    return _run(make_job(job, **{**fields, "method": "scratch"}), fresh, events)
+
+
+def _run(job: Job, fresh: bool, events: Events | None) -> Run:
+    if events is None:
+        with progress() as show:
+            return _run(job, fresh, show)
+    events({"kind": "phase", "text": "looking at backbone and data"})
+    plan, prepared = prepare(job)
+    run = Run(Path(job.storage).expanduser().absolute() / plan.name)
+    with run.locked():
+        if fresh:
+            run.clear()
+        if not _goes_on(run, plan):
+            _lay_out(run, job, plan, prepared)
+        if run.finished:
+            events({"kind": "done", "text": "finished already", "run": run})
+            return run
+        for line in (*plan.adaptations, *plan.warnings, *plan.data.notes):
+            events({"kind": "note", "text": str(line)})
+        config = {"plan": plan.model_dump_json(), "run": str(run.path)}
+        if registry.is_registered(job.modality):
+            config["modality"] = registry.get(job.modality)  # type: ignore[assignment]
+        with _errors_of_libraries(run):
+            (_on_ray if plan.ray else _in_process)(plan, config, events)
+        events({"kind": "done", "text": "finished", "run": run})
+    return run
+
+
+def _goes_on(run: Run, plan: Plan) -> bool:
+    """Whether this run began with the same job, data and backbone; raises `ChangedError` where it did not."""
+    if not (run.path / "plan.json").is_file():
+        return False
+    old = read_plan(run.path)
+    for what, before, now in (
+        ("the job", old.job.digest(), plan.job.digest()),
+        ("the data", old.data.fingerprint, plan.data.fingerprint),
+        ("the backbone", old.backbone.commit, plan.backbone.commit),
+    ):
+        if before != now:
+            raise ChangedError(
+                f"{what} of the run {run.path} has changed since it began",
+                expected=f"{what} as it was: {before}",
+                mend="start over with --fresh, or keep both: --name",
+            )
+    return True
+
+
+def _lay_out(run: Run, job: Job, plan: Plan, prepared: Prepared) -> None:
+    """The run's directory with what it begins with; plan.json, written last, says that it is there."""
+    write_file(run.path / "job.yaml", job.to_yaml())
+    write_table(prepared.table, run.path / "samples.arrow")
+    if prepared.skipped:
+        lines = [json.dumps({"place": s.place, "problem": s.problem}, ensure_ascii=False) for s in prepared.skipped]
+        write_file(run.path / "skipped.jsonl", "".join(f"{line}\n" for line in lines))
+    write_file(run.path / "plan.json", plan.model_dump_json(indent=1))
+
+
+@contextlib.contextmanager
+def _errors_of_libraries(run: Run) -> Iterator[None]:
+    """What a library raises becomes one of ours, with its own text; the trace goes into the run."""
+    try:
+        yield
+    except (OrchestratorError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        write_file(run.path / "error.txt", traceback.format_exc())
+        raise TrainingError(
+            f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}",
+            mend=f"the whole trace is in {run.path / 'error.txt'}; the same command goes on from the last checkpoint",
+        ) from error
+
+
+# --- one worker, in this process ---
+
+
+def _in_process(plan: Plan, config: dict[str, Any], events: Events) -> None:
+    """Through Ray Train's local mode: the same loop, no cluster."""
+    try:
+        from orchestrator.loop import run_worker
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from ray.train import ScalingConfig
+            from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise MissingExtraError(error.name or "torch", registry.get(plan.job.modality).extra or "train") from None
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    with _stop_on_signal() as should_stop, _threads_kept():
+        TorchTrainer(
+            run_worker,
+            train_loop_config={**config, "events": events, "should_stop": should_stop},
+            scaling_config=ScalingConfig(num_workers=0),
+        ).fit()
+
+
+@contextlib.contextmanager
+def _threads_kept() -> Iterator[None]:
+    """The caller's number of threads is put back."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """A first Ctrl-C or SIGTERM asks the loop to stop after its step, a second Ctrl-C stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+# --- workers on Ray ---
+
+
+def _on_ray(plan: Plan, config: dict[str, Any], events: Events) -> None:
+    """Through Ray Train's worker processes, on a cluster of this machine or the one at `scaling.address`."""
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import ray
+
+            from orchestrator import cluster
+    except ImportError as error:
+        raise MissingExtraError(error.name or "ray", "train") from None
+    stop_file = Path(config["run"]) / _STOP_FILE
+    stop_file.unlink(missing_ok=True)
+    events({"kind": "phase", "text": "starting workers"})
+    with cluster.joined(plan), _stop_on_signal() as should_stop:
+        sink = cluster.event_sink()
+        failed: list[Exception | None] = []
+        thread = threading.Thread(
+            target=lambda: failed.append(cluster.fit(plan, {**config, "sink": sink, "stop_file": str(stop_file)})),
+            daemon=True,
+        )
+        thread.start()
+        asked_at = 0.0
+        try:
+            while thread.is_alive():
+                thread.join(_POLL_S)
+                for event in ray.get(sink.take.remote()):
+                    if event["kind"] == "error":
+                        stop_file.touch()  # a worker that Ray starts again returns at once
+                        raise event["error"]
+                    events(event)
+                if should_stop() and not asked_at:
+                    asked_at = time.monotonic()
+                    stop_file.touch()
+                    events({"kind": "note", "text": "stopping after this step"})
+                if asked_at and time.monotonic() - asked_at > _STOP_GRACE_S:
+                    raise InterruptedRunError("stopped; the workers did not answer", mend="the same command goes on")
+        finally:
+            thread.join(_STOP_GRACE_S if stop_file.exists() else None)
+            ray.kill(sink)
+    stop_file.unlink(missing_ok=True)
+    shutil.rmtree(Path(config["run"]) / ".ray", ignore_errors=True)
+    if not failed or failed[0] is None:
+        return
+    if isinstance(failed[0], OrchestratorError):
+        raise failed[0]
+    raise TrainingError(
+        f"the workers failed: {type(failed[0]).__name__}: {str(failed[0]).strip().splitlines()[-1]}",
+        mend="the same command goes on from the last checkpoint",
+    ) from failed[0]
+
+
+__all__ = ["RefusedError", "finetune", "pretrain"]

@@ -1,0 +1,229 @@
+"""Images: photographs, scans, drawings; any size, any mode that Pillow reads."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError
+from orchestrator.modality import (
+    BackboneRules,
+    Facts,
+    Fit,
+    Modality,
+    Profile,
+    Sample,
+    SampleField,
+    Task,
+)
+from orchestrator.plans import Adaptation, BackboneCard, BackboneRow, Plan
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from orchestrator.modality import Collate
+    from orchestrator.model import Network
+    from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_ENLARGED_TOO_FAR = 3.0
+_TIMM_SIZE = (3, 224, 224)
+
+
+class Settings(BaseModel):
+    """The image plugin's own settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int | None = Field(None, ge=8, le=4096, description="pixels a side; default: the backbone's own")
+    augment: Literal["none", "light", "flip"] = Field(
+        "none", description="light: small rotations, shifts, scales and colours; flip: the same with mirroring"
+    )
+
+
+def decode(sample: Sample) -> Image:
+    """The image in the mode of its file, upright by its EXIF orientation, the first frame of several."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise MissingExtraError("pillow", "image") from None
+    content = sample["image"]
+    if not content:
+        raise BadSampleError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content))
+            image.load()
+        return ImageOps.exif_transpose(image) or image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadSampleError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise BadSampleError("is no image that Pillow can read") from None
+    except Exception as error:  # Pillow's decoders raise what their format's parser happens to raise
+        raise BadSampleError(f"cannot be decoded: {str(error) or type(error).__name__}") from None
+
+
+def measure(image: Image) -> Facts:
+    """Width and height in pixels, and Pillow's mode."""
+    return {"width": image.width, "height": image.height, "mode": image.mode}
+
+
+def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profile | None) -> Fit:
+    """The input's size and channels; resizing and conversion as adaptations."""
+    height, width = _own_size(card)
+    fixed = _is_fixed(card, row)
+    if settings.size is not None and (settings.size, settings.size) != (height, width):
+        if fixed:
+            raise RefusedError(
+                "fixed_size",
+                f"{card.source} ({card.model_type}) takes images of {height} x {width} only, and settings.size = "
+                f"{settings.size}",
+                expected=f"{height} x {width}",
+                mend="leave settings.size out; every image is resized to what the backbone takes",
+            )
+        height = width = settings.size
+    channels = _channels(card)
+    if channels not in (1, 3):
+        raise RefusedError(
+            "channels",
+            f"{card.source} takes images of {channels} channels, and an image file has 1, 3 or 4",
+            expected="a backbone of 1 or 3 channels",
+            mend="choose another backbone, or write a plugin for such images (docs/plugins.md)",
+        )
+    adaptations, notes = [], []
+    if profile is not None and profile.num_measured:
+        adaptations, notes = _hold_against(profile, height, width, "RGB" if channels == 3 else "L")
+    return Fit(
+        input={"size": [height, width], "channels": channels, "augment": settings.augment},
+        adaptations=adaptations,
+        warnings=notes,
+        augmented=settings.augment != "none",
+    )
+
+
+def _hold_against(profile: Profile, height: int, width: int, mode: str) -> tuple[list[Adaptation], list[str]]:
+    adaptations, notes = [], []
+    others = {name: n for name, n in profile.counts["mode"].items() if name != mode}
+    if others:
+        adaptations.append(
+            Adaptation(
+                what="channels", received=", ".join(others), used=mode, share=profile.share(lambda one: one["mode"] != mode)
+            )
+        )
+    share = profile.share(lambda one: (one["height"], one["width"]) != (height, width))
+    if share:
+        received = f"{profile.ranges['width']} x {profile.ranges['height']}"
+        adaptations.append(Adaptation(what="resize", received=received, used=f"{width} x {height}", share=share))
+    small = profile.share(
+        lambda one: min(height, width) > _ENLARGED_TOO_FAR * max(1, min(one["height"], one["width"]))
+    )
+    if small:
+        notes.append(
+            f"{small:.0%} of the images are enlarged more than {_ENLARGED_TOO_FAR:g} times, to {width} x {height}: "
+            "a smaller settings.size is faster and loses nothing, if the backbone takes it"
+        )
+    return adaptations, notes
+
+
+def _own_size(card: BackboneCard) -> tuple[int, int]:
+    """Height and width of what the backbone's own processor gives it."""
+    if card.library == "timm":
+        size = (card.config.get("pretrained_cfg") or {}).get("input_size") or _TIMM_SIZE
+        if not (isinstance(size, (list, tuple)) and len(size) == 3 and all(isinstance(n, int) for n in size)):
+            raise RefusedError("bad_config", f"{card.source}: input_size in config.json is {size!r}, not [3, h, w]")
+        return int(size[1]), int(size[2])
+    if card.preprocessor is None:
+        raise RefusedError(
+            "no_processor",
+            f"{card.source} has no preprocessor_config.json, so nobody can know how its images were prepared",
+            expected="size, mean and standard deviation of its training images",
+            mend="save the image processor beside the model: AutoImageProcessor...save_pretrained()",
+        )
+    size = card.preprocessor.get("crop_size") if card.preprocessor.get("do_center_crop") else None
+    found = _height_width(size) or _height_width(card.preprocessor.get("size")) or _height_width(card.config.get("image_size"))
+    if found is None:
+        raise RefusedError("bad_config", f"{card.source}: preprocessor_config.json gives no size")
+    return found
+
+
+def _height_width(size: Any) -> tuple[int, int] | None:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    if isinstance(size, Mapping):
+        if "height" in size and "width" in size:
+            return int(size["height"]), int(size["width"])
+        edge = size.get("shortest_edge")
+        if edge:
+            return int(edge), int(edge)
+    return None
+
+
+def _is_fixed(card: BackboneCard, row: BackboneRow) -> bool:
+    if card.library == "timm":
+        return bool((card.config.get("pretrained_cfg") or {}).get("fixed_input_size"))
+    return row.size == "fixed"
+
+
+def _channels(card: BackboneCard) -> int:
+    if card.library == "timm":
+        size = (card.config.get("pretrained_cfg") or {}).get("input_size") or _TIMM_SIZE
+        return int(size[0])
+    nested = card.config.get("vision_config") or {}
+    return int(card.config.get("num_channels") or nested.get("num_channels") or 3)
+
+
+def build(plan: Plan, directory: Path) -> Network:
+    """The backbone with its new head, through transformers."""
+    from orchestrator_image.network import build_network
+
+    return build_network(plan, directory)
+
+
+def batch(plan: Plan, directory: Path) -> Collate:
+    """Pillow images -> {"pixel_values": float32 [batch, channels, height, width], normalised}."""
+    from orchestrator_image.network import make_collate
+
+    return make_collate(plan, directory)
+
+
+def toy(n: int) -> Sequence[tuple[Sample, str]]:
+    """Dark squares and bright ones, 16 x 16 pixels, as PNG."""
+    from PIL import Image
+
+    samples = []
+    for i in range(n):
+        out = io.BytesIO()
+        Image.new("RGB", (16, 16), (40 + i % 20,) * 3 if i % 2 else (200 + i % 20,) * 3).save(out, "PNG")
+        samples.append(({"image": out.getvalue()}, "dark" if i % 2 else "bright"))
+    return samples
+
+
+modality = Modality(
+    name="image",
+    title="images",
+    sample=(
+        SampleField(
+            name="image",
+            kind="file",
+            dtype="float32",
+            shape=(3, "height", "width"),
+            unit="RGB, normalised by the backbone's own mean and standard deviation",
+            suffixes=SUFFIXES,
+        ),
+    ),
+    settings=Settings,
+    rules=BackboneRules.from_json(Path(__file__).with_name("rows.json")),
+    tasks=(Task(name="single-label", title="one class an image"),),
+    extra="image",
+    decode=decode,
+    measure=measure,
+    fit=fit,
+    build=build,
+    batch=batch,
+    toy=toy,
+)

@@ -1,0 +1,110 @@
+"""The half of the image plugin that needs torch: the model, the processor, augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import timm
+import torch
+import transformers
+from orchestrator.model import Network, build_transformers
+from orchestrator.plans import Plan
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def build_network(plan: Plan, directory: Path) -> Network:
+    """An AutoModelForImageClassification whose config says the input size that it was trained with."""
+    if plan.backbone.library == "timm":
+        return build_transformers(
+            plan,
+            directory,
+            transformers.AutoModelForImageClassification,
+            {"pretrained_cfg": _timm_settings(plan)},
+            processor=None,  # timm's settings stand in config.json
+            fresh=_fresh_timm,
+        )
+    return build_transformers(
+        plan, directory, getattr(transformers, plan.row.architecture), {}, make_processor(plan, directory),
+        fresh=lambda config: getattr(transformers, plan.row.architecture)(config),
+    )  # fmt: skip
+
+
+def _timm_settings(plan: Plan) -> dict[str, Any]:
+    settings = {k: v for k, v in (plan.backbone.config.get("pretrained_cfg") or {}).items() if k != "num_classes"}
+    height, width = plan.input["size"]
+    return {**settings, "input_size": [plan.input["channels"], height, width]}
+
+
+def _fresh_timm(config: Any) -> torch.nn.Module:
+    """Random weights by timm's own scheme; the wrapper's would be one normal distribution for every layer."""
+    wrapped = transformers.AutoModelForImageClassification.from_config(config)
+    fresh = timm.create_model(
+        config.architecture, pretrained=False, num_classes=config.num_labels, **(config.model_args or {})
+    )
+    wrapped.timm_model.load_state_dict(fresh.state_dict())
+    return wrapped  # type: ignore[no-any-return]
+
+
+def make_processor(plan: Plan, directory: Path) -> Any:
+    """The backbone's own image processor, at the plan's input size."""
+    if plan.backbone.library == "timm":
+        return TimmWrapperImageProcessor(_timm_settings(plan), architecture=plan.backbone.model_type)
+    height, width = plan.input["size"]
+    settings = plan.backbone.preprocessor or {}
+    size: dict[str, int] = {"height": height, "width": width}
+    if isinstance(settings.get("size"), dict) and "shortest_edge" in settings["size"]:
+        old_crop = settings.get("crop_size")
+        edge = settings["size"]["shortest_edge"]
+        crop = old_crop.get("height") if isinstance(old_crop, dict) else old_crop
+        # The margin around the crop keeps its proportion: 256 -> 224 becomes 73 -> 64.
+        scaled = round(edge * height / crop) if settings.get("do_center_crop") and crop else height
+        size = {"shortest_edge": scaled}
+    changes: dict[str, Any] = {"size": size}
+    if settings.get("do_center_crop"):
+        changes["crop_size"] = {"height": height, "width": width}
+    return transformers.AutoImageProcessor.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False, **changes
+    )
+
+
+def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Image.Image], bool], dict[str, Tensor]]:
+    """Pillow images -> the processor's output, in training with augmentation in front of it."""
+    processor = make_processor(plan, directory)
+    augment = _augmentation(plan.input["augment"])
+    mode = "RGB" if plan.input["channels"] == 3 else "L"
+
+    def collate(decoded: Sequence[Image.Image], train: bool) -> dict[str, Tensor]:
+        images = [convert(image, mode) for image in decoded]
+        if train and augment is not None:
+            images = [augment(image) for image in images]
+        return dict(processor(images, return_tensors="pt"))
+
+    return collate
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """The image in the mode that the backbone takes; 16 bits become 8."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _augmentation(name: str) -> Callable[[Image.Image], Image.Image] | None:
+    if name == "none":
+        return None
+    steps: list[Any] = [
+        v2.RandomAffine(degrees=10, translate=(0.08, 0.08), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
+        v2.ColorJitter(brightness=0.2, contrast=0.2),
+    ]
+    if name == "flip":
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose(steps)  # type: ignore[no-any-return]
