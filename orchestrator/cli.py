@@ -1,0 +1,432 @@
+"""The command line. It says the same things as Python and YAML; each command imports what it needs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from orchestrator.errors import REASONS, JobError, OrchestratorError
+
+if TYPE_CHECKING:
+    from orchestrator.runs import Run
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Take a network that was trained on the same kind of input, give it a new last layer, train that layer "
+    "or everything, and get a Hugging Face model back.\n\n"
+    "Exit codes: 0 done, 1 failed, 2 refused before the start, 130 interrupted (the same command goes on).",
+)
+
+_JOB = "The job"
+_DATA = "Data"
+_TRAINING = "Training"
+_WHERE = "Where it runs"
+
+JobFile = Annotated[Optional[Path], typer.Argument(metavar="[JOB.yaml]", help="a job file; flags win over it")]
+Modality = Annotated[Optional[str], typer.Option(help="image, or another that `plugins` lists", rich_help_panel=_JOB)]
+Backbone = Annotated[
+    Optional[str],
+    typer.Option(help="org/name[@revision] on the Hub, a directory, or an earlier run", rich_help_panel=_JOB),
+]
+Method = Annotated[
+    Optional[str],
+    typer.Option(help="head: new last layer only; full: everything; scratch: random weights", rich_help_panel=_JOB),
+]
+Name = Annotated[Optional[str], typer.Option(help="of the run; made from the job by default", rich_help_panel=_JOB)]
+Set = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="KEY=VALUE", help="any setting: training.epochs=3 (repeatable)", rich_help_panel=_JOB),
+]
+DataPath = Annotated[
+    Optional[str], typer.Option("--data", help="a folder of class folders, or a .csv, .parquet, .jsonl", rich_help_panel=_DATA)
+]
+LabelColumn = Annotated[Optional[str], typer.Option(help="a table's column of labels", rich_help_panel=_DATA)]
+GroupColumn = Annotated[
+    Optional[str], typer.Option(help="samples of one group stay on one side of every split", rich_help_panel=_DATA)
+]
+NumTrain = Annotated[Optional[int], typer.Option(help="train on so many samples only", rich_help_panel=_DATA)]
+OnBad = Annotated[Optional[str], typer.Option(help="fail or skip: what a broken sample does", rich_help_panel=_DATA)]
+Epochs = Annotated[Optional[int], typer.Option(rich_help_panel=_TRAINING)]
+BatchSize = Annotated[Optional[int], typer.Option(help="samples a step, over all workers", rich_help_panel=_TRAINING)]
+LearningRate = Annotated[Optional[float], typer.Option(rich_help_panel=_TRAINING)]
+Seed = Annotated[Optional[int], typer.Option(rich_help_panel=_TRAINING)]
+Size = Annotated[Optional[int], typer.Option(help="input size, where the modality has one", rich_help_panel=_TRAINING)]
+Workers = Annotated[Optional[int], typer.Option(help="more than one: processes on Ray", rich_help_panel=_WHERE)]
+Address = Annotated[
+    Optional[str], typer.Option(help="a Ray cluster; 'local' starts one here", rich_help_panel=_WHERE)
+]
+Storage = Annotated[Optional[str], typer.Option(help="the directory of the runs [default: runs]", rich_help_panel=_WHERE)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="start over, removing what the run holds")]
+Json = Annotated[bool, typer.Option("--json", help="print the result, or the refusal, as JSON")]
+
+
+@app.command()
+def finetune(
+    job: JobFile = None, backbone: Backbone = None, data: DataPath = None, method: Method = None,
+    modality: Modality = None, name: Name = None, set_: Set = None, label_column: LabelColumn = None,
+    group_column: GroupColumn = None, num_train: NumTrain = None, on_bad_sample: OnBad = None, epochs: Epochs = None,
+    batch_size: BatchSize = None, learning_rate: LearningRate = None, seed: Seed = None, size: Size = None,
+    workers: Workers = None, address: Address = None, storage: Storage = None, fresh: Fresh = False,
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """Train a backbone on your data. The same command again goes on with an unfinished run.
+
+    orchestrator finetune --backbone microsoft/resnet-50 --data photos/
+
+    orchestrator finetune job.yaml --method full --set training.epochs=3
+    """
+    from orchestrator.train import finetune as run_finetune
+
+    _report(run_finetune(job, fresh=fresh, **_fields(locals())), json_)
+
+
+@app.command()
+def pretrain(
+    job: JobFile = None, backbone: Backbone = None, data: DataPath = None, modality: Modality = None,
+    name: Name = None, set_: Set = None, label_column: LabelColumn = None, group_column: GroupColumn = None,
+    num_train: NumTrain = None, on_bad_sample: OnBad = None, epochs: Epochs = None, batch_size: BatchSize = None,
+    learning_rate: LearningRate = None, seed: Seed = None, size: Size = None, workers: Workers = None,
+    address: Address = None, storage: Storage = None, fresh: Fresh = False, json_: Json = False,
+) -> None:  # fmt: skip
+    """Train a backbone's architecture from random weights. The run is a backbone for `finetune`.
+
+    orchestrator pretrain --backbone microsoft/resnet-50 --data many-photos/ --name base
+
+    orchestrator finetune --backbone runs/base --data my-photos/
+    """
+    from orchestrator.train import pretrain as run_pretrain
+
+    _report(run_pretrain(job, fresh=fresh, **_fields(locals())), json_)
+
+
+@app.command()
+def plan(
+    job: JobFile = None, backbone: Backbone = None, data: DataPath = None, method: Method = None,
+    modality: Modality = None, name: Name = None, set_: Set = None, label_column: LabelColumn = None,
+    group_column: GroupColumn = None, num_train: NumTrain = None, on_bad_sample: OnBad = None, epochs: Epochs = None,
+    batch_size: BatchSize = None, learning_rate: LearningRate = None, seed: Seed = None, size: Size = None,
+    workers: Workers = None, address: Address = None, storage: Storage = None, json_: Json = False,
+) -> None:  # fmt: skip
+    """Print what `finetune` would do, and run nothing."""
+    from orchestrator.console import show_plan
+    from orchestrator.planning import plan as make_plan
+
+    made = make_plan(job, **_fields(locals()))
+    if json_:
+        print(made.model_dump_json(indent=1))
+    else:
+        show_plan(made)
+
+
+@app.command()
+def check(
+    backbone: Annotated[str, typer.Argument(help="org/name[@revision], a directory, or an earlier run")],
+    modality: Annotated[str, typer.Option(help="what your data is")] = "image",
+    data: Annotated[Optional[str], typer.Option(help="hold the data against it too")] = None,
+    size: Annotated[Optional[int], typer.Option(help="input size")] = None,
+    json_: Json = False,
+) -> None:
+    """Say whether a backbone fits a modality, from its metadata files alone.
+
+    orchestrator check microsoft/resnet-50 --modality image
+    """
+    from orchestrator.planning import inspect
+
+    found = inspect(backbone, modality, data, {"size": size} if size is not None else {})
+    card = found.card
+    if json_:
+        print(
+            json.dumps(
+                {
+                    "accepted": True,
+                    "backbone": card.source,
+                    "kind": card.kind,
+                    "commit": card.commit,
+                    "library": card.library,
+                    "type": card.model_type,
+                    "architecture": found.row.architecture,
+                    "modality": modality,
+                    "input": dict(found.fit.input) if found.fit else None,
+                    "adaptations": [one.model_dump() for one in found.fit.adaptations] if found.fit else [],
+                    "warnings": list(found.fit.warnings) if found.fit else [],
+                },
+                ensure_ascii=False,
+            )
+        )
+        return
+    from orchestrator.console import out, pairs
+
+    rows: list[tuple[str, object]] = [
+        ("accepted", f"{card.source} for {modality}"),
+        ("what", f"{card.library} {card.model_type}, {card.kind}" + (f" @ {card.commit}" if card.commit else "")),
+    ]
+    if found.fit is not None:
+        rows.append(("input", ", ".join(f"{key} {value}" for key, value in found.fit.input.items())))
+        rows += [("adapted", str(one)) for one in found.fit.adaptations]
+        rows += [("warning", one) for one in found.fit.warnings]
+    if found.profile is not None:
+        rows.append(("measured", f"{found.profile.num_measured} samples"))
+        rows += [(key, str(value)) for key, value in found.profile.ranges.items()]
+        rows += [(key, ", ".join(f"{w} x {n}" for w, n in c.items())) for key, c in found.profile.counts.items()]
+    out.print(pairs(rows))
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="the directory of a finished run")],
+    files: Annotated[list[str], typer.Argument(help="what to classify")],
+    top: Annotated[int, typer.Option(min=1, help="so many classes each")] = 3,
+    json_: Json = False,
+) -> None:
+    """Classify files with a finished run. Exit code 1 if one of them cannot be read."""
+    from orchestrator.predictor import predict as run_predict
+
+    found = run_predict(run, files, top)
+    if json_:
+        rows = [
+            {"input": one.input, "problem": one.problem}
+            if one.problem
+            else {"input": one.input, "label": one.label, "score": one.score, "top": [list(t) for t in one.top]}
+            for one in found
+        ]
+        print(json.dumps(rows, ensure_ascii=False))
+    else:
+        from orchestrator.console import out, table
+
+        out.print(
+            table(
+                ["input", "label", "score", "then"],
+                [
+                    [one.input, "", "", one.problem]
+                    if one.problem
+                    else [one.input, one.label, f"{one.score:.3f}", ", ".join(f"{k} {v:.3f}" for k, v in one.top[1:])]
+                    for one in found
+                ],
+                right=(2,),
+            )
+        )
+    if any(one.problem for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="the directory of a finished run")],
+    data: Annotated[str, typer.Option(help="labelled data: a folder of class folders, or a table")],
+    label_column: LabelColumn = None,
+    on_bad_sample: OnBad = None,
+    json_: Json = False,
+) -> None:
+    """Figures of a finished run on labelled data that it has not seen."""
+    from orchestrator.predictor import evaluate as run_evaluate
+    from orchestrator.spec import make_job
+
+    fields = {"path": data, "label_column": label_column, "on_bad_sample": on_bad_sample}
+    spec = make_job(backbone="-", data={key: value for key, value in fields.items() if value is not None}).data
+    figures = run_evaluate(run, spec)
+    if json_:
+        print(json.dumps(figures, ensure_ascii=False))
+        return
+    from orchestrator.console import out, show_results, table
+
+    show_results({"test": figures, "num_skipped": 0})
+    worst = sorted((v, k) for k, v in figures["per_class"].items() if v is not None)[:10]
+    out.print(table(["class", "accuracy"], [[name, f"{value:.3f}"] for value, name in worst], right=(1,)))
+    if figures["num_skipped"]:
+        out.print(f"{figures['num_skipped']} samples could not be read and were left out")
+
+
+@app.command()
+def runs(
+    storage: Annotated[str, typer.Option(help="the directory of the runs")] = "runs",
+    json_: Json = False,
+) -> None:
+    """List the runs and how far they are."""
+    from orchestrator.runs import list_runs
+
+    found = list_runs(storage)
+    rows = []
+    for run in found:
+        metrics = run.metrics
+        results = run.results if run.finished else {}
+        figures = results.get("test") or results.get("validation") or {}
+        rows.append(
+            {
+                "name": run.name,
+                "state": "finished" if run.finished else "unfinished",
+                "epochs": metrics[-1]["epoch"] if metrics else 0,
+                "accuracy": figures.get("accuracy"),
+                "seconds": results.get("seconds"),
+            }
+        )
+    if json_:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    from orchestrator.console import out, table
+
+    if not rows:
+        out.print(f"there are no runs in {storage}", markup=False)
+        return
+    cells = [
+        [r["name"], r["state"], r["epochs"], "" if r["accuracy"] is None else f"{r['accuracy']:.3f}",
+         "" if r["seconds"] is None else f"{r['seconds']:.0f}"]
+        for r in rows
+    ]  # fmt: skip
+    out.print(table(["run", "state", "epochs", "accuracy", "seconds"], cells, right=(2, 3, 4)))
+
+
+@app.command()
+def plugins(
+    types: Annotated[Optional[str], typer.Option(metavar="MODALITY", help="list its model types")] = None,
+    json_: Json = False,
+) -> None:
+    """List the modality plugins: what they take, and which backbones fit."""
+    from orchestrator import registry
+    from orchestrator.console import out, table
+
+    if types is not None:
+        rules = registry.get(types).rules
+        if json_:
+            print(json.dumps({"types": sorted(rules.accepts), "timm": sorted(rules.timm)}))
+            return
+        out.print(f"{types}, from {rules.generated_from}", markup=False)
+        out.print(", ".join(sorted(rules.accepts)), markup=False)
+        if rules.timm:
+            out.print(f"and {len(rules.timm)} timm architectures", markup=False)
+        return
+    found = registry.listings()
+    if json_:
+        print(
+            json.dumps(
+                [
+                    {
+                        "name": one.name,
+                        "distribution": one.distribution,
+                        "version": one.version,
+                        "takes": one.modality.title if one.modality else None,
+                        "trainable": bool(one.modality and one.modality.trainable),
+                        "types": sorted(one.modality.rules.accepts) if one.modality else [],
+                        "num_timm": len(one.modality.rules.timm) if one.modality else 0,
+                        "error": one.error or None,
+                    }
+                    for one in found
+                ]
+            )
+        )
+        return
+    rows = []
+    for one in found:
+        if one.modality is None:
+            rows.append([one.name, f"{one.distribution} {one.version}", f"broken: {one.error}", ""])
+            continue
+        rules = one.modality.rules
+        families = f"{len(rules.accepts)} types" + (f", {len(rules.timm)} timm" if rules.timm else "")
+        examples = ", ".join(list(rules.accepts)[:3])
+        state = one.modality.title if one.modality.trainable else f"{one.modality.title} (check only, no training yet)"
+        rows.append([one.name, f"{one.distribution} {one.version}".strip(), state, f"{families}: {examples}, …"])
+    out.print(table(["modality", "from", "takes", "backbone families"], rows))
+
+
+@app.command()
+def reasons() -> None:
+    """List every `reason` that a refusal can have."""
+    from orchestrator.console import out, pairs
+
+    out.print(pairs(list(REASONS.items())))
+
+
+_DOTTED = {
+    "label_column": "data.label_column", "group_column": "data.group_column", "num_train": "data.num_train",
+    "on_bad_sample": "data.on_bad_sample", "epochs": "training.epochs", "batch_size": "training.batch_size",
+    "learning_rate": "training.learning_rate", "seed": "training.seed", "size": "settings.size",
+    "workers": "scaling.num_workers", "address": "scaling.address",
+}  # fmt: skip
+_PLAIN = ("modality", "backbone", "data", "method", "name", "storage")
+
+
+def _fields(given: dict[str, Any]) -> dict[str, Any]:
+    """The job's fields out of a command's flags; those that were not given are left out."""
+    from orchestrator.spec import parse_setting
+
+    fields = {key: given[key] for key in _PLAIN if given.get(key) is not None}
+    fields |= {_DOTTED[key]: given[key] for key in _DOTTED if given.get(key) is not None}
+    return fields | dict(parse_setting(text) for text in given.get("set_") or [])
+
+
+def _report(run: Run, as_json: bool) -> None:
+    from orchestrator.console import out, pairs, show_results
+
+    results = run.results
+    if as_json:
+        print(json.dumps({"run": str(run.path), **results}, ensure_ascii=False))
+        return
+    show_results(results)
+    where = _short(run.path)
+    out.print(
+        pairs(
+            [
+                ("model", f"{where}/model"),
+                ("metrics", f"{where}/metrics.jsonl, {where}/results.json"),
+                ("next", f"orchestrator predict {where} FILE..."),
+            ]
+        )
+    )
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+_UsageError = typer.BadParameter.__mro__[1]  # click's, wherever this version of typer keeps it
+
+
+def main() -> None:
+    """The entry point: every error becomes a message and an exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; its exit code."""
+    as_json = "--json" in arguments
+    try:
+        if not arguments:
+            app(["--help"], standalone_mode=False, prog_name="orchestrator")
+            return 2
+        code = app(arguments, standalone_mode=False, prog_name="orchestrator")
+        return code if isinstance(code, int) else 0
+    except _UsageError as error:
+        hint = f"orchestrator {arguments[0]} --help" if arguments and not arguments[0].startswith("-") else ""
+        message = str(error.format_message())  # type: ignore[attr-defined]
+        return _fail(JobError(message, mend=hint or "orchestrator --help"), as_json)
+    except OrchestratorError as error:
+        return _fail(error, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        from orchestrator.errors import InterruptedRunError
+
+        return _fail(InterruptedRunError("interrupted", mend="the same command goes on"), as_json)
+    except BrokenPipeError:
+        return 0
+
+
+def _fail(error: OrchestratorError, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"accepted": False, **error.as_dict()}, ensure_ascii=False))
+    else:
+        from orchestrator.console import show_error
+
+        show_error(error)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    main()

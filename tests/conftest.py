@@ -1,0 +1,162 @@
+"""What tests share: a quiet environment, real digits, and backbones in Hub layout.
+
+Nothing is downloaded: the digits are scikit-learn's (8 x 8, 1,797 of them), the small backbones are built here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import Hub, serve
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# The client reads its environment when it is imported, so the Hub of the tests must be there before that.
+_stack = contextlib.ExitStack()
+_hub = _stack.enter_context(serve())
+_home = _stack.enter_context(tempfile.TemporaryDirectory(prefix="orchestrator-tests-"))
+os.environ |= {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_OFFLINE": "0",
+    "HF_ENDPOINT": _hub.url,
+    "HF_HOME": _home,
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "COLUMNS": "80",
+    "TERM": "dumb",
+}
+os.environ.pop("HF_TOKEN", None)
+
+
+def pytest_unconfigure() -> None:
+    _stack.close()
+
+
+@pytest.fixture
+def hub() -> Hub:
+    """The Hub on 127.0.0.1, empty, with no request recorded yet."""
+    _hub.repositories.clear()
+    _hub.requests.clear()
+    _hub.failures = 0
+    return _hub
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 real digits as class folders of PNG: train/ (400) and test/ (200)."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    root = tmp_path_factory.mktemp("digits")
+    data = load_digits()
+    for row in range(600):
+        folder = root / ("train" if row < 400 else "test") / str(data.target[row])
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.minimum(data.images[row] * 16, 255).astype("uint8")
+        Image.fromarray(pixels).save(folder / f"{row:04}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def flat_digits(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """300 of them without ready-made splits."""
+    import shutil
+
+    root = tmp_path_factory.mktemp("flat")
+    for file in sorted((digits / "train").glob("*/*.png"))[:300]:
+        (root / file.parent.name).mkdir(exist_ok=True)
+        shutil.copy(file, root / file.parent.name / file.name)
+    return root
+
+
+def save_backbone(directory: Path, config: object, processor: object | None = None, model_class: str = "") -> Path:
+    """A transformers model with random weights, in Hub layout."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    chosen = getattr(transformers, model_class) if model_class else transformers.AutoModelForImageClassification
+    model = chosen(config) if model_class else chosen.from_config(config)
+    model.save_pretrained(directory)
+    if processor is not None:
+        processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet with BatchNorm and 7 classes, some 20,000 parameters, 32 x 32 pixels."""
+    from transformers import ConvNextImageProcessor, ResNetConfig
+
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=7
+    )
+    processor = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0)
+    return save_backbone(tmp_path_factory.mktemp("tiny-resnet"), config, processor)
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT with dropout and 10 classes, 16 x 16 pixels."""
+    from transformers import ViTConfig, ViTImageProcessor
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16,
+        patch_size=4, num_labels=10, hidden_dropout_prob=0.1,
+    )  # fmt: skip
+    return save_backbone(tmp_path_factory.mktemp("tiny-vit"), config, ViTImageProcessor(size={"height": 16, "width": 16}))
+
+
+@pytest.fixture(scope="session")
+def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet EfficientNet-Lite0, real trained weights, as the demo makes it."""
+    sys.path.insert(0, str(REPOSITORY / "examples" / "digits"))
+    try:
+        from make_backbone import make_backbone
+    finally:
+        sys.path.pop(0)
+    return Path(make_backbone(tmp_path_factory.mktemp("efficientnet-lite0")))
+
+
+@pytest.fixture
+def card_files(tmp_path: Path) -> Callable[..., Path]:
+    """A directory of metadata files: `card_files(config={...}, **{"model.safetensors": b""})`."""
+
+    def write(name: str = "backbone", **files: object) -> Path:
+        directory = tmp_path / name
+        directory.mkdir(parents=True, exist_ok=True)
+        for key, content in files.items():
+            file = directory / (f"{key}.json" if "." not in key else key)
+            file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line as a process of its own."""
+
+    def run(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "orchestrator.cli", *(str(one) for one in arguments)],
+            capture_output=True, text=True, timeout=240, check=False, **more,
+        )  # fmt: skip
+
+    return run

@@ -1,0 +1,161 @@
+"""A Hub on 127.0.0.1 for the real client: repositories in memory, every request recorded.
+
+Large files answer with a redirect to another origin, as the real Hub does (localhost against 127.0.0.1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+LARGE = (".safetensors", ".bin", ".gguf")
+
+
+@dataclass
+class Repository:
+    """One revision of files, under a commit sha of 40 hex digits."""
+
+    files: dict[str, bytes]
+    gated: bool = False
+    files_gated: bool = False
+    """The real Hub may answer model_info of a gated repository and refuse its files."""
+
+    @property
+    def sha(self) -> str:
+        digest = hashlib.sha1(repr(sorted(self.files.items())).encode())
+        return digest.hexdigest()
+
+
+@dataclass
+class Hub:
+    """What is served, and what was asked for."""
+
+    url: str = ""
+    other_url: str = ""
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    requests: list[tuple[str, str, str]] = field(default_factory=list)
+    """(method, path, Range header)"""
+    failures: int = 0
+    """So many of the next requests get status 503."""
+
+    def asked_for(self, suffix: str) -> list[tuple[str, str, str]]:
+        return [one for one in self.requests if one[1].split("?")[0].endswith(suffix)]
+
+
+@contextmanager
+def serve() -> Iterator[Hub]:
+    """A Hub that is there while the context lasts."""
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def _answer(self, with_body: bool) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append((self.command, self.path, self.headers.get("Range", "")))
+            if hub.failures:
+                hub.failures -= 1
+                return self._send(503, b"try again", with_body)
+            parts = path.strip("/").split("/")
+            if parts[:2] == ["api", "models"]:
+                return self._info(parts[2:], with_body)
+            if parts[0] == "large":
+                name, _, file = "/".join(parts[1:]).partition("/resolve/")
+                content = hub.repositories[name].files[file]
+                return self._send_file(content, with_body)
+            if "resolve" in parts:
+                at = parts.index("resolve")
+                return self._resolve("/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :]), with_body)
+            return self._error(404, "EntryNotFound", with_body)
+
+        def _find(self, name: str, revision: str, with_body: bool) -> Repository | None:
+            found = hub.repositories.get(name)
+            if found is None:
+                self._error(404, "RepoNotFound", with_body)
+            elif found.gated:
+                self._error(403, "GatedRepo", with_body)
+            elif revision not in ("main", found.sha):
+                self._error(404, "RevisionNotFound", with_body)
+            else:
+                return found
+            return None
+
+        def _info(self, parts: list[str], with_body: bool) -> None:
+            name = "/".join(parts[:2])
+            revision = parts[3] if len(parts) > 3 and parts[2] == "revision" else "main"
+            repository = self._find(name, revision, with_body)
+            if repository is None:
+                return
+            siblings = [{"rfilename": f, "size": len(c), "blobId": "0"} for f, c in repository.files.items()]
+            info: dict[str, Any] = {
+                "_id": "1", "id": name, "modelId": name, "sha": repository.sha, "private": False, "gated": False,
+                "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings,
+            }  # fmt: skip
+            self._send(200, json.dumps(info).encode(), with_body, {"Content-Type": "application/json"})
+
+        def _resolve(self, name: str, revision: str, file: str, with_body: bool) -> None:
+            repository = self._find(name, revision, with_body)
+            if repository is None:
+                return
+            if repository.files_gated:
+                return self._error(403, "GatedRepo", with_body)
+            content = repository.files.get(file)
+            commit = {"X-Repo-Commit": repository.sha}
+            if content is None:
+                return self._error(404, "EntryNotFound", with_body, commit)
+            etag = f'"{hashlib.sha256(content).hexdigest()}"'
+            if file.endswith(LARGE):
+                where = {"Location": f"{hub.other_url}/large/{name}/resolve/{file}"}
+                large = {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content)), **where, **commit}
+                return self._send(302, b"", with_body, large)
+            return self._send(200, content, with_body, {"ETag": etag, **commit})
+
+        def _send_file(self, content: bytes, with_body: bool) -> None:
+            wanted = self.headers.get("Range", "")
+            if not wanted.startswith("bytes="):
+                return self._send(200, content, with_body)
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, end = int(first or 0), min(int(last) if last else len(content) - 1, len(content) - 1)
+            span = {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
+            return self._send(206, content[start : end + 1], with_body, span)
+
+        def _error(self, status: int, code: str, with_body: bool, headers: dict[str, str] | None = None) -> None:
+            self._send(status, b"", with_body, {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
+
+        def _send(self, status: int, body: bytes, with_body: bool, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            for key, value in (headers or {}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    port = server.server_address[1]
+    hub.url, hub.other_url = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
