@@ -152,7 +152,6 @@ def make_plan(
     if job.method != "scratch":
         require_weights(card)
     found = fit(card, row, modality, job.settings, profile)
-    schedule = _schedule(job, data.num_samples["train"])
     own_cluster = job.scaling.address in (None, "local")
     threads = job.scaling.threads_per_worker
     if threads is None:
@@ -164,6 +163,7 @@ def make_plan(
             expected=f"at most {num_cores} in all; beyond the cores everything gets many times slower",
             mend="lower scaling.num_workers, or name a cluster: scaling.address",
         )
+    schedule = _schedule(job, data.num_samples["train"])
     once = job.method == "head" and not found.augmented
     return Plan(
         name=job.name or run_name(job, card),

@@ -13,6 +13,7 @@ import re
 import struct
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,10 +93,14 @@ def _read_repository(source: str, repo_id: str, revision: str | None) -> Backbon
     commit = str(info.sha)
 
     def read(name: str) -> bytes:
-        return Path(hf_hub_download(repo_id, name, revision=commit)).read_bytes()
+        # By branch first: so the client notes which commit the branch is at, for a day without a connection.
+        found = Path(hf_hub_download(repo_id, name, revision=revision or "main"))
+        if found.parent.name != commit:  # the branch moved since
+            found = Path(hf_hub_download(repo_id, name, revision=commit))
+        return found.read_bytes()
 
     try:
-        metadata = {n: _asking(source, lambda n=n: read(n)) for n in _METADATA if n in files}  # type: ignore[misc]
+        metadata = {name: _asking(source, partial(read, name)) for name in _METADATA if name in files}
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise _offline(source, error) from error
     return _make_card(
@@ -340,6 +345,8 @@ def _read_header(path: Path, source: str) -> Tensors:
             header = json.loads(file.read(size))
         except ValueError:
             raise broken from None
+    if not isinstance(header, dict):
+        raise broken
     header.pop("__metadata__", None)
     try:
         tensors = {name: (str(one["dtype"]), tuple(one["shape"])) for name, one in header.items()}

@@ -79,7 +79,7 @@ def flat_digits(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     import shutil
 
     root = tmp_path_factory.mktemp("flat")
-    for file in sorted((digits / "train").glob("*/*.png"))[:300]:
+    for file in sorted((digits / "train").glob("*/*.png"), key=lambda file: file.name)[:300]:
         (root / file.parent.name).mkdir(exist_ok=True)
         shutil.copy(file, root / file.parent.name / file.name)
     return root

@@ -98,6 +98,8 @@ def serve() -> Iterator[Hub]:
 
         def _info(self, parts: list[str], with_body: bool) -> None:
             name = "/".join(parts[:2])
+            if len(parts) > 3 and parts[2] == "tree":
+                return self._tree(name, parts[3], with_body)
             revision = parts[3] if len(parts) > 3 and parts[2] == "revision" else "main"
             repository = self._find(name, revision, with_body)
             if repository is None:
@@ -108,6 +110,15 @@ def serve() -> Iterator[Hub]:
                 "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings,
             }  # fmt: skip
             self._send(200, json.dumps(info).encode(), with_body, {"Content-Type": "application/json"})
+
+        def _tree(self, name: str, revision: str, with_body: bool) -> None:
+            repository = self._find(name, revision, with_body)
+            if repository is not None:
+                entries = [
+                    {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for file, content in repository.files.items()
+                ]
+                self._send(200, json.dumps(entries).encode(), with_body, {"Content-Type": "application/json"})
 
         def _resolve(self, name: str, revision: str, file: str, with_body: bool) -> None:
             repository = self._find(name, revision, with_body)

@@ -1,0 +1,402 @@
+"""The main job in this process: what is learnt, what stays frozen, and what survives an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import orchestrator
+from orchestrator.errors import ChangedError, DataError, RefusedError, TrainingError, WeightsError
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def silent(_event: dict[str, Any]) -> None:
+    pass
+
+
+def train(backbone: Path, data: Path, **fields: Any) -> orchestrator.Run:
+    fields.setdefault("training", {"epochs": 2})
+    return orchestrator.finetune(backbone=str(backbone), data=str(data), events=silent, **fields)
+
+
+def weights_of(run: orchestrator.Run) -> dict[str, torch.Tensor]:
+    return load_file(run.model / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("backbone", ["tiny_resnet", "tiny_vit"])
+def test_frozen_is_frozen(backbone: str, request: pytest.FixtureRequest, digits: Path) -> None:
+    directory = request.getfixturevalue(backbone)
+    before = load_file(directory / "model.safetensors")
+    run = train(directory, digits, training={"epochs": 3, "learning_rate": 0.05})
+    after = weights_of(run)
+    for name, tensor in before.items():
+        if name.startswith("classifier"):
+            assert after[name].shape[0] == 10
+            if after[name].shape == tensor.shape:  # the ViT had 10 classes before: its old head is not kept
+                assert not torch.equal(after[name], tensor)
+        else:
+            assert torch.equal(after[name], tensor), name
+    assert run.lineage["features"] == "once"
+    assert run.lineage["split_error"] <= 1e-4
+    assert all(name.startswith("classifier") for name in run.lineage["new_tensors"])
+
+
+def test_full_moves_everything(tiny_resnet: Path, digits: Path) -> None:
+    before = load_file(tiny_resnet / "model.safetensors")
+    run = train(tiny_resnet, digits, method="full")
+    after = weights_of(run)
+    moved = [name for name in before if before[name].shape != after[name].shape or not torch.equal(before[name], after[name])]
+    assert len(moved) == len(before)
+    frozen = train(tiny_resnet, digits, method="full", training={"epochs": 2, "batch_norm": "frozen"})
+    for name, tensor in weights_of(frozen).items():
+        if "running" in name or "tracked" in name:
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_the_features_and_the_slow_way_learn_the_same(
+    tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = train(tiny_resnet, digits)
+    monkeypatch.setattr("orchestrator.loop.SPLIT_TOLERANCE", -1.0)
+    slow = train(tiny_resnet, digits, name="slow")
+    assert slow.lineage["features"] == "every step"
+    for name, tensor in weights_of(quick).items():
+        assert torch.allclose(tensor, weights_of(slow)[name], atol=1e-5), name
+    assert quick.results["test"]["confusion"] == slow.results["test"]["confusion"]
+
+
+def test_a_trained_backbone_beats_random_weights(efficientnet: Path, digits: Path) -> None:
+    small = {"path": str(digits), "num_train": 100, "validation_fraction": 0.0}
+    more = {"settings": {"size": 32}, "data": small}
+    head = orchestrator.finetune(backbone=str(efficientnet), events=silent, **more)
+    scratch = orchestrator.pretrain(backbone=str(efficientnet), events=silent, training={"epochs": 4}, **more)
+    assert head.accuracy > 0.6
+    assert head.accuracy > scratch.accuracy + 0.2
+
+
+def test_a_run_holds_what_it_should(tiny_resnet: Path, digits: Path) -> None:
+    run = train(tiny_resnet, digits, training={"epochs": 3})
+    assert {child.name for child in run.path.iterdir()} >= {
+        "job.yaml", "plan.json", "lineage.json", "metrics.jsonl", "results.json", "checkpoints", "model",
+    }  # fmt: skip
+    assert [line["epoch"] for line in run.metrics] == [1, 2, 3]
+    results = run.results
+    assert results["test"]["num_samples"] == sum(map(sum, results["test"]["confusion"])) == 200
+    low, high = results["test"]["accuracy_95"]
+    assert low < results["test"]["accuracy"] < high
+    card = (run.model / "README.md").read_text()
+    assert "[More Information Needed]" not in card
+    assert f"{results['test']['accuracy']:.3f}" in card
+    assert json.loads((run.model / "config.json").read_text())["id2label"]["3"] == "3"
+    assert orchestrator.finetune(run.path / "job.yaml", events=silent).path == run.path
+
+
+def test_the_same_call_returns_the_finished_run_and_fresh_starts_over(tiny_resnet: Path, digits: Path) -> None:
+    run = train(tiny_resnet, digits)
+    before = (run.path / "results.json").stat().st_mtime_ns
+    assert train(tiny_resnet, digits).path == run.path
+    assert (run.path / "results.json").stat().st_mtime_ns == before
+    weights = weights_of(run)
+    again = train(tiny_resnet, digits, fresh=True)
+    assert (again.path / "results.json").stat().st_mtime_ns > before
+    assert same(weights, weights_of(again))
+
+
+def test_what_changed_underneath_is_refused(tiny_resnet: Path, flat_digits: Path, tmp_path: Path) -> None:
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(flat_digits, data)
+    train(tiny_resnet, data)
+    file = next(data.glob("3/*.png"))
+    (data / "4" / "moved.png").write_bytes(file.read_bytes())
+    file.unlink()
+    with pytest.raises(ChangedError, match="the data of the run"):
+        train(tiny_resnet, data)
+    assert train(tiny_resnet, data, fresh=True).finished
+    with pytest.raises(ChangedError, match="the job of the run"):
+        train(tiny_resnet, data, name=orchestrator.plan(backbone=str(tiny_resnet), data=str(data), training={"epochs": 2}).name, method="full")
+
+
+def test_pretrain_then_finetune_on_other_classes(tiny_resnet: Path, digits: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for kind, names in (("first", "01234"), ("second", "56789")):
+        for split in ("train", "test"):
+            for name in names:
+                shutil.copytree(digits / split / name, tmp_path / kind / split / name)
+    base = orchestrator.pretrain(
+        backbone=str(tiny_resnet), data=str(tmp_path / "first"), name="base", training={"epochs": 8}, events=silent
+    )
+    assert base.lineage["new_tensors"] == "all"
+    run = train(base.path, tmp_path / "second", method="full", training={"epochs": 8})
+    assert run.results["test"]["accuracy"] > 0.4
+    chain = run.lineage["backbone"]
+    assert (chain["kind"], chain["lineage"]["method"]) == ("run", "scratch")
+    assert chain["lineage"]["classes"] == list("01234")
+    assert run.lineage["classes"] == list("56789")
+    unfinished = tmp_path / "runs" / "base"
+    (unfinished / "results.json").unlink()
+    with pytest.raises(RefusedError, match="has not finished"):
+        train(unfinished, tmp_path / "second")
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_an_error(tiny_resnet: Path, digits: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    tensors = load_file(tiny_resnet / "model.safetensors")
+    name = next(key for key in tensors if "encoder" in key and key.endswith("convolution.weight"))
+    for kind, change, words in (
+        ("missing", {}, "is missing"),
+        ("shape", {name: torch.zeros(3, 3, 3, 3)}, "has another shape"),
+        ("more", {name: tensors[name], "resnet.encoder.stages.9.weight": torch.zeros(2)}, "no place for"),
+    ):
+        directory = tmp_path / kind
+        shutil.copytree(tiny_resnet, directory)
+        rest = {key: value for key, value in tensors.items() if key != name}
+        save_file({**rest, **change}, directory / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(WeightsError, match=words):
+            train(directory, digits)
+
+
+def test_a_base_checkpoint_without_a_head_gets_one(digits: Path, tmp_path: Path) -> None:
+    from transformers import PoolFormerConfig, PoolFormerImageProcessor
+
+    from tests.conftest import save_backbone
+
+    config = PoolFormerConfig(
+        hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_encoder_blocks=4, mlp_ratio=2.0
+    )
+    processor = PoolFormerImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0, crop_size={"height": 32, "width": 32})
+    directory = save_backbone(tmp_path / "base", config, processor, "PoolFormerModel")
+    run = train(directory, digits)
+    # The norm in front of the classifier is random too, so it is head: never frozen, and no split is possible.
+    assert run.lineage["head"] == ["norm", "classifier"]
+    assert {name.split(".")[0] for name in run.lineage["new_tensors"]} == {"norm", "classifier"}
+    assert run.lineage["features"] == "every step"
+
+
+def test_gradient_accumulation_is_the_large_batch(tiny_vit: Path, digits: Path) -> None:
+    whole = {"epochs": 1, "batch_size": 40, "optimizer": "sgd", "learning_rate": 0.1, "batch_norm": "frozen"}
+    import shutil
+
+    quiet = Path("no-dropout")
+    shutil.copytree(tiny_vit, quiet)
+    config = json.loads((quiet / "config.json").read_text())
+    (quiet / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.0}))
+    one = train(quiet, digits, method="full", training=whole)
+    four = train(quiet, digits, method="full", training={**whole, "num_shards": 4})
+    for name, tensor in weights_of(one).items():
+        assert torch.allclose(tensor, weights_of(four)[name], atol=1e-5), name
+
+
+def test_augmentation_changes_the_samples_and_is_repeatable(tiny_resnet: Path, digits: Path) -> None:
+    plain = train(tiny_resnet, digits, method="full")
+    first = train(tiny_resnet, digits, method="full", settings={"augment": "light"})
+    again = train(tiny_resnet, digits, method="full", settings={"augment": "light"}, fresh=True)
+    assert not same(weights_of(plain), weights_of(first))
+    assert same(weights_of(first), weights_of(again))
+
+
+def test_a_loss_that_explodes_says_so(tiny_resnet: Path, digits: Path) -> None:
+    with pytest.raises(TrainingError, match="the loss is") as caught:
+        train(
+            tiny_resnet, digits, method="full",
+            training={"epochs": 9, "optimizer": "sgd", "learning_rate": 1e30, "clip_norm": None, "warmup_fraction": 0.0},
+        )  # fmt: skip
+    assert "learning_rate" in caught.value.mend
+
+
+def test_a_file_that_breaks_while_training(tiny_resnet: Path, flat_digits: Path, tmp_path: Path) -> None:
+    """Of a large data set only some files are looked at before the start; the rest is met on the way."""
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(flat_digits, data)
+    victims = sorted(data.glob("3/*.png"))[:2]
+
+    def spoil(event: dict[str, Any]) -> None:
+        if event["kind"] == "phase" and event["text"] == "loading the backbone":
+            for victim in victims:
+                victim.write_bytes(b"no image")
+
+    job = {"backbone": str(tiny_resnet), "data": str(data), "training": {"epochs": 2}}
+    with pytest.raises(TrainingError, match="is no image that Pillow can read") as caught:
+        orchestrator.finetune(job, events=spoil)
+    assert str(victims[0].parent) in caught.value.message
+    for victim in victims:
+        shutil.copy(flat_digits / "3" / victim.name, victim)
+    for method in ("head", "full"):
+        run = orchestrator.finetune(job, method=method, events=spoil, **{"data.on_bad_sample": "skip"})
+        assert run.results["num_skipped"] == 2
+        skipped = [json.loads(line) for line in (run.path / "skipped.jsonl").read_text().splitlines()]
+        assert [line["place"] for line in skipped] == [str(victim) for victim in victims]
+        for victim in victims:
+            shutil.copy(flat_digits / "3" / victim.name, victim)
+
+
+def test_two_processes_cannot_work_on_one_run(tiny_resnet: Path, digits: Path, cli: Cli) -> None:
+    run = train(tiny_resnet, digits, name="shared")
+    with run.locked():
+        done = cli("finetune", "--backbone", tiny_resnet, "--data", digits, "--name", "shared", "--epochs", 2, "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["reason"] == "busy"
+
+
+def test_too_few_samples_are_refused_before_loading(tiny_resnet: Path, digits: Path) -> None:
+    with pytest.raises(DataError, match="leaves classes without a sample"):
+        train(tiny_resnet, digits, **{"data.num_train": 3})
+
+
+# --- predict, evaluate, export ---
+
+
+def test_predict_evaluate_and_pipeline_agree(tiny_vit: Path, digits: Path, cli: Cli) -> None:
+    run = train(tiny_vit, digits, method="full", training={"epochs": 4})
+    files = sorted((digits / "test").glob("*/*.png"))[:20]
+    ours = orchestrator.predict(run, files, top=10)
+    figures = orchestrator.evaluate(run, str(digits / "test"))
+    assert figures["confusion"] == run.results["test"]["confusion"]
+    program = (
+        "import sys, json\n"
+        "sys.modules['orchestrator'] = sys.modules['orchestrator_image'] = None\n"
+        "from transformers import pipeline\n"
+        "serve = pipeline('image-classification', model=sys.argv[1], top_k=10)\n"
+        "print(json.dumps(serve(sys.argv[2:])))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(run.model), *map(str, files)], capture_output=True, text=True, check=True
+    )
+    for one, theirs in zip(ours, json.loads(done.stdout), strict=True):
+        assert one.label == theirs[0]["label"]
+        scores = {entry["label"]: entry["score"] for entry in theirs}
+        assert all(abs(scores[name] - score) < 1e-4 for name, score in one.top)
+    wrong = Path("wrong.png")
+    wrong.write_bytes(b"nothing")
+    found = cli("predict", run.path, files[0], wrong, "gone.png", "--json")
+    assert found.returncode == 1
+    rows = json.loads(found.stdout)
+    assert rows[0]["label"] == ours[0].label
+    assert "is no image" in rows[1]["problem"]
+    assert "No such file" in rows[2]["problem"]
+
+
+def test_the_timm_export_serves_through_pipeline(efficientnet: Path, digits: Path) -> None:
+    run = train(efficientnet, digits, settings={"size": 32}, training={"epochs": 3})
+    files = [str(file) for file in sorted((digits / "test").glob("*/*.png"))[:10]]
+    from transformers import pipeline
+
+    serve = pipeline("image-classification", model=str(run.model), top_k=10)
+    for one, theirs in zip(orchestrator.predict(run, files, top=10), serve(files), strict=True):
+        scores = {entry["label"]: entry["score"] for entry in theirs}
+        assert one.label == theirs[0]["label"]
+        assert all(abs(scores[name] - score) < 1e-4 for name, score in one.top)
+
+
+def test_evaluating_with_a_class_that_was_never_learnt(tiny_resnet: Path, digits: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = train(tiny_resnet, digits)
+    shutil.copytree(digits / "test" / "1", tmp_path / "new" / "one")
+    with pytest.raises(DataError, match="never learnt"):
+        orchestrator.evaluate(run, str(tmp_path / "new"))
+
+
+# --- interruptions ---
+
+LONG = ("--set", "training.checkpoint_every_steps=5", "--epochs", "25", "--method", "full", "--batch-size", "16")
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], run: Path, number: int = 1) -> None:
+    for _ in range(12000):
+        if len(list(run.glob("checkpoints/step-*/COMMITTED"))) >= number:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    raise AssertionError("no checkpoint in a minute")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_as_if_it_never_was(
+    how: signal.Signals, tiny_resnet: Path, digits: Path, cli: Cli
+) -> None:
+    command = ["finetune", "--backbone", tiny_resnet, "--data", digits, *LONG]
+    assert cli(*command, "--name", "whole").returncode == 0
+    process = start(*command, "--name", "cut")
+    wait_for_checkpoint(process, Path("runs/cut"))
+    time.sleep(0.2)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (130 if how != signal.SIGKILL else -signal.SIGKILL), stderr
+    assert not Path("runs/cut/results.json").exists()
+    if how != signal.SIGKILL:
+        assert "the same command goes on" in stderr
+    steps = [int(p.parent.name[5:]) for p in Path("runs/cut").glob("checkpoints/step-*/COMMITTED")]
+    assert 0 < max(steps) < 25 * 23
+    done = cli(*command, "--name", "cut")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    whole, cut = (orchestrator.open_run(Path("runs") / name) for name in ("whole", "cut"))
+    assert same(weights_of(whole), weights_of(cut))
+    keys = ("epoch", "step", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+    assert [[line[k] for k in keys] for line in whole.metrics] == [[line[k] for k in keys] for line in cut.metrics]
+
+
+@pytest.mark.slow
+def test_of_damaged_checkpoints_the_newest_whole_one_counts(tiny_resnet: Path, digits: Path, cli: Cli) -> None:
+    command = ["finetune", "--backbone", tiny_resnet, "--data", digits, *LONG]
+    assert cli(*command, "--name", "whole").returncode == 0
+    process = start(*command, "--name", "cut")
+    wait_for_checkpoint(process, Path("runs/cut"), number=2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    places = sorted(Path("runs/cut/checkpoints").glob("step-*"))
+    committed = [place for place in places if (place / "COMMITTED").exists()]
+    content = bytearray((committed[-1] / "weights.safetensors").read_bytes())
+    content[-3] ^= 1
+    (committed[-1] / "weights.safetensors").write_bytes(content)
+    if len(committed) > 1:
+        done = cli(*command, "--name", "cut")
+        assert f"going on from step {int(committed[-2].name[5:])} " in done.stderr
+        whole, cut = (orchestrator.open_run(Path("runs") / name) for name in ("whole", "cut"))
+        assert same(weights_of(whole), weights_of(cut))
+    for place in Path("runs/cut/checkpoints").glob("step-*"):
+        (place / "state.json").write_text("{}")
+    (Path("runs/cut") / "results.json").unlink(missing_ok=True)
+    done = cli(*command, "--name", "cut", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["reason"] == "checkpoint"
+    assert "--fresh" in json.loads(done.stdout)["mend"]
+
+
+def test_no_signal_handler_is_left_behind(tiny_resnet: Path, digits: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    train(tiny_resnet, digits)
+    assert (signal.getsignal(signal.SIGINT), torch.get_num_threads()) == before
+    assert os.getpid() > 0
