@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from orchestrator.errors import OrchestratorError as OrchestratorError
     from orchestrator.errors import RefusedError as RefusedError
     from orchestrator.modality import Modality as Modality
-    from orchestrator.plans import BackboneCard as BackboneCard
-    from orchestrator.plans import Plan as Plan
     from orchestrator.planning import check as check
     from orchestrator.planning import plan as plan
+    from orchestrator.plans import BackboneCard as BackboneCard
+    from orchestrator.plans import Plan as Plan
     from orchestrator.predictor import evaluate as evaluate
     from orchestrator.predictor import predict as predict
     from orchestrator.registry import register as register
@@ -48,7 +48,7 @@ _HOMES = {
     "register": "registry",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605  # one list of names, not two
+__all__ = sorted(_HOMES)  # one list of names, not two
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,12 @@
 """Save, verify, find the newest valid one, restore. Safetensors and JSON, never pickle.
 
-    checkpoints/step-00000120/
-        weights.safetensors      what the method trains, and BatchNorm statistics that move
-        best.safetensors         the same of the best epoch so far
-        optimizer.safetensors    the optimizer's state by parameter name
-        state.json               where the run stands
-        manifest.json            SHA-256 of each of the above
-        COMMITTED                SHA-256 of the manifest, written last
+checkpoints/step-00000120/
+    weights.safetensors      what the method trains, and BatchNorm statistics that move
+    best.safetensors         the same of the best epoch so far
+    optimizer.safetensors    the optimizer's state by parameter name
+    state.json               where the run stands
+    manifest.json            SHA-256 of each of the above
+    COMMITTED                SHA-256 of the manifest, written last
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,40 +29,42 @@ _DATA = "Data"
 _TRAINING = "Training"
 _WHERE = "Where it runs"
 
-JobFile = Annotated[Optional[Path], typer.Argument(metavar="[JOB.yaml]", help="a job file; flags win over it")]
-Modality = Annotated[Optional[str], typer.Option(help="image, or another that `plugins` lists", rich_help_panel=_JOB)]
+JobFile = Annotated[Path | None, typer.Argument(metavar="[JOB.yaml]", help="a job file; flags win over it")]
+Modality = Annotated[str | None, typer.Option(help="image, or another that `plugins` lists", rich_help_panel=_JOB)]
 Backbone = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="org/name[@revision] on the Hub, a directory, or an earlier run", rich_help_panel=_JOB),
 ]
 Method = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="head: new last layer only; full: everything; scratch: random weights", rich_help_panel=_JOB),
 ]
-Name = Annotated[Optional[str], typer.Option(help="of the run; made from the job by default", rich_help_panel=_JOB)]
+Name = Annotated[str | None, typer.Option(help="of the run; made from the job by default", rich_help_panel=_JOB)]
 Set = Annotated[
-    Optional[list[str]],
-    typer.Option("--set", metavar="KEY=VALUE", help="any setting: training.epochs=3 (repeatable)", rich_help_panel=_JOB),
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="any setting: training.epochs=3 (repeatable)", rich_help_panel=_JOB
+    ),
 ]
 DataPath = Annotated[
-    Optional[str], typer.Option("--data", help="a folder of class folders, or a .csv, .parquet, .jsonl", rich_help_panel=_DATA)
+    str | None,
+    typer.Option("--data", help="a folder of class folders, or a .csv, .parquet, .jsonl", rich_help_panel=_DATA),
 ]
-LabelColumn = Annotated[Optional[str], typer.Option(help="a table's column of labels", rich_help_panel=_DATA)]
+LabelColumn = Annotated[str | None, typer.Option(help="a table's column of labels", rich_help_panel=_DATA)]
 GroupColumn = Annotated[
-    Optional[str], typer.Option(help="samples of one group stay on one side of every split", rich_help_panel=_DATA)
+    str | None,
+    typer.Option(help="samples of one group stay on one side of every split", rich_help_panel=_DATA),
 ]
-NumTrain = Annotated[Optional[int], typer.Option(help="train on so many samples only", rich_help_panel=_DATA)]
-OnBad = Annotated[Optional[str], typer.Option(help="fail or skip: what a broken sample does", rich_help_panel=_DATA)]
-Epochs = Annotated[Optional[int], typer.Option(rich_help_panel=_TRAINING)]
-BatchSize = Annotated[Optional[int], typer.Option(help="samples a step, over all workers", rich_help_panel=_TRAINING)]
-LearningRate = Annotated[Optional[float], typer.Option(rich_help_panel=_TRAINING)]
-Seed = Annotated[Optional[int], typer.Option(rich_help_panel=_TRAINING)]
-Size = Annotated[Optional[int], typer.Option(help="input size, where the modality has one", rich_help_panel=_TRAINING)]
-Workers = Annotated[Optional[int], typer.Option(help="more than one: processes on Ray", rich_help_panel=_WHERE)]
-Address = Annotated[
-    Optional[str], typer.Option(help="a Ray cluster; 'local' starts one here", rich_help_panel=_WHERE)
-]
-Storage = Annotated[Optional[str], typer.Option(help="the directory of the runs [default: runs]", rich_help_panel=_WHERE)]
+NumTrain = Annotated[int | None, typer.Option(help="train on so many samples only", rich_help_panel=_DATA)]
+OnBad = Annotated[str | None, typer.Option(help="fail or skip: what a broken sample does", rich_help_panel=_DATA)]
+Epochs = Annotated[int | None, typer.Option(rich_help_panel=_TRAINING)]
+BatchSize = Annotated[int | None, typer.Option(help="samples a step, over all workers", rich_help_panel=_TRAINING)]
+LearningRate = Annotated[float | None, typer.Option(rich_help_panel=_TRAINING)]
+Seed = Annotated[int | None, typer.Option(rich_help_panel=_TRAINING)]
+Size = Annotated[int | None, typer.Option(help="input size, where the modality has one", rich_help_panel=_TRAINING)]
+Workers = Annotated[int | None, typer.Option(help="more than one: processes on Ray", rich_help_panel=_WHERE)]
+Address = Annotated[str | None, typer.Option(help="a Ray cluster; 'local' starts one here", rich_help_panel=_WHERE)]
+Storage = Annotated[str | None, typer.Option(help="the directory of the runs [default: runs]", rich_help_panel=_WHERE)]
 Fresh = Annotated[bool, typer.Option("--fresh", help="start over, removing what the run holds")]
 Json = Annotated[bool, typer.Option("--json", help="print the result, or the refusal, as JSON")]
 
@@ -129,8 +131,8 @@ def plan(
 def check(
     backbone: Annotated[str, typer.Argument(help="org/name[@revision], a directory, or an earlier run")],
     modality: Annotated[str, typer.Option(help="what your data is")] = "image",
-    data: Annotated[Optional[str], typer.Option(help="hold the data against it too")] = None,
-    size: Annotated[Optional[int], typer.Option(help="input size")] = None,
+    data: Annotated[str | None, typer.Option(help="hold the data against it too")] = None,
+    size: Annotated[int | None, typer.Option(help="input size")] = None,
     json_: Json = False,
 ) -> None:
     """Say whether a backbone fits a modality, from its metadata files alone.
@@ -165,7 +167,10 @@ def check(
 
     rows: list[tuple[str, object]] = [
         ("accepted", f"{card.source} for {modality}"),
-        ("what", f"{card.library} {card.model_type}, {card.kind}" + (f" @ {card.commit}" if card.commit else "")),
+        (
+            "what",
+            f"{card.library} {card.model_type}, {card.kind}" + (f" @ {card.commit}" if card.commit else ""),
+        ),
     ]
     if found.fit is not None:
         rows.append(("input", ", ".join(f"{key} {value}" for key, value in found.fit.input.items())))
@@ -193,7 +198,12 @@ def predict(
         rows = [
             {"input": one.input, "problem": one.problem}
             if one.problem
-            else {"input": one.input, "label": one.label, "score": one.score, "top": [list(t) for t in one.top]}
+            else {
+                "input": one.input,
+                "label": one.label,
+                "score": one.score,
+                "top": [list(t) for t in one.top],
+            }
             for one in found
         ]
         print(json.dumps(rows, ensure_ascii=False))
@@ -206,7 +216,12 @@ def predict(
                 [
                     [one.input, "", "", one.problem]
                     if one.problem
-                    else [one.input, one.label, f"{one.score:.3f}", ", ".join(f"{k} {v:.3f}" for k, v in one.top[1:])]
+                    else [
+                        one.input,
+                        one.label,
+                        f"{one.score:.3f}",
+                        ", ".join(f"{k} {v:.3f}" for k, v in one.top[1:]),
+                    ]
                     for one in found
                 ],
                 right=(2,),
@@ -284,7 +299,7 @@ def runs(
 
 @app.command()
 def plugins(
-    types: Annotated[Optional[str], typer.Option(metavar="MODALITY", help="list its model types")] = None,
+    types: Annotated[str | None, typer.Option(metavar="MODALITY", help="list its model types")] = None,
     json_: Json = False,
 ) -> None:
     """List the modality plugins: what they take, and which backbones fit."""
@@ -387,7 +402,7 @@ def _short(path: Path) -> str:
         return str(path)
 
 
-_UsageError = typer.BadParameter.__mro__[1]  # click's, wherever this version of typer keeps it
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, wherever this version of typer keeps it
 
 
 def main() -> None:
@@ -405,8 +420,9 @@ def run(arguments: list[str]) -> int:
         code = app(arguments, standalone_mode=False, prog_name="orchestrator")
         return code if isinstance(code, int) else 0
     except _UsageError as error:
-        hint = f"orchestrator {arguments[0]} --help" if arguments and not arguments[0].startswith("-") else ""
-        message = str(error.format_message())  # type: ignore[attr-defined]
+        known = arguments[0] in {command.name or command.callback.__name__ for command in app.registered_commands}
+        hint = f"orchestrator {arguments[0]} --help" if known else ""
+        message = getattr(error, "format_message", error.__str__)()
         return _fail(JobError(message, mend=hint or "orchestrator --help"), as_json)
     except OrchestratorError as error:
         return _fail(error, as_json)

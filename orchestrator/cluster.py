@@ -59,7 +59,6 @@ def joined(plan: Plan) -> Iterator[None]:
         ray.shutdown()
 
 
-@ray.remote(num_cpus=0)
 class _EventSink:
     """Where the workers put events, and the driver takes them from."""
 
@@ -76,7 +75,7 @@ class _EventSink:
 
 def event_sink() -> Any:
     """The handle of a new sink."""
-    return _EventSink.remote()
+    return ray.remote(num_cpus=0)(_EventSink).remote()
 
 
 def fit(plan: Plan, config: dict[str, Any]) -> Exception | None:
@@ -147,9 +146,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     try:
-        run_worker(
-            {**config, "events": events, "should_stop": should_stop, "local_rank": context.get_local_rank()}
-        )
+        run_worker({**config, "events": events, "should_stop": should_stop, "local_rank": context.get_local_rank()})
     except InterruptedRunError as error:  # all workers stop at the same step, so none is left waiting
         ray.get(sink.put.remote({"kind": "error", "error": error}))
     except OrchestratorError as error:

@@ -24,6 +24,13 @@ err = Console(stderr=True, highlight=False)
 _PLAIN_EVERY_S = 10.0
 
 
+class _Share(ProgressColumn):
+    """Percent done, nothing where the end is not known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.percentage:>3.0f}%" if task.total else "    ")
+
+
 class _Rate(ProgressColumn):
     """Samples a second, and the time left."""
 
@@ -49,7 +56,7 @@ def progress() -> Iterator[Events]:
     bar = Progress(
         TextColumn("{task.description}", style="bold"),
         BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"),
+        _Share(),
         _Rate(),
         TextColumn("{task.fields[status]}", style="green"),
         console=err,
@@ -170,7 +177,8 @@ def show_plan(plan: Any) -> None:
         ]  # fmt: skip
     rows += [
         ("training", f"{schedule.epochs} epochs x {schedule.steps_per_epoch} steps of {schedule.batch_size} samples"),
-        ("rates", f"body {schedule.learning_rate:g}, head {schedule.head_learning_rate:g}, {plan.job.training.optimizer}"),
+        ("optimizer", plan.job.training.optimizer),
+        ("rates", f"body {schedule.learning_rate:g}, head {schedule.head_learning_rate:g}"),
         ("BatchNorm", schedule.batch_norm),
         ("body runs", "once for each sample" if plan.features == "once" else "in every step"),
         ("workers", f"{plan.num_workers} x {plan.threads_per_worker} threads"

@@ -148,7 +148,8 @@ def _drop_duplicates(rows: list[Row]) -> tuple[list[Row], int]:
                 )
         if row.split != other.split:
             raise DataError(
-                f"{row.uri} stands in two splits, by {other.place} and {row.place}", mend="leave it in one of them"
+                f"{row.uri} stands in two splits, by {other.place} and {row.place}",
+                mend="leave it in one of them",
             )
     return kept, len(rows) - len(kept)
 
@@ -157,7 +158,9 @@ def _measure(rows: list[Row], modality: Modality) -> tuple[list[str], list[Facts
     """What each sample is known by, the facts of the measured ones, and those that cannot be decoded."""
     step = 1 if len(rows) <= NUM_MEASURED_ALL else len(rows) // NUM_MEASURED
     stats = [None if row.content is not None else os.stat(row.root / row.uri) for row in rows]
-    total = sum(len(row.content or b"") if stat is None else stat.st_size for row, stat in zip(rows, stats, strict=True))
+    total = sum(
+        len(row.content or b"") if stat is None else stat.st_size for row, stat in zip(rows, stats, strict=True)
+    )
     field = modality.sample[0].name
     decode, measure = modality.decode, modality.measure
     assert decode is not None
@@ -264,7 +267,8 @@ def _split(rows: list[Row], labels: Ints, names: Iterable[str], spec: Data, read
         train = np.flatnonzero(split == 0)
         if spec.num_train < len(names):
             raise DataError(
-                f"data.num_train = {spec.num_train} leaves classes without a sample", expected=f"{len(names)} or more"
+                f"data.num_train = {spec.num_train} leaves classes without a sample",
+                expected=f"{len(names)} or more",
             )
         split[np.setdiff1d(train, balanced_subset(labels, names, train, spec.num_train, spec.seed))] = _UNSPLIT
     return split

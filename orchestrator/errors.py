@@ -1,17 +1,17 @@
 """Every error that a user can meet, in one tree.
 
-    OrchestratorError                 exit 1: it ran and failed
-    ├── RefusedError                  exit 2: refused before anything was downloaded or scheduled
-    │   ├── JobError                  the job itself: unknown key, wrong type, impossible value
-    │   ├── DataError                 the data: missing, corrupt, contradictory, unusable labels
-    │   ├── PluginError               a plugin: missing, broken, two of one name
-    │   ├── MissingExtraError         a library of an extra is not installed
-    │   └── ChangedError              data, backbone or job differ from those that the run began with
-    ├── BadSampleError                one sample cannot be read; raised by a plugin's `decode`
-    ├── WeightsError                  a checkpoint does not fit its own architecture
-    ├── CheckpointError               no valid checkpoint where there should be one
-    ├── TrainingError                 a worker died, or the loss is not finite
-    └── InterruptedRunError           exit 130: stopped on request; the same command goes on
+OrchestratorError                 exit 1: it ran and failed
+├── RefusedError                  exit 2: refused before anything was downloaded or scheduled
+│   ├── JobError                  the job itself: unknown key, wrong type, impossible value
+│   ├── DataError                 the data: missing, corrupt, contradictory, unusable labels
+│   ├── PluginError               a plugin: missing, broken, two of one name
+│   ├── MissingExtraError         a library of an extra is not installed
+│   └── ChangedError              data, backbone or job differ from those that the run began with
+├── BadSampleError                one sample cannot be read; raised by a plugin's `decode`
+├── WeightsError                  a checkpoint does not fit its own architecture
+├── CheckpointError               no valid checkpoint where there should be one
+├── TrainingError                 a worker died, or the loss is not finite
+└── InterruptedRunError           exit 130: stopped on request; the same command goes on
 """
 
 from __future__ import annotations

@@ -61,7 +61,13 @@ def model_card(plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any
                 ],
             }
         ]
-    lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", f"# {plan.name}", ""]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        f"# {plan.name}",
+        "",
+    ]
     lines.append(_origin(plan, lineage))
     lines.append("")
     if figures:
@@ -86,7 +92,12 @@ def model_card(plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any
         "",
     ]
     if plan.adaptations:
-        lines += ["What is done to the input:", "", *(f"- {escape(str(one))}" for one in plan.adaptations), ""]
+        lines += [
+            "What is done to the input:",
+            "",
+            *(f"- {escape(str(one))}" for one in plan.adaptations),
+            "",
+        ]
     lines += [
         "## Use",
         "",

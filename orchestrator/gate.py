@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -108,7 +108,8 @@ def parse_settings(modality: Modality, settings: Mapping[str, Any]) -> BaseModel
         about = fields[str(fault["loc"][0])].description if fault["loc"] else ""
         message = str(fault["msg"]).removeprefix("Value error, ")
         raise JobError(
-            f"settings.{place} = {fault.get('input')!r}: {message[:1].lower()}{message[1:]}", expected=about or ""
+            f"settings.{place} = {fault.get('input')!r}: {message[:1].lower()}{message[1:]}",
+            expected=about or "",
         ) from None
 
 
@@ -201,10 +202,11 @@ def _schedule(job: Job, num_train: int) -> Schedule:
     num_shards = asked.num_shards or job.scaling.num_workers
     if num_shards < job.scaling.num_workers:
         raise JobError(
-            f"training.num_shards = {num_shards} leaves workers idle", expected=f"{job.scaling.num_workers} or more"
+            f"training.num_shards = {num_shards} leaves workers idle",
+            expected=f"{job.scaling.num_workers} or more",
         )
     if job.method == "head":
-        batch_norm = "frozen"
+        batch_norm: Literal["train", "frozen"] = "frozen"
         if asked.batch_norm == "train":
             raise JobError("training.batch_norm = 'train' would change a frozen body", expected="frozen or auto")
     elif asked.batch_norm == "auto":
@@ -254,6 +256,4 @@ def _parameters(job: Job, row: BackboneRow, tensors: Tensors, num_classes: int) 
 
 def in_head(tensor: str, row: BackboneRow) -> bool:
     """Whether a tensor of a checkpoint belongs to the modules that depend on the number of classes."""
-    return any(
-        tensor.startswith((f"{module}.", f"{module.removeprefix('timm_model.')}.")) for module in row.head
-    )
+    return any(tensor.startswith((f"{module}.", f"{module.removeprefix('timm_model.')}.")) for module in row.head)

@@ -82,8 +82,9 @@ def _read_directory(source: str, path: Path) -> BackboneCard:
 
 
 def _read_repository(source: str, repo_id: str, revision: str | None) -> BackboneCard:
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         info = _asking(source, lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
@@ -103,18 +104,16 @@ def _read_repository(source: str, repo_id: str, revision: str | None) -> Backbon
         metadata = {name: _asking(source, partial(read, name)) for name in _METADATA if name in files}
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise _offline(source, error) from error
-    return _make_card(
-        source, "hub", repo_id.split("/")[-1], files, metadata, repo_id=repo_id, commit=commit
-    )
+    return _make_card(source, "hub", repo_id.split("/")[-1], files, metadata, repo_id=repo_id, commit=commit)
 
 
 def _asking(source: str, question: Callable[[], T]) -> T:
     """The Hub's answer; its refusals become ours, and a connection that fails is tried again."""
+    from httpx2 import HTTPError
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        HTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -217,9 +216,9 @@ def _make_card(
     )
     return BackboneCard(
         source=source,
-        kind=kind,  # type: ignore[arg-type]  # pydantic looks at it
+        kind=kind,
         name=name,
-        library=library,  # type: ignore[arg-type]
+        library=library,
         model_type=model_type,
         config=config,
         preprocessor=preprocessor,
@@ -284,9 +283,7 @@ def require_weights(card: BackboneCard) -> None:
             mend="convert it once, where you trust it: load with transformers, save_pretrained()",
         )
     if any(file.endswith(".gguf") for file in card.files):
-        raise RefusedError(
-            "gguf_only", f"{card.source} holds GGUF weights only", expected="safetensors weights"
-        )
+        raise RefusedError("gguf_only", f"{card.source} holds GGUF weights only", expected="safetensors weights")
     raise RefusedError(
         "no_weights",
         f"{card.source} holds no weights",
@@ -302,8 +299,9 @@ def read_tensors(card: BackboneCard) -> Tensors:
         for name in card.weight_files:
             tensors.update(_read_header(Path(card.path) / name, card.source))
         return tensors
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     assert card.repo_id
     try:
@@ -374,8 +372,8 @@ def fetch(card: BackboneCard, weights: bool = True) -> Path:
     """The directory that holds the backbone's files, downloaded if need be (at the pinned commit)."""
     if card.path:
         return Path(card.path)
+    from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
 
     assert card.repo_id
     patterns = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]

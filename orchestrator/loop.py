@@ -31,9 +31,9 @@ from orchestrator import checkpoint as ckpt
 from orchestrator import hub, registry
 from orchestrator.data import Samples
 from orchestrator.errors import InterruptedRunError, TrainingError
-from orchestrator.metrics import Predictions, measure
 from orchestrator.export import export
 from orchestrator.features import SPLIT_TOLERANCE, FeatureSource, SampleSource, Source, extract, prove_split
+from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Modality
 from orchestrator.model import Inputs, Network, batch_norms, freeze, make_optimizer, set_mode
 from orchestrator.plans import Plan
@@ -161,7 +161,10 @@ def _run_body_once(session: Session) -> dict[str, Any]:
     error = prove_split(session.network, session.raw, splits[0], session.worker.device)
     if error > SPLIT_TOLERANCE:
         session.events(
-            {"kind": "note", "text": "the split into body and head does not hold here: the body runs in every step"}
+            {
+                "kind": "note",
+                "text": "the split into body and head does not hold here: the body runs in every step",
+            }
         )
         return {"features": "every step", "split_error": error if math.isfinite(error) else None}
     total = sum(len(rows) for rows in splits)
@@ -241,7 +244,8 @@ def _train(session: Session) -> None:
         if stop and not last:
             worker.wait()
             raise InterruptedRunError(
-                f"stopped at step {position.step} of {schedule.num_steps}", mend="the same command goes on from there"
+                f"stopped at step {position.step} of {schedule.num_steps}",
+                mend="the same command goes on from there",
             )
     ckpt.put_back({name: tensor.to(mine[name].device) for name, tensor in best.items()}, mine)
 
@@ -256,9 +260,7 @@ def _part(rows: Ints, number: int, num_parts: int) -> Ints:
     return rows[number * len(rows) // num_parts : (number + 1) * len(rows) // num_parts]
 
 
-def _step(
-    session: Session, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter], rows: Ints
-) -> bool:
+def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter], rows: Ints) -> bool:
     """One optimizer step over all shards of a batch; whether somebody asked to stop."""
     plan, worker, position = session.plan, session.worker, session.position
     num_shards = plan.schedule.num_shards
@@ -274,7 +276,10 @@ def _step(
             with autocast(plan, worker):
                 logits = session.forward(_channels_last(batch.inputs))
             loss = functional.cross_entropy(
-                logits.float(), batch.labels, reduction="sum", label_smoothing=plan.job.training.label_smoothing
+                logits.float(),
+                batch.labels,
+                reduction="sum",
+                label_smoothing=plan.job.training.label_smoothing,
             )
             loss.backward()  # type: ignore[no-untyped-call]
         correct = (logits.argmax(dim=-1) == batch.labels).sum()
@@ -302,7 +307,7 @@ def _step(
     position.epoch_loss += loss_sum
     position.epoch_correct += num_correct
     position.epoch_weight += weight
-    return stops > 0
+    return bool(stops > 0)
 
 
 def _channels_last(inputs: Inputs) -> Inputs:
@@ -337,11 +342,14 @@ class _ShardStatistics:
             self._layers = [layer for layer in batch_norms(session.network.module) if layer.training]
         if self._layers:
             self._start = self._read()
+            self._counts = [int(layer.num_batches_tracked or 0) for layer in self._layers]
             self._of_shards = self._start.new_zeros(num_shards, len(self._start))
             self._mine = self._start.new_zeros(num_shards)
 
     def _read(self) -> Tensor:
-        return torch.cat([t.reshape(-1) for layer in self._layers for t in (layer.running_mean, layer.running_var) if t is not None])
+        return torch.cat(
+            [t.reshape(-1) for layer in self._layers for t in (layer.running_mean, layer.running_var) if t is not None]
+        )
 
     def _write(self, flat: Tensor) -> None:
         at = 0
@@ -362,6 +370,9 @@ class _ShardStatistics:
             self._worker.add_up(self._of_shards)
             self._worker.add_up(self._mine)
             self._write(self._of_shards.sum(dim=0) / self._mine.sum().clamp(min=1))
+            for layer, count in zip(self._layers, self._counts, strict=True):
+                if layer.num_batches_tracked is not None:
+                    layer.num_batches_tracked.fill_(count + 1)  # of steps, not of this worker's shards
 
 
 @dataclass
@@ -398,7 +409,10 @@ def _end_epoch(session: Session, epoch: int, seconds: float) -> bool:
         line["validation_loss"] = float(found.loss.mean())
         line["validation_accuracy"] = float((found.predicted == found.labels).mean())
         # The most right; of equals the surest. Small validation sets have many equals.
-        better = (line["validation_accuracy"], -line["validation_loss"]) > (position.best_accuracy, -position.best_loss)
+        better = (line["validation_accuracy"], -line["validation_loss"]) > (
+            position.best_accuracy,
+            -position.best_loss,
+        )
     else:
         better = True
     if better:

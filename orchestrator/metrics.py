@@ -64,8 +64,6 @@ def measure(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
         "accuracy_95": list(wilson(correct, total)),
         "macro_f1": float(multiclass_f1_score(predicted, labels, num_classes, average="macro")),
         "loss": float(predictions.loss.mean()),
-        "per_class": {
-            name: (float(matrix[i, i] / counts[i]) if counts[i] else None) for i, name in enumerate(classes)
-        },
+        "per_class": {name: (float(matrix[i, i] / counts[i]) if counts[i] else None) for i, name in enumerate(classes)},
         "confusion": matrix.tolist() if num_classes <= 200 else None,
     }

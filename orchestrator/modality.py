@@ -174,9 +174,7 @@ class Measure(Protocol):
 
 
 class FitFunction(Protocol):
-    def __call__(
-        self, card: BackboneCard, row: BackboneRow, settings: Any, profile: Profile | None
-    ) -> Fit:
+    def __call__(self, card: BackboneCard, row: BackboneRow, settings: Any, profile: Profile | None) -> Fit:
         """Hold the data against what the backbone demands; raise `RefusedError`, naming the mend.
 
         Pure, without torch. `profile` is None where there is no data to look at (`check` alone).

@@ -52,7 +52,7 @@ class Network:
     def logits(self, inputs: Inputs) -> Tensor:
         """float [batch, classes]."""
         output = self.module(**inputs)
-        return output if isinstance(output, Tensor) else output.logits  # type: ignore[no-any-return]
+        return output if isinstance(output, Tensor) else output.logits
 
     def features(self, inputs: Inputs) -> Tensor:
         """The input of the head, float [batch, ...]: the body runs, the head does not."""
@@ -234,9 +234,7 @@ def set_mode(network: Network, plan: Plan, training: bool) -> None:
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     """The BatchNorm layers that keep running statistics."""
-    return [
-        layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None
-    ]
+    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
 
 
 def make_optimizer(network: Network, plan: Plan) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import gate, hub, registry
-from orchestrator.errors import MissingExtraError
+from orchestrator.errors import MissingExtraError, RefusedError
 from orchestrator.modality import Fit, Modality, Profile
 from orchestrator.plans import BackboneCard, BackboneRow, Plan
 from orchestrator.spec import Data, Job, make_job
@@ -107,7 +107,7 @@ def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
     known = {plugin.name: plugin}
     try:
         return gate.match(card, plugin, known)
-    except gate.RefusedError as error:
+    except RefusedError as error:
         if error.reason != "unknown_type":
             raise
     return gate.match(card, plugin, registry.available())  # only a refusal asks what the others take

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,8 @@ import torch
 
 from orchestrator import data, hub, registry
 from orchestrator.errors import BadSampleError
-from orchestrator.metrics import Predictions, measure
 from orchestrator.loop import EVALUATION_BATCH, predict_batch
+from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Collate, Modality
 from orchestrator.model import Network, freeze, set_mode
 from orchestrator.plans import SPLITS, Plan
@@ -86,7 +86,9 @@ def evaluate(run: Run | str | Path, labelled: str | Data) -> dict[str, Any]:
             inputs = loaded.collate(list(pool.map(one, rows.tolist())), False)
             inputs = {name: tensor.to(loaded.worker.device) for name, tensor in inputs.items()}
             parts.append(predict_batch(loaded.network.logits, rows, inputs, torch.from_numpy(labels[rows])))
-    figures = measure(Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True))), loaded.plan.classes)
+    figures = measure(
+        Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True))), loaded.plan.classes
+    )
     return {**figures, "num_skipped": len(prepared.skipped)}
 
 
@@ -121,7 +123,7 @@ def _predict_some(loaded: _Loaded, asked: list[str | Path | bytes], top: int) ->
             problems[i] = error.message
         except OSError as error:
             problems[i] = f"cannot be read: {error.strerror}"
-    scores = iter(())
+    scores: Iterator[torch.Tensor] = iter(())
     if decoded:
         inputs = {name: tensor.to(loaded.worker.device) for name, tensor in loaded.collate(decoded, False).items()}
         with torch.no_grad():

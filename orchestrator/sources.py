@@ -88,7 +88,8 @@ def _read_one(place: str, spec: Data, sample: SampleField) -> Rows:
     if path.is_dir():
         if sample.kind != "file":
             raise DataError(
-                f"{place} is a folder, and {sample.name} stands in tables", expected="a .csv, .parquet or .jsonl"
+                f"{place} is a folder, and {sample.name} stands in tables",
+                expected="a .csv, .parquet or .jsonl",
             )
         for setting in ("group_column", "split_column", "input_column"):
             if getattr(spec, setting):
@@ -119,7 +120,7 @@ def _read_folder(root: Path, sample: SampleField) -> Rows:
         ignored = [folder.name for folder, split in splits.items() if split is None]
         if ignored:
             found.notes.append(f"folders beside train/ that are no split, not read: {', '.join(ignored)}")
-        tops = [(folder, split) for folder, split in splits.items() if split is not None]
+        tops: list[tuple[Path, int | None]] = [(f, split) for f, split in splits.items() if split is not None]
     elif folders and all(split is not None for split in splits.values()):
         raise DataError(f"{root} has no train/ folder", expected="train/ beside " + folders[0].name + "/")
     else:
@@ -134,7 +135,13 @@ def _read_folder(root: Path, sample: SampleField) -> Rows:
             if file.is_file() and file.suffix.lower() in sample.suffixes and not file.name.startswith("."):
                 uri = str(file.relative_to(root))
                 found.rows.append(
-                    Row(str(file), "", uri=uri, split=split, problem="has no label: it lies beside the class folders")
+                    Row(
+                        str(file),
+                        "",
+                        uri=uri,
+                        split=split,
+                        problem="has no label: it lies beside the class folders",
+                    )
                 )
     found.classes = sorted(set(found.classes))
     if not found.rows:
@@ -153,7 +160,13 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _walk(
-    folder: Path, root: Path, label: str, split: int | None, sample: SampleField, rows: list[Row], others: list[str]
+    folder: Path,
+    root: Path,
+    label: str,
+    split: int | None,
+    sample: SampleField,
+    rows: list[Row],
+    others: list[str],
 ) -> None:
     for directory, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
@@ -170,7 +183,11 @@ def _walk(
 def _read_table(path: Path, spec: Data, sample: SampleField) -> Rows:
     table = _load(path, spec)
     input_column = _find_input(table, spec, sample, path)
-    wanted = {"label_column": spec.label_column, "group_column": spec.group_column, "split_column": spec.split_column}
+    wanted = {
+        "label_column": spec.label_column,
+        "group_column": spec.group_column,
+        "split_column": spec.split_column,
+    }
     for setting, column in wanted.items():
         if column is not None and column not in table.column_names:
             raise DataError(
@@ -240,7 +257,10 @@ def _load(path: Path, spec: Data) -> Any:
                     delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True
                 ),
                 convert_options=pyarrow.csv.ConvertOptions(
-                    column_types=as_text, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=True
+                    column_types=as_text,
+                    null_values=[""],
+                    strings_can_be_null=True,
+                    quoted_strings_can_be_null=True,
                 ),
             )
         if suffix == ".parquet":
@@ -248,7 +268,8 @@ def _load(path: Path, spec: Data) -> Any:
         return pyarrow.json.read_json(path)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(
-            f"{path} cannot be read: {error}", expected=f"a {suffix} table in UTF-8, every row with all columns"
+            f"{path} cannot be read: {error}",
+            expected=f"a {suffix} table in UTF-8, every row with all columns",
         ) from None
 
 

@@ -186,9 +186,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """('training.epochs', 3) out of `training.epochs=3`, the value read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise JobError(
-            f"--set {text!r} sets nothing", expected="key=value", mend="for example --set training.epochs=3"
-        )
+        raise JobError(f"--set {text!r} sets nothing", expected="key=value", mend="for example --set training.epochs=3")
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
@@ -214,9 +212,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         problem = getattr(error, "problem", None) or "not readable as YAML"
         raise JobError(f"{where}: {problem}", expected="a YAML file") from None
     if not isinstance(value, dict):
-        raise JobError(
-            f"{path} holds no settings", expected="a mapping such as 'backbone: microsoft/resnet-50'"
-        )
+        raise JobError(f"{path} holds no settings", expected="a mapping such as 'backbone: microsoft/resnet-50'")
     lines: dict[str, int] = {}
     _note_lines(node, "", lines, path)
     return {str(key): item for key, item in value.items()}, lines

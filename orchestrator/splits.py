@@ -38,9 +38,7 @@ def stratified(labels: Ints, names: Sequence[str], fractions: tuple[float, float
     return split
 
 
-def grouped(
-    labels: Ints, groups: Ints, num_classes: int, fractions: tuple[float, float], seed: int
-) -> Ints:
+def grouped(labels: Ints, groups: Ints, num_classes: int, fractions: tuple[float, float], seed: int) -> Ints:
     """A split for each sample, no group on two sides, the classes' proportions as near as that allows.
 
     int64 [samples]. Greedy: the largest group first, each to the split that still misses most of what it

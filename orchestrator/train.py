@@ -28,8 +28,8 @@ from orchestrator.errors import (
     RefusedError,
     TrainingError,
 )
-from orchestrator.plans import Plan
 from orchestrator.planning import prepare
+from orchestrator.plans import Plan
 from orchestrator.runs import Run, read_plan, write_file
 from orchestrator.spec import Job, make_job
 

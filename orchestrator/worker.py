@@ -47,7 +47,7 @@ class Worker:
             for bucket in _buckets(grads):
                 flat = torch.cat([grad.reshape(-1) for grad in bucket])
                 dist.all_reduce(flat)
-                for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+                for grad, part in zip(bucket, torch.split(flat, [grad.numel() for grad in bucket]), strict=True):
                     grad.copy_(part.view_as(grad))
         torch._foreach_mul_(grads, scale)
 
@@ -136,4 +136,3 @@ def autocast(plan: Plan, worker: Worker) -> contextlib.AbstractContextManager[An
     if wanted == "bf16" or (wanted == "auto" and cuda):
         return torch.autocast(worker.device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
-

@@ -38,7 +38,7 @@ KIND = {
 # What the signature does not show. Each is a fact about the type, with the reason that a user reads.
 EXCEPTIONS: dict[str, tuple[str, str, str]] = {
     "imagegpt": ("image", "unsupported", "its input_ids are clusters of colours, which no image processor batches"),
-    "perceiver": ("image", "unsupported", "it has three image heads, and which one a checkpoint fits is not written in it"),
+    "perceiver": ("image", "unsupported", "it has three image heads, and its config.json does not say which"),
     "dinat": ("image", "unsupported", "it needs the natten library, which has no release for current torch"),
     "tapas": ("text", "unsupported", "it reads tables, not texts"),
     "esmc": ("text", "unsupported", "it was trained on protein sequences, not on language"),
@@ -46,7 +46,19 @@ EXCEPTIONS: dict[str, tuple[str, str, str]] = {
     "layoutlm": ("text", "two_modalities", "it takes text together with its place on the page"),
 }  # fmt: skip
 # Bases that stand beside no `base_model_prefix` child, so that the body lies at the top level.
-FIXED_SIZE = {"vit", "deit", "siglip", "hiera", "clip", "metaclip_2", "pvt", "levit", "ijepa", "vit_msn", "siglip2"}
+FIXED_SIZE = {
+    "vit",
+    "deit",
+    "siglip",
+    "hiera",
+    "clip",
+    "metaclip_2",
+    "pvt",
+    "levit",
+    "ijepa",
+    "vit_msn",
+    "siglip2",
+}
 
 
 def kinds(cls: type) -> dict[str, str]:

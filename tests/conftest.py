@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import orchestrator
 from tests.hub_server import Hub, serve
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -104,9 +105,7 @@ def tiny_resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet with BatchNorm and 7 classes, some 20,000 parameters, 32 x 32 pixels."""
     from transformers import ConvNextImageProcessor, ResNetConfig
 
-    config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=7
-    )
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=7)
     processor = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0)
     return save_backbone(tmp_path_factory.mktemp("tiny-resnet"), config, processor)
 
@@ -120,7 +119,9 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16,
         patch_size=4, num_labels=10, hidden_dropout_prob=0.1,
     )  # fmt: skip
-    return save_backbone(tmp_path_factory.mktemp("tiny-vit"), config, ViTImageProcessor(size={"height": 16, "width": 16}))
+    return save_backbone(
+        tmp_path_factory.mktemp("tiny-vit"), config, ViTImageProcessor(size={"height": 16, "width": 16})
+    )
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +133,16 @@ def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         sys.path.pop(0)
     return Path(make_backbone(tmp_path_factory.mktemp("efficientnet-lite0")))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny_resnet: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> orchestrator.Run:
+    """The run that the tests of interruptions interrupt (`LONG` in test_train.py), left alone, in this process."""
+    return orchestrator.finetune(
+        backbone=str(tiny_resnet), data=str(digits), method="full", events=lambda _: None,
+        training={"epochs": 25, "batch_size": 16, "checkpoint_every_steps": 5},
+        scaling={"threads_per_worker": 1}, storage=str(tmp_path_factory.mktemp("uninterrupted")),
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -115,7 +115,12 @@ def serve() -> Iterator[Hub]:
             repository = self._find(name, revision, with_body)
             if repository is not None:
                 entries = [
-                    {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    {
+                        "type": "file",
+                        "path": file,
+                        "size": len(content),
+                        "oid": hashlib.sha1(content).hexdigest(),
+                    }
                     for file, content in repository.files.items()
                 ]
                 self._send(200, json.dumps(entries).encode(), with_body, {"Content-Type": "application/json"})

@@ -276,7 +276,7 @@ def test_the_same_content_in_two_splits_is_said(folder: Path, tmp_path: Path) ->
     assert "1 of test have the same content as a training sample" in read(root).summary.notes[0]
 
 
-def test_tables_with_wrong_columns(folder: Path, tmp_path: Path) -> None:
+def test_tables_with_wrong_columns(tmp_path: Path) -> None:
     file = table(tmp_path / "t.csv", [{"where": "a.png", "label": "x"}])
     assert "it has where, label" in refusal(file).message
     file = table(tmp_path / "u.csv", [{"path": "a.png", "class": "x"}])

@@ -44,7 +44,11 @@ def refusal(backbone: Path | str, modality: str = "image", **more: object) -> Re
     ("files", "reason", "words"),
     [
         ({}, "no_config", "save_pretrained"),
-        ({"adapter_config": {"base_model_name_or_path": "org/base"}}, "adapter_only", "use its base: org/base"),
+        (
+            {"adapter_config": {"base_model_name_or_path": "org/base"}},
+            "adapter_only",
+            "use its base: org/base",
+        ),
         ({"model.gguf": b"GGUF"}, "gguf_only", "converted from"),
         ({"config.json": b"{broken"}, "bad_config", "config.json is not JSON"),
         ({"config": [1]}, "bad_config", "holds a list"),
@@ -92,7 +96,12 @@ def test_a_known_type_is_accepted(card_files: Files) -> None:
         ({"model_type": "vit", "image_size": 32}, {"size": {"height": 32, "width": 32}}, 64, "fixed_size"),
         ({"model_type": "vit", "image_size": 32}, {"size": {"height": 32, "width": 32}}, 32, [32, 32]),
         (TIMM, None, 64, [64, 64]),
-        ({**TIMM, "pretrained_cfg": {"input_size": [3, 96, 96], "fixed_input_size": True}}, None, 64, "fixed_size"),
+        (
+            {**TIMM, "pretrained_cfg": {"input_size": [3, 96, 96], "fixed_input_size": True}},
+            None,
+            64,
+            "fixed_size",
+        ),
         ({**TIMM, "pretrained_cfg": {"input_size": [4, 96, 96]}}, None, None, "channels"),
         ({**TIMM, "pretrained_cfg": {"input_size": "large"}}, None, None, "bad_config"),
         ({**RESNET, "num_channels": 12}, PROCESSOR, None, "channels"),
@@ -160,7 +169,11 @@ def test_a_plan_counts_parameters_from_the_header(tiny_resnet: Path, flat_digits
     assert isinstance(model, torch.nn.Module)
     plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits))
     assert plan.parameters is not None
-    assert (plan.parameters.total, plan.parameters.trained, plan.parameters.frozen) == (total, head, total - head)
+    assert (plan.parameters.total, plan.parameters.trained, plan.parameters.frozen) == (
+        total,
+        head,
+        total - head,
+    )
     full = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), method="full")
     assert full.parameters is not None
     assert full.parameters.optimizer_bytes == 2 * full.parameters.gradients_bytes == 8 * total
@@ -181,14 +194,15 @@ def test_a_plan_is_json_and_back(tiny_resnet: Path, flat_digits: Path) -> None:
     ("fields", "words"),
     [
         ({"scaling": {"num_workers": 64}}, "64 workers x 1 threads are more than"),
-        ({"scaling": {"num_workers": 2, "threads_per_worker": 1}, "training": {"num_shards": 1}}, "leaves workers idle"),
+        (
+            {"scaling": {"num_workers": 2, "threads_per_worker": 1}, "training": {"num_shards": 1}},
+            "leaves workers idle",
+        ),
         ({"training": {"batch_size": 2, "num_shards": 2}, "method": "full"}, "shards of 1"),
         ({"training": {"batch_norm": "train"}}, "would change a frozen body"),
     ],
 )
-def test_what_cannot_be_scheduled(
-    tiny_resnet: Path, flat_digits: Path, fields: dict[str, object], words: str
-) -> None:
+def test_what_cannot_be_scheduled(tiny_resnet: Path, flat_digits: Path, fields: dict[str, object], words: str) -> None:
     with pytest.raises(RefusedError) as caught:
         orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), **fields)
     assert words in str(caught.value)
@@ -197,9 +211,7 @@ def test_what_cannot_be_scheduled(
 def test_a_broken_header_is_refused(card_files: Files, flat_digits: Path) -> None:
     whole = weights("a.weight", "b.weight")
     for i, content in enumerate((b"", b"\xff" * 8, whole[:40], whole[:-4], struct.pack("<Q", 2) + b"[]")):
-        directory = card_files(
-            f"b{i}", config=RESNET, preprocessor_config=PROCESSOR, **{"model.safetensors": content}
-        )
+        directory = card_files(f"b{i}", config=RESNET, preprocessor_config=PROCESSOR, **{"model.safetensors": content})
         with pytest.raises(RefusedError) as caught:
             orchestrator.plan(backbone=str(directory), data=str(flat_digits))
         assert caught.value.reason == "bad_config"

@@ -52,9 +52,24 @@ def test_where_a_run_is_put_does_not_change_its_digest() -> None:
     ("text", "message", "expected", "mend"),
     [
         ("backbone: a/b\ndata: x\nepochs: 3\n", "job.yaml:3: unknown key epochs", "modality, backbone", ""),
-        ("backbone: a/b\ndata: x\ntraining:\n  epoch: 3\n", "job.yaml:4: unknown key training.epoch", "epochs", "epochs?"),
-        ("backbone: a/b\ndata: x\ntraining:\n  epochs: many\n", "job.yaml:4: training.epochs = 'many'", "", ""),
-        ("backbone: a/b\ndata: x\nmethod: magic\n", "job.yaml:3: method = 'magic': input should be 'head'", "", ""),
+        (
+            "backbone: a/b\ndata: x\ntraining:\n  epoch: 3\n",
+            "job.yaml:4: unknown key training.epoch",
+            "epochs",
+            "epochs?",
+        ),
+        (
+            "backbone: a/b\ndata: x\ntraining:\n  epochs: many\n",
+            "job.yaml:4: training.epochs = 'many'",
+            "",
+            "",
+        ),
+        (
+            "backbone: a/b\ndata: x\nmethod: magic\n",
+            "job.yaml:3: method = 'magic': input should be 'head'",
+            "",
+            "",
+        ),
         ("data: x\n", "backbone is missing", "org/name", ""),
         ("backbone: a/b\ndata: x\ntraining: 3\n", "job.yaml:3: training = 3", "", ""),
         ("backbone: a/b\nbackbone: c/d\ndata: x\n", "job.yaml:2: backbone stands here a second time", "", ""),

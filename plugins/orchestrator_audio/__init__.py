@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.modality import BackboneRules, Modality, SampleField, Task
 from pydantic import BaseModel, ConfigDict
+
+from orchestrator.modality import BackboneRules, Modality, SampleField, Task
 
 
 class Settings(BaseModel):

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError
 from orchestrator.modality import (
     BackboneRules,
@@ -20,12 +22,12 @@ from orchestrator.modality import (
     Task,
 )
 from orchestrator.plans import Adaptation, BackboneCard, BackboneRow, Plan
-from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from orchestrator.modality import Collate
     from orchestrator.model import Network
-    from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ENLARGED_TOO_FAR = 3.0
@@ -39,7 +41,8 @@ class Settings(BaseModel):
 
     size: int | None = Field(None, ge=8, le=4096, description="pixels a side; default: the backbone's own")
     augment: Literal["none", "light", "flip"] = Field(
-        "none", description="light: small rotations, shifts, scales and colours; flip: the same with mirroring"
+        "none",
+        description="light: small rotations, shifts, scales and colours; flip: the same with mirroring",
     )
 
 
@@ -110,16 +113,17 @@ def _hold_against(profile: Profile, height: int, width: int, mode: str) -> tuple
     if others:
         adaptations.append(
             Adaptation(
-                what="channels", received=", ".join(others), used=mode, share=profile.share(lambda one: one["mode"] != mode)
+                what="channels",
+                received=", ".join(others),
+                used=mode,
+                share=profile.share(lambda one: one["mode"] != mode),
             )
         )
     share = profile.share(lambda one: (one["height"], one["width"]) != (height, width))
     if share:
         received = f"{profile.ranges['width']} x {profile.ranges['height']}"
         adaptations.append(Adaptation(what="resize", received=received, used=f"{width} x {height}", share=share))
-    small = profile.share(
-        lambda one: min(height, width) > _ENLARGED_TOO_FAR * max(1, min(one["height"], one["width"]))
-    )
+    small = profile.share(lambda one: min(height, width) > _ENLARGED_TOO_FAR * max(1, min(one["height"], one["width"])))
     if small:
         notes.append(
             f"{small:.0%} of the images are enlarged more than {_ENLARGED_TOO_FAR:g} times, to {width} x {height}: "
@@ -143,7 +147,11 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
             mend="save the image processor beside the model: AutoImageProcessor...save_pretrained()",
         )
     size = card.preprocessor.get("crop_size") if card.preprocessor.get("do_center_crop") else None
-    found = _height_width(size) or _height_width(card.preprocessor.get("size")) or _height_width(card.config.get("image_size"))
+    found = (
+        _height_width(size)
+        or _height_width(card.preprocessor.get("size"))
+        or _height_width(card.config.get("image_size"))
+    )
     if found is None:
         raise RefusedError("bad_config", f"{card.source}: preprocessor_config.json gives no size")
     return found

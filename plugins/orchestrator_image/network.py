@@ -10,12 +10,13 @@ import numpy as np
 import timm
 import torch
 import transformers
-from orchestrator.model import Network, build_transformers
-from orchestrator.plans import Plan
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+from orchestrator.model import Network, build_transformers
+from orchestrator.plans import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,7 +103,9 @@ def _augmentation(name: str) -> Callable[[Image.Image], Image.Image] | None:
     if name == "none":
         return None
     steps: list[Any] = [
-        v2.RandomAffine(degrees=10, translate=(0.08, 0.08), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
+        v2.RandomAffine(
+            degrees=10, translate=(0.08, 0.08), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR
+        ),
         v2.ColorJitter(brightness=0.2, contrast=0.2),
     ]
     if name == "flip":

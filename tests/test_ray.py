@@ -1,0 +1,145 @@
+"""The same loop in Ray Train's worker processes: same numbers, same resumption, same errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import orchestrator
+from orchestrator.errors import RefusedError, TrainingError
+from tests.test_train import LONG, Cli, same, silent, start, wait_for_checkpoint, weights_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+
+ONE_THREAD = {"threads_per_worker": 1}
+SHARDS = {"epochs": 3, "num_shards": 2, "batch_size": 40, "learning_rate": 0.003}
+
+
+@pytest.fixture(scope="module")
+def _cluster() -> Iterator[None]:
+    """One Ray for the calls of this module; a call that finds one uses it and leaves it."""
+    import ray
+
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def train(backbone: Path, data: Path, workers: int, name: str, **fields: Any) -> orchestrator.Run:
+    scaling = {"num_workers": workers, **ONE_THREAD, **({"address": "auto"} if workers else {})}
+    if not workers:
+        scaling["num_workers"] = 1
+    return orchestrator.finetune(
+        backbone=str(backbone),
+        data=str(data),
+        scaling=scaling,
+        name=name,
+        events=fields.pop("events", silent),
+        **fields,
+    )
+
+
+@pytest.mark.usefixtures("_cluster")
+@pytest.mark.parametrize("method", ["full", "head"])
+def test_two_workers_learn_what_one_does(tiny_resnet: Path, digits: Path, method: str) -> None:
+    one = train(tiny_resnet, digits, 0, "one", method=method, training=SHARDS)
+    two = train(tiny_resnet, digits, 2, "two", method=method, training=SHARDS)
+    for name, tensor in weights_of(one).items():
+        if method == "head" and not name.startswith("classifier"):
+            assert torch.equal(tensor, weights_of(two)[name]), name
+        assert torch.allclose(tensor, weights_of(two)[name], atol=1e-5), name
+    assert two.lineage["num_workers"] == 2
+    assert two.lineage["features"] == one.lineage["features"]
+    assert [line["epoch"] for line in two.metrics] == [1, 2, 3]
+    assert two.results["test"]["num_samples"] == 200
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_a_modality_registered_in_this_process_reaches_the_workers(tiny_resnet: Path, flat_digits: Path) -> None:
+    import dataclasses
+
+    from orchestrator import registry
+
+    mine = orchestrator.register(dataclasses.replace(registry.get("image"), name="scan"))
+    try:
+        run = train(tiny_resnet, flat_digits, 1, "mine", modality=mine.name, training={"epochs": 1})
+    finally:
+        registry.unregister("scan")
+    assert run.finished
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_an_error_on_a_worker_is_the_drivers_error_at_once(tiny_resnet: Path, flat_digits: Path) -> None:
+    data = Path("data").absolute()
+    shutil.copytree(flat_digits, data)
+    victim = sorted(data.glob("7/*.png"))[0]
+
+    def spoil(event: dict[str, Any]) -> None:
+        if event.get("text") == "starting workers":
+            victim.write_bytes(b"no image")
+
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match="is no image") as caught:
+        train(tiny_resnet, data, 2, "spoilt", training={"epochs": 2}, events=spoil)
+    assert str(victim) in caught.value.message
+    assert time.monotonic() - started < 90  # no second and third try
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_more_than_the_cluster_has_is_refused(tiny_resnet: Path, flat_digits: Path) -> None:
+    with pytest.raises(RefusedError, match="need 3 CPUs, and the cluster has 2"):
+        train(tiny_resnet, flat_digits, 3, "many", training={"epochs": 1})
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_a_worker_that_dies_is_replaced(uninterrupted: orchestrator.Run, tiny_resnet: Path, digits: Path) -> None:
+    long = {"epochs": 25, "batch_size": 16, "checkpoint_every_steps": 5}
+    killed: list[int] = []
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["kind"] == "advance" and not killed and list(Path("runs/hurt").glob("checkpoints/*/COMMITTED")):
+            killed.extend(train_workers())
+            os.kill(killed[0], signal.SIGKILL)
+
+    hurt = train(tiny_resnet, digits, 1, "hurt", method="full", training=long, events=kill)
+    assert killed
+    assert same(weights_of(uninterrupted), weights_of(hurt))
+    assert [line["epoch"] for line in hurt.metrics] == list(range(1, 26))
+
+
+def train_workers() -> list[int]:
+    """Process ids of Ray Train's workers."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if place.read_bytes().startswith(b"ray::") and b"TrainWorker" in place.read_bytes():
+                found.append(int(place.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_one_ray_worker_is_this_process_bit_for_bit_killed_or_not(
+    how: signal.Signals, uninterrupted: orchestrator.Run, tiny_resnet: Path, digits: Path, cli: Cli
+) -> None:
+    command = ["finetune", "--backbone", tiny_resnet, "--data", digits, *LONG]
+    process = start(*command, "--name", "ray", "--address", "local")
+    wait_for_checkpoint(process, Path("runs/ray"))
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), stderr
+    assert not Path("runs/ray/results.json").exists()
+    done = cli(*command, "--name", "ray", "--address", "local")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    assert same(weights_of(uninterrupted), weights_of(orchestrator.open_run("runs/ray")))
