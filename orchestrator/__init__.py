@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.errors import missing_extra
+
 if TYPE_CHECKING:
     from orchestrator.errors import OrchestratorError as OrchestratorError
     from orchestrator.errors import RefusedError as RefusedError
@@ -54,7 +56,10 @@ __all__ = sorted(_HOMES)  # one list of names, not two
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
-    value = getattr(import_module(f"orchestrator.{_HOMES[name]}"), name)
+    try:
+        value = getattr(import_module(f"orchestrator.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) or error from None
     globals()[name] = value
     return value
 

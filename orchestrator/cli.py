@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.errors import REASONS, JobError, OrchestratorError
+from orchestrator.errors import REASONS, JobError, OrchestratorError, missing_extra
 
 if TYPE_CHECKING:
     from orchestrator.runs import Run
@@ -420,12 +420,17 @@ def run(arguments: list[str]) -> int:
         code = app(arguments, standalone_mode=False, prog_name="orchestrator")
         return code if isinstance(code, int) else 0
     except _UsageError as error:
-        known = arguments[0] in {command.name or command.callback.__name__ for command in app.registered_commands}
+        known = arguments[0] in {getattr(one.callback, "__name__", "") for one in app.registered_commands}
         hint = f"orchestrator {arguments[0]} --help" if known else ""
         message = getattr(error, "format_message", error.__str__)()
         return _fail(JobError(message, mend=hint or "orchestrator --help"), as_json)
     except OrchestratorError as error:
         return _fail(error, as_json)
+    except ModuleNotFoundError as error:
+        refusal = missing_extra(error)
+        if refusal is None:
+            raise
+        return _fail(refusal, as_json)
     except (KeyboardInterrupt, typer.Abort):
         from orchestrator.errors import InterruptedRunError
 

@@ -168,6 +168,21 @@ class InterruptedRunError(OrchestratorError):
     reason = "interrupted"
 
 
+EXTRA_LIBRARIES = frozenset(
+    ("numpy", "pyarrow", "ray", "safetensors", "torch", "torchmetrics", "transformers", "PIL", "timm", "torchvision")
+)
+"""Libraries that a bare installation lacks."""
+
+
+def missing_extra(error: ImportError, extra: str = "") -> MissingExtraError | None:
+    """The refusal for a library of an extra that is not installed, None if the import failed for another reason.
+
+    `extra` is the modality's; without one, that of images, the default modality, which holds all the others need.
+    """
+    library = (error.name or "").split(".")[0]
+    return MissingExtraError(library, extra or "image") if library in EXTRA_LIBRARIES else None
+
+
 def _rebuild(cls: type[RefusedError], state: dict[str, object], args: tuple[object, ...]) -> RefusedError:
     error = cls.__new__(cls)
     Exception.__init__(error, *args)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import gate, hub, registry
-from orchestrator.errors import MissingExtraError, RefusedError
+from orchestrator.errors import RefusedError, missing_extra
 from orchestrator.modality import Fit, Modality, Profile
 from orchestrator.plans import BackboneCard, BackboneRow, Plan
 from orchestrator.spec import Data, Job, make_job
@@ -116,6 +116,6 @@ def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
 def _prepare(spec: Data, plugin: Modality) -> Prepared:
     try:
         from orchestrator.data import prepare as prepare_data
-    except ImportError as error:
-        raise MissingExtraError(error.name or "pyarrow", plugin.extra or "train") from None
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, plugin.extra) or error from None
     return prepare_data(spec, plugin)

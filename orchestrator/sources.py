@@ -9,17 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from orchestrator.errors import DataError, MissingExtraError
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from orchestrator.errors import DataError
 from orchestrator.modality import SampleField
 from orchestrator.spec import Data
-
-try:
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.json
-    import pyarrow.parquet
-except ImportError:
-    raise MissingExtraError("pyarrow", "train") from None
 
 SPLIT_NAMES: dict[str, int] = {
     "train": 0, "training": 0,

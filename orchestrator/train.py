@@ -23,10 +23,9 @@ from orchestrator.data import Prepared, write_table
 from orchestrator.errors import (
     ChangedError,
     InterruptedRunError,
-    MissingExtraError,
     OrchestratorError,
-    RefusedError,
     TrainingError,
+    missing_extra,
 )
 from orchestrator.planning import prepare
 from orchestrator.plans import Plan
@@ -95,8 +94,11 @@ def _run(job: Job, fresh: bool, events: Events | None) -> Run:
         config = {"plan": plan.model_dump_json(), "run": str(run.path)}
         if registry.is_registered(job.modality):
             config["modality"] = registry.get(job.modality)  # type: ignore[assignment]
-        with _errors_of_libraries(run):
-            (_on_ray if plan.ray else _in_process)(plan, config, events)
+        with _errors_of_libraries(run, registry.get(job.modality).extra):
+            if plan.ray:
+                _on_ray(plan, config, events)
+            else:
+                _in_process(config, events)
         events({"kind": "done", "text": "finished", "run": run})
     return run
 
@@ -131,13 +133,16 @@ def _lay_out(run: Run, job: Job, plan: Plan, prepared: Prepared) -> None:
 
 
 @contextlib.contextmanager
-def _errors_of_libraries(run: Run) -> Iterator[None]:
+def _errors_of_libraries(run: Run, extra: str) -> Iterator[None]:
     """What a library raises becomes one of ours, with its own text; the trace goes into the run."""
     try:
         yield
     except (OrchestratorError, KeyboardInterrupt):
         raise
     except Exception as error:
+        refusal = missing_extra(error, extra) if isinstance(error, ImportError) else None
+        if refusal is not None:
+            raise refusal from error
         write_file(run.path / "error.txt", traceback.format_exc())
         raise TrainingError(
             f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}",
@@ -148,17 +153,14 @@ def _errors_of_libraries(run: Run) -> Iterator[None]:
 # --- one worker, in this process ---
 
 
-def _in_process(plan: Plan, config: dict[str, Any], events: Events) -> None:
+def _in_process(config: dict[str, Any], events: Events) -> None:
     """Through Ray Train's local mode: the same loop, no cluster."""
-    try:
-        from orchestrator.loop import run_worker
+    from orchestrator.loop import run_worker
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from ray.train import ScalingConfig
-            from ray.train.torch import TorchTrainer
-    except ImportError as error:
-        raise MissingExtraError(error.name or "torch", registry.get(plan.job.modality).extra or "train") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray.train import ScalingConfig
+        from ray.train.torch import TorchTrainer
     logging.getLogger("ray").setLevel(logging.ERROR)
     with _stop_on_signal() as should_stop, _threads_kept():
         TorchTrainer(
@@ -209,14 +211,11 @@ def _on_ray(plan: Plan, config: dict[str, Any], events: Events) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import ray
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
 
-            from orchestrator import cluster
-    except ImportError as error:
-        raise MissingExtraError(error.name or "ray", "train") from None
+        from orchestrator import cluster
     stop_file = Path(config["run"]) / _STOP_FILE
     stop_file.unlink(missing_ok=True)
     events({"kind": "phase", "text": "starting workers"})
@@ -256,6 +255,3 @@ def _on_ray(plan: Plan, config: dict[str, Any], events: Events) -> None:
         f"the workers failed: {type(failed[0]).__name__}: {str(failed[0]).strip().splitlines()[-1]}",
         mend="the same command goes on from the last checkpoint",
     ) from failed[0]
-
-
-__all__ = ["RefusedError", "finetune", "pretrain"]

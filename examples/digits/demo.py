@@ -19,13 +19,14 @@ from typing import Any
 
 from make_backbone import make_backbone
 from make_data import make_data
+from rich.color import ColorSystem
 from rich.columns import Columns
 from rich.panel import Panel
 from rich.text import Text
 
 import orchestrator
 from orchestrator.console import out, progress, show_results, table
-from orchestrator.spec import METHODS as TITLES
+from orchestrator.metrics import wilson
 
 HERE = Path(__file__).parent
 SHADES = " .:-=+*#%@"
@@ -35,6 +36,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": SAME,
     "scratch": SAME,  # the same budget as full; it is the start that differs
 }
+
+
+TITLES = {"head": "the new last layer", "full": "everything, from ImageNet", "scratch": "everything, from nothing"}
 
 
 def train(method: str, num_train: int, seed: int, storage: Path, name: str) -> orchestrator.Run:
@@ -59,22 +63,33 @@ def train(method: str, num_train: int, seed: int, storage: Path, name: str) -> o
 
 
 def picture(file: Path, truth: str, said: str, score: float) -> Panel:
-    """A digit in characters, with what the model says of it."""
+    """A digit as half-block pixels, in characters where there are no colours, with what the model says of it."""
     from PIL import Image
 
-    image = Image.open(file).resize((14, 7))
-    rows = ["".join(SHADES[image.getpixel((x, y)) * (len(SHADES) - 1) // 255] for x in range(14)) for y in range(7)]
+    image = Image.open(file).resize((14, 14))
+    text = Text()
+    for y in range(0, 14, 2):
+        for x in range(14):
+            upper, lower = image.getpixel((x, y)), image.getpixel((x, y + 1))
+            if out.color_system in ("truecolor", "256"):
+                text.append("▀", style=f"rgb({upper},{upper},{upper}) on rgb({lower},{lower},{lower})")
+            else:
+                text.append(SHADES[(upper + lower) // 2 * (len(SHADES) - 1) // 255])
+        text.append("\n" if y < 12 else "")
     right = said == truth
     title = Text(f"{said}  {score:.2f}", style="green" if right else "red")
-    return Panel(Text("\n".join(rows)), title=title, subtitle=None if right else f"it is {truth}", width=18)
+    return Panel(text, title=title, subtitle=None if right else f"it is {truth}", width=18)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--svg", type=Path, help="write the screen as a picture, too")
     parser.add_argument("--seeds", type=int, default=1, help="so many runs a method; their mean is shown")
     given = parser.parse_args()
     started = time.monotonic()
+    if given.svg is not None:
+        out.record, out._color_system = True, ColorSystem.TRUECOLOR
     make_backbone(HERE / "backbone")
     make_data(HERE / "data")
     storage = given.storage
@@ -91,8 +106,8 @@ def main() -> int:
     for method in METHODS:
         runs = [train(method, 100, seed, storage, f"{method}-100-{seed}") for seed in range(given.seeds)]
         accuracies = [run.results["test"]["accuracy"] for run in runs]
-        low, high = runs[0].results["test"]["accuracy_95"]
         mean = sum(accuracies) / len(accuracies)
+        low, high = wilson(round(1000 * mean), 1000)
         seconds = sum(run.results["seconds"] for run in runs) / len(runs)
         figures.append(
             {
@@ -100,9 +115,8 @@ def main() -> int:
                 "accuracy_95": [low, high], "seconds": seconds,
             }
         )  # fmt: skip
-        note = TITLES[method].split(" (")[0]
-        rows.append([method, f"{mean:.3f}", f"{low:.3f} to {high:.3f}", f"{seconds:.0f}", note])
-    out.print(table(["method", "accuracy", "95 % interval", "seconds", ""], rows, right=(1, 3)))
+        rows.append([method, f"{mean:.3f}", f"{low:.3f} to {high:.3f}", f"{seconds:.0f}", TITLES[method]])
+    out.print(table(["method", "accuracy", "95 % interval", "seconds", "what is trained"], rows, right=(1, 3)))
 
     files = sorted((HERE / "data" / "test").glob("*/*.png"))
     files = random.Random(1).sample(files, 8)
@@ -125,6 +139,8 @@ def main() -> int:
         soft_wrap=True,
     )
     out.print(f"[dim]{results['seconds']:.0f} s in all[/]")
+    if given.svg is not None:
+        out.save_svg(str(given.svg), title="make demo")
     return 0
 
 
