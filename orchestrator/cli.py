@@ -426,6 +426,11 @@ def run(arguments: list[str]) -> int:
         return _fail(JobError(message, mend=hint or "orchestrator --help"), as_json)
     except OrchestratorError as error:
         return _fail(error, as_json)
+    except BrokenPipeError:
+        return 0
+    except OSError as error:  # one that a run met on its way is a TrainingError by now
+        place = error.filename or "the file system"
+        return _fail(JobError(f"{place} cannot be used: {error.strerror or error}"), as_json)
     except ModuleNotFoundError as error:
         refusal = missing_extra(error)
         if refusal is None:
@@ -435,8 +440,6 @@ def run(arguments: list[str]) -> int:
         from orchestrator.errors import InterruptedRunError
 
         return _fail(InterruptedRunError("interrupted", mend="the same command goes on"), as_json)
-    except BrokenPipeError:
-        return 0
 
 
 def _fail(error: OrchestratorError, as_json: bool) -> int:

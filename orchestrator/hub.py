@@ -376,7 +376,7 @@ def fetch(card: BackboneCard, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     assert card.repo_id
-    patterns = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.txt", "*.model", *(card.weight_files if weights else [])]
     try:
         return Path(
             _asking(

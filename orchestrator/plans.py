@@ -6,11 +6,14 @@ job can know goes into its `lineage.json`.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.spec import Job
+
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 SPLITS = ("train", "validation", "test")
 
@@ -44,10 +47,11 @@ class BackboneCard(_Plain):
 
     @property
     def weight_files(self) -> tuple[str, ...]:
-        """The safetensors files that hold the weights, shards in order."""
-        return tuple(
-            sorted(f for f in self.files if f.endswith(".safetensors") and "/" not in f and "adapter" not in f)
-        )
+        """The safetensors files that hold the weights: the whole one, else its shards in order, else all there are."""
+        found = sorted(f for f in self.files if f.endswith(".safetensors") and "/" not in f and "adapter" not in f)
+        if "model.safetensors" in found:
+            return ("model.safetensors",)
+        return tuple([f for f in found if _SHARD.fullmatch(f)] or found)
 
 
 class BackboneRow(_Plain):

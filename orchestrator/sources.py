@@ -171,10 +171,23 @@ def _walk(
             if name.startswith(".") or name.lower() in _LITTER:
                 continue
             file = os.path.join(directory, name)
+            if not _is_text(file):
+                shown = os.fsencode(file).decode("utf-8", "backslashreplace")
+                rows.append(Row(shown, "", split=split, problem="its name is not in UTF-8"))
+                continue
             if os.path.splitext(name)[1].lower() in sample.suffixes:
                 rows.append(Row(file, label, uri=os.path.relpath(file, root), split=split))
             else:
                 others.append(os.path.relpath(file, root))
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can be written down; POSIX allows any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_table(path: Path, spec: Data, sample: SampleField) -> Rows:
@@ -210,6 +223,9 @@ def _fill(row: Row, value: object, label: object, group: object, split: object, 
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         row.content = value
+    elif isinstance(value, str) and "\0" in value:
+        row.problem = "has a path with a NUL byte"
+        return
     elif isinstance(value, str) and value.strip():
         row.uri = value
     else:

@@ -143,7 +143,8 @@ def _errors_of_libraries(run: Run, extra: str) -> Iterator[None]:
         refusal = missing_extra(error, extra) if isinstance(error, ImportError) else None
         if refusal is not None:
             raise refusal from error
-        write_file(run.path / "error.txt", traceback.format_exc())
+        with contextlib.suppress(OSError):  # the disk may be what is full
+            write_file(run.path / "error.txt", traceback.format_exc())
         raise TrainingError(
             f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}",
             mend=f"the whole trace is in {run.path / 'error.txt'}; the same command goes on from the last checkpoint",

@@ -177,11 +177,17 @@ def spoil_bomb(folder: Path) -> tuple[Path, str]:
     return put(folder / "cat" / "1.png", png(0, (20000, 20000))), "pixels"
 
 
+def spoil_name(folder: Path) -> tuple[Path, str]:
+    name = os.fsdecode(bytes(folder) + b"/cat/\xff.png")
+    Path(name).write_bytes(png(1))
+    return Path(f"{folder}/cat/\\xff.png"), "its name is not in UTF-8"
+
+
 def spoil_loose(folder: Path) -> tuple[Path, str]:
     return put(folder / "loose.png", png(1)), "has no label"
 
 
-@pytest.mark.parametrize("spoil", [spoil_corrupt, spoil_empty, spoil_text, spoil_bomb, spoil_loose])
+@pytest.mark.parametrize("spoil", [spoil_corrupt, spoil_empty, spoil_text, spoil_bomb, spoil_name, spoil_loose])
 def test_a_broken_file_fails_by_name_or_is_left_out(folder: Path, spoil: object) -> None:
     file, problem = spoil(folder)  # type: ignore[operator]
     error = refusal(folder)
@@ -191,7 +197,7 @@ def test_a_broken_file_fails_by_name_or_is_left_out(folder: Path, spoil: object)
     found = read(folder, on_bad_sample="skip")
     assert [skip.place for skip in found.skipped] == [str(file)]
     assert found.summary.num_skipped == 1
-    assert sum(found.summary.num_samples.values()) == (20 if spoil is spoil_loose else 19)
+    assert sum(found.summary.num_samples.values()) == (20 if spoil in (spoil_loose, spoil_name) else 19)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +206,7 @@ def test_a_broken_file_fails_by_name_or_is_left_out(folder: Path, spoil: object)
         ({"path": "gone.png"}, "the file gone.png is missing"),
         ({"label": None}, "has no label in 'label'"),
         ({"path": None}, "has neither a path nor bytes"),
+        ({"path": "a\0b.png"}, "has a path with a NUL byte"),
     ],
 )
 def test_a_broken_row_fails_by_number_or_is_left_out(

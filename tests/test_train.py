@@ -283,6 +283,13 @@ def test_two_processes_cannot_work_on_one_run(tiny_resnet: Path, digits: Path, c
     assert json.loads(done.stdout)["reason"] == "busy"
 
 
+def test_a_storage_that_is_a_file_is_no_stack_trace(tiny_resnet: Path, digits: Path, cli: Cli) -> None:
+    Path("taken").write_text("x")
+    done = cli("finetune", "--backbone", tiny_resnet, "--data", digits, "--storage", "taken", "--json")
+    assert done.returncode == 2
+    assert "taken" in json.loads(done.stdout)["message"]
+
+
 def test_too_few_samples_are_refused_before_loading(tiny_resnet: Path, digits: Path) -> None:
     with pytest.raises(DataError, match="leaves classes without a sample"):
         train(tiny_resnet, digits, **{"data.num_train": 3})

@@ -134,10 +134,7 @@ def main() -> int:
         f"\nmodel    {best.path.relative_to(Path.cwd()) if best.path.is_relative_to(Path.cwd()) else best.path}/model"
     )
     out.print(f"figures  {storage}/results.json")
-    out.print(
-        f"next     orchestrator predict {storage}/head-1000 {files[0].relative_to(Path.cwd())}",
-        soft_wrap=True,
-    )
+    out.print(f"next     orchestrator predict {storage}/head-1000 FILE...")
     out.print(f"[dim]{results['seconds']:.0f} s in all[/]")
     if given.svg is not None:
         out.save_svg(str(given.svg), title="make demo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ENLARGED_TOO_FAR = 3.0
+_HEADERS = threading.Lock()  # filters of warnings are the whole process's, and decoding runs in threads
 _TIMM_SIZE = (3, 224, 224)
 
 
@@ -56,10 +58,10 @@ def decode(sample: Sample) -> Image:
     if not content:
         raise BadSampleError("the file is empty")
     try:
-        with warnings.catch_warnings():
+        with _HEADERS, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content))
-            image.load()
+        image.load()
         return ImageOps.exif_transpose(image) or image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadSampleError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
