@@ -39,6 +39,8 @@ KIND = {
 EXCEPTIONS: dict[str, tuple[str, str, str]] = {
     "imagegpt": ("image", "unsupported", "its input_ids are clusters of colours, which no image processor batches"),
     "perceiver": ("image", "unsupported", "it has three image heads, and its config.json does not say which"),
+    "pp_lcnet": ("image", "unsupported", "its classification head returns no logits, so no pipeline can serve it"),
+    "siglip2": ("image", "unsupported", "it takes a varying number of patches, which this version does not batch"),
     "dinat": ("image", "unsupported", "it needs the natten library, which has no release for current torch"),
     "tapas": ("text", "unsupported", "it reads tables, not texts"),
     "esmc": ("text", "unsupported", "it was trained on protein sequences, not on language"),

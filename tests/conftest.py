@@ -24,13 +24,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # The client reads its environment when it is imported, so the Hub of the tests must be there before that.
 _stack = contextlib.ExitStack()
 _hub = _stack.enter_context(serve())
-_home = _stack.enter_context(tempfile.TemporaryDirectory(prefix="orchestrator-tests-"))
+_home = _stack.enter_context(tempfile.TemporaryDirectory(prefix="orc-", ignore_cleanup_errors=True))
 os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_OFFLINE": "0",
     "HF_ENDPOINT": _hub.url,
     "HF_HOME": _home,
+    "RAY_TMPDIR": _home,  # short: the paths of its sockets have a limit
     "RAY_USAGE_STATS_ENABLED": "0",
     "COLUMNS": "80",
     "TERM": "dumb",

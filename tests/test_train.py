@@ -205,6 +205,39 @@ def test_a_base_checkpoint_without_a_head_gets_one(digits: Path, tmp_path: Path)
     assert run.lineage["features"] == "every step"
 
 
+@pytest.mark.parametrize("architecture", ["test_vit", "test_resnet"])
+def test_a_repository_as_timm_saves_it(architecture: str, digits: Path, tmp_path: Path) -> None:
+    import timm
+
+    model = timm.create_model(architecture, pretrained=False, num_classes=5)
+    timm.models.save_for_hf(model, tmp_path / "saved", model_args={"num_classes": 5}, safe_serialization=True)
+    for method in ("head", "full"):
+        run = train(tmp_path / "saved", digits, method=method, training={"epochs": 1})
+        assert run.results["test"]["num_samples"] == 200
+        assert run.lineage["features"] == ("once" if method == "head" else "every step")
+    assert train(run.path, digits, training={"epochs": 1}).lineage["backbone"]["kind"] == "run"
+
+
+def test_a_processor_that_resizes_by_the_shorter_edge_alone(tiny_resnet: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from PIL import Image
+    from transformers import pipeline
+
+    directory = tmp_path / "edge"
+    shutil.copytree(tiny_resnet, directory)
+    settings = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 32}, "do_center_crop": False}
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
+    for i in range(20):
+        file = tmp_path / "data" / ("a" if i % 2 else "b") / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30 + 5 * i, 60), (10 * i,) * 3).save(file)
+    run = train(directory, tmp_path / "data", training={"epochs": 1})
+    (ours,) = orchestrator.predict(run, [file])
+    theirs = {e["label"]: e["score"] for e in pipeline("image-classification", model=str(run.model))(str(file))}
+    assert all(abs(theirs[name] - score) < 1e-4 for name, score in ours.top)
+
+
 def test_gradient_accumulation_is_the_large_batch(tiny_vit: Path, digits: Path) -> None:
     whole = {"epochs": 1, "batch_size": 40, "optimizer": "sgd", "learning_rate": 0.1, "batch_norm": "frozen"}
     import shutil

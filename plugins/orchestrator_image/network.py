@@ -72,6 +72,9 @@ def make_processor(plan: Plan, directory: Path) -> Any:
     changes: dict[str, Any] = {"size": size}
     if settings.get("do_center_crop"):
         changes["crop_size"] = {"height": height, "width": width}
+    elif "shortest_edge" in size and "crop_pct" not in settings:
+        # Resized by its shorter edge alone, every image has another size, and no two make a batch.
+        changes |= {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
     return transformers.AutoImageProcessor.from_pretrained(
         directory, local_files_only=True, trust_remote_code=False, **changes
     )
