@@ -124,11 +124,13 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-def trained_tensors(module: nn.Module, with_buffers: bool) -> Tensors:
-    """The module's own tensors that training changes: parameters with gradients, and buffers if they move."""
+def trained_tensors(module: nn.Module, moving: tuple[str, ...]) -> Tensors:
+    """The module's own tensors that training changes: parameters with gradients, and the buffers below the
+    submodules named in `moving` ('' for all)."""
     found: Tensors = {name: p.data for name, p in module.named_parameters() if p.requires_grad}
-    if with_buffers:
-        found.update(dict(module.named_buffers()))
+    for prefix in moving:
+        for name, buffer in module.get_submodule(prefix).named_buffers():
+            found[f"{prefix}.{name}" if prefix else name] = buffer
     return found
 
 

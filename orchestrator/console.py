@@ -171,7 +171,7 @@ def show_plan(plan: Any) -> None:
     if plan.parameters is not None:
         p = plan.parameters
         rows += [
-            ("parameters", f"{p.trained:,} trained, {p.frozen:,} frozen"),
+            ("parameters", f"{p.trained:,} trained, {p.frozen:,} frozen" + ("" if p.head_known else " and a new head")),
             ("memory", f"weights {_mb(p.weights_bytes)}, gradients {_mb(p.gradients_bytes)}, "
                        f"optimizer {_mb(p.optimizer_bytes)}"),
         ]  # fmt: skip
@@ -212,5 +212,7 @@ def show_results(results: Mapping[str, Any]) -> None:
                          f"{one['macro_f1']:.3f}", f"{one['loss']:.3f}"])  # fmt: skip
     if rows:
         out.print(table(["split", "samples", "accuracy", "95 % interval", "macro F1", "loss"], rows, (1, 2, 4, 5)))
+    else:
+        out.print("no sample was held back, so there are no figures")
     if results.get("num_skipped"):
         out.print(f"{results['num_skipped']} samples were left out; skipped.jsonl in the run names them")

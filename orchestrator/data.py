@@ -80,12 +80,17 @@ def prepare(spec: Data, modality: Modality, classes: tuple[str, ...] | None = No
         raise DataError(f"{spec.path} holds no sample that can be used", mend="look at the first: " + _first(skipped))
     names = classes or _class_names(rows, source.classes, spec)
     labels = _labels(rows, names, spec)
-    split = np.full(len(rows), 2, dtype=np.int64) if classes else _split(rows, labels, names, spec, source.ready_made)
+    split = _for_evaluation(rows) if classes else _split(rows, labels, names, spec, source.ready_made)
     if not classes:
         _refuse_unseen(labels, split, names)
     notes = list(source.notes) + _leaks(rows, ids, split)
     if not classes and not (split == 2).any():
-        notes.append("there is no test split: the final figures are the validation's")
+        has = (split == 1).any()
+        notes.append(
+            "there is no test split: the final figures are the validation's"
+            if has
+            else "nothing is held back: there will be no figures, and the last epoch counts"
+        )
     uris = [_relative(row, source.root) for row in rows]
     table = pa.table(
         {
@@ -123,6 +128,7 @@ def _find_missing(rows: Iterable[Row]) -> None:
                 expected="paths below the data's root",
                 mend="move the files below it, or name a higher one: data.root",
             )
+        row.uri = os.path.relpath(file, row.root)
         if not os.path.isfile(file):
             row.problem = f"the file {row.uri} is missing" if row.place != file else "is no file"
 
@@ -175,10 +181,11 @@ def _measure(rows: list[Row], modality: Modality) -> tuple[list[str], list[Facts
                 content = (row.root / row.uri).read_bytes()
             except OSError as error:
                 return "", None, Skip(row.place, f"cannot be read: {error.strerror}")
-        if content is not None and total <= MAX_HASHED_BYTES:
+        if content is not None and (total <= MAX_HASHED_BYTES or stat is None):  # cells are in memory anyway
             known_by = hashlib.sha256(content).hexdigest()
         else:
-            known_by = f"{stat.st_size}:{stat.st_mtime_ns}" if stat else str(len(content or b""))
+            assert stat is not None
+            known_by = f"{stat.st_size}:{stat.st_mtime_ns}"
         if not measured:
             return known_by, None, None
         try:
@@ -274,6 +281,14 @@ def _split(rows: list[Row], labels: Ints, names: Iterable[str], spec: Data, read
     return split
 
 
+def _for_evaluation(rows: list[Row]) -> Ints:
+    """All samples are test samples, but where the data came with a test split: then those alone."""
+    ready_made = np.array([2 if row.split is None else row.split for row in rows], dtype=np.int64)
+    if (ready_made == 2).any():
+        return np.where(ready_made == 2, 2, _UNSPLIT)
+    return np.full(len(rows), 2, dtype=np.int64)
+
+
 def _group_numbers(rows: list[Row]) -> Ints:
     _, numbers = np.unique([row.group or "" for row in rows], return_inverse=True)
     return numbers.astype(np.int64)
@@ -310,9 +325,9 @@ def _refuse_unseen(labels: Ints, split: Ints, names: Iterable[str]) -> None:
 
 def _leaks(rows: list[Row], ids: list[str], split: Ints) -> list[str]:
     """A note where the same content is trained on and tested with."""
-    if not ids or ":" in ids[0]:
-        return []
-    trained = {known_by for known_by, here in zip(ids, split.tolist(), strict=True) if here == 0}
+    trained = {
+        known_by for known_by, here in zip(ids, split.tolist(), strict=True) if here == 0 and ":" not in known_by
+    }
     notes = []
     for here in (1, 2):
         same = [i for i in np.flatnonzero(split == here) if ids[i] in trained]

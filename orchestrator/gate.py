@@ -118,7 +118,15 @@ def fit(card: BackboneCard, row: BackboneRow, modality: Modality, job_settings: 
     """How the data becomes the backbone's input. Raises `RefusedError`."""
     if modality.fit is None:
         raise not_built(modality)
-    return modality.fit(card, row, parse_settings(modality, job_settings), profile)
+    settings = parse_settings(modality, job_settings)
+    try:
+        return modality.fit(card, row, settings, profile)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise RefusedError(
+            "bad_config",
+            f"{card.source}: its metadata files hold values that cannot be understood: {error}",
+            mend="fetch or save the backbone again",
+        ) from error
 
 
 def not_built(modality: Modality) -> RefusedError:
@@ -245,6 +253,7 @@ def _parameters(job: Job, row: BackboneRow, tensors: Tensors, num_classes: int) 
     trained = head if job.method == "head" else body + head
     states = 2 if job.training.optimizer == "adamw" else 1
     return Parameters(
+        head_known=head > 0,
         total=body + head,
         trained=trained,
         frozen=body + head - trained,

@@ -72,11 +72,7 @@ def _read_run(source: str, path: Path) -> BackboneCard:
 
 
 def _read_directory(source: str, path: Path) -> BackboneCard:
-    files = {
-        str(file.relative_to(path)): file.stat().st_size
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    }
+    files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
     metadata = {name: (path / name).read_bytes() for name in _METADATA if name in files}
     return _make_card(source, "directory", path.resolve().name, files, metadata, path=str(path.resolve()))
 
@@ -177,6 +173,8 @@ def _read_cached(source: str, repo_id: str, revision: str | None, error: Excepti
         raise _offline(source, error) from error
     snapshot = Path(found).parent
     card = _read_directory(source, snapshot)
+    if not card.weight_files:  # somebody asked about it once, and never trained on it
+        raise _offline(source, error) from error
     return card.model_copy(
         update={
             "kind": "hub",
@@ -191,7 +189,7 @@ def _read_cached(source: str, repo_id: str, revision: str | None, error: Excepti
 def _parse(content: bytes, name: str, source: str) -> dict[str, Any]:
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RefusedError("bad_config", f"{source}: {name} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise RefusedError("bad_config", f"{source}: {name} holds a {type(value).__name__}, not an object")
@@ -214,6 +212,8 @@ def _make_card(
         or processor
         or None
     )
+    if preprocessor is not None and not isinstance(preprocessor, dict):
+        raise RefusedError("bad_config", f"{source}: the processor's settings are {preprocessor!r}, not an object")
     return BackboneCard(
         source=source,
         kind=kind,

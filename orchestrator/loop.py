@@ -199,7 +199,7 @@ class _HeadOnly:
 def _train(session: Session) -> None:
     plan, schedule, worker, position = session.plan, session.plan.schedule, session.worker, session.position
     optimizer, named = make_optimizer(session.network, plan)
-    mine = ckpt.trained_tensors(session.network.module, with_buffers=plan.job.method != "head")
+    mine = ckpt.trained_tensors(session.network.module, session.network.head if plan.job.method == "head" else ("",))
     rows = session.samples.rows("train")
     best: ckpt.Tensors = {}
     found = ckpt.newest(session.run / "checkpoints")
@@ -338,7 +338,7 @@ class _ShardStatistics:
     def __init__(self, session: Session, num_shards: int) -> None:
         self._worker = session.worker
         self._layers = []
-        if num_shards > 1 and session.plan.job.method != "head" and session.plan.schedule.batch_norm == "train":
+        if num_shards > 1:
             self._layers = [layer for layer in batch_norms(session.network.module) if layer.training]
         if self._layers:
             self._start = self._read()

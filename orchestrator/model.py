@@ -154,13 +154,20 @@ def _head(plan: Plan, missing: set[str], mismatched: set[str]) -> tuple[str, ...
     for name in sorted(missing | mismatched):
         if _within(name, row.head) and plan.weights == "pretrained":
             continue
-        owner = next((module for module in row.may_be_new if _within(name, (module,))), None)
+        owner = next((module for module in row.may_be_new if _within(name, (module,))), _pooler(name))
         if owner is None or name in mismatched or plan.weights == "trained":
             what = "has another shape" if name in mismatched else "is missing"
             raise _mismatch(plan, f"{name} {what}", len(missing | mismatched))
         extended.append(owner)
-    owners = [module for module in row.may_be_new if module in extended]
+    poolers = [module for module in dict.fromkeys(extended) if module not in row.may_be_new]
+    owners = poolers + [module for module in row.may_be_new if module in extended]
     return tuple(owners + [name for name in row.head if not _within(name, owners)])
+
+
+def _pooler(name: str) -> str | None:
+    """`beit.pooler` of `beit.pooler.layernorm.weight`: what comes after the last layer is no part of many bases."""
+    parts = name.split(".")
+    return ".".join(parts[: parts.index("pooler") + 1]) if "pooler" in parts[:-1] else None
 
 
 def _mismatch(plan: Plan, problem: str, num: int) -> WeightsError:

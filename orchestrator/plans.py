@@ -65,8 +65,8 @@ class BackboneRow(_Plain):
     """The modules whose shape depends on the number of classes, in forward order."""
     may_be_new: tuple[str, ...] = ()
     """Modules outside the base model that a checkpoint of another task does not hold; then they are head too."""
-    size: Literal["any", "fixed"] = "any"
-    """Whether the input's size can be chosen."""
+    size: Literal["any", "fixed", "larger"] = "any"
+    """Whether the input's size can be chosen: freely, not at all, or not below the backbone's own."""
 
 
 class Adaptation(_Plain):
@@ -99,6 +99,8 @@ class Schedule(_Plain):
 class Parameters(_Plain):
     """Counts from the safetensors header."""
 
+    head_known: bool
+    """False where the checkpoint holds no head: how wide the new one is, only the built model tells."""
     total: int
     trained: int
     frozen: int

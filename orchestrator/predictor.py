@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from orchestrator import data, hub, registry
-from orchestrator.errors import BadSampleError
+from orchestrator.errors import BadSampleError, DataError
 from orchestrator.loop import EVALUATION_BATCH, predict_batch
 from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Collate, Modality
 from orchestrator.model import Network, freeze, set_mode
-from orchestrator.plans import SPLITS, Plan
+from orchestrator.planning import num_cores
+from orchestrator.plans import Plan
 from orchestrator.runs import Run, open_run
 from orchestrator.spec import Data
 from orchestrator.worker import Worker, start_worker
@@ -61,7 +62,9 @@ def predict(run: Run | str | Path, inputs: Iterable[str | Path | bytes], top: in
 
 
 def evaluate(run: Run | str | Path, labelled: str | Data) -> dict[str, Any]:
-    """The figures of a finished run on labelled data, all of it: as in its results.json.
+    """The figures of a finished run on labelled data, as in its results.json.
+
+    All of the data counts, but where it comes with a test split: then that alone.
 
     Raises `DataError` for a label that the model never learnt.
     """
@@ -75,21 +78,33 @@ def evaluate(run: Run | str | Path, labelled: str | Data) -> dict[str, Any]:
     uris, contents = prepared.table.column("uri").to_pylist(), prepared.table.column("content").to_pylist()
     labels = prepared.table.column("label").to_numpy().astype(np.int64)
     parts = []
+    num_broken = 0
     with ThreadPoolExecutor(max_workers=loaded.plan.threads_per_worker) as pool:
         for start in range(0, len(uris), EVALUATION_BATCH):
             rows = np.arange(start, min(start + EVALUATION_BATCH, len(uris)))
 
             def one(row: int) -> object:
-                content = contents[row]
-                return decode({field: content if content is not None else (root / uris[row]).read_bytes()})
+                try:
+                    content = contents[row]
+                    return decode({field: content if content is not None else (root / uris[row]).read_bytes()})
+                except (BadSampleError, OSError) as error:
+                    return DataError(f"{uris[row] or f'row {row + 1}'}: {getattr(error, 'message', error)}")
 
-            inputs = loaded.collate(list(pool.map(one, rows.tolist())), False)
+            decoded = list(pool.map(one, rows.tolist()))
+            broken = [found for found in decoded if isinstance(found, DataError)]
+            if broken and spec.on_bad_sample == "fail":
+                raise broken[0]
+            num_broken += len(broken)
+            rows = rows[[not isinstance(found, DataError) for found in decoded]]
+            if not len(rows):
+                continue
+            inputs = loaded.collate([found for found in decoded if not isinstance(found, DataError)], False)
             inputs = {name: tensor.to(loaded.worker.device) for name, tensor in inputs.items()}
             parts.append(predict_batch(loaded.network.logits, rows, inputs, torch.from_numpy(labels[rows])))
     figures = measure(
         Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True))), loaded.plan.classes
     )
-    return {**figures, "num_skipped": len(prepared.skipped)}
+    return {**figures, "num_skipped": len(prepared.skipped) + num_broken}
 
 
 def _load(run: Run | str | Path) -> _Loaded:
@@ -97,7 +112,15 @@ def _load(run: Run | str | Path) -> _Loaded:
     _ = run.results  # refuses an unfinished one
     plan = run.plan
     card = hub.read_card(str(run.path))
-    plan = plan.model_copy(update={"backbone": card, "weights": "trained"})
+    here = plan.job.scaling.model_copy(update={"device": "auto"})  # not where it was trained, but where we are
+    plan = plan.model_copy(
+        update={
+            "backbone": card,
+            "weights": "trained",
+            "job": plan.job.model_copy(update={"scaling": here}),
+            "threads_per_worker": num_cores(),
+        }
+    )
     modality = registry.get(plan.job.modality)
     assert modality.build is not None
     assert modality.batch is not None
@@ -137,6 +160,3 @@ def _predict_some(loaded: _Loaded, asked: list[str | Path | bytes], top: int) ->
         best = tuple((loaded.plan.classes[k], float(v)) for k, v in zip(which.tolist(), values.tolist(), strict=True))
         found.append(Prediction(name, best[0][0], best[0][1], best))
     return found
-
-
-__all__ = ["SPLITS", "Prediction", "evaluate", "predict"]

@@ -69,8 +69,13 @@ class Run:
     @property
     def accuracy(self) -> float:
         """On the test split, or on the validation split where there is no test split."""
-        results = self.results
-        return float((results.get("test") or results["validation"])["accuracy"])
+        figures = self.results.get("test") or self.results.get("validation")
+        if figures is None:
+            raise RefusedError(
+                "data", f"the run {self.path} held no sample back, so nobody knows its accuracy",
+                mend="measure it on other data: orchestrator evaluate",
+            )  # fmt: skip
+        return float(figures["accuracy"])
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -192,7 +192,9 @@ def _is_text(name: str) -> bool:
 
 def _read_table(path: Path, spec: Data, sample: SampleField) -> Rows:
     table = _load(path, spec)
-    input_column = _find_input(table, spec, sample, path)
+    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
+    if twice:
+        raise DataError(f"{path} has two columns named {twice[0]!r}", mend="rename or remove one of them")
     wanted = {
         "label_column": spec.label_column,
         "group_column": spec.group_column,
@@ -204,6 +206,7 @@ def _read_table(path: Path, spec: Data, sample: SampleField) -> Rows:
                 f"{path} has no column {column!r} (data.{setting})",
                 expected="one of " + ", ".join(table.column_names),
             )
+    input_column = _find_input(table, spec, sample, path)
     root = (Path(spec.root).expanduser() if spec.root else path.parent).resolve()
     found = Rows(root=root, rows=[], ready_made=spec.split_column is not None)
     inputs = table.column(input_column).to_pylist()
@@ -250,6 +253,10 @@ def label_text(value: object) -> str | None:
     """A label as the class is named: text in NFC, whole numbers without a point; None where it is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, (list, dict)):
+        return None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

@@ -25,6 +25,13 @@ METHODS: dict[str, str] = {
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switches(cls, value: object) -> object:
+        if isinstance(value, bool):  # pydantic would take true for 1
+            raise ValueError("true and false mean nothing here")
+        return value
+
 
 class Data(_Part):
     """Where the labelled samples are, and how they are split."""
@@ -112,6 +119,13 @@ class Job(_Part):
             raise ValueError("a run's name is one folder name, without slashes")
         return name
 
+    @field_validator("storage")
+    @classmethod
+    def _local(cls, storage: str) -> str:
+        if "://" in storage:
+            raise ValueError("storage is a directory, on this machine or shared by the cluster's nodes")
+        return storage
+
     @field_validator("data", mode="before")
     @classmethod
     def _path_alone(cls, data: object) -> object:
@@ -189,7 +203,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise JobError(f"--set {text!r} sets nothing", expected="key=value", mend="for example --set training.epochs=3")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return key.strip(), value
 
 
@@ -206,10 +220,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or "not readable as YAML"
+        problem = getattr(error, "problem", None) or f"not readable as YAML: {error}"
         raise JobError(f"{where}: {problem}", expected="a YAML file") from None
     if not isinstance(value, dict):
         raise JobError(f"{path} holds no settings", expected="a mapping such as 'backbone: microsoft/resnet-50'")

@@ -84,7 +84,9 @@ def _run(job: Job, fresh: bool, events: Events | None) -> Run:
     with run.locked():
         if fresh:
             run.clear()
-        if not _goes_on(run, plan):
+        if _goes_on(run, plan):
+            plan = run.plan  # what this run began with: its threads and its schedule, whatever they would be now
+        else:
             _lay_out(run, job, plan, prepared)
         if run.finished:
             events({"kind": "done", "text": "finished already", "run": run})
@@ -99,6 +101,8 @@ def _run(job: Job, fresh: bool, events: Events | None) -> Run:
                 _on_ray(plan, config, events)
             else:
                 _in_process(config, events)
+            if not Run(run.path).finished:
+                raise InterruptedRunError("stopped before the first step", mend="the same command goes on")
         events({"kind": "done", "text": "finished", "run": run})
     return run
 
@@ -243,16 +247,13 @@ def _on_ray(plan: Plan, config: dict[str, Any], events: Events) -> None:
                     events({"kind": "note", "text": "stopping after this step"})
                 if asked_at and time.monotonic() - asked_at > _STOP_GRACE_S:
                     raise InterruptedRunError("stopped; the workers did not answer", mend="the same command goes on")
+        except BaseException:
+            stop_file.touch()
+            thread.join(_STOP_GRACE_S)
+            raise
         finally:
-            thread.join(_STOP_GRACE_S if stop_file.exists() else None)
             ray.kill(sink)
     stop_file.unlink(missing_ok=True)
     shutil.rmtree(Path(config["run"]) / ".ray", ignore_errors=True)
-    if not failed or failed[0] is None:
-        return
-    if isinstance(failed[0], OrchestratorError):
+    if failed and failed[0] is not None:
         raise failed[0]
-    raise TrainingError(
-        f"the workers failed: {type(failed[0]).__name__}: {str(failed[0]).strip().splitlines()[-1]}",
-        mend="the same command goes on from the last checkpoint",
-    ) from failed[0]

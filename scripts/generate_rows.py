@@ -47,7 +47,7 @@ EXCEPTIONS: dict[str, tuple[str, str, str]] = {
     "esm": ("text", "unsupported", "it was trained on protein sequences, not on language"),
     "layoutlm": ("text", "two_modalities", "it takes text together with its place on the page"),
 }  # fmt: skip
-# Bases that stand beside no `base_model_prefix` child, so that the body lies at the top level.
+# Position tables for one size; their pipelines have no way to ask for interpolation.
 FIXED_SIZE = {
     "vit",
     "deit",
@@ -61,6 +61,8 @@ FIXED_SIZE = {
     "vit_msn",
     "siglip2",
 }
+# Their windows do not fit into feature maps smaller than those of their own size.
+NOT_SMALLER = {"swin", "donut-swin"}
 
 
 def kinds(cls: type) -> dict[str, str]:
@@ -139,6 +141,7 @@ def rows_of(modality: str) -> dict[str, Any]:
             "head": head,
             "may_be_new": may_be_new,
             **({"size": "fixed"} if model_type in FIXED_SIZE else {}),
+            **({"size": "larger"} if model_type in NOT_SMALLER else {}),
         }
     return {"accepts": accepts, "refuses": refuses}
 
@@ -175,6 +178,28 @@ def timm_heads() -> dict[str, list[str]]:
     return heads
 
 
+def processors() -> dict[str, Any]:
+    """What the image processors do where a repository's file does not say, and which one goes with which type."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+    by_type, defaults = {}, {}
+    for model_type, names in sorted(IMAGE_PROCESSOR_MAPPING_NAMES.items()):
+        name = names.get("torchvision") or names.get("pil")
+        if not name:
+            continue
+        by_type[model_type] = name
+        try:
+            made = getattr(transformers, name)()
+        except Exception:
+            continue
+        plain = {key: getattr(made, key, None) for key in ("size", "crop_size", "do_center_crop")}
+        for key in ("size", "crop_size"):
+            if plain[key] is not None:
+                plain[key] = {k: v for k, v in dict(plain[key]).items() if v is not None}
+        defaults[name] = {key: value for key, value in plain.items() if value is not None}
+    return {"by_type": by_type, "defaults": defaults}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
@@ -197,6 +222,12 @@ def main() -> int:
                 file.write_text(lines + "\n")
         print(f"{modality}: {len(rows['accepts'])} accepted, {len(rows['refuses'])} refused by name, "
               f"{len(rows.get('timm', {}))} timm")  # fmt: skip
+    lines = json.dumps(processors(), indent=1, sort_keys=True) + "\n"
+    file = PLUGINS / "orchestrator_image" / "processors.json"
+    if not file.is_file() or file.read_text() != lines:
+        changed += 1
+        if not check:
+            file.write_text(lines)
     return 1 if check and changed else 0
 
 

@@ -296,6 +296,31 @@ def test_tables_with_wrong_columns(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(tmp_path / "x.csv").message
 
 
+def test_backslashes_and_absolute_spellings_are_the_same_file(folder: Path, tmp_path: Path) -> None:
+    rows = [{"path": str(f.relative_to(folder)), "label": f.parent.name} for f in sorted(folder.rglob("*.png"))]
+    windows = [{**row, "path": row["path"].replace("/", "\\")} for row in rows]
+    found = read(table(tmp_path / "w.csv", windows), root=str(folder))  # type: ignore[arg-type]
+    assert sum(found.summary.num_samples.values()) == 20
+    absolute = [*rows, {"path": str(folder / rows[0]["path"]), "label": "dog"}]
+    assert "has two labels" in refusal(table(tmp_path / "a.csv", absolute), root=str(folder)).message  # type: ignore[arg-type]
+
+
+def test_large_tables_of_bytes_are_known_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "MAX_HASHED_BYTES", 10)
+    rows: list[dict[str, object]] = [{"image": png(i), "label": i % 2} for i in range(20)]
+    first = read(table(tmp_path / "t.parquet", rows)).summary
+    assert not [note for note in first.notes if "same content" in note]
+    rows[3] = {**rows[3], "image": png(99)}
+    assert read(table(tmp_path / "u.parquet", rows)).summary.fingerprint != first.fingerprint
+
+
+def test_columns_of_one_name_and_labels_that_are_lists(folder: Path, tmp_path: Path) -> None:
+    put(tmp_path / "t.csv", b"path,label,label\na.png,x,y\n")
+    assert "two columns named 'label'" in refusal(tmp_path / "t.csv").message
+    rows = [{"path": str(f.relative_to(folder)), "label": ["a", "z"]} for f in sorted(folder.rglob("*.png"))]
+    assert "has no label" in refusal(table(tmp_path / "l.jsonl", rows), root=str(folder)).message  # type: ignore[arg-type]
+
+
 def test_files_that_are_no_images_are_said(folder: Path) -> None:
     put(folder / "cat" / "notes.txt", b"hello")
     put(folder / "cat" / ".DS_Store", b"")

@@ -17,7 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 import orchestrator
-from orchestrator.errors import ChangedError, DataError, RefusedError, TrainingError, WeightsError
+from orchestrator.errors import (
+    ChangedError,
+    DataError,
+    InterruptedRunError,
+    RefusedError,
+    TrainingError,
+    WeightsError,
+)
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -216,6 +223,100 @@ def test_a_repository_as_timm_saves_it(architecture: str, digits: Path, tmp_path
         assert run.results["test"]["num_samples"] == 200
         assert run.lineage["features"] == ("once" if method == "head" else "every step")
     assert train(run.path, digits, training={"epochs": 1}).lineage["backbone"]["kind"] == "run"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("resnet", {"size": 224, "feature_extractor_type": "ConvNextFeatureExtractor", "crop_pct": 0.875}),
+        ("deit", {"size": 256, "crop_size": 224, "do_center_crop": True}),
+        ("deit", {"size": {"height": 256, "width": 256}, "crop_size": {"height": 224, "width": 224}}),
+        ("bit", {"size": {"shortest_edge": 256}}),
+        ("mobilevit", {"size": {"shortest_edge": 288}, "crop_size": {"height": 256, "width": 256}}),
+        ("levit", {"size": 224}),
+    ],
+)
+def test_images_are_prepared_as_the_backbones_own_processor_does(
+    model_type: str, settings: dict[str, Any], card_files: Callable[..., Path], digits: Path
+) -> None:
+    """Files of every age that the Hub holds; with the backbone's own size nothing is changed."""
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    from orchestrator_image.network import make_collate
+
+    directory = card_files(config={"model_type": model_type}, preprocessor_config=settings)
+    plan = orchestrator.plan(backbone=str(directory), data=str(digits), method="scratch")
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    ours = make_collate(plan, directory)([image], False)["pixel_values"]
+    theirs = AutoImageProcessor.from_pretrained(directory)(image, return_tensors="pt")["pixel_values"]
+    assert list(ours.shape[-2:]) == plan.input["size"]
+    assert torch.equal(ours, theirs)
+    if model_type in ("resnet", "bit"):
+        smaller = orchestrator.plan(backbone=str(directory), data=str(digits), method="scratch", settings={"size": 64})
+        assert list(make_collate(smaller, directory)([image], False)["pixel_values"].shape[-2:]) == [64, 64]
+
+
+def test_batch_norm_inside_the_head_is_in_the_checkpoint() -> None:
+    from torch import nn
+
+    from orchestrator.checkpoint import trained_tensors
+
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    module[0].requires_grad_(False)
+    kept = trained_tensors(module, ("1",))
+    assert {"1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"} == set(kept)
+
+
+def test_a_run_goes_on_by_the_plan_that_it_began_with(
+    tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        if event["kind"] == "advance":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    job = {"backbone": str(tiny_resnet), "data": str(digits), "method": "full", "training": {"epochs": 1}}
+    with pytest.raises(InterruptedRunError):
+        orchestrator.finetune(job, events=stop)
+    began = orchestrator.plan(job)
+    monkeypatch.setattr("orchestrator.planning.num_cores", lambda: began.threads_per_worker + 1)
+    assert orchestrator.plan(job).threads_per_worker == began.threads_per_worker + 1
+    run = orchestrator.finetune(job, events=silent)
+    assert run.lineage["threads_per_worker"] == began.threads_per_worker
+
+
+def test_nothing_held_back_is_said(tiny_resnet: Path, flat_digits: Path) -> None:
+    notes: list[str] = []
+    run = orchestrator.finetune(
+        backbone=str(tiny_resnet),
+        data={"path": str(flat_digits), "validation_fraction": 0.0, "test_fraction": 0.0},
+        training={"epochs": 1},
+        events=lambda event: notes.append(event.get("text", "")),
+    )
+    assert any("nothing is held back" in note for note in notes)
+    with pytest.raises(RefusedError, match="held no sample back"):
+        _ = run.accuracy
+
+
+def test_evaluating_takes_the_test_split_where_there_is_one_and_skips_by_name(
+    tiny_resnet: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    run = train(tiny_resnet, digits)
+    assert orchestrator.evaluate(run, str(digits))["num_samples"] == 200
+    monkeypatch.setattr("orchestrator.data.NUM_MEASURED_ALL", 10)
+    monkeypatch.setattr("orchestrator.data.NUM_MEASURED", 1)
+    shutil.copytree(digits / "test", tmp_path / "later")
+    victim = sorted((tmp_path / "later" / "5").iterdir())[-1]
+    victim.write_bytes(b"no image")
+    with pytest.raises(DataError, match=victim.name):
+        orchestrator.evaluate(run, str(tmp_path / "later"))
+    spec = orchestrator.Job(backbone="-", data={"path": str(tmp_path / "later"), "on_bad_sample": "skip"}).data
+    figures = orchestrator.evaluate(run, spec)
+    assert (figures["num_samples"], figures["num_skipped"]) == (199, 1)
 
 
 def test_a_processor_that_resizes_by_the_shorter_edge_alone(tiny_resnet: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -62,7 +64,11 @@ def decode(sample: Sample) -> Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content))
         image.load()
+        if image.mode == "F":
+            raise BadSampleError("holds floating-point values, and nothing says which of them is white")
         return ImageOps.exif_transpose(image) or image
+    except BadSampleError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadSampleError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
@@ -80,6 +86,14 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
     """The input's size and channels; resizing and conversion as adaptations."""
     height, width = _own_size(card)
     fixed = _is_fixed(card, row)
+    built_for = _image_size(card) if card.library == "transformers" and fixed else None
+    if built_for is not None and built_for != (height, width):
+        raise RefusedError(
+            "bad_config",
+            f"{card.source}: config.json is of a network for {built_for[0]} x {built_for[1]}, and "
+            f"preprocessor_config.json gives {height} x {width}",
+            mend="put the size of config.json into preprocessor_config.json",
+        )
     if settings.size is not None and (settings.size, settings.size) != (height, width):
         if fixed:
             raise RefusedError(
@@ -89,6 +103,14 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
                 expected=f"{height} x {width}",
                 mend="leave settings.size out; every image is resized to what the backbone takes",
             )
+        if row.size == "larger" and settings.size < min(height, width):
+            raise RefusedError(
+                "fixed_size",
+                f"{card.source} ({card.model_type}) takes images of {height} x {width} or larger, and settings.size = "
+                f"{settings.size}",
+                expected=f"{height} or more",
+                mend="leave settings.size out; every image is resized to what the backbone takes",
+            )
         height = width = settings.size
     channels = _channels(card)
     if channels not in (1, 3):
@@ -96,7 +118,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
             "channels",
             f"{card.source} takes images of {channels} channels, and an image file has 1, 3 or 4",
             expected="a backbone of 1 or 3 channels",
-            mend="choose another backbone, or write a plugin for such images (docs/plugins.md)",
+            mend="choose another backbone, or write a plugin for such images (docs/design.md)",
         )
     adaptations, notes = [], []
     if profile is not None and profile.num_measured:
@@ -140,6 +162,8 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
         size = (card.config.get("pretrained_cfg") or {}).get("input_size") or _TIMM_SIZE
         if not (isinstance(size, (list, tuple)) and len(size) == 3 and all(isinstance(n, int) for n in size)):
             raise RefusedError("bad_config", f"{card.source}: input_size in config.json is {size!r}, not [3, h, w]")
+        if min(size) < 1:
+            raise RefusedError("bad_config", f"{card.source}: input_size in config.json is {size!r}")
         return int(size[1]), int(size[2])
     if card.preprocessor is None:
         raise RefusedError(
@@ -148,15 +172,36 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
             expected="size, mean and standard deviation of its training images",
             mend="save the image processor beside the model: AutoImageProcessor...save_pretrained()",
         )
-    size = card.preprocessor.get("crop_size") if card.preprocessor.get("do_center_crop") else None
-    found = (
-        _height_width(size)
-        or _height_width(card.preprocessor.get("size"))
-        or _height_width(card.config.get("image_size"))
-    )
-    if found is None:
+    settings = {**_defaults(card), **{k: v for k, v in card.preprocessor.items() if v is not None}}
+    cropped = settings.get("crop_size") if settings.get("do_center_crop") else None
+    found = _height_width(cropped) or _height_width(settings.get("size")) or _image_size(card)
+    if found is None or min(found) < 1:
         raise RefusedError("bad_config", f"{card.source}: preprocessor_config.json gives no size")
     return found
+
+
+def _defaults(card: BackboneCard) -> dict[str, Any]:
+    """What the image processor that the repository names does where its file does not say."""
+    known = json.loads(Path(__file__).with_name("processors.json").read_text(encoding="utf-8"))
+    assert card.preprocessor is not None
+    named = card.preprocessor.get("image_processor_type") or card.preprocessor.get("feature_extractor_type")
+    if named is None:
+        name = known["by_type"].get(card.model_type, "")
+    else:
+        name = re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "ImageProcessor", str(named))
+        if name not in known["by_type"].values():
+            raise RefusedError(
+                "bad_config",
+                f"{card.source}: preprocessor_config.json names {named!r}, which prepares no images that we know",
+                expected="an image processor of transformers",
+                mend="save the right image processor beside the model",
+            )
+    return dict(known["defaults"].get(name, {}))
+
+
+def _image_size(card: BackboneCard) -> tuple[int, int] | None:
+    nested = card.config.get("vision_config")
+    return _height_width(card.config.get("image_size")) or _height_width((nested or {}).get("image_size"))
 
 
 def _height_width(size: Any) -> tuple[int, int] | None:

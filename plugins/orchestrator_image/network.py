@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
+from orchestrator.errors import TrainingError
 from orchestrator.model import Network, build_transformers
 from orchestrator.plans import Plan
 
@@ -59,25 +61,44 @@ def make_processor(plan: Plan, directory: Path) -> Any:
     """The backbone's own image processor, at the plan's input size."""
     if plan.backbone.library == "timm":
         return TimmWrapperImageProcessor(_timm_settings(plan), architecture=plan.backbone.model_type)
-    height, width = plan.input["size"]
-    settings = plan.backbone.preprocessor or {}
-    size: dict[str, int] = {"height": height, "width": width}
-    if isinstance(settings.get("size"), dict) and "shortest_edge" in settings["size"]:
-        old_crop = settings.get("crop_size")
-        edge = settings["size"]["shortest_edge"]
-        crop = old_crop.get("height") if isinstance(old_crop, dict) else old_crop
-        # The margin around the crop keeps its proportion: 256 -> 224 becomes 73 -> 64.
-        scaled = round(edge * height / crop) if settings.get("do_center_crop") and crop else height
-        size = {"shortest_edge": scaled}
-    changes: dict[str, Any] = {"size": size}
-    if settings.get("do_center_crop"):
-        changes["crop_size"] = {"height": height, "width": width}
-    elif "shortest_edge" in size and "crop_pct" not in settings:
-        # Resized by its shorter edge alone, every image has another size, and no two make a batch.
-        changes |= {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
-    return transformers.AutoImageProcessor.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False, **changes
+    load = partial(
+        transformers.AutoImageProcessor.from_pretrained, directory, local_files_only=True, trust_remote_code=False
     )
+    wanted = tuple(plan.input["size"])
+    mode = "RGB" if plan.input["channels"] == 3 else "L"
+    processor = load()
+    given = _gives(processor, mode)
+    if given == {wanted}:
+        return processor  # as the backbone was trained
+    processor = load(**_at_size(processor, wanted, min(map(min, given))))
+    given = _gives(processor, mode)
+    if given != {wanted}:
+        raise TrainingError(
+            f"the image processor of {plan.backbone.source} gives images of {sorted(given)}, the plan says {wanted}",
+            mend="leave settings.size out",
+        )
+    return processor
+
+
+def _gives(processor: Any, mode: str) -> set[tuple[int, ...]]:
+    """The sizes that a tall and a wide image come out with."""
+    images = [Image.new(mode, (131, 197)), Image.new(mode, (197, 131))]
+    return {tuple(processor([image], return_tensors="pt")["pixel_values"].shape[-2:]) for image in images}
+
+
+def _at_size(processor: Any, wanted: tuple[int, ...], given: int) -> dict[str, Any]:
+    """The processor's sizes in proportion: 256 and a crop of 224 become, for 64, 73 and a crop of 64."""
+    factor = wanted[0] / given
+    changes: dict[str, Any] = {
+        key: {name: round(value * factor) for name, value in dict(getattr(processor, key)).items() if value}
+        for key in ("size", "crop_size")
+        if getattr(processor, key, None)
+    }
+    if "shortest_edge" in changes["size"] and not getattr(processor, "do_center_crop", None):
+        # Resized by its shorter edge alone, every image has another size, and no two make a batch.
+        cropped = {"do_center_crop": True, "crop_size": {"height": wanted[0], "width": wanted[1]}}
+        changes |= {} if getattr(processor, "crop_pct", None) else cropped
+    return changes
 
 
 def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Image.Image], bool], dict[str, Tensor]]:
@@ -97,8 +118,8 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Image.Image]
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
     """The image in the mode that the backbone takes; 16 bits become 8."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     return image if image.mode == mode else image.convert(mode)
 
 
