@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.errors import REASONS, JobError, OrchestratorError, missing_extra
+from orchestrator.errors import REASONS, JobError, OrchestratorError, RefusedError, missing_extra
 
 if TYPE_CHECKING:
     from orchestrator.runs import Run
@@ -270,12 +270,16 @@ def runs(
     rows = []
     for run in found:
         metrics = run.metrics
-        results = run.results if run.finished else {}
+        state, results = ("finished" if run.finished else "unfinished"), {}
+        try:
+            results = run.results if run.finished else {}
+        except RefusedError:
+            state = "damaged"
         figures = results.get("test") or results.get("validation") or {}
         rows.append(
             {
                 "name": run.name,
-                "state": "finished" if run.finished else "unfinished",
+                "state": state,
                 "epochs": metrics[-1]["epoch"] if metrics else 0,
                 "accuracy": figures.get("accuracy"),
                 "seconds": results.get("seconds"),

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from orchestrator.errors import RefusedError
 from orchestrator.plans import BackboneCard
+from orchestrator.runs import Run
 
 _METADATA = ("config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -66,8 +67,12 @@ def _read_run(source: str, path: Path) -> BackboneCard:
             expected="a finished run",
             mend=f"go on with it: orchestrator finetune {path / 'job.yaml'}",
         )
+    if not (path / "model").is_dir():
+        raise RefusedError(
+            "damaged", f"the run {source} has lost its model", mend="train it again: orchestrator finetune ... --fresh"
+        )
     card = _read_directory(source, path / "model")
-    lineage = _parse((path / "lineage.json").read_bytes(), "lineage.json", source)
+    lineage = Run(path).lineage
     return card.model_copy(update={"kind": "run", "name": path.resolve().name, "lineage": lineage})
 
 

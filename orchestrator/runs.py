@@ -54,7 +54,11 @@ class Run:
         file = self.path / "metrics.jsonl"
         if not file.is_file():
             return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        lines = []
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # the last one may be cut off; a run that goes on writes it again
+                lines.append(json.loads(line))
+        return lines
 
     @property
     def plan(self) -> Plan:
@@ -133,11 +137,7 @@ def read_plan(path: Path) -> Plan:
     try:
         return Plan.model_validate_json((path / "plan.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RefusedError(
-            "changed",
-            f"{path / 'plan.json'} is not one of this version's: {str(error).splitlines()[0]}",
-            mend="start over with --fresh",
-        ) from None
+        raise _damaged(path / "plan.json", error) from None
 
 
 def write_file(path: Path, text: str) -> None:
@@ -148,5 +148,19 @@ def write_file(path: Path, text: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
     return value
+
+
+def _damaged(path: Path, error: Exception) -> RefusedError:
+    return RefusedError(
+        "damaged",
+        f"{path} cannot be understood: {str(error).splitlines()[0]}",
+        expected="the file as this version wrote it",
+        mend="start that run over with --fresh, or give the new one another name: --name",
+    )

@@ -398,6 +398,31 @@ def test_a_file_that_breaks_while_training(tiny_resnet: Path, flat_digits: Path,
             shutil.copy(flat_digits / "3" / victim.name, victim)
 
 
+def test_a_damaged_run_is_said_to_be_damaged(tiny_resnet: Path, flat_digits: Path, cli: Cli) -> None:
+    import shutil
+
+    run = train(tiny_resnet, flat_digits, name="good", training={"epochs": 1})
+    for name, reads in (
+        ("results.json", lambda: orchestrator.predict("runs/bad", [])),
+        ("plan.json", lambda: train(tiny_resnet, flat_digits, name="bad", training={"epochs": 1})),
+        ("lineage.json", lambda: train(Path("runs/bad"), flat_digits)),
+        ("model", lambda: train(Path("runs/bad"), flat_digits)),
+    ):
+        shutil.rmtree("runs/bad", ignore_errors=True)
+        shutil.copytree(run.path, "runs/bad")
+        if name == "model":
+            shutil.rmtree("runs/bad/model")
+        else:
+            Path("runs/bad", name).write_text('{"cut')
+        with pytest.raises(RefusedError) as caught:
+            reads()
+        assert caught.value.reason == "damaged"
+        rows = json.loads(cli("runs", "--json").stdout)
+        assert rows[0]["state"] == ("damaged" if name == "results.json" else "finished")
+    (run.path / "metrics.jsonl").open("a").write('{"epoch": 2, "st')
+    assert [line["epoch"] for line in run.metrics] == [1]
+
+
 def test_two_processes_cannot_work_on_one_run(tiny_resnet: Path, digits: Path, cli: Cli) -> None:
     run = train(tiny_resnet, digits, name="shared")
     with run.locked():
