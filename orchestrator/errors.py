@@ -170,7 +170,19 @@ class InterruptedRunError(OrchestratorError):
 
 
 EXTRA_LIBRARIES = frozenset(
-    ("numpy", "pyarrow", "ray", "safetensors", "torch", "torchmetrics", "transformers", "PIL", "timm", "torchvision")
+    (
+        "numpy",
+        "pyarrow",
+        "ray",
+        "safetensors",
+        "tensorboardX",
+        "torch",
+        "torchmetrics",
+        "transformers",
+        "PIL",
+        "timm",
+        "torchvision",
+    )
 )
 """Libraries that a bare installation lacks."""
 

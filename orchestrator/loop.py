@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tensorboardX import SummaryWriter
 from torch import Tensor
 from torch.nn import functional
 
@@ -422,8 +423,21 @@ def _end_epoch(session: Session, epoch: int, seconds: float) -> bool:
     if session.worker.rank == 0:
         with (session.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        _show_in_tensorboard(session.run, line)
     session.events({"kind": "advance", "num": 1, "epoch": line, "epochs": plan.schedule.epochs})
     return better
+
+
+def _show_in_tensorboard(run: Path, line: Mapping[str, Any]) -> None:
+    """The epoch's figures as an event file of its own, so that a run that goes on replaces no other's."""
+    place = run / "tensorboard"
+    suffix = f".epoch-{line['epoch']:05d}"
+    for old in place.glob(f"*{suffix}"):
+        old.unlink()
+    with SummaryWriter(str(place), filename_suffix=suffix) as writer:
+        for name, value in line.items():
+            if name not in ("epoch", "step"):
+                writer.add_scalar(name, value, line["step"])
 
 
 def _predict(session: Session, source: Source, rows: Ints) -> Predictions:

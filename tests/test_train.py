@@ -102,9 +102,12 @@ def test_a_trained_backbone_beats_random_weights(efficientnet: Path, digits: Pat
 def test_a_run_holds_what_it_should(tiny_resnet: Path, digits: Path) -> None:
     run = train(tiny_resnet, digits, training={"epochs": 3})
     assert {child.name for child in run.path.iterdir()} >= {
-        "job.yaml", "plan.json", "lineage.json", "metrics.jsonl", "results.json", "checkpoints", "model",
+        "job.yaml", "plan.json", "lineage.json", "metrics.jsonl", "results.json", "checkpoints", "model", "tensorboard",
     }  # fmt: skip
     assert [line["epoch"] for line in run.metrics] == [1, 2, 3]
+    events = [file.read_bytes() for file in sorted((run.path / "tensorboard").iterdir())]
+    assert len(events) == 3
+    assert all(b"validation_accuracy" in one for one in events)
     results = run.results
     assert results["test"]["num_samples"] == sum(map(sum, results["test"]["confusion"])) == 200
     low, high = results["test"]["accuracy_95"]
@@ -359,6 +362,20 @@ def test_augmentation_changes_the_samples_and_is_repeatable(tiny_resnet: Path, d
     again = train(tiny_resnet, digits, method="full", settings={"augment": "light"}, fresh=True)
     assert not same(weights_of(plain), weights_of(first))
     assert same(weights_of(first), weights_of(again))
+
+
+def test_sgd_bf16_and_a_rate_for_the_head_alone(tiny_resnet: Path, digits: Path) -> None:
+    before = load_file(tiny_resnet / "model.safetensors")
+    still = {"epochs": 1, "optimizer": "sgd", "learning_rate": 1e-12, "head_learning_rate": 0.1, "weight_decay": 0.0}
+    after = weights_of(train(tiny_resnet, digits, method="full", training={**still, "batch_norm": "frozen"}))
+    for name, tensor in before.items():
+        if not name.startswith("classifier") and tensor.is_floating_point():
+            assert torch.allclose(after[name], tensor, atol=1e-8), name
+    exact = {"epochs": 1, "optimizer": "sgd"}
+    fp32 = train(tiny_resnet, digits, method="full", training={**exact, "precision": "fp32"})
+    bf16 = train(tiny_resnet, digits, method="full", training={**exact, "precision": "bf16"})
+    assert not same(weights_of(fp32), weights_of(bf16))
+    assert abs(fp32.metrics[0]["train_loss"] - bf16.metrics[0]["train_loss"]) < 0.05
 
 
 def test_a_loss_that_explodes_says_so(tiny_resnet: Path, digits: Path) -> None:
