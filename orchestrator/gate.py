@@ -10,10 +10,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import JobError, RefusedError
-from orchestrator.hub import Tensors, require_weights
 from orchestrator.modality import Fit, Modality, Profile
 from orchestrator.plans import BackboneCard, BackboneRow, DataSummary, Parameters, Plan, Schedule
 from orchestrator.spec import Job
+from orchestrator.weights import Tensors, require_weights
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     # Rates for AdamW; docs/methods.md has the runs that they were chosen by.

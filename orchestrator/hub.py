@@ -7,10 +7,8 @@ job calls.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import struct
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,15 +19,11 @@ from orchestrator.errors import RefusedError
 from orchestrator.plans import BackboneCard
 from orchestrator.runs import Run
 
-_METADATA = ("config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+METADATA = ("config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json")
 _REPO_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _RETRIES_S = (0.3, 1.0)
-_MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library itself sets
 
 T = TypeVar("T")
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
-"""Tensor name -> (dtype, shape), from the safetensors headers."""
 
 
 def read_card(source: str) -> BackboneCard:
@@ -78,7 +72,7 @@ def _read_run(source: str, path: Path) -> BackboneCard:
 
 def _read_directory(source: str, path: Path) -> BackboneCard:
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    metadata = {name: (path / name).read_bytes() for name in _METADATA if name in files}
+    metadata = {name: (path / name).read_bytes() for name in METADATA if name in files}
     return _make_card(source, "directory", path.resolve().name, files, metadata, path=str(path.resolve()))
 
 
@@ -88,7 +82,7 @@ def _read_repository(source: str, repo_id: str, revision: str | None) -> Backbon
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        info = _asking(source, lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
+        info = asking(source, lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         return _read_cached(source, repo_id, revision, error)
     files = {file.rfilename: -1 if file.size is None else file.size for file in info.siblings or []}
@@ -102,13 +96,13 @@ def _read_repository(source: str, repo_id: str, revision: str | None) -> Backbon
         return found.read_bytes()
 
     try:
-        metadata = {name: _asking(source, partial(read, name)) for name in _METADATA if name in files}
+        metadata = {name: asking(source, partial(read, name)) for name in METADATA if name in files}
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        raise _offline(source, error) from error
+        raise offline(source, error) from error
     return _make_card(source, "hub", repo_id.split("/")[-1], files, metadata, repo_id=repo_id, commit=commit)
 
 
-def _asking(source: str, question: Callable[[], T]) -> T:
+def asking(source: str, question: Callable[[], T]) -> T:
     """The Hub's answer; its refusals become ours, and a connection that fails is tried again."""
     from httpx2 import HTTPError
     from huggingface_hub.errors import (
@@ -161,7 +155,7 @@ def _asking(source: str, question: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-def _offline(source: str, error: Exception) -> RefusedError:
+def offline(source: str, error: Exception) -> RefusedError:
     return RefusedError(
         "offline",
         f"the Hub cannot be asked about {source}: {type(error).__name__}: {str(error).splitlines()[0]}",
@@ -175,11 +169,11 @@ def _read_cached(source: str, repo_id: str, revision: str | None, error: Excepti
 
     found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
     if not isinstance(found, str):
-        raise _offline(source, error) from error
+        raise offline(source, error) from error
     snapshot = Path(found).parent
     card = _read_directory(source, snapshot)
     if not card.weight_files:  # somebody asked about it once, and never trained on it
-        raise _offline(source, error) from error
+        raise offline(source, error) from error
     return card.model_copy(
         update={
             "kind": "hub",
@@ -274,122 +268,3 @@ def _no_config(source: str, files: Mapping[str, int], parsed: Mapping[str, Any])
         expected="a directory or repository in Hub layout: config.json and safetensors weights",
         mend="save the network with transformers' save_pretrained or timm's save_for_hf",
     )
-
-
-def require_weights(card: BackboneCard) -> None:
-    """Refuse a card without safetensors weights, saying what there is instead."""
-    if card.weight_files:
-        return
-    if any(file.endswith(_PICKLES) for file in card.files):
-        raise RefusedError(
-            "pickle_only",
-            f"{card.source} holds pickled weights only; a pickle can run code, so it is not opened",
-            expected="model.safetensors",
-            mend="convert it once, where you trust it: load with transformers, save_pretrained()",
-        )
-    if any(file.endswith(".gguf") for file in card.files):
-        raise RefusedError("gguf_only", f"{card.source} holds GGUF weights only", expected="safetensors weights")
-    raise RefusedError(
-        "no_weights",
-        f"{card.source} holds no weights",
-        expected="model.safetensors",
-        mend="use method scratch to train this architecture from random weights",
-    )
-
-
-def read_tensors(card: BackboneCard) -> Tensors:
-    """Name, dtype and shape of every tensor, from the headers of the safetensors files."""
-    if card.path:
-        tensors: Tensors = {}
-        for name in card.weight_files:
-            tensors.update(_read_header(Path(card.path) / name, card.source))
-        return tensors
-    from httpx2 import HTTPError
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    assert card.repo_id
-    try:
-        found = _asking(
-            card.source,
-            lambda: HfApi().get_safetensors_metadata(str(card.repo_id), revision=card.commit),
-        )
-    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        from huggingface_hub import try_to_load_from_cache
-
-        tensors = {}
-        for name in card.weight_files:
-            path = try_to_load_from_cache(card.repo_id, name, revision=card.commit)
-            if not isinstance(path, str):
-                raise _offline(card.source, error) from error
-            tensors.update(_read_header(Path(path), card.source))
-        return tensors
-    return {
-        name: (tensor.dtype, tuple(tensor.shape))
-        for file in found.files_metadata.values()
-        for name, tensor in file.tensors.items()
-    }
-
-
-def _read_header(path: Path, source: str) -> Tensors:
-    broken = RefusedError(
-        "bad_config",
-        f"{source}: {path.name} is no valid safetensors file",
-        mend="fetch or save the file again",
-    )
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise broken
-        (size,) = struct.unpack("<Q", start)
-        if size > min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
-            raise broken
-        try:
-            header = json.loads(file.read(size))
-        except ValueError:
-            raise broken from None
-    if not isinstance(header, dict):
-        raise broken
-    header.pop("__metadata__", None)
-    try:
-        tensors = {name: (str(one["dtype"]), tuple(one["shape"])) for name, one in header.items()}
-        end = max((int(one["data_offsets"][1]) for one in header.values()), default=0)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-        raise broken from None
-    if 8 + size + end != path.stat().st_size:
-        raise broken
-    return tensors
-
-
-def with_digest(card: BackboneCard) -> BackboneCard:
-    """The card with its `commit`: for a directory, the digest of its metadata and weights."""
-    if card.commit or not card.path:
-        return card
-    digest = hashlib.sha256()
-    for name in sorted((*card.weight_files, *(name for name in _METADATA if name in card.files))):
-        digest.update(name.encode())
-        with (Path(card.path) / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return card.model_copy(update={"commit": f"sha256:{digest.hexdigest()}"})
-
-
-def fetch(card: BackboneCard, weights: bool = True) -> Path:
-    """The directory that holds the backbone's files, downloaded if need be (at the pinned commit)."""
-    if card.path:
-        return Path(card.path)
-    from httpx2 import HTTPError
-    from huggingface_hub import snapshot_download
-
-    assert card.repo_id
-    patterns = ["*.json", "*.txt", "*.model", *(card.weight_files if weights else [])]
-    try:
-        return Path(
-            _asking(
-                card.source,
-                lambda: snapshot_download(
-                    str(card.repo_id), revision=card.commit, allow_patterns=patterns, ignore_patterns=["*/*"]
-                ),
-            )
-        )
-    except HTTPError as error:
-        raise _offline(card.source, error) from error

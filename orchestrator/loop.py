@@ -10,34 +10,34 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tensorboardX import SummaryWriter
 from torch import Tensor
 from torch.nn import functional
 
 from orchestrator import checkpoint as ckpt
-from orchestrator import hub, registry
+from orchestrator import registry
+from orchestrator.batchnorm import ShardStatistics
 from orchestrator.data import Samples
 from orchestrator.errors import InterruptedRunError, TrainingError
 from orchestrator.export import export
-from orchestrator.features import SPLIT_TOLERANCE, FeatureSource, SampleSource, Source, extract, prove_split
+from orchestrator.features import SPLIT_TOLERANCE, SampleSource, Source, extract, prove_split
 from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Modality
-from orchestrator.model import Inputs, Network, batch_norms, freeze, make_optimizer, set_mode
+from orchestrator.model import Inputs, Network, freeze, make_optimizer, set_mode
 from orchestrator.plans import Plan
+from orchestrator.record import add_epoch, cut_metrics, write_lineage
+from orchestrator.runs import write_file
+from orchestrator.weights import fetch
 from orchestrator.worker import Worker, autocast, seed_for, start_worker
 
 EVALUATION_BATCH = 64
@@ -143,17 +143,17 @@ def _prepare(
     if plan.features == "once":
         lineage |= _run_body_once(session)
     if worker.rank == 0:
-        _write_lineage(session, lineage)
+        write_lineage(run, plan, network, worker, lineage)
     return session
 
 
 def _fetch(plan: Plan, worker: Worker) -> Path:
     """The backbone's files; on each node one worker downloads, the others wait for it."""
-    weights = plan.weights != "random"
+    with_weights = plan.weights != "random"
     if worker.local_rank == 0:
-        hub.fetch(plan.backbone, weights)
+        fetch(plan.backbone, with_weights)
     worker.wait()
-    return hub.fetch(plan.backbone, weights)
+    return fetch(plan.backbone, with_weights)
 
 
 def _run_body_once(session: Session) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _train(session: Session) -> None:
         session.events({"kind": "note", "text": f"going on from step {found.step} of {schedule.num_steps}"})
     worker.wait()  # nobody prunes a checkpoint that another one is still reading
     if worker.rank == 0:
-        _cut_metrics(session.run / "metrics.jsonl", position.step)
+        cut_metrics(session.run, position.step)
     session.saved_at = time.monotonic()
     session.events(
         {
@@ -265,7 +265,7 @@ def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, t
     """One optimizer step over all shards of a batch; whether somebody asked to stop."""
     plan, worker, position = session.plan, session.worker, session.position
     num_shards = plan.schedule.num_shards
-    statistics = _ShardStatistics(session, num_shards)
+    statistics = ShardStatistics(session.network.module, worker, num_shards)
     totals = torch.zeros(4, dtype=torch.float64)
     for shard in range(worker.rank, num_shards, worker.num_workers):
         seed_for(_STEP, plan.job.training.seed, position.step, shard)
@@ -330,67 +330,6 @@ def _rate_factor(plan: Plan, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-class _ShardStatistics:
-    """BatchNorm's running statistics over several shards: each starts from the same, their mean is kept.
-
-    Without this they would depend on which shards a worker happens to have. One shard needs nothing.
-    """
-
-    def __init__(self, session: Session, num_shards: int) -> None:
-        self._worker = session.worker
-        self._layers = []
-        if num_shards > 1:
-            self._layers = [layer for layer in batch_norms(session.network.module) if layer.training]
-        if self._layers:
-            self._start = self._read()
-            self._counts = [int(layer.num_batches_tracked or 0) for layer in self._layers]
-            self._of_shards = self._start.new_zeros(num_shards, len(self._start))
-            self._mine = self._start.new_zeros(num_shards)
-
-    def _read(self) -> Tensor:
-        return torch.cat(
-            [t.reshape(-1) for layer in self._layers for t in (layer.running_mean, layer.running_var) if t is not None]
-        )
-
-    def _write(self, flat: Tensor) -> None:
-        at = 0
-        for layer in self._layers:
-            for tensor in (layer.running_mean, layer.running_var):
-                if tensor is not None:
-                    tensor.copy_(flat[at : at + tensor.numel()].view_as(tensor))
-                    at += tensor.numel()
-
-    def of(self, shard: int) -> _OfShard:
-        """A context in which one shard runs forward."""
-        return _OfShard(self, shard)
-
-    def average(self) -> None:
-        """Keep the mean over the shards, in the order of their numbers."""
-        if self._layers:
-            # Rows of other workers are 0 here, so that the sum over workers is exact.
-            self._worker.add_up(self._of_shards)
-            self._worker.add_up(self._mine)
-            self._write(self._of_shards.sum(dim=0) / self._mine.sum().clamp(min=1))
-            for layer, count in zip(self._layers, self._counts, strict=True):
-                if layer.num_batches_tracked is not None:
-                    layer.num_batches_tracked.fill_(count + 1)  # of steps, not of this worker's shards
-
-
-@dataclass
-class _OfShard:
-    statistics: _ShardStatistics
-    shard: int
-
-    def __enter__(self) -> None:
-        if self.statistics._layers:
-            self.statistics._write(self.statistics._start)
-
-    def __exit__(self, *_: object) -> None:
-        if self.statistics._layers:
-            self.statistics._of_shards[self.shard] = self.statistics._read()
-            self.statistics._mine[self.shard] = 1
-
-
 def _end_epoch(session: Session, epoch: int, seconds: float) -> bool:
     """Evaluate, write the epoch's line; whether it is the best so far."""
     position, plan = session.position, session.plan
@@ -421,23 +360,9 @@ def _end_epoch(session: Session, epoch: int, seconds: float) -> bool:
         position.best_accuracy = line.get("validation_accuracy", -1.0)
         position.best_loss = line.get("validation_loss", math.inf)
     if session.worker.rank == 0:
-        with (session.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        _show_in_tensorboard(session.run, line)
+        add_epoch(session.run, line)
     session.events({"kind": "advance", "num": 1, "epoch": line, "epochs": plan.schedule.epochs})
     return better
-
-
-def _show_in_tensorboard(run: Path, line: Mapping[str, Any]) -> None:
-    """The epoch's figures as an event file of its own, so that a run that goes on replaces no other's."""
-    place = run / "tensorboard"
-    suffix = f".epoch-{line['epoch']:05d}"
-    for old in place.glob(f"*{suffix}"):
-        old.unlink()
-    with SummaryWriter(str(place), filename_suffix=suffix) as writer:
-        for name, value in line.items():
-            if name not in ("epoch", "step"):
-                writer.add_scalar(name, value, line["step"])
 
 
 def _predict(session: Session, source: Source, rows: Ints) -> Predictions:
@@ -488,22 +413,6 @@ def _save(session: Session, mine: ckpt.Tensors, best: ckpt.Tensors, optimizer: c
     session.saved_at = time.monotonic()
 
 
-def _cut_metrics(file: Path, step: int) -> None:
-    """Drop the lines that will be written again, and one that was cut off."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(partial, file)
-
-
 # --- what stands behind the last step ---
 
 
@@ -538,55 +447,4 @@ def _finish(session: Session) -> None:
     export(session.network, plan, results, lineage, session.run / "model")
     shutil.rmtree(session.run / "features", ignore_errors=True)
     results["seconds"] = round(session.seconds(), 3)
-    partial = session.run / "results.partial"
-    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, session.run / "results.json")
-
-
-def _write_lineage(session: Session, found: dict[str, Any]) -> None:
-    """What only the running job can know, and where everything came from."""
-    plan, network = session.plan, session.network
-    card = plan.backbone
-    libraries = ("orchestrator", "torch", "transformers", "timm", "ray", "numpy")
-    versions = {name: _version(name) for name in libraries}
-    trained = sum(p.numel() for p in network.module.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in network.module.parameters())
-    lineage = {
-        "backbone": {
-            "source": card.source, "kind": card.kind, "commit": card.commit, "type": card.model_type,
-            "license": _license(card.config), "lineage": card.lineage,
-        },
-        "method": plan.job.method,
-        "data": {"path": plan.job.data.path, "fingerprint": plan.data.fingerprint, "counts": plan.data.num_samples},
-        "classes": list(plan.classes),
-        "seed": plan.job.training.seed,
-        "adaptations": [str(adaptation) for adaptation in plan.adaptations],
-        "head": list(network.head),
-        "new_tensors": list(network.new) if plan.weights == "pretrained" else "all",
-        "unused_tensors": list(network.unused),
-        "trained_parameters": trained,
-        "frozen_parameters": total - trained,
-        "device": str(session.worker.device),
-        "num_workers": session.worker.num_workers,
-        "threads_per_worker": plan.threads_per_worker,
-        "versions": {"python": platform.python_version(), **versions},
-        **found,
-    }  # fmt: skip
-    partial = session.run / "lineage.partial"
-    partial.write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, session.run / "lineage.json")
-
-
-def _license(config: Mapping[str, Any]) -> str | None:
-    found = config.get("license") or (config.get("pretrained_cfg") or {}).get("license")
-    return str(found) if found else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except ImportError:
-        return None
-
-
-__all__ = ["EVALUATION_BATCH", "FeatureSource", "predict_batch", "run_worker"]
+    write_file(session.run / "results.json", json.dumps(results, indent=1, ensure_ascii=False))

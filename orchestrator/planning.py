@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import gate, hub, registry
+from orchestrator import gate, hub, registry, weights
 from orchestrator.errors import RefusedError, missing_extra
 from orchestrator.modality import Fit, Modality, Profile
 from orchestrator.plans import BackboneCard, BackboneRow, Plan
@@ -52,7 +52,7 @@ def inspect(
     plugin = registry.get(modality)
     card = hub.read_card(backbone)
     row = _match(card, plugin)
-    hub.require_weights(card)
+    weights.require_weights(card)
     profile = None
     if data is not None:
         if not plugin.trainable:
@@ -80,14 +80,14 @@ def prepare(job: Job) -> tuple[Plan, Prepared]:
     if not plugin.trainable:
         raise gate.not_built(plugin)
     if job.method != "scratch":
-        hub.require_weights(card)
+        weights.require_weights(card)
     gate.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
     prepared = _prepare(job.data, plugin)
-    tensors = hub.read_tensors(card) if card.weight_files else None
+    tensors = weights.read_tensors(card) if card.weight_files else None
     made = gate.make_plan(
         job,
         plugin,
-        hub.with_digest(card),
+        weights.with_digest(card),
         row,
         tensors,
         prepared.classes,

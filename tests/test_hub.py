@@ -13,6 +13,7 @@ import pytest
 import orchestrator
 from orchestrator import hub as hub_module
 from orchestrator.errors import RefusedError
+from orchestrator.weights import fetch
 from tests.hub_server import Hub, Repository
 
 
@@ -113,7 +114,7 @@ def test_without_a_connection_the_cache_serves(
 ) -> None:
     hub.repositories["org/cached"] = Repository({**files_of(tiny_resnet), "y.json": b"{}"})
     card = orchestrator.check("org/cached", "image")
-    hub_module.fetch(card)
+    fetch(card)
     down = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
     found = cli("check", "org/cached", "--json", env=down)
     assert json.loads(found.stdout)["commit"] == card.commit
