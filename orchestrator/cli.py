@@ -251,7 +251,12 @@ def evaluate(
         return
     from orchestrator.console import out, show_results, table
 
-    show_results({"test": figures, "num_skipped": 0})
+    show_results({"data": figures})
+    if figures["num_seen"]:
+        out.print(
+            f"{figures['num_seen']} of these samples were in the run's own training or validation: "
+            "the figures are better than on new data"
+        )
     worst = sorted((v, k) for k, v in figures["per_class"].items() if v is not None)[:10]
     out.print(table(["class", "accuracy"], [[name, f"{value:.3f}"] for value, name in worst], right=(1,)))
     if figures["num_skipped"]:

@@ -204,7 +204,7 @@ def _mb(num: int) -> str:
 def show_results(results: Mapping[str, Any]) -> None:
     """The final figures of a run."""
     rows = []
-    for split in ("validation", "test"):
+    for split in ("validation", "test", "data"):
         if split in results:
             one = results[split]
             low, high = one["accuracy_95"]

@@ -77,7 +77,10 @@ def prepare(spec: Data, modality: Modality, classes: tuple[str, ...] | None = No
         keep = [i for i, row in enumerate(rows) if row.place not in out]
         rows, ids = [rows[i] for i in keep], [ids[i] for i in keep]
     if not rows:
-        raise DataError(f"{spec.path} holds no sample that can be used", mend="look at the first: " + _first(skipped))
+        raise DataError(
+            f"{spec.path} holds no sample that can be used",
+            mend=_first(skipped) and f"look at the first: {_first(skipped)}",
+        )
     names = classes or _class_names(rows, source.classes, spec)
     labels = _labels(rows, names, spec)
     split = _for_evaluation(rows) if classes else _split(rows, labels, names, spec, source.ready_made)
@@ -268,10 +271,19 @@ def _split(rows: list[Row], labels: Ints, names: Iterable[str], spec: Data, read
                     expected=f"{wanted} groups or more",
                 )
             split[chosen] = grouped(labels[chosen], mine, len(names), fractions, spec.seed)
+            for side, fraction in zip((1, 2), fractions, strict=True):
+                if fraction and not (split == side).any():
+                    raise DataError(
+                        f"the groups in {spec.group_column!r} are too few or too large: "
+                        f"none is left for {SPLITS[side]}",
+                        mend=f"raise data.{SPLITS[side]}_fraction, set it to 0, or split the data yourself",
+                    )
         else:
             split[chosen] = stratified(labels[chosen], names, fractions, spec.seed)
     if spec.num_train is not None:
         train = np.flatnonzero(split == 0)
+        if spec.num_train > len(train):
+            raise DataError(f"data.num_train = {spec.num_train}, and there are {len(train)} training samples")
         if spec.num_train < len(names):
             raise DataError(
                 f"data.num_train = {spec.num_train} leaves classes without a sample",

@@ -103,7 +103,8 @@ def parse_settings(modality: Modality, settings: Mapping[str, Any]) -> BaseModel
         fields = modality.settings.model_fields
         if fault["type"] == "extra_forbidden":
             raise JobError(
-                f"unknown key settings.{place} for {modality.name}", expected="one of " + ", ".join(fields)
+                f"unknown key settings.{place} for {modality.name}",
+                expected="one of " + ", ".join(fields) if fields else "no settings at all",
             ) from None
         about = fields[str(fault["loc"][0])].description if fault["loc"] else ""
         message = str(fault["msg"]).removeprefix("Value error, ")
@@ -176,7 +177,7 @@ def make_plan(
     once = job.method == "head" and not found.augmented
     return Plan(
         name=job.name or run_name(job, card),
-        job=job,
+        job=job.at_whole_paths(),
         backbone=card,
         row=row,
         weights="random" if job.method == "scratch" else "pretrained",

@@ -132,7 +132,8 @@ def asking(source: str, question: Callable[[], T]) -> T:
         except RepositoryNotFoundError as error:
             raise RefusedError(
                 "not_found",
-                f"the Hub has no repository {source}, or it is private and you are not logged in",
+                f"there is no directory {source}, and the Hub has no such repository, "
+                "or it is private and you are not logged in",
                 expected="org/name[@revision], or a local directory",
                 mend="correct the name, or run: hf auth login",
             ) from error
@@ -158,7 +159,8 @@ def asking(source: str, question: Callable[[], T]) -> T:
 def offline(source: str, error: Exception) -> RefusedError:
     return RefusedError(
         "offline",
-        f"the Hub cannot be asked about {source}: {type(error).__name__}: {str(error).splitlines()[0]}",
+        f"there is no directory {source}, and the Hub cannot be asked about it: "
+        f"{type(error).__name__}: {str(error).splitlines()[0]}",
         mend="check the connection and HF_ENDPOINT, or give a local directory",
     )
 
@@ -236,7 +238,7 @@ def _identify(source: str, config: Mapping[str, Any]) -> tuple[str, str]:
     if model_type is None:
         raise RefusedError(
             "no_model_type",
-            f"{source}: config.json names no model_type and no timm architecture, so nobody can know how to "
+            f"{source}: config.json names no model_type and has no pretrained_cfg of timm, so nobody can know how to "
             "build it without running code of the repository",
             expected="a transformers or timm repository",
             mend="save the network again with transformers' or timm's own function",

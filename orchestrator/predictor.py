@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from orchestrator import data, hub, registry
-from orchestrator.errors import BadSampleError, DataError
+from orchestrator.errors import BadSampleError, DataError, RefusedError
 from orchestrator.loop import EVALUATION_BATCH, predict_batch
 from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Collate, Modality
@@ -20,6 +20,7 @@ from orchestrator.planning import num_cores
 from orchestrator.plans import Plan
 from orchestrator.runs import Run, open_run
 from orchestrator.spec import Data
+from orchestrator.weights import read_tensors
 from orchestrator.worker import Worker, start_worker
 
 import numpy as np  # isort: skip
@@ -41,6 +42,7 @@ class Prediction:
 
 @dataclass
 class _Loaded:
+    run: Run
     plan: Plan
     modality: Modality
     network: Network
@@ -48,13 +50,15 @@ class _Loaded:
     worker: Worker
 
 
-def predict(run: Run | str | Path, inputs: Iterable[str | Path | bytes], top: int = 3) -> list[Prediction]:
+def predict(
+    run: Run | str | Path, inputs: Iterable[str | Path | bytes] | str | Path | bytes, top: int = 3
+) -> list[Prediction]:
     """One Prediction for each input: the path of a file, or its bytes.
 
     An input that cannot be read gets a Prediction with its `problem`, and the others theirs.
     """
     loaded = _load(run)
-    asked = list(inputs)
+    asked = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
     found: list[Prediction] = []
     for start in range(0, len(asked), EVALUATION_BATCH):
         found += _predict_some(loaded, asked[start : start + EVALUATION_BATCH], top)
@@ -104,7 +108,15 @@ def evaluate(run: Run | str | Path, labelled: str | Data) -> dict[str, Any]:
     figures = measure(
         Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True))), loaded.plan.classes
     )
-    return {**figures, "num_skipped": len(prepared.skipped) + num_broken}
+    return {**figures, "num_seen": _num_seen(loaded, root, uris), "num_skipped": len(prepared.skipped) + num_broken}
+
+
+def _num_seen(loaded: _Loaded, root: Path, uris: list[str]) -> int:
+    """How many of the files the run itself was trained on, or its best epoch chosen by."""
+    samples = data.Samples(loaded.run.path / "samples.arrow", loaded.plan.data.root, "")
+    rows = np.concatenate([samples.rows("train"), samples.rows("validation")])
+    used = {samples.place(int(row)) for row in rows}
+    return sum(bool(uri) and str(root / uri) in used for uri in uris)
 
 
 def _load(run: Run | str | Path) -> _Loaded:
@@ -112,6 +124,10 @@ def _load(run: Run | str | Path) -> _Loaded:
     _ = run.results  # refuses an unfinished one
     plan = run.plan
     card = hub.read_card(str(run.path))
+    try:
+        read_tensors(card)
+    except RefusedError as error:
+        raise RefusedError("damaged", error.message, mend="train it again: --fresh") from None
     here = plan.job.scaling.model_copy(update={"device": "auto"})  # not where it was trained, but where we are
     plan = plan.model_copy(
         update={
@@ -129,7 +145,7 @@ def _load(run: Run | str | Path) -> _Loaded:
     freeze(network, plan)
     network.module.to(worker.device, memory_format=torch.channels_last)
     set_mode(network, plan, training=False)
-    return _Loaded(plan, modality, network, modality.batch(plan, run.model), worker)
+    return _Loaded(run, plan, modality, network, modality.batch(plan, run.model), worker)
 
 
 def _predict_some(loaded: _Loaded, asked: list[str | Path | bytes], top: int) -> list[Prediction]:

@@ -15,6 +15,13 @@ from typing import Any
 from orchestrator.errors import RefusedError
 from orchestrator.plans import Plan
 
+_OURS = frozenset(
+    (
+        "job.yaml", "plan.json", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl", "results.json",
+        "error.txt", "STOP", ".lock", "checkpoints", "features", "tensorboard", "model", ".ray",
+    )
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Run:
@@ -30,7 +37,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the figures and the model are there; results.json is written last."""
-        return (self.path / "results.json").is_file()
+        return (self.path / "results.json").is_file() and self.model.is_dir()
 
     @property
     def results(self) -> dict[str, Any]:
@@ -84,6 +91,7 @@ class Run:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Nobody else works on this run meanwhile. The lock goes with the process, however it ends."""
+        self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as file:
             try:
@@ -101,14 +109,30 @@ class Run:
             yield
 
     def clear(self) -> None:
-        """Remove all that the run holds but its lock."""
+        """Remove what a run writes, but its lock; nothing else that may lie there."""
         for child in self.path.iterdir():
-            if child.name == ".lock":
+            if child.name == ".lock" or not _is_ours(child):
                 continue
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)
             else:
                 child.unlink()
+
+    def _refuse_foreign(self) -> None:
+        if not self.path.is_dir() or (self.path / "plan.json").is_file():
+            return
+        foreign = [child.name for child in self.path.iterdir() if not _is_ours(child)]
+        if foreign:
+            raise RefusedError(
+                "usage",
+                f"{self.path} is no run of ours, and not empty: it holds {foreign[0]}",
+                expected="a directory that is empty, new, or a run",
+                mend="give the run another name (--name) or another place (--storage)",
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name.removesuffix(".partial") in _OURS
 
 
 def open_run(path: str | Path) -> Run:

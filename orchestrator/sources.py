@@ -213,6 +213,8 @@ def _read_table(path: Path, spec: Data, sample: SampleField) -> Rows:
     labels = table.column(spec.label_column).to_pylist()
     groups = table.column(spec.group_column).to_pylist() if spec.group_column else [None] * len(inputs)
     splits = table.column(spec.split_column).to_pylist() if spec.split_column else [None] * len(inputs)
+    if "split" in table.column_names and spec.split_column is None:
+        found.notes.append("the column 'split' is not used; if it says train, validation or test: data.split_column")
     for number, (value, label, group, split) in enumerate(zip(inputs, labels, groups, splits, strict=True), 1):
         row = Row(f"{path} row {number}", "")
         found.rows.append(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ METHODS: dict[str, str] = {
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -133,8 +134,23 @@ class Job(_Part):
 
     def digest(self) -> str:
         """Eight hex digits of what is to be learnt: all of the job but where its run is put."""
-        what = self.model_dump(mode="json", exclude={"storage", "name"})
+        what = self.at_whole_paths().model_dump(mode="json", exclude={"storage", "name"})
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+
+    def at_whole_paths(self) -> Job:
+        """The same job with absolute paths: `photos`, `photos/` and `./photos` are one place."""
+        places = {
+            key: os.path.abspath(Path(place).expanduser())
+            for key in ("path", "validation", "test", "root")
+            if (place := getattr(self.data, key)) is not None
+        }
+        backbone = Path(self.backbone).expanduser()
+        return self.model_copy(
+            update={
+                "data": self.data.model_copy(update=places),
+                "backbone": os.path.abspath(backbone) if backbone.is_dir() else self.backbone,
+            }
+        )
 
     def to_yaml(self) -> str:
         """The job as a YAML file that gives this job again; defaults are left out."""
@@ -264,7 +280,7 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
         return JobError(f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]))
     message = str(fault["msg"]).removeprefix("Value error, ")
     shown = "" if isinstance(given, dict) else f" = {given!r}"
-    return JobError(f"{where}{place}{shown}: {message[:1].lower()}{message[1:]}{more}", expected=_meaning(fault["loc"]))
+    return JobError(f"{where}{place}{shown}: {message[:1].lower()}{message[1:]}{more}")
 
 
 def _owner(loc: tuple[int | str, ...]) -> type[BaseModel]:

@@ -24,6 +24,7 @@ from orchestrator.errors import (
     ChangedError,
     InterruptedRunError,
     OrchestratorError,
+    RefusedError,
     TrainingError,
     missing_extra,
 )
@@ -81,6 +82,7 @@ def _run(job: Job, fresh: bool, events: Events | None) -> Run:
     events({"kind": "phase", "text": "looking at backbone and data"})
     plan, prepared = prepare(job)
     run = Run(Path(job.storage).expanduser().absolute() / plan.name)
+    _refuse_inside_data(run, job)
     with run.locked():
         if fresh:
             run.clear()
@@ -107,6 +109,21 @@ def _run(job: Job, fresh: bool, events: Events | None) -> Run:
     return run
 
 
+def _refuse_inside_data(run: Run, job: Job) -> None:
+    """A run that starts over removes what it holds, so it stands neither in nor around the data."""
+    here = run.path.resolve()
+    for place in (job.data.path, job.data.validation, job.data.test):
+        if place is None:
+            continue
+        data = Path(place).expanduser().resolve()
+        if data == here or here in data.parents or data in here.parents:
+            raise RefusedError(
+                "usage",
+                f"the run's directory {run.path} and the data {place} lie in one another",
+                mend="give the run another name (--name) or another place (--storage)",
+            )
+
+
 def _goes_on(run: Run, plan: Plan) -> bool:
     """Whether this run began with the same job, data and backbone; raises `ChangedError` where it did not."""
     if not (run.path / "plan.json").is_file():
@@ -119,16 +136,37 @@ def _goes_on(run: Run, plan: Plan) -> bool:
     ):
         if before != now:
             raise ChangedError(
-                f"{what} of the run {run.path} has changed since it began",
-                expected=f"{what} as it was: {before}",
+                f"{what} of the run {run.path} has changed since it began" + _differences(what, old, plan),
+                expected=f"{what} as it was: {str(before)[:16]}",
                 mend="start over with --fresh, or keep both: --name",
             )
     return True
 
 
+def _differences(what: str, old: Plan, new: Plan) -> str:
+    """What changed, in words, as far as the plans tell."""
+    if what == "the data":
+        return f": samples were {old.data.num_samples}, are {new.data.num_samples}"
+    if what != "the job":
+        return ""
+    before, now = (_flat(plan.job.model_dump(mode="json", exclude={"storage", "name"})) for plan in (old, new))
+    changes = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in now | before if before.get(key) != now.get(key)]
+    return ": " + ", ".join(changes[:3])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def _lay_out(run: Run, job: Job, plan: Plan, prepared: Prepared) -> None:
     """The run's directory with what it begins with; plan.json, written last, says that it is there."""
-    write_file(run.path / "job.yaml", job.to_yaml())
+    # With whole paths, so that it says the same from any directory.
+    storage = str(Path(job.storage).expanduser().absolute())
+    whole = job.at_whole_paths().model_copy(update={"name": plan.name, "storage": storage})
+    write_file(run.path / "job.yaml", whole.to_yaml())
     write_table(prepared.table, run.path / "samples.arrow")
     if prepared.skipped:
         lines = [json.dumps({"place": s.place, "problem": s.problem}, ensure_ascii=False) for s in prepared.skipped]

@@ -153,6 +153,8 @@ def test_a_group_stays_on_one_side(tmp_path: Path) -> None:
     rows = [{**row, "split": "train" if i < 42 else "test"} for i, row in enumerate(rows)]
     error = refusal(table(tmp_path / "s.csv", rows), group_column="speaker", split_column="split")
     assert "the group 's10' stands in train and in test" in error.message
+    by_class = [{**row, "speaker": row["label"]} for row in rows] + [{**rows[0], "path": "0.png"}]
+    assert "too few" in refusal(table(tmp_path / "c.csv", by_class[:-1]), group_column="speaker").message
     few = [{**row, "speaker": "only"} for row in rows]
     assert "1 groups" in refusal(table(tmp_path / "f.csv", few), group_column="speaker").message
     assert "names a column" in refusal(tmp_path, group_column="speaker").message

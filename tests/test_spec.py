@@ -104,6 +104,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({"training.learning_rate": -1}, "training.learning_rate = -1"),
         ({"data.validation_fraction": 0.6, "data.test_fraction": 0.5}, "leave nothing to train on"),
         ({"name": "../up"}, "without slashes"),
+        ({"training.learning_rate": float("inf")}, "finite number"),
         ({"training.epochs": True}, "true and false mean nothing here"),
         ({"storage": "s3://bucket/runs"}, "storage is a directory"),
         ({"backbone.path": 3}, "backbone is no group"),

@@ -435,9 +435,52 @@ def test_a_damaged_run_is_said_to_be_damaged(tiny_resnet: Path, flat_digits: Pat
             reads()
         assert caught.value.reason == "damaged"
         rows = json.loads(cli("runs", "--json").stdout)
-        assert rows[0]["state"] == ("damaged" if name == "results.json" else "finished")
+        states = {"results.json": "damaged", "model": "unfinished"}
+        assert rows[0]["state"] == states.get(name, "finished")
+    assert train(tiny_resnet, flat_digits, name="bad", training={"epochs": 1}).model.is_dir()  # written again
+    assert same(weights_of(orchestrator.open_run("runs/bad")), weights_of(run))
+    (Path("runs/bad/model/model.safetensors")).write_bytes(b"cut")
+    with pytest.raises(RefusedError) as caught:
+        orchestrator.predict("runs/bad", [])
+    assert caught.value.reason == "damaged"
     (run.path / "metrics.jsonl").open("a").write('{"epoch": 2, "st')
     assert [line["epoch"] for line in run.metrics] == [1]
+
+
+def test_starting_over_removes_nothing_but_runs(tiny_resnet: Path, flat_digits: Path) -> None:
+    import shutil
+
+    shutil.copytree(flat_digits, "photos")
+    shutil.copytree(flat_digits, "others")
+    before = sorted(Path().rglob("*.png"))
+    for name, data, words in (
+        ("photos", "photos", "lie in one another"),
+        ("others", "photos", "is no run of ours, and not empty"),
+        ("3", "photos", "lie in one another"),
+    ):
+        storage = "photos" if name == "3" else "."
+        with pytest.raises(RefusedError, match=words):
+            train(tiny_resnet, Path(data), storage=storage, name=name, fresh=True)
+    run = train(tiny_resnet, Path("photos"), name="mine", training={"epochs": 1})
+    (run.path / "my-notes.txt").write_text("keep me")
+    train(tiny_resnet, Path("photos"), name="mine", training={"epochs": 1}, fresh=True)
+    assert (run.path / "my-notes.txt").read_text() == "keep me"
+    assert sorted(Path().rglob("*.png")) == before
+
+
+def test_one_place_is_one_run_from_any_directory(
+    tiny_resnet: Path, flat_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    shutil.copytree(flat_digits, "photos")
+    run = train(tiny_resnet, Path("photos"), training={"epochs": 1})
+    assert orchestrator.plan(backbone=str(tiny_resnet), data="photos/", training={"epochs": 1}).name == run.name
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert orchestrator.finetune(run.path / "job.yaml", events=silent).path == run.path
+    with pytest.raises(ChangedError, match=r"training\.epochs: 1 -> 2"):
+        orchestrator.finetune(run.path / "job.yaml", events=silent, **{"training.epochs": 2})
 
 
 def test_two_processes_cannot_work_on_one_run(tiny_resnet: Path, digits: Path, cli: Cli) -> None:
@@ -478,7 +521,10 @@ def test_predict_evaluate_and_pipeline_agree(tiny_vit: Path, digits: Path, cli: 
     run = train(tiny_vit, digits, method="full", training={"epochs": 4})
     files = sorted((digits / "test").glob("*/*.png"))[:20]
     ours = orchestrator.predict(run, files, top=10)
+    assert orchestrator.predict(run, str(files[0]))[0].label == ours[0].label
+    assert orchestrator.evaluate(run, str(digits / "train"))["num_seen"] == 400
     figures = orchestrator.evaluate(run, str(digits / "test"))
+    assert figures["num_seen"] == 0
     assert figures["confusion"] == run.results["test"]["confusion"]
     program = (
         "import sys, json\n"
