@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -93,23 +94,28 @@ def _another(modality: Modality) -> str:
     return f"choose a backbone trained on {modality.title} (types such as {', '.join(examples)})"
 
 
-def parse_settings(modality: Modality, settings: Mapping[str, Any]) -> BaseModel:
-    """The plugin's settings, checked by its own model. Raises `JobError`."""
+def parse_settings(
+    modality: Modality, settings: Mapping[str, Any], place_of: Callable[[str], str] | None = None
+) -> BaseModel:
+    """The plugin's settings, checked by its own model. Raises `JobError`; `place_of` tells the place of a key."""
     try:
         return modality.settings.model_validate(dict(settings))
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in fault["loc"])
+        where = place_of(f"settings.{place}") if place_of else ""
         fields = modality.settings.model_fields
+        near = difflib.get_close_matches(place, list(fields), n=1)
         if fault["type"] == "extra_forbidden":
             raise JobError(
-                f"unknown key settings.{place} for {modality.name}",
+                f"{where}unknown key settings.{place} for {modality.name}",
                 expected="one of " + ", ".join(fields) if fields else "no settings at all",
+                mend=f"did you mean {near[0]}?" if near else "",
             ) from None
         about = fields[str(fault["loc"][0])].description if fault["loc"] else ""
         message = str(fault["msg"]).removeprefix("Value error, ")
         raise JobError(
-            f"settings.{place} = {fault.get('input')!r}: {message[:1].lower()}{message[1:]}",
+            f"{where}settings.{place} = {fault.get('input')!r}: {message[:1].lower()}{message[1:]}",
             expected=about or "",
         ) from None
 

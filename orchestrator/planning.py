@@ -74,7 +74,7 @@ def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: A
 def prepare(job: Job) -> tuple[Plan, Prepared]:
     """The Plan, and the sample table that goes with it."""
     plugin = registry.get(job.modality)
-    gate.parse_settings(plugin, job.settings)
+    gate.parse_settings(plugin, job.settings, job.place_of)
     card = hub.read_card(job.backbone)
     row = _match(card, plugin)
     if not plugin.trainable:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from orchestrator.errors import JobError
 
@@ -112,6 +112,18 @@ class Job(_Part):
     settings: dict[str, Any] = Field(default_factory=dict, description="the modality plugin's own settings")
     storage: str = Field("runs", description="the directory that holds the runs")
     name: str | None = Field(None, description="of the run; default: made from the job")
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both ask for the same; where they were read from does not count."""
+        return isinstance(other, Job) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def place_of(self, key: str) -> str:
+        """`job.yaml:3: `, where the job came out of a file and the key stands in it, else ''."""
+        return self._places.get(key, "")
 
     @field_validator("name")
     @classmethod
@@ -183,9 +195,11 @@ def make_job(job: Job | Mapping[str, Any] | str | Path | None = None, /, **field
         _put(base, key, value)
         lines.pop(key, None)
     try:
-        return Job.model_validate(base)
+        made = Job.model_validate(base)
     except ValidationError as error:
         raise _as_job_error(error, source, lines) from None
+    made._places.update({key: f"{source}:{line}: " for key, line in lines.items()})
+    return made
 
 
 def _put(tree: dict[str, Any], dotted: str, value: object) -> None:
@@ -263,7 +277,8 @@ def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int], path
 def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) -> JobError:
     """The first fault, with its place and the values that would do."""
     faults = error.errors(include_url=False)
-    fault = faults[0]
+    # What is misspelt comes before what is missing: the one is mostly the reason of the other.
+    fault = min(faults, key=lambda one: one["type"] != "extra_forbidden")
     place = ".".join(str(part) for part in fault["loc"]) or "the job"
     where = f"{source}:{lines[place]}: " if place in lines else (f"{source}: " if source else "")
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -279,6 +294,10 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
     if fault["type"] == "missing":
         return JobError(f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]))
     message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "model_type":
+        message = "is a group of settings, not one value"
+    if fault["type"] == "string_type":
+        message += "; put it in quotes"
     shown = "" if isinstance(given, dict) else f" = {given!r}"
     return JobError(f"{where}{place}{shown}: {message[:1].lower()}{message[1:]}{more}")
 

@@ -170,6 +170,15 @@ def test_training_with_a_declaration_says_that_it_is_not_built(card_files: Files
     assert caught.value.reason == "not_built"
 
 
+def test_a_fault_in_the_plugins_settings_has_its_place_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("backbone: a/b\ndata: x\nsettings:\n  sise: 3\n")
+    with pytest.raises(JobError, match=r"job\.yaml:4: unknown key settings\.sise for image") as caught:
+        orchestrator.plan(tmp_path / "job.yaml")
+    assert caught.value.mend == "did you mean size?"
+    with pytest.raises(JobError, match=r"^settings\.size = 'x'"):
+        orchestrator.plan(tmp_path / "job.yaml", settings={"size": "x", "sise": 3})
+
+
 # --- the plan ---
 
 
