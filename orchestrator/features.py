@@ -144,7 +144,7 @@ def extract(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, all_rows in enumerate(rows):
-        mine = _share(all_rows, worker.rank, worker.num_workers)
+        mine = part_of(all_rows, worker.rank, worker.num_workers)
         _extract_share(network, source, mine, worker, folder / _share_name(number, worker.rank, worker), progress)
     worker.wait()
     found = []
@@ -161,8 +161,9 @@ def extract(
     return found
 
 
-def _share(rows: Ints, rank: int, num_workers: int) -> Ints:
-    return rows[rank * len(rows) // num_workers : (rank + 1) * len(rows) // num_workers]
+def part_of(rows: Ints, number: int, num_parts: int) -> Ints:
+    """One of `num_parts` pieces whose lengths differ by one at most."""
+    return rows[number * len(rows) // num_parts : (number + 1) * len(rows) // num_parts]
 
 
 def _share_name(number: int, rank: int, worker: Worker) -> str:

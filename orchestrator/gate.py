@@ -90,7 +90,7 @@ def _takes(modality: Modality) -> str:
 
 
 def _another(modality: Modality) -> str:
-    examples = [name for name in modality.rules.accepts if name != "timm_wrapper"][:4]
+    examples = list(modality.rules.accepts)[:4]
     return f"choose a backbone trained on {modality.title} (types such as {', '.join(examples)})"
 
 

@@ -1,8 +1,7 @@
 """A repository, directory or earlier run -> BackboneCard, from metadata files only.
 
 What a card can be refused for here is its form: no config.json, an adapter alone, pickles alone, gated, not
-found. Whether it fits the data is the gate's business. Weights are fetched by `fetch`, which only a running
-job calls.
+found. Whether it fits the data is the gate's business. Its weights are the business of `weights.py`.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def _read_run(source: str, path: Path) -> BackboneCard:
         )
     if not (path / "model").is_dir():
         raise RefusedError(
-            "damaged", f"the run {source} has lost its model", mend="train it again: orchestrator finetune ... --fresh"
+            "damaged", f"the run {source} has lost its model", mend="the command that made the run writes it again"
         )
     card = _read_directory(source, path / "model")
     lineage = Run(path).lineage

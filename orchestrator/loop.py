@@ -30,7 +30,7 @@ from orchestrator.batchnorm import ShardStatistics
 from orchestrator.data import Samples
 from orchestrator.errors import InterruptedRunError, TrainingError
 from orchestrator.export import export
-from orchestrator.features import SPLIT_TOLERANCE, SampleSource, Source, extract, prove_split
+from orchestrator.features import SPLIT_TOLERANCE, SampleSource, Source, extract, part_of, prove_split
 from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Modality
 from orchestrator.model import Inputs, Network, freeze, make_optimizer, set_mode
@@ -229,8 +229,8 @@ def _train(session: Session) -> None:
         epoch, within = divmod(position.step, schedule.steps_per_epoch)
         if epoch != order_of:
             order_of, order = epoch, rows[_order(plan, epoch, len(rows))]
-        set_mode(session.network, plan, training=True)
-        stop = _step(session, optimizer, named, _part(order, within, schedule.steps_per_epoch))
+            set_mode(session.network, plan, training=True)  # only an epoch's evaluation changes it
+        stop = _step(session, optimizer, named, part_of(order, within, schedule.steps_per_epoch))
         position.step += 1
         if within + 1 == schedule.steps_per_epoch:
             better = _end_epoch(session, epoch, time.monotonic() - epoch_started)
@@ -256,11 +256,6 @@ def _order(plan: Plan, epoch: int, num: int) -> Ints:
     return np.random.default_rng((_ORDER, plan.job.training.seed, epoch)).permutation(num)
 
 
-def _part(rows: Ints, number: int, num_parts: int) -> Ints:
-    """One of `num_parts` pieces whose lengths differ by one at most."""
-    return rows[number * len(rows) // num_parts : (number + 1) * len(rows) // num_parts]
-
-
 def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter], rows: Ints) -> bool:
     """One optimizer step over all shards of a batch; whether somebody asked to stop."""
     plan, worker, position = session.plan, session.worker, session.position
@@ -269,7 +264,7 @@ def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, t
     totals = torch.zeros(4, dtype=torch.float64)
     for shard in range(worker.rank, num_shards, worker.num_workers):
         seed_for(_STEP, plan.job.training.seed, position.step, shard)
-        batch = session.train.batch(_part(rows, shard, num_shards), train=True)
+        batch = session.train.batch(part_of(rows, shard, num_shards), train=True)
         if batch is None:
             continue
         batch = batch.to(worker.device)
@@ -369,7 +364,7 @@ def _predict(session: Session, source: Source, rows: Ints) -> Predictions:
     """What the network says of a split's samples; each worker does its share and gets all."""
     worker = session.worker
     set_mode(session.network, session.plan, training=False)
-    mine = rows[worker.rank * len(rows) // worker.num_workers : (worker.rank + 1) * len(rows) // worker.num_workers]
+    mine = part_of(rows, worker.rank, worker.num_workers)
     parts = []
     for start in range(0, len(mine), EVALUATION_BATCH):
         batch = source.batch(mine[start : start + EVALUATION_BATCH], train=False)
