@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.modality import Facts, Modality, Profile, Sample
-from orchestrator.plans import SPLITS, DataSummary
+from orchestrator.plans import SPLITS, BackboneCard, DataSummary
 from orchestrator.sources import Row, inside, read_rows
-from orchestrator.spec import Data
+from orchestrator.spec import Data, TaskName
 from orchestrator.splits import balanced_subset, grouped, stratified
 
 Ints = npt.NDArray[np.int64]
@@ -57,7 +57,13 @@ class Prepared:
     """uri: string (relative to the root, '' for bytes), content: binary, label: int32, split: int8."""
 
 
-def prepare(spec: Data, modality: Modality, classes: tuple[str, ...] | None = None) -> Prepared:
+def prepare(
+    spec: Data,
+    modality: Modality,
+    card: BackboneCard,
+    task: TaskName = "single-label",  # noqa: ARG001  # the other two come with the next commit
+    classes: tuple[str, ...] | None = None,
+) -> Prepared:
     """Read, check, split and measure the data. `classes` fixes them, for the evaluation of a finished model.
 
     Raises `DataError`, naming the file, row or class.
@@ -68,7 +74,7 @@ def prepare(spec: Data, modality: Modality, classes: tuple[str, ...] | None = No
     skipped = [Skip(row.place, row.problem) for row in source.rows if row.problem]
     if spec.on_bad_sample == "fail" and skipped:
         raise _bad(skipped)
-    ids, facts, broken = _measure(rows, modality)
+    ids, facts, broken = _measure(rows, modality, card)
     if broken:
         if spec.on_bad_sample == "fail":
             raise _bad(broken)
@@ -163,7 +169,7 @@ def _drop_duplicates(rows: list[Row]) -> tuple[list[Row], int]:
     return kept, len(rows) - len(kept)
 
 
-def _measure(rows: list[Row], modality: Modality) -> tuple[list[str], list[Facts], list[Skip]]:
+def _measure(rows: list[Row], modality: Modality, card: BackboneCard) -> tuple[list[str], list[Facts], list[Skip]]:
     """What each sample is known by, the facts of the measured ones, and those that cannot be decoded."""
     step = 1 if len(rows) <= NUM_MEASURED_ALL else len(rows) // NUM_MEASURED
     stats = [None if row.content is not None else os.stat(row.root / row.uri) for row in rows]
@@ -192,7 +198,7 @@ def _measure(rows: list[Row], modality: Modality) -> tuple[list[str], list[Facts
         if not measured:
             return known_by, None, None
         try:
-            return known_by, measure(decode({field: content})), None
+            return known_by, measure(decode({field: content or b""}), card), None
         except BadSampleError as error:
             return known_by, None, Skip(row.place, error.message)
 
@@ -375,7 +381,7 @@ class Samples:
         self._field = field
         self._uri = table.column("uri").combine_chunks()
         self._content = table.column("content").combine_chunks()
-        self.labels: Ints = table.column("label").to_numpy().astype(np.int64)
+        self.targets: Ints = table.column("label").to_numpy().astype(np.int64)
         self._split: Ints = table.column("split").to_numpy().astype(np.int64)
 
     def rows(self, split: str) -> Ints:

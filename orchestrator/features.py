@@ -34,8 +34,8 @@ class Batch:
     """What one forward pass takes. Samples that could not be read are not in it."""
 
     inputs: Inputs
-    labels: Tensor
-    """int64 [samples]"""
+    targets: Tensor
+    """int64 [samples], the class; multi-label and regression: float32 [samples, classes]."""
     rows: Ints
     """Of the sample table, int64 [samples]."""
 
@@ -43,7 +43,7 @@ class Batch:
         if device.type == "cpu":
             return self
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.labels.to(device), self.rows)
+        return Batch(inputs, self.targets.to(device), self.rows)
 
 
 @dataclass
@@ -77,7 +77,7 @@ class SampleSource:
         if not kept:
             return None
         index = np.array(kept, dtype=np.int64)
-        return Batch(self.collate(decoded, train), torch.from_numpy(self.samples.labels[index]), index)
+        return Batch(self.collate(decoded, train), torch.from_numpy(self.samples.targets[index]), index)
 
     def _decode(self, row: int) -> object:
         try:
@@ -102,7 +102,7 @@ class FeatureSource:
         if not len(rows):
             return None
         features = torch.from_numpy(np.ascontiguousarray(self.values[at]))
-        return Batch({"features": features}, torch.from_numpy(self.samples.labels[rows]), rows)
+        return Batch({"features": features}, torch.from_numpy(self.samples.targets[rows]), rows)
 
 
 Source = SampleSource | FeatureSource

@@ -18,7 +18,10 @@ from orchestrator.errors import RefusedError
 from orchestrator.plans import BackboneCard
 from orchestrator.runs import Run
 
-METADATA = ("config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json")
+METADATA = (
+    "config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json", "modules.json",
+)  # fmt: skip
+_MODULE_CONFIG = re.compile(r"[\w.-]+/config\.json")
 _REPO_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _RETRIES_S = (0.3, 1.0)
 
@@ -71,7 +74,9 @@ def _read_run(source: str, path: Path) -> BackboneCard:
 
 def _read_directory(source: str, path: Path) -> BackboneCard:
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    metadata = {name: (path / name).read_bytes() for name in METADATA if name in files}
+    if "modules.json" in files:  # the layout of sentence-transformers: a folder a module
+        files |= {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.glob("*/config.json")) if f.is_file()}
+    metadata = {name: (path / name).read_bytes() for name in _wanted(files)}
     return _make_card(source, "directory", path.resolve().name, files, metadata, path=str(path.resolve()))
 
 
@@ -95,10 +100,35 @@ def _read_repository(source: str, repo_id: str, revision: str | None) -> Backbon
         return found.read_bytes()
 
     try:
-        metadata = {name: asking(source, partial(read, name)) for name in METADATA if name in files}
+        metadata = {name: asking(source, partial(read, name)) for name in _wanted(files)}
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise offline(source, error) from error
     return _make_card(source, "hub", repo_id.split("/")[-1], files, metadata, repo_id=repo_id, commit=commit)
+
+
+def _wanted(files: Mapping[str, int]) -> list[str]:
+    modules = [name for name in files if _MODULE_CONFIG.fullmatch(name)] if "modules.json" in files else []
+    return [name for name in METADATA if name in files] + modules
+
+
+def metadata_file(card: BackboneCard, name: str) -> Path | None:
+    """A small file of the backbone (its tokenizer, say) on this machine, None where the backbone has none.
+
+    Raises `RefusedError` where the Hub cannot be asked for it. Never for weights.
+    """
+    assert not name.endswith(".safetensors")
+    if name not in card.files:
+        return None
+    if card.path:
+        return Path(card.path) / name
+    from httpx2 import HTTPError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(asking(card.source, lambda: hf_hub_download(str(card.repo_id), name, revision=card.commit)))
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise offline(card.source, error) from error
 
 
 def asking(source: str, question: Callable[[], T]) -> T:
@@ -199,7 +229,8 @@ def _parse(content: bytes, name: str, source: str) -> dict[str, Any]:
 def _make_card(
     source: str, kind: str, name: str, files: dict[str, int], metadata: dict[str, bytes], **where: Any
 ) -> BackboneCard:
-    parsed = {key: _parse(content, key, source) for key, content in metadata.items()}
+    modules = _parse_modules(source, metadata.pop("modules.json", None), metadata)
+    parsed = {key: _parse(content, key, source) for key, content in metadata.items() if "/" not in key}
     if "config.json" not in parsed:
         raise _no_config(source, files, parsed)
     config = parsed["config.json"]
@@ -222,9 +253,27 @@ def _make_card(
         model_type=model_type,
         config=config,
         preprocessor=preprocessor,
+        modules=modules,
         files=files,
         **where,
     )
+
+
+def _parse_modules(source: str, listing: bytes | None, metadata: Mapping[str, bytes]) -> tuple[dict[str, Any], ...]:
+    """[{"type": "Pooling", "config": {...}}, ...] of a repository in the layout of sentence-transformers."""
+    if listing is None:
+        return ()
+    try:
+        rows = json.loads(listing)
+        found = [(str(row["type"]).rpartition(".")[2], str(row["path"])) for row in rows]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RefusedError("bad_config", f"{source}: modules.json cannot be understood: {error}") from None
+    modules = []
+    for kind, path in found:
+        name = f"{path}/config.json"
+        config = _parse(metadata[name], name, source) if path and name in metadata else {}
+        modules.append({"type": kind, "config": config})
+    return tuple(modules)
 
 
 def _identify(source: str, config: Mapping[str, Any]) -> tuple[str, str]:

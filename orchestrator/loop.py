@@ -273,13 +273,13 @@ def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, t
                 logits = session.forward(_channels_last(batch.inputs))
             loss = functional.cross_entropy(
                 logits.float(),
-                batch.labels,
+                batch.targets,
                 reduction="sum",
                 label_smoothing=plan.job.training.label_smoothing,
             )
             loss.backward()  # type: ignore[no-untyped-call]
-        correct = (logits.argmax(dim=-1) == batch.labels).sum()
-        totals += torch.tensor([loss.item(), correct.item(), len(batch.labels), 0.0], dtype=torch.float64)
+        correct = (logits.argmax(dim=-1) == batch.targets).sum()
+        totals += torch.tensor([loss.item(), correct.item(), len(batch.targets), 0.0], dtype=torch.float64)
     totals[3] = float(session.should_stop())
     totals = worker.add_up(totals.to(worker.device if worker.device.type == "cuda" else "cpu")).cpu()
     loss_sum, num_correct, weight, stops = totals.tolist()
@@ -370,7 +370,7 @@ def _predict(session: Session, source: Source, rows: Ints) -> Predictions:
         batch = source.batch(mine[start : start + EVALUATION_BATCH], train=False)
         if batch is None:
             continue
-        parts.append(predict_batch(session.forward, batch.rows, batch.to(worker.device).inputs, batch.labels))
+        parts.append(predict_batch(session.forward, batch.rows, batch.to(worker.device).inputs, batch.targets))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else None
     gathered = [columns for columns in worker.gather(columns) if columns is not None]
     if not gathered:

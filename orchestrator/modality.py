@@ -24,8 +24,8 @@ from orchestrator.plans import Adaptation, BackboneCard, BackboneRow, Plan
 if TYPE_CHECKING:
     import torch
 
-Sample = Mapping[str, Any]
-"""One sample as it was read: field name -> the file's bytes, or the text."""
+Sample = Mapping[str, bytes]
+"""One sample as it was read: field name -> the file's bytes, or the text in UTF-8."""
 Facts = Mapping[str, int | float | str]
 """What was measured on one sample, for example {"width": 28, "height": 28, "mode": "L"}."""
 
@@ -41,6 +41,8 @@ class SampleField:
     unit: str
     suffixes: tuple[str, ...] = ()
     """Of the files that hold it, lower case: (".png", ".jpg")."""
+    optional: bool = False
+    """Whether a sample may lack it: the second text of a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +171,12 @@ class Decode(Protocol):
 
 
 class Measure(Protocol):
-    def __call__(self, decoded: Any) -> Facts:
-        """The facts of one decoded sample: rate, size, channels, length. Imports no torch."""
+    def __call__(self, decoded: Any, card: BackboneCard) -> Facts:
+        """The facts of one decoded sample: rate, size, channels, length. Imports no torch.
+
+        `card` is for what only the backbone can count, tokens for one; `orchestrator.hub.metadata_file` has its
+        tokenizer.
+        """
 
 
 class FitFunction(Protocol):
@@ -217,6 +223,8 @@ class Modality:
     """The plugin's own settings (`job.settings`), a pydantic model that forbids unknown keys."""
     rules: BackboneRules
     tasks: tuple[Task, ...]
+    by_length: bool
+    """Whether samples differ in length, so that batches of like lengths waste less: the core makes them so."""
     extra: str
     """What to install for training with it: `pip install 'orchestrator[extra]'`; '' if nothing more."""
     decode: Decode | None

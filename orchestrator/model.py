@@ -7,7 +7,7 @@ the checkpoint does not hold: no randomly initialised parameter is ever frozen.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,12 @@ class Network:
     """Tensors of the checkpoint that this model has no place for (the head of its old task)."""
     save: Callable[[Path], None]
     """Write the model as a Hugging Face directory."""
+    parts: Callable[[Inputs], Sequence[tuple[Tensor, Inputs]]] | None = None
+    """Where samples of a batch must not be computed together (lengths that padding would falsify): the batch as
+    [(int64 indices, inputs), ...]. None: the batch as it is."""
+    usage: str = ""
+    """Python that loads and calls the saved model without this package, for the model card; '' where
+    `transformers.pipeline` serves it."""
 
     @property
     def split(self) -> str | None:
@@ -51,11 +57,23 @@ class Network:
 
     def logits(self, inputs: Inputs) -> Tensor:
         """float [batch, classes]."""
+        return self._by_parts(self._logits, inputs)
+
+    def _logits(self, inputs: Inputs) -> Tensor:
         output = self.module(**inputs)
         return output if isinstance(output, Tensor) else output.logits
 
+    def _by_parts(self, function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+        if self.parts is None:
+            return function(inputs)
+        indices, outputs = zip(*((index, function(part)) for index, part in self.parts(inputs)), strict=True)
+        return torch.cat(outputs)[torch.cat(indices).argsort()]
+
     def features(self, inputs: Inputs) -> Tensor:
         """The input of the head, float [batch, ...]: the body runs, the head does not."""
+        return self._by_parts(self._features, inputs)
+
+    def _features(self, inputs: Inputs) -> Tensor:
         assert self.split is not None
         handle = self.module.get_submodule(self.split).register_forward_pre_hook(_reach)
         try:

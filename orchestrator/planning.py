@@ -12,7 +12,7 @@ from orchestrator import gate, hub, registry, weights
 from orchestrator.errors import RefusedError, missing_extra
 from orchestrator.modality import Fit, Modality, Profile
 from orchestrator.plans import BackboneCard, BackboneRow, Plan
-from orchestrator.spec import Data, Job, make_job
+from orchestrator.spec import Data, Job, TaskName, make_job
 
 if TYPE_CHECKING:
     from orchestrator.data import Prepared
@@ -34,12 +34,13 @@ def check(
     modality: str,
     data: str | Data | None = None,
     settings: Mapping[str, Any] | None = None,
+    task: TaskName = "single-label",
 ) -> BackboneCard:
     """The backbone's card, if it fits the modality (and the data). Raises `RefusedError` with the mend.
 
     Reads metadata only: no weight byte, neither torch nor ray.
     """
-    return inspect(backbone, modality, data, settings).card
+    return inspect(backbone, modality, data, settings, task).card
 
 
 def inspect(
@@ -47,6 +48,7 @@ def inspect(
     modality: str,
     data: str | Data | None = None,
     settings: Mapping[str, Any] | None = None,
+    task: TaskName = "single-label",
 ) -> Checked:
     """`check`, with the row that matched and how the data would be adapted."""
     plugin = registry.get(modality)
@@ -58,7 +60,7 @@ def inspect(
         if not plugin.trainable:
             raise gate.not_built(plugin)
         spec = data if isinstance(data, Data) else Data(path=str(data))
-        profile = _prepare(spec, plugin).profile
+        profile = _prepare(spec, plugin, card, task).profile
     fit = gate.fit(card, row, plugin, settings or {}, profile) if plugin.fit is not None else None
     return Checked(card, row, fit, profile)
 
@@ -82,7 +84,7 @@ def prepare(job: Job) -> tuple[Plan, Prepared]:
     if job.method != "scratch":
         weights.require_weights(card)
     gate.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
-    prepared = _prepare(job.data, plugin)
+    prepared = _prepare(job.data, plugin, card, job.task)
     tensors = weights.read_tensors(card) if card.weight_files else None
     made = gate.make_plan(
         job,
@@ -113,9 +115,9 @@ def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
     return gate.match(card, plugin, registry.available())  # only a refusal asks what the others take
 
 
-def _prepare(spec: Data, plugin: Modality) -> Prepared:
+def _prepare(spec: Data, plugin: Modality, card: BackboneCard, task: TaskName) -> Prepared:
     try:
         from orchestrator.data import prepare as prepare_data
     except ModuleNotFoundError as error:
         raise missing_extra(error, plugin.extra) or error from None
-    return prepare_data(spec, plugin)
+    return prepare_data(spec, plugin, card, task)

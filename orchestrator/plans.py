@@ -40,6 +40,8 @@ class BackboneCard(_Plain):
     """`config.model_type`, or the timm architecture."""
     config: dict[str, Any] = Field(default_factory=dict)
     preprocessor: dict[str, Any] | None = None
+    modules: tuple[dict[str, Any], ...] = ()
+    """Of a repository in the layout of sentence-transformers: [{"type": "Pooling", "config": {...}}, ...]."""
     files: dict[str, int] = Field(default_factory=dict)
     """Name -> bytes (-1 where the server does not tell)."""
     lineage: dict[str, Any] | None = None
@@ -65,6 +67,11 @@ class BackboneRow(_Plain):
     """The modules whose shape depends on the number of classes, in forward order."""
     may_be_new: tuple[str, ...] = ()
     """Modules outside the base model that a checkpoint of another task does not hold; then they are head too."""
+    pool: Literal["", "first", "mean", "map", "pooler"] = ""
+    """Where transformers has no head for the type, ours stands on the body's `last_hidden_state`: its first
+    token, the mean over its tokens, or over its map; or on its `pooler_output`."""
+    part: str = ""
+    """The part of a larger model's config that describes this body (`vision_config`), where it is a part."""
     size: Literal["any", "fixed", "larger"] = "any"
     """Whether the input's size can be chosen: freely, not at all, or not below the backbone's own."""
 
@@ -117,7 +124,10 @@ class DataSummary(_Plain):
     num_samples: dict[str, int]
     """Per split."""
     per_class: dict[str, tuple[int, ...]]
-    """Per split, in the order of `classes`."""
+    """Per split, in the order of `classes`; multi-label: the samples that have the label; regression: empty."""
+    target_mean: tuple[float, ...] = ()
+    """Regression: of each target over the training samples."""
+    target_std: tuple[float, ...] = ()
     num_duplicates: int = 0
     num_skipped: int = 0
     notes: tuple[str, ...] = ()
@@ -134,6 +144,9 @@ class Plan(_Plain):
     weights: Literal["pretrained", "random", "trained"]
     """trained: everything, the head included, must be in the checkpoint (to predict with a finished run)."""
     classes: tuple[str, ...]
+    """Of regression: the names of the targets."""
+    class_weights: tuple[float, ...] = ()
+    """What a class's samples count in the loss; multi-label: what its positive ones count. Empty: all 1."""
     data: DataSummary
     input: dict[str, Any]
     """The plugin's resolved input settings, for example {"size": [64, 64]}."""

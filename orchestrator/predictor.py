@@ -74,7 +74,7 @@ def evaluate(run: Run | str | Path, labelled: str | Data) -> dict[str, Any]:
     """
     loaded = _load(run)
     spec = labelled if isinstance(labelled, Data) else Data(path=str(labelled))
-    prepared = data.prepare(spec, loaded.modality, classes=loaded.plan.classes)
+    prepared = data.prepare(spec, loaded.modality, loaded.plan.backbone, loaded.plan.job.task, loaded.plan.classes)
     field = loaded.modality.sample[0].name
     decode = loaded.modality.decode
     assert decode is not None

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from orchestrator.errors import JobError
 
+TaskName = Literal["single-label", "multi-label", "regression"]
 Method = Literal["head", "full", "scratch"]
 METHODS: dict[str, str] = {
     "head": "the body is frozen, the new last layer is trained",
@@ -41,8 +42,15 @@ class Data(_Part):
     validation: str | None = Field(None, description="the validation split, where it stands on its own")
     test: str | None = Field(None, description="the test split, where it stands on its own")
     root: str | None = Field(None, description="what a table's paths are relative to; default: its folder")
-    input_column: str | None = Field(None, description="a table's column of paths or bytes")
-    label_column: str = Field("label", description="a table's column of labels")
+    input_column: str | tuple[str, ...] | None = Field(
+        None, description="a table's column of paths, bytes or texts; two columns for pairs of texts"
+    )
+    label_column: str | tuple[str, ...] = Field(
+        "label", description="a table's column of labels; several columns for multi-label (0 or 1) or regression"
+    )
+    label_separator: str | None = Field(
+        None, min_length=1, description="multi-label: what stands between the labels of one cell"
+    )
     split_column: str | None = Field(None, description="a table's column that says train, validation or test")
     group_column: str | None = Field(None, description="samples of one group stay on one side of every split")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="held back to choose the best epoch")
@@ -77,6 +85,9 @@ class Training(_Part):
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="of all steps, linear from 0")
     clip_norm: float | None = Field(1.0, gt=0, description="of the gradient over all parameters")
+    class_weights: Literal["none", "auto"] = Field(
+        "none", description="auto: rare classes count more, in inverse proportion to their training samples"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where a GPU has it")
     batch_norm: Literal["auto", "train", "frozen"] = Field(
@@ -105,7 +116,7 @@ class Job(_Part):
     modality: str = "image"
     backbone: str = Field(description="org/name[@revision] on the Hub, a local directory, or an earlier run")
     data: Data
-    task: Literal["single-label"] = "single-label"
+    task: TaskName = "single-label"
     method: Method = "head"
     training: Training = Training()
     scaling: Scaling = Scaling()

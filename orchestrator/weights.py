@@ -8,10 +8,11 @@ import struct
 from pathlib import Path
 
 from orchestrator.errors import RefusedError
-from orchestrator.hub import METADATA, asking, offline
+from orchestrator.hub import asking, offline
 from orchestrator.plans import BackboneCard
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+_SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # configurations, vocabularies, tokenizers
 _MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library itself sets
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -104,15 +105,21 @@ def _read_header(path: Path, source: str) -> Tensors:
 
 
 def with_digest(card: BackboneCard) -> BackboneCard:
-    """The card with its `commit`: for a directory, the digest of its metadata and weights."""
+    """The card with its `commit`: for a directory, the digest of all that a job reads of it."""
     if card.commit or not card.path:
         return card
     digest = hashlib.sha256()
-    for name in sorted((*card.weight_files, *(name for name in METADATA if name in card.files))):
+    for name in sorted((*card.weight_files, *_small_files(card))):
         digest.update(name.encode())
         with (Path(card.path) / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return card.model_copy(update={"commit": f"sha256:{digest.hexdigest()}"})
+
+
+def _small_files(card: BackboneCard) -> list[str]:
+    """What a job may read beside the weights."""
+    depth = 1 if card.modules else 0
+    return [name for name in card.files if name.endswith(_SMALL_SUFFIXES) and name.count("/") <= depth]
 
 
 def fetch(card: BackboneCard, with_weights: bool = True) -> Path:
@@ -123,14 +130,12 @@ def fetch(card: BackboneCard, with_weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     assert card.repo_id
-    patterns = ["*.json", "*.txt", "*.model", *(card.weight_files if with_weights else [])]
+    patterns = [*_small_files(card), *(card.weight_files if with_weights else ())]
     try:
         return Path(
             asking(
                 card.source,
-                lambda: snapshot_download(
-                    str(card.repo_id), revision=card.commit, allow_patterns=patterns, ignore_patterns=["*/*"]
-                ),
+                lambda: snapshot_download(str(card.repo_id), revision=card.commit, allow_patterns=patterns),
             )
         )
     except HTTPError as error:

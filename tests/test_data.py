@@ -18,7 +18,10 @@ from orchestrator import data as data_module
 from orchestrator import registry
 from orchestrator.data import Prepared, Samples, prepare, write_table
 from orchestrator.errors import BadSampleError, DataError
+from orchestrator.plans import BackboneCard
 from orchestrator.spec import Data
+
+CARD = BackboneCard(source="b", kind="directory", name="b")
 
 
 def png(shade: int, size: tuple[int, int] = (9, 7), mode: str = "L") -> bytes:
@@ -42,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(path: Path, **settings: object) -> Prepared:
-    return prepare(Data(path=str(path), **settings), registry.get("image"))  # type: ignore[arg-type]
+    return prepare(Data(path=str(path), **settings), registry.get("image"), CARD)  # type: ignore[arg-type]
 
 
 def refusal(path: Path, **settings: object) -> DataError:
@@ -365,7 +368,7 @@ def refusal_of_three(folder: Path) -> DataError:
 
 def test_a_file_that_vanishes_later_is_a_bad_sample(folder: Path, tmp_path: Path) -> None:
     samples = saved(read(folder), tmp_path)
-    assert np.bincount(samples.labels).tolist() == [10, 10]
+    assert np.bincount(samples.targets).tolist() == [10, 10]
     os.unlink(samples.place(0))
     with pytest.raises(BadSampleError, match="No such file"):
         samples.read(0)

@@ -34,6 +34,7 @@ modality = Modality(
     settings=Settings,
     rules=BackboneRules.from_json(Path(__file__).with_name("rows.json")),
     tasks=(Task(name="single-label", title="one class a recording"),),
+    by_length=True,
     extra="",
     decode=None,
     measure=None,

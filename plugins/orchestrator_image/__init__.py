@@ -77,7 +77,7 @@ def decode(sample: Sample) -> Image:
         raise BadSampleError(f"cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
-def measure(image: Image) -> Facts:
+def measure(image: Image, card: BackboneCard) -> Facts:  # noqa: ARG001  # an image is measured without it
     """Width and height in pixels, and Pillow's mode."""
     return {"width": image.width, "height": image.height, "mode": image.mode}
 
@@ -274,6 +274,7 @@ modality = Modality(
     settings=Settings,
     rules=BackboneRules.from_json(Path(__file__).with_name("rows.json")),
     tasks=(Task(name="single-label", title="one class an image"),),
+    by_length=False,
     extra="image",
     decode=decode,
     measure=measure,
