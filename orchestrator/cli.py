@@ -39,6 +39,10 @@ Method = Annotated[
     str | None,
     typer.Option(help="head: new last layer only; full: everything; scratch: random weights", rich_help_panel=_JOB),
 ]
+TaskName = Annotated[
+    str | None,
+    typer.Option("--task", help="single-label, multi-label or regression", rich_help_panel=_JOB),
+]
 Name = Annotated[str | None, typer.Option(help="of the run; made from the job by default", rich_help_panel=_JOB)]
 Set = Annotated[
     list[str] | None,
@@ -48,9 +52,19 @@ Set = Annotated[
 ]
 DataPath = Annotated[
     str | None,
-    typer.Option("--data", help="a folder of class folders, or a .csv, .parquet, .jsonl", rich_help_panel=_DATA),
+    typer.Option("--data", help="class folders, or a .csv, .parquet, .jsonl", rich_help_panel=_DATA),
 ]
-LabelColumn = Annotated[str | None, typer.Option(help="a table's column of labels", rich_help_panel=_DATA)]
+LabelColumn = Annotated[
+    list[str] | None,
+    typer.Option(help="a table's column of labels (repeatable: one column a label or target)", rich_help_panel=_DATA),
+]
+InputColumn = Annotated[
+    list[str] | None,
+    typer.Option(help="a table's column of paths, bytes or texts (twice for pairs of texts)", rich_help_panel=_DATA),
+]
+SplitColumn = Annotated[
+    str | None, typer.Option(help="a table's column that says train, validation or test", rich_help_panel=_DATA)
+]
 GroupColumn = Annotated[
     str | None,
     typer.Option(help="samples of one group stay on one side of every split", rich_help_panel=_DATA),
@@ -72,7 +86,8 @@ Json = Annotated[bool, typer.Option("--json", help="print the result, or the ref
 @app.command()
 def finetune(
     job: JobFile = None, backbone: Backbone = None, data: DataPath = None, method: Method = None,
-    modality: Modality = None, name: Name = None, set_: Set = None, label_column: LabelColumn = None,
+    modality: Modality = None, task: TaskName = None, name: Name = None, set_: Set = None,
+    input_column: InputColumn = None, label_column: LabelColumn = None, split_column: SplitColumn = None,
     group_column: GroupColumn = None, num_train: NumTrain = None, on_bad_sample: OnBad = None, epochs: Epochs = None,
     batch_size: BatchSize = None, learning_rate: LearningRate = None, seed: Seed = None, size: Size = None,
     workers: Workers = None, address: Address = None, storage: Storage = None, fresh: Fresh = False,
@@ -92,7 +107,8 @@ def finetune(
 @app.command()
 def pretrain(
     job: JobFile = None, backbone: Backbone = None, data: DataPath = None, modality: Modality = None,
-    name: Name = None, set_: Set = None, label_column: LabelColumn = None, group_column: GroupColumn = None,
+    task: TaskName = None, name: Name = None, set_: Set = None, input_column: InputColumn = None,
+    label_column: LabelColumn = None, split_column: SplitColumn = None, group_column: GroupColumn = None,
     num_train: NumTrain = None, on_bad_sample: OnBad = None, epochs: Epochs = None, batch_size: BatchSize = None,
     learning_rate: LearningRate = None, seed: Seed = None, size: Size = None, workers: Workers = None,
     address: Address = None, storage: Storage = None, fresh: Fresh = False, json_: Json = False,
@@ -111,7 +127,8 @@ def pretrain(
 @app.command()
 def plan(
     job: JobFile = None, backbone: Backbone = None, data: DataPath = None, method: Method = None,
-    modality: Modality = None, name: Name = None, set_: Set = None, label_column: LabelColumn = None,
+    modality: Modality = None, task: TaskName = None, name: Name = None, set_: Set = None,
+    input_column: InputColumn = None, label_column: LabelColumn = None, split_column: SplitColumn = None,
     group_column: GroupColumn = None, num_train: NumTrain = None, on_bad_sample: OnBad = None, epochs: Epochs = None,
     batch_size: BatchSize = None, learning_rate: LearningRate = None, seed: Seed = None, size: Size = None,
     workers: Workers = None, address: Address = None, storage: Storage = None, json_: Json = False,
@@ -186,7 +203,7 @@ def check(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="the directory of a finished run")],
-    files: Annotated[list[str], typer.Argument(help="what to classify")],
+    files: Annotated[list[str], typer.Argument(help="files to classify; of a text model, the texts themselves")],
     top: Annotated[int, typer.Option(min=1, help="so many classes each")] = 3,
     json_: Json = False,
 ) -> None:
@@ -235,7 +252,9 @@ def predict(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="the directory of a finished run")],
     data: Annotated[str, typer.Option(help="labelled data: a folder of class folders, or a table")],
+    input_column: InputColumn = None,
     label_column: LabelColumn = None,
+    label_separator: Annotated[str | None, typer.Option(help="between several labels of one cell")] = None,
     on_bad_sample: OnBad = None,
     json_: Json = False,
 ) -> None:
@@ -243,22 +262,33 @@ def evaluate(
     from orchestrator.predictor import evaluate as run_evaluate
     from orchestrator.spec import make_job
 
-    fields = {"path": data, "label_column": label_column, "on_bad_sample": on_bad_sample}
+    fields = {
+        "path": data,
+        "input_column": one_or_all(input_column) if input_column else None,
+        "label_column": one_or_all(label_column) if label_column else None,
+        "label_separator": label_separator,
+        "on_bad_sample": on_bad_sample,
+    }
     spec = make_job(backbone="-", data={key: value for key, value in fields.items() if value is not None}).data
     figures = run_evaluate(run, spec)
     if json_:
         print(json.dumps(figures, ensure_ascii=False))
         return
-    from orchestrator.console import out, show_results, table
+    from orchestrator.console import figure, out, show_results, table
 
-    show_results({"data": figures})
+    show_results({"task": figures["task"], "data": figures})
     if figures["num_seen"]:
         out.print(
             f"{figures['num_seen']} of these samples were in the run's own training or validation: "
             "the figures are better than on new data"
         )
-    worst = sorted((v, k) for k, v in figures["per_class"].items() if v is not None)[:10]
-    out.print(table(["class", "accuracy"], [[name, f"{value:.3f}"] for value, name in worst], right=(1,)))
+    if figures["task"] == "regression":
+        rows = [[name, figure(one["mae"]), figure(one["r2"])] for name, one in figures["per_class"].items()]
+        out.print(table(["target", "MAE", "R2"], rows, right=(1, 2)))
+    else:
+        worst = sorted((v, k) for k, v in figures["per_class"].items() if v is not None)[:10]
+        what = "accuracy" if figures["task"] == "single-label" else "F1"
+        out.print(table(["class", what], [[name, figure(value)] for value, name in worst], right=(1,)))
     if figures["num_skipped"]:
         out.print(f"{figures['num_skipped']} samples could not be read and were left out")
 
@@ -269,10 +299,11 @@ def runs(
     json_: Json = False,
 ) -> None:
     """List the runs and how far they are."""
+    from orchestrator.plans import FIGURES
     from orchestrator.runs import list_runs
 
     found = list_runs(storage)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in found:
         metrics = run.metrics
         state, results = ("finished" if run.finished else "unfinished"), {}
@@ -281,29 +312,31 @@ def runs(
         except RefusedError:
             state = "damaged"
         figures = results.get("test") or results.get("validation") or {}
+        shown = FIGURES[results.get("task", "single-label")][0]
         rows.append(
             {
                 "name": run.name,
                 "state": state,
                 "epochs": metrics[-1]["epoch"] if metrics else 0,
-                "accuracy": figures.get("accuracy"),
+                "figure": shown[0],
+                "value": figures.get(shown[1]),
                 "seconds": results.get("seconds"),
             }
         )
     if json_:
         print(json.dumps(rows, ensure_ascii=False))
         return
-    from orchestrator.console import out, table
+    from orchestrator.console import figure, out, table
 
     if not rows:
         out.print(f"there are no runs in {storage}", markup=False)
         return
     cells = [
-        [r["name"], r["state"], r["epochs"], "" if r["accuracy"] is None else f"{r['accuracy']:.3f}",
+        [r["name"], r["state"], r["epochs"], "" if r["value"] is None else f"{r['figure']} {figure(r['value'])}",
          "" if r["seconds"] is None else f"{r['seconds']:.0f}"]
         for r in rows
     ]  # fmt: skip
-    out.print(table(["run", "state", "epochs", "accuracy", "seconds"], cells, right=(2, 3, 4)))
+    out.print(table(["run", "state", "epochs", "result", "seconds"], cells, right=(2, 3, 4)))
 
 
 @app.command()
@@ -367,12 +400,13 @@ def reasons() -> None:
 
 
 _DOTTED = {
-    "label_column": "data.label_column", "group_column": "data.group_column", "num_train": "data.num_train",
+    "split_column": "data.split_column", "group_column": "data.group_column", "num_train": "data.num_train",
     "on_bad_sample": "data.on_bad_sample", "epochs": "training.epochs", "batch_size": "training.batch_size",
     "learning_rate": "training.learning_rate", "seed": "training.seed", "size": "settings.size",
     "workers": "scaling.num_workers", "address": "scaling.address",
 }  # fmt: skip
-_PLAIN = ("modality", "backbone", "data", "method", "name", "storage")
+_COLUMNS = {"input_column": "data.input_column", "label_column": "data.label_column"}
+_PLAIN = ("modality", "backbone", "data", "task", "method", "name", "storage")
 
 
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
@@ -381,7 +415,13 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
 
     fields = {key: given[key] for key in _PLAIN if given.get(key) is not None}
     fields |= {_DOTTED[key]: given[key] for key in _DOTTED if given.get(key) is not None}
+    fields |= {_COLUMNS[key]: one_or_all(given[key]) for key in _COLUMNS if given.get(key)}
     return fields | dict(parse_setting(text) for text in given.get("set_") or [])
+
+
+def one_or_all(columns: list[str]) -> str | list[str]:
+    """A column alone is a name, several are a list, as in a job file."""
+    return columns[0] if len(columns) == 1 else columns
 
 
 def _report(run: Run, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.plans import FIGURES
 
 Events = Callable[[dict[str, Any]], None]
 
@@ -100,8 +101,11 @@ class _Bar:
 
 def _epoch_status(event: Mapping[str, Any]) -> str:
     line = event["epoch"]
-    accuracy = line.get("validation_accuracy", line["train_accuracy"])
-    return f"epoch {line['epoch']}/{event['epochs']} acc {accuracy:.3f}"
+    accuracy = line.get("validation_accuracy", line.get("train_accuracy"))
+    figure = (
+        f"loss {line.get('validation_loss', line['train_loss']):.3f}" if accuracy is None else f"acc {accuracy:.3f}"
+    )
+    return f"epoch {line['epoch']}/{event['epochs']} {figure}"
 
 
 class _Plain:
@@ -158,9 +162,10 @@ def show_plan(plan: Any) -> None:
         ("run", plan.name),
         ("backbone", f"{card.source} @ {commit} ({card.model_type}, {card.kind})"),
         ("method", plan.job.method),
-        ("classes", f"{len(plan.classes)}: {_some(plan.classes, 10)}"),
+        ("task", plan.job.task),
+        ("targets" if plan.job.task == "regression" else "classes", f"{len(plan.classes)}: {_some(plan.classes, 10)}"),
         ("samples", f"train {counts['train']}, validation {counts['validation']}, test {counts['test']}"),
-        ("a class", _spread(plan.data.per_class["train"]) + " in train"),
+        *_balance(plan),
         ("input", ", ".join(f"{key} {value}" for key, value in plan.input.items())),
         *(("adapted", str(one)) for one in plan.adaptations),
         *(("warning", one) for one in plan.warnings),
@@ -189,6 +194,20 @@ def show_plan(plan: Any) -> None:
     out.print(pairs(rows))
 
 
+def _balance(plan: Any) -> list[tuple[str, object]]:
+    """How many training samples a class has, or where the targets lie."""
+    if plan.job.task == "regression":
+        data = plan.data
+        return [
+            (name, f"{figure(mean)}, deviation {figure(std)}, in train")
+            for name, mean, std in zip(plan.classes, data.target_mean, data.target_std, strict=True)
+        ]
+    weighed = ""
+    if plan.class_weights:
+        weighed = f"; weighed {figure(min(plan.class_weights))} to {figure(max(plan.class_weights))} in the loss"
+    return [("a class", _spread(plan.data.per_class["train"]) + " in train" + weighed)]
+
+
 def _some(names: Sequence[str], num: int) -> str:
     return ", ".join(names[:num]) + (f" and {len(names) - num} more" if len(names) > num else "")
 
@@ -201,17 +220,30 @@ def _mb(num: int) -> str:
     return f"{num / 2**20:,.1f} MB"
 
 
+def figure(value: float | None) -> str:
+    """A figure of the results, '' where there is none: four digits that count."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}"
+
+
+def interval(figures: Mapping[str, Any], key: str) -> str:
+    """`0.912 to 0.944`, '' where there is no interval."""
+    edges = figures.get(f"{key}_95")
+    return "" if edges is None else f"{figure(edges[0])} to {figure(edges[1])}"
+
+
 def show_results(results: Mapping[str, Any]) -> None:
     """The final figures of a run."""
-    rows = []
+    rows, shown = [], FIGURES[results.get("task", "single-label")]
     for split in ("validation", "test", "data"):
         if split in results:
             one = results[split]
-            low, high = one["accuracy_95"]
-            rows.append([split, one["num_samples"], f"{one['accuracy']:.3f}", f"{low:.3f} to {high:.3f}",
-                         f"{one['macro_f1']:.3f}", f"{one['loss']:.3f}"])  # fmt: skip
+            values = [figure(one.get(key)) for _, key in shown]
+            rows.append([split, one["num_samples"], values[0], interval(one, shown[0][1]), *values[1:]])
     if rows:
-        out.print(table(["split", "samples", "accuracy", "95 % interval", "macro F1", "loss"], rows, (1, 2, 4, 5)))
+        titles = [title for title, _ in shown]
+        out.print(table(["split", "samples", titles[0], "95 % interval", *titles[1:]], rows, (1, 2, 4, 5)))
     else:
         out.print("no sample was held back, so there are no figures")
     if results.get("num_skipped"):

@@ -375,18 +375,29 @@ def _fingerprint(rows: list[Row], ids: list[str], split: Ints) -> str:
 class Samples:
     """The sample table of a run, memory-mapped; a sample's bytes are read when asked for."""
 
-    def __init__(self, file: Path, root: str, field: str) -> None:
+    def __init__(self, file: Path, root: str, fields: tuple[str, ...]) -> None:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         self._root = root
-        self._field = field
+        self._field = fields[0]
         self._uri = table.column("uri").combine_chunks()
         self._content = table.column("content").combine_chunks()
         self.targets: Ints = table.column("label").to_numpy().astype(np.int64)
+        self.num_bytes: Ints = np.zeros(len(self.targets), np.int64)
         self._split: Ints = table.column("split").to_numpy().astype(np.int64)
 
     def rows(self, split: str) -> Ints:
         """The rows of a split, int64, ascending."""
         return np.flatnonzero(self._split == SPLITS.index(split))
+
+    def by_length(self, rows: Ints) -> Ints:
+        """The rows with the shortest samples first, by their size in bytes."""
+        return rows[np.argsort(self.num_bytes[rows], kind="stable")]
+
+    def known_by(self, row: int) -> str:
+        """What tells this sample from others: its file, or the digest of its content."""
+        if self._uri[row].as_py():
+            return os.path.realpath(self.place(row))
+        return hashlib.sha256(repr(sorted(self.read(row).items())).encode()).hexdigest()
 
     def place(self, row: int) -> str:
         """What the sample is called in a message."""

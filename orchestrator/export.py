@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from orchestrator.console import figure, interval
 from orchestrator.model import Network
-from orchestrator.plans import Plan
+from orchestrator.plans import FIGURES, Plan
 
 _PIPELINES = {"image": "image-classification", "audio": "audio-classification", "text": "text-classification"}
 
@@ -27,18 +28,26 @@ def export(
     partial.mkdir(parents=True)
     network.save(partial)
     (partial / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
-    (partial / "README.md").write_text(model_card(plan, results, lineage), encoding="utf-8")
+    (partial / "README.md").write_text(
+        model_card(plan, results, lineage, network.usage, network.library), encoding="utf-8"
+    )
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(partial, directory)
 
 
-def model_card(plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any]) -> str:
+def model_card(
+    plan: Plan,
+    results: Mapping[str, Any],
+    lineage: Mapping[str, Any],
+    usage: str = "",
+    library: str = "transformers",
+) -> str:
     """The model card: every field filled from what the run knows, none left blank."""
     task = _PIPELINES.get(plan.job.modality, plan.job.modality)
     split = "test" if "test" in results else "validation"
-    figures = results.get(split, {})
+    figures, shown = results.get(split, {}), FIGURES[plan.job.task]
     front: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": task,
         "tags": ["transfer-learning", plan.job.method],
     }
@@ -48,7 +57,7 @@ def model_card(plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any
     if license_name:
         front["license"] = license_name
     if figures:
-        metrics = [{"type": key, "value": round(figures[key], 4)} for key in ("accuracy", "macro_f1")]
+        metrics = [{"type": key, "value": round(figures[key], 4)} for _, key in shown if figures.get(key) is not None]
         front["model-index"] = [
             {
                 "name": plan.name,
@@ -71,12 +80,15 @@ def model_card(plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any
     lines.append(_origin(plan, lineage))
     lines.append("")
     if figures:
-        low, high = figures["accuracy_95"]
+        titles, cells = [f"{split} samples"], [str(figures["num_samples"])]
+        for title, key in shown:
+            titles += [title, "95 % interval"]
+            cells += [figure(figures.get(key)), interval(figures, key)]
+        kept = [(title, cell) for title, cell in zip(titles, cells, strict=True) if cell]
         lines += [
-            f"| {split} samples | accuracy | 95 % interval | macro F1 |",
-            "|---|---|---|---|",
-            f"| {figures['num_samples']} | {figures['accuracy']:.3f} | {low:.3f} to {high:.3f} "
-            f"| {figures['macro_f1']:.3f} |",
+            "| " + " | ".join(title for title, _ in kept) + " |",
+            "|---" * len(kept) + "|",
+            "| " + " | ".join(cell for _, cell in kept) + " |",
             "",
         ]
     counts = plan.data.num_samples
@@ -86,7 +98,8 @@ def model_card(plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any
         f"{counts['train']} training, {counts['validation']} validation and {counts['test']} test samples; "
         f"fingerprint `{plan.data.fingerprint[:16]}`.",
         "",
-        f"{len(plan.classes)} classes: {', '.join(escape(name) for name in plan.classes[:50])}"
+        f"{len(plan.classes)} {'targets' if plan.job.task == 'regression' else 'classes'}: "
+        + ", ".join(escape(name) for name in plan.classes[:50])
         + (" and more" if len(plan.classes) > 50 else "")
         + ".",
         "",
@@ -102,10 +115,7 @@ def model_card(plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any
         "## Use",
         "",
         "```python",
-        "from transformers import pipeline",
-        "",
-        f'classify = pipeline("{task}", model=".")',
-        'classify("a file")',
+        *(usage or _pipeline(task)).splitlines(),
         "```",
         "",
         f"Trained with seed {plan.job.training.seed} for {plan.schedule.epochs} epochs, the best of which was "
@@ -113,6 +123,11 @@ def model_card(plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any
         "",
     ]
     return "\n".join(lines)
+
+
+def _pipeline(task: str) -> str:
+    what = '"a text"' if task == "text-classification" else '"a file"'
+    return f'from transformers import pipeline\n\nclassify = pipeline("{task}", model=".")\nclassify({what})'
 
 
 def _origin(plan: Plan, lineage: Mapping[str, Any]) -> str:

@@ -136,6 +136,7 @@ def extract(
     worker: Worker,
     folder: Path,
     progress: Progress,
+    by_length: bool = False,
 ) -> list[FeatureSource]:
     """The features of several splits, each sample once; every worker does its share and reads all.
 
@@ -145,7 +146,9 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     for number, all_rows in enumerate(rows):
         mine = part_of(all_rows, worker.rank, worker.num_workers)
-        _extract_share(network, source, mine, worker, folder / _share_name(number, worker.rank, worker), progress)
+        _extract_share(
+            network, source, mine, worker, folder / _share_name(number, worker.rank, worker), progress, by_length
+        )
     worker.wait()
     found = []
     for number in range(len(rows)):
@@ -171,7 +174,7 @@ def _share_name(number: int, rank: int, worker: Worker) -> str:
 
 
 def _extract_share(
-    network: Network, source: SampleSource, rows: Ints, worker: Worker, file: Path, progress: Progress
+    network: Network, source: SampleSource, rows: Ints, worker: Worker, file: Path, progress: Progress, by_length: bool
 ) -> None:
     header = file.with_suffix(".json")
     if _is_whole(file, header):
@@ -179,6 +182,9 @@ def _extract_share(
         return
     kept: list[Ints] = []
     values: list[Tensor] = []
+    mine = set(rows.tolist())
+    if by_length:
+        rows = source.samples.by_length(rows)
     for start in range(0, len(rows), EXTRACT_BATCH):
         part = rows[start : start + EXTRACT_BATCH]
         batch = source.batch(part, train=False)
@@ -188,6 +194,9 @@ def _extract_share(
             kept.append(batch.rows)
         progress(len(part))
     array = torch.cat(values).numpy() if values else np.zeros((0, 1), np.float32)
+    index = np.concatenate(kept) if kept else np.zeros(0, np.int64)
+    ascending = np.argsort(index)
+    index, array = index[ascending], array[ascending]
     partial = file.with_suffix(".partial")
     with partial.open("wb") as out:
         np.save(out, array, allow_pickle=False)
@@ -196,11 +205,10 @@ def _extract_share(
     with partial.open("rb") as written:
         digest = hashlib.file_digest(written, "sha256").hexdigest()
     os.replace(partial, file)
-    mine = set(rows.tolist())
     found = {
         "file": file.name,
         "sha256": digest,
-        "rows": np.concatenate(kept).tolist() if kept else [],
+        "rows": index.tolist(),
         "skipped": {str(row): why for row, why in source.skipped.items() if row in mine},
     }
     partial.write_text(json.dumps(found))

@@ -179,6 +179,11 @@ def make_plan(
             expected=f"at most {num_cores} in all; beyond the cores everything gets many times slower",
             mend="lower scaling.num_workers, or name a cluster: scaling.address",
         )
+    if job.task == "regression" and (job.training.class_weights != "none" or job.training.label_smoothing):
+        raise JobError(
+            "training.class_weights and training.label_smoothing are for classes, and the task is regression",
+            mend="leave them out",
+        )
     schedule = _schedule(job, data.num_samples["train"])
     once = job.method == "head" and not found.augmented
     return Plan(
@@ -188,6 +193,7 @@ def make_plan(
         row=row,
         weights="random" if job.method == "scratch" else "pretrained",
         classes=classes,
+        class_weights=_class_weights(job, data),
         data=data,
         input=dict(found.input),
         adaptations=tuple(found.adaptations),
@@ -246,6 +252,16 @@ def _schedule(job: Job, num_train: int) -> Schedule:
         steps_per_epoch=steps_per_epoch,
         num_steps=steps_per_epoch * epochs,
     )
+
+
+def _class_weights(job: Job, data: DataSummary) -> tuple[float, ...]:
+    """Inverse proportions: samples / (classes x samples of the class); multi-label: negatives / positives."""
+    if job.training.class_weights == "none":
+        return ()
+    counts, total = data.per_class["train"], data.num_samples["train"]
+    if job.task == "multi-label":
+        return tuple((total - count) / count for count in counts)
+    return tuple(total / (len(counts) * count) for count in counts)
 
 
 def _parameters(job: Job, row: BackboneRow, tensors: Tensors, num_classes: int) -> Parameters:

@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from orchestrator import checkpoint as ckpt
 from orchestrator import registry
@@ -34,6 +33,7 @@ from orchestrator.features import SPLIT_TOLERANCE, SampleSource, Source, extract
 from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Modality
 from orchestrator.model import Inputs, Network, freeze, make_optimizer, set_mode
+from orchestrator.objective import Objective, fold, make_objective
 from orchestrator.plans import Plan
 from orchestrator.record import add_epoch, cut_metrics, write_lineage
 from orchestrator.runs import write_file
@@ -41,6 +41,7 @@ from orchestrator.weights import fetch
 from orchestrator.worker import Worker, autocast, seed_for, start_worker
 
 EVALUATION_BATCH = 64
+_BUCKET_STEPS = 32
 _ORDER, _STEP = 1, 2  # what a random number is for
 
 Ints = npt.NDArray[np.int64]
@@ -54,10 +55,12 @@ class Position:
     step: int = 0
     epoch_loss: float = 0.0
     epoch_correct: float = 0.0
+    epoch_samples: float = 0.0
     epoch_weight: float = 0.0
     best_epoch: int = -1
     best_loss: float = math.inf
     best_accuracy: float = -1.0
+    """0 where the task has no accuracy: then the loss alone decides."""
     seconds: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -70,11 +73,13 @@ class Session:
     run: Path
     worker: Worker
     network: Network
+    objective: Objective
     forward: Callable[[Inputs], Tensor]
     train: Source
     validation: Source
     test: Source
     samples: Samples
+    by_length: bool
     raw: SampleSource
     events: Events
     should_stop: Callable[[], bool]
@@ -125,7 +130,7 @@ def _prepare(
     freeze(network, plan)
     network.module.to(worker.device)
     network.module.to(memory_format=torch.channels_last)
-    samples = Samples(run / "samples.arrow", plan.data.root, modality.sample[0].name)
+    samples = Samples(run / "samples.arrow", plan.data.root, tuple(field.name for field in modality.sample))
     raw = SampleSource(
         samples,
         modality.decode,
@@ -136,7 +141,8 @@ def _prepare(
     set_mode(network, plan, training=False)
     lineage: dict[str, Any] = {"features": plan.features}
     session = Session(
-        plan=plan, run=run, worker=worker, network=network, forward=network.logits,
+        plan=plan, run=run, worker=worker, network=network, objective=make_objective(plan, network),
+        forward=network.logits, by_length=modality.by_length,
         train=raw, validation=raw, test=raw, samples=samples, raw=raw, events=events,
         should_stop=should_stop, started=started,
     )  # fmt: skip
@@ -178,7 +184,13 @@ def _run_body_once(session: Session) -> dict[str, Any]:
             raise InterruptedRunError("stopped while the body ran", mend="the same command goes on")
 
     session.train, session.validation, session.test = extract(
-        session.network, session.raw, splits, session.worker, session.run / "features", progress
+        session.network,
+        session.raw,
+        splits,
+        session.worker,
+        session.run / "features",
+        progress,
+        session.by_length,
     )
     session.forward = _HeadOnly(session.network)
     return {"features": "once", "split_error": error, "features_s": time.monotonic() - started}
@@ -223,14 +235,14 @@ def _train(session: Session) -> None:
             "samples_per_unit": len(rows) / schedule.steps_per_epoch,
         }
     )  # fmt: skip
-    order_of, order = -1, rows
+    order_of, batches = -1, [rows]
     epoch_started = time.monotonic()
     while position.step < schedule.num_steps:
         epoch, within = divmod(position.step, schedule.steps_per_epoch)
         if epoch != order_of:
-            order_of, order = epoch, rows[_order(plan, epoch, len(rows))]
+            order_of, batches = epoch, _batches(session, rows, epoch)
             set_mode(session.network, plan, training=True)  # only an epoch's evaluation changes it
-        stop = _step(session, optimizer, named, part_of(order, within, schedule.steps_per_epoch))
+        stop = _step(session, optimizer, named, batches[within])
         position.step += 1
         if within + 1 == schedule.steps_per_epoch:
             better = _end_epoch(session, epoch, time.monotonic() - epoch_started)
@@ -251,9 +263,22 @@ def _train(session: Session) -> None:
     ckpt.put_back({name: tensor.to(mine[name].device) for name, tensor in best.items()}, mine)
 
 
-def _order(plan: Plan, epoch: int, num: int) -> Ints:
-    """The permutation of an epoch's samples."""
-    return np.random.default_rng((_ORDER, plan.job.training.seed, epoch)).permutation(num)
+def _batches(session: Session, rows: Ints, epoch: int) -> list[Ints]:
+    """The rows of each step of an epoch: a permutation, and, where samples differ in length, like lengths together.
+
+    Those are sorted among `_BUCKET_STEPS` steps only, and the steps are shuffled, so that chance is kept.
+    """
+    random = np.random.default_rng((_ORDER, session.plan.job.training.seed, epoch))
+    order = rows[random.permutation(len(rows))]
+    num = session.plan.schedule.steps_per_epoch
+    batches = [part_of(order, number, num) for number in range(num)]
+    if not session.by_length:
+        return batches
+    for start in range(0, num, _BUCKET_STEPS):
+        window = batches[start : start + _BUCKET_STEPS]
+        ordered = session.samples.by_length(np.concatenate(window))
+        batches[start : start + _BUCKET_STEPS] = np.split(ordered, np.cumsum([len(one) for one in window])[:-1])
+    return [batches[i] for i in random.permutation(num)]
 
 
 def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter], rows: Ints) -> bool:
@@ -261,7 +286,7 @@ def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, t
     plan, worker, position = session.plan, session.worker, session.position
     num_shards = plan.schedule.num_shards
     statistics = ShardStatistics(session.network.module, worker, num_shards)
-    totals = torch.zeros(4, dtype=torch.float64)
+    totals = torch.zeros(5, dtype=torch.float64)
     for shard in range(worker.rank, num_shards, worker.num_workers):
         seed_for(_STEP, plan.job.training.seed, position.step, shard)
         batch = session.train.batch(part_of(rows, shard, num_shards), train=True)
@@ -271,18 +296,13 @@ def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, t
         with statistics.of(shard):
             with autocast(plan, worker):
                 logits = session.forward(_channels_last(batch.inputs))
-            loss = functional.cross_entropy(
-                logits.float(),
-                batch.targets,
-                reduction="sum",
-                label_smoothing=plan.job.training.label_smoothing,
-            )
+            loss, weight = session.objective.loss(logits.float(), batch.targets)
             loss.backward()  # type: ignore[no-untyped-call]
-        correct = (logits.argmax(dim=-1) == batch.targets).sum()
-        totals += torch.tensor([loss.item(), correct.item(), len(batch.targets), 0.0], dtype=torch.float64)
-    totals[3] = float(session.should_stop())
+        num_right = session.objective.num_right(logits.detach(), batch.targets)
+        totals += torch.tensor([loss.item(), weight, num_right, len(batch.rows), 0.0], dtype=torch.float64)
+    totals[4] = float(session.should_stop())
     totals = worker.add_up(totals.to(worker.device if worker.device.type == "cuda" else "cpu")).cpu()
-    loss_sum, num_correct, weight, stops = totals.tolist()
+    loss_sum, weight, num_right, num_samples, stops = totals.tolist()
     if not math.isfinite(loss_sum):
         raise TrainingError(
             f"the loss is {loss_sum} at step {position.step}",
@@ -301,7 +321,8 @@ def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, t
         optimizer.zero_grad(set_to_none=True)
         statistics.average()
     position.epoch_loss += loss_sum
-    position.epoch_correct += num_correct
+    position.epoch_correct += num_right
+    position.epoch_samples += num_samples
     position.epoch_weight += weight
     return bool(stops > 0)
 
@@ -328,31 +349,35 @@ def _rate_factor(plan: Plan, step: int) -> float:
 def _end_epoch(session: Session, epoch: int, seconds: float) -> bool:
     """Evaluate, write the epoch's line; whether it is the best so far."""
     position, plan = session.position, session.plan
-    weight = max(1.0, position.epoch_weight)
+    num_samples = max(1.0, position.epoch_samples)
     line: dict[str, Any] = {
         "epoch": epoch + 1,
         "step": position.step,
-        "train_loss": position.epoch_loss / weight,
-        "train_accuracy": position.epoch_correct / weight,
+        "train_loss": position.epoch_loss / (position.epoch_weight or 1.0),
+        "train_accuracy": position.epoch_correct / num_samples,
         "learning_rate": plan.schedule.head_learning_rate * _rate_factor(plan, position.step - 1),
         "seconds": round(session.seconds(), 3),
-        "samples_per_s": round(weight / max(seconds, 1e-9), 1),
+        "samples_per_s": round(num_samples / max(seconds, 1e-9), 1),
     }
-    position.epoch_loss = position.epoch_correct = position.epoch_weight = 0.0
+    position.epoch_loss = position.epoch_correct = position.epoch_samples = position.epoch_weight = 0.0
+    accurate = plan.job.task != "regression"
+    if not accurate:
+        del line["train_accuracy"]
     found = _predict(session, session.validation, session.samples.rows("validation"))
-    if len(found.labels):
+    if len(found.rows):
         line["validation_loss"] = float(found.loss.mean())
-        line["validation_accuracy"] = float((found.predicted == found.labels).mean())
-        # The most right; of equals the surest. Small validation sets have many equals.
-        better = (line["validation_accuracy"], -line["validation_loss"]) > (
-            position.best_accuracy,
-            -position.best_loss,
-        )
+        if accurate:
+            right = found.predicted == found.targets
+            line["validation_accuracy"] = float((right if right.ndim == 1 else right.all(axis=1)).mean())
+        # The most right; of equals the surest. Small validation sets have many equals, and with several labels a
+        # sample hardly any is wholly right at first: there the loss decides.
+        accuracy = line["validation_accuracy"] if plan.job.task == "single-label" else 0.0
+        better = (accuracy, -line["validation_loss"]) > (position.best_accuracy, -position.best_loss)
     else:
         better = True
     if better:
         position.best_epoch = epoch + 1
-        position.best_accuracy = line.get("validation_accuracy", -1.0)
+        position.best_accuracy = accuracy if len(found.rows) else -1.0
         position.best_loss = line.get("validation_loss", math.inf)
     if session.worker.rank == 0:
         add_epoch(session.run, line)
@@ -365,28 +390,27 @@ def _predict(session: Session, source: Source, rows: Ints) -> Predictions:
     worker = session.worker
     set_mode(session.network, session.plan, training=False)
     mine = part_of(rows, worker.rank, worker.num_workers)
+    if session.by_length:
+        mine = session.samples.by_length(mine)
     parts = []
     for start in range(0, len(mine), EVALUATION_BATCH):
         batch = source.batch(mine[start : start + EVALUATION_BATCH], train=False)
         if batch is None:
             continue
-        parts.append(predict_batch(session.forward, batch.rows, batch.to(worker.device).inputs, batch.targets))
+        outputs = evaluate_batch(session.forward, batch.to(worker.device).inputs)
+        parts.append(session.objective.columns(batch.rows, outputs, batch.targets, len(rows)))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else None
     gathered = [columns for columns in worker.gather(columns) if columns is not None]
     if not gathered:
         empty = np.zeros(0, np.int64)
-        return Predictions(empty, empty, empty, np.zeros(0, np.float32), np.zeros(0, np.float32))
+        return Predictions(empty, empty, empty, np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
     return Predictions(*(np.concatenate(column) for column in zip(*gathered, strict=True)))
 
 
-def predict_batch(forward: Callable[[Inputs], Tensor], rows: Ints, inputs: Inputs, labels: Tensor) -> list[Any]:
-    """[rows, labels, predicted, confidence, loss] of one batch, each [samples], in fp32."""
+def evaluate_batch(forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+    """float32 [samples, classes], on the CPU."""
     with torch.no_grad():
-        logits = forward(_channels_last(inputs)).float().cpu()
-    labels = labels.cpu()
-    confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
-    loss = functional.cross_entropy(logits, labels, reduction="none")
-    return [rows, labels.numpy(), predicted.numpy(), confidence.numpy(), loss.numpy()]
+        return forward(_channels_last(inputs)).float().cpu()
 
 
 def _checkpoint_due(session: Session) -> bool:
@@ -427,6 +451,7 @@ def _finish(session: Session) -> None:
                 file.write(json.dumps({"place": place, "problem": why}, ensure_ascii=False) + "\n")
     results: dict[str, Any] = {
         "name": plan.name,
+        "task": plan.job.task,
         "method": plan.job.method,
         "backbone": plan.backbone.source,
         "num_train": plan.data.num_samples["train"],
@@ -435,10 +460,11 @@ def _finish(session: Session) -> None:
         "seconds": round(session.seconds(), 3),
     }
     for name, predictions in found.items():
-        if len(predictions.labels):
-            results[name] = measure(predictions, plan.classes)
+        if len(predictions.rows):
+            results[name] = measure(plan.job.task, predictions, plan.classes)
     session.events({"kind": "phase", "text": "writing the model"})
     lineage = json.loads((session.run / "lineage.json").read_text(encoding="utf-8"))
+    fold(session.objective, session.network, plan.row.head)
     export(session.network, plan, results, lineage, session.run / "model")
     shutil.rmtree(session.run / "features", ignore_errors=True)
     results["seconds"] = round(session.seconds(), 3)

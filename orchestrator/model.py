@@ -24,6 +24,11 @@ from orchestrator.spec import Training
 Inputs = Mapping[str, Tensor]
 
 _HEAD_STD = 0.02
+_PROBLEM_TYPES = {
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
 _MAY_BE_MISSING = ("num_batches_tracked", "position_ids")
 _MAY_BE_UNUSED = ("pooler", "mask_token", "position_ids", "num_batches_tracked")
 
@@ -49,6 +54,8 @@ class Network:
     usage: str = ""
     """Python that loads and calls the saved model without this package, for the model card; '' where
     `transformers.pipeline` serves it."""
+    library: str = "transformers"
+    """Which library that is, by the Hub's name."""
 
     @property
     def split(self) -> str | None:
@@ -161,7 +168,7 @@ def make_config(plan: Plan, changes: Mapping[str, Any]) -> Any:
         id2label=names,
         label2id={name: i for i, name in names.items()},
         num_labels=len(names),
-        problem_type="single_label_classification",
+        problem_type=_PROBLEM_TYPES[plan.job.task],
     )
 
 

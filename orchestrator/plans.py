@@ -16,6 +16,12 @@ from orchestrator.spec import Job
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 SPLITS = ("train", "validation", "test")
+FIGURES: dict[str, tuple[tuple[str, str], ...]] = {
+    "single-label": (("accuracy", "accuracy"), ("macro F1", "macro_f1"), ("AUROC", "auroc")),
+    "multi-label": (("average precision", "average_precision"), ("macro F1", "macro_f1"), ("AUROC", "auroc")),
+    "regression": (("MAE", "mae"), ("R2", "r2"), ("RMSE", "rmse")),
+}
+"""Task -> (title, key in the results) of what is shown, the one that counts first."""
 
 
 class _Plain(BaseModel):

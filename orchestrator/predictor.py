@@ -6,16 +6,19 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from orchestrator import data, hub, registry
-from orchestrator.errors import BadSampleError, DataError, RefusedError
-from orchestrator.loop import EVALUATION_BATCH, predict_batch
+from orchestrator.errors import BadSampleError, DataError, RefusedError, TrainingError
+from orchestrator.features import SampleSource
+from orchestrator.loop import EVALUATION_BATCH, evaluate_batch
 from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Collate, Modality
 from orchestrator.model import Network, freeze, set_mode
+from orchestrator.objective import Objective, make_objective
 from orchestrator.planning import num_cores
 from orchestrator.plans import Plan
 from orchestrator.runs import Run, open_run
@@ -26,16 +29,20 @@ from orchestrator.worker import Worker, start_worker
 import numpy as np  # isort: skip
 
 
+Input = str | Path | bytes | tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What the model says of one input."""
 
     input: str
     label: str
+    """The class; multi-label: the classes above one half, joined by ' + ', '' if there is none; regression: ''."""
     score: float
-    """The softmax probability of `label`."""
+    """The probability of the first of `top`; regression: the value of the first target."""
     top: tuple[tuple[str, float], ...]
-    """The most probable classes, the first being `label`."""
+    """The most probable classes, in falling order; regression: every target with its value."""
     problem: str = ""
     """Why there is no prediction."""
 
@@ -46,19 +53,18 @@ class _Loaded:
     plan: Plan
     modality: Modality
     network: Network
+    objective: Objective
     collate: Collate
     worker: Worker
 
 
-def predict(
-    run: Run | str | Path, inputs: Iterable[str | Path | bytes] | str | Path | bytes, top: int = 3
-) -> list[Prediction]:
-    """One Prediction for each input: the path of a file, or its bytes.
+def predict(run: Run | str | Path, inputs: Iterable[Input] | str | Path | bytes, top: int = 3) -> list[Prediction]:
+    """One Prediction for each input: the path of a file, or its bytes; of text the text itself, or a tuple of two.
 
     An input that cannot be read gets a Prediction with its `problem`, and the others theirs.
     """
     loaded = _load(run)
-    asked = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
+    asked: list[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
     found: list[Prediction] = []
     for start in range(0, len(asked), EVALUATION_BATCH):
         found += _predict_some(loaded, asked[start : start + EVALUATION_BATCH], top)
@@ -73,50 +79,47 @@ def evaluate(run: Run | str | Path, labelled: str | Data) -> dict[str, Any]:
     Raises `DataError` for a label that the model never learnt.
     """
     loaded = _load(run)
+    task, classes = loaded.plan.job.task, loaded.plan.classes
     spec = labelled if isinstance(labelled, Data) else Data(path=str(labelled))
-    prepared = data.prepare(spec, loaded.modality, loaded.plan.backbone, loaded.plan.job.task, loaded.plan.classes)
-    field = loaded.modality.sample[0].name
-    decode = loaded.modality.decode
-    assert decode is not None
-    root = Path(prepared.summary.root)
-    uris, contents = prepared.table.column("uri").to_pylist(), prepared.table.column("content").to_pylist()
-    labels = prepared.table.column("label").to_numpy().astype(np.int64)
-    parts = []
-    num_broken = 0
-    with ThreadPoolExecutor(max_workers=loaded.plan.threads_per_worker) as pool:
-        for start in range(0, len(uris), EVALUATION_BATCH):
-            rows = np.arange(start, min(start + EVALUATION_BATCH, len(uris)))
-
-            def one(row: int) -> object:
-                try:
-                    content = contents[row]
-                    return decode({field: content if content is not None else (root / uris[row]).read_bytes()})
-                except (BadSampleError, OSError) as error:
-                    return DataError(f"{uris[row] or f'row {row + 1}'}: {getattr(error, 'message', error)}")
-
-            decoded = list(pool.map(one, rows.tolist()))
-            broken = [found for found in decoded if isinstance(found, DataError)]
-            if broken and spec.on_bad_sample == "fail":
-                raise broken[0]
-            num_broken += len(broken)
-            rows = rows[[not isinstance(found, DataError) for found in decoded]]
-            if not len(rows):
-                continue
-            inputs = loaded.collate([found for found in decoded if not isinstance(found, DataError)], False)
-            inputs = {name: tensor.to(loaded.worker.device) for name, tensor in inputs.items()}
-            parts.append(predict_batch(loaded.network.logits, rows, inputs, torch.from_numpy(labels[rows])))
-    figures = measure(
-        Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True))), loaded.plan.classes
-    )
-    return {**figures, "num_seen": _num_seen(loaded, root, uris), "num_skipped": len(prepared.skipped) + num_broken}
+    prepared = data.prepare(spec, loaded.modality, loaded.plan.backbone, task, classes)
+    assert loaded.modality.decode is not None
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=loaded.plan.threads_per_worker) as pool:
+        file = Path(folder) / "samples.arrow"
+        data.write_table(prepared.table, file)
+        samples = data.Samples(file, prepared.summary.root, _fields(loaded.modality))
+        source = SampleSource(samples, loaded.modality.decode, loaded.collate, spec.on_bad_sample == "skip", pool)
+        rows = np.arange(len(samples.targets))
+        if loaded.modality.by_length:
+            rows = samples.by_length(rows)
+        parts = []
+        for start in range(0, len(rows), EVALUATION_BATCH):
+            try:
+                batch = source.batch(rows[start : start + EVALUATION_BATCH], train=False)
+            except TrainingError as error:
+                raise DataError(error.message, mend="mend or remove it, or --on-bad-sample skip") from None
+            if batch is not None:
+                outputs = evaluate_batch(loaded.network.logits, batch.to(loaded.worker.device).inputs)
+                parts.append(loaded.objective.columns(batch.rows, outputs, batch.targets, len(rows)))
+        if not parts:
+            raise DataError(f"{spec.path} holds no sample that can be read")
+        predictions = Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return {
+            "task": task,
+            **measure(task, predictions, classes),
+            "num_seen": _num_seen(loaded, samples),
+            "num_skipped": len(prepared.skipped) + len(source.skipped),
+        }
 
 
-def _num_seen(loaded: _Loaded, root: Path, uris: list[str]) -> int:
-    """How many of the files the run itself was trained on, or its best epoch chosen by."""
-    samples = data.Samples(loaded.run.path / "samples.arrow", loaded.plan.data.root, "")
-    rows = np.concatenate([samples.rows("train"), samples.rows("validation")])
-    used = {samples.place(int(row)) for row in rows}
-    return sum(bool(uri) and str(root / uri) in used for uri in uris)
+def _fields(modality: Modality) -> tuple[str, ...]:
+    return tuple(field.name for field in modality.sample)
+
+
+def _num_seen(loaded: _Loaded, samples: data.Samples) -> int:
+    """How many of the samples the run itself was trained on, or its best epoch chosen by."""
+    own = data.Samples(loaded.run.path / "samples.arrow", loaded.plan.data.root, _fields(loaded.modality))
+    used = {own.known_by(int(row)) for row in np.concatenate([own.rows("train"), own.rows("validation")])}
+    return sum(samples.known_by(row) in used for row in range(len(samples.targets)))
 
 
 def _load(run: Run | str | Path) -> _Loaded:
@@ -145,19 +148,18 @@ def _load(run: Run | str | Path) -> _Loaded:
     freeze(network, plan)
     network.module.to(worker.device, memory_format=torch.channels_last)
     set_mode(network, plan, training=False)
-    return _Loaded(run, plan, modality, network, modality.batch(plan, run.model), worker)
+    return _Loaded(run, plan, modality, network, make_objective(plan, network), modality.batch(plan, run.model), worker)
 
 
-def _predict_some(loaded: _Loaded, asked: list[str | Path | bytes], top: int) -> list[Prediction]:
-    field = loaded.modality.sample[0].name
+def _predict_some(loaded: _Loaded, asked: list[Input], top: int) -> list[Prediction]:
     decode = loaded.modality.decode
     assert decode is not None
-    names = [f"input {i + 1}" if isinstance(one, bytes) else str(one) for i, one in enumerate(asked)]
+    names = [f"input {i + 1}" if isinstance(one, bytes) else _shown(one) for i, one in enumerate(asked)]
     decoded: list[Any] = []
     problems: dict[int, str] = {}
     for i, one in enumerate(asked):
         try:
-            decoded.append(decode({field: one if isinstance(one, bytes) else Path(one).read_bytes()}))
+            decoded.append(decode(_sample(one, loaded.modality)))
         except BadSampleError as error:
             problems[i] = error.message
         except OSError as error:
@@ -165,14 +167,38 @@ def _predict_some(loaded: _Loaded, asked: list[str | Path | bytes], top: int) ->
     scores: Iterator[torch.Tensor] = iter(())
     if decoded:
         inputs = {name: tensor.to(loaded.worker.device) for name, tensor in loaded.collate(decoded, False).items()}
-        with torch.no_grad():
-            scores = iter(loaded.network.logits(inputs).float().softmax(dim=-1).cpu())
-    found = []
-    for i, name in enumerate(names):
-        if i in problems:
-            found.append(Prediction(name, "", 0.0, (), problems[i]))
-            continue
-        values, which = next(scores).topk(min(top, len(loaded.plan.classes)))
-        best = tuple((loaded.plan.classes[k], float(v)) for k, v in zip(which.tolist(), values.tolist(), strict=True))
-        found.append(Prediction(name, best[0][0], best[0][1], best))
-    return found
+        scores = iter(loaded.objective.scores(evaluate_batch(loaded.network.logits, inputs)))
+    return [
+        Prediction(name, "", 0.0, (), problems[i])
+        if i in problems
+        else _prediction(name, next(scores), loaded.plan, top)
+        for i, name in enumerate(names)
+    ]
+
+
+def _sample(one: Input, modality: Modality) -> dict[str, bytes]:
+    """A text is the text itself, everything else the path of a file."""
+    if isinstance(one, bytes):
+        return {modality.sample[0].name: one}
+    if modality.sample[0].kind == "file":
+        return {modality.sample[0].name: Path(str(one)).read_bytes()}
+    texts = one if isinstance(one, tuple) else (str(one),)
+    if len(texts) > len(modality.sample):
+        raise BadSampleError(f"{len(texts)} texts, and {modality.name} takes {len(modality.sample)} at most")
+    return {field.name: text.encode() for field, text in zip(modality.sample, texts, strict=False)}
+
+
+def _shown(one: Input) -> str:
+    return " | ".join(one) if isinstance(one, tuple) else str(one)
+
+
+def _prediction(name: str, scores: torch.Tensor, plan: Plan, top: int) -> Prediction:
+    if plan.job.task == "regression":
+        values = tuple(zip(plan.classes, scores.tolist(), strict=True))
+        return Prediction(name, "", values[0][1], values)
+    best = scores.topk(min(top, len(plan.classes)))
+    ranked = tuple((plan.classes[k], v) for k, v in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    label = ranked[0][0]
+    if plan.job.task == "multi-label":
+        label = " + ".join(plan.classes[k] for k in (scores > 0.5).nonzero().flatten().tolist())
+    return Prediction(name, label, ranked[0][1], ranked)

@@ -78,15 +78,25 @@ class Run:
         return self.path / "model"
 
     @property
-    def accuracy(self) -> float:
-        """On the test split, or on the validation split where there is no test split."""
+    def figures(self) -> dict[str, Any]:
+        """Those of the test split, or of the validation split where there is no test split."""
         figures = self.results.get("test") or self.results.get("validation")
         if figures is None:
             raise RefusedError(
-                "data", f"the run {self.path} held no sample back, so nobody knows its accuracy",
+                "data", f"the run {self.path} held no sample back, so it has no figures",
                 mend="measure it on other data: orchestrator evaluate",
             )  # fmt: skip
-        return float(figures["accuracy"])
+        return dict(figures)
+
+    @property
+    def accuracy(self) -> float:
+        """Of the `figures`. Only a task with one class a sample has it."""
+        if "accuracy" not in self.figures:
+            raise RefusedError(
+                "usage", f"the task of {self.path} is {self.results['task']}, which has no accuracy",
+                expected="one of " + ", ".join(key for key in self.figures), mend="use run.figures",
+            )  # fmt: skip
+        return float(self.figures["accuracy"])
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

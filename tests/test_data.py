@@ -92,7 +92,7 @@ def test_splits_in_places_of_their_own(folder: Path, tmp_path: Path) -> None:
 
 def saved(found: Prepared, tmp_path: Path) -> Samples:
     write_table(found.table, tmp_path / "samples.arrow")
-    return Samples(tmp_path / "samples.arrow", found.summary.root, "image")
+    return Samples(tmp_path / "samples.arrow", found.summary.root, ("image",))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
