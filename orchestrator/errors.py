@@ -180,6 +180,8 @@ EXTRA_LIBRARIES = frozenset(
         "torchmetrics",
         "transformers",
         "PIL",
+        "tokenizers",
+        "sentencepiece",
         "timm",
         "torchvision",
     )

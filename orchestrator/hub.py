@@ -19,7 +19,8 @@ from orchestrator.plans import BackboneCard
 from orchestrator.runs import Run
 
 METADATA = (
-    "config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json", "modules.json",
+    "config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json", "tokenizer_config.json",
+    "modules.json",
 )  # fmt: skip
 _MODULE_CONFIG = re.compile(r"[\w.-]+/config\.json")
 _REPO_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -107,8 +108,8 @@ def _read_repository(source: str, repo_id: str, revision: str | None) -> Backbon
 
 
 def _wanted(files: Mapping[str, int]) -> list[str]:
-    modules = [name for name in files if _MODULE_CONFIG.fullmatch(name)] if "modules.json" in files else []
-    return [name for name in METADATA if name in files] + modules
+    of_modules = (name for name in files if name == "sentence_bert_config.json" or _MODULE_CONFIG.fullmatch(name))
+    return [name for name in METADATA if name in files] + (list(of_modules) if "modules.json" in files else [])
 
 
 def metadata_file(card: BackboneCard, name: str) -> Path | None:
@@ -253,6 +254,7 @@ def _make_card(
         model_type=model_type,
         config=config,
         preprocessor=preprocessor,
+        tokenizer=parsed.get("tokenizer_config.json"),
         modules=modules,
         files=files,
         **where,
@@ -270,8 +272,8 @@ def _parse_modules(source: str, listing: bytes | None, metadata: Mapping[str, by
         raise RefusedError("bad_config", f"{source}: modules.json cannot be understood: {error}") from None
     modules = []
     for kind, path in found:
-        name = f"{path}/config.json"
-        config = _parse(metadata[name], name, source) if path and name in metadata else {}
+        name = f"{path}/config.json" if path else "sentence_bert_config.json"
+        config = _parse(metadata[name], name, source) if name in metadata else {}
         modules.append({"type": kind, "config": config})
     return tuple(modules)
 

@@ -464,7 +464,7 @@ def _finish(session: Session) -> None:
             results[name] = measure(plan.job.task, predictions, plan.classes)
     session.events({"kind": "phase", "text": "writing the model"})
     lineage = json.loads((session.run / "lineage.json").read_text(encoding="utf-8"))
-    fold(session.objective, session.network, plan.row.head)
+    fold(session.objective, session.network)
     export(session.network, plan, results, lineage, session.run / "model")
     shutil.rmtree(session.run / "features", ignore_errors=True)
     results["seconds"] = round(session.seconds(), 3)

@@ -48,6 +48,8 @@ class Network:
     """Tensors of the checkpoint that this model has no place for (the head of its old task)."""
     save: Callable[[Path], None]
     """Write the model as a Hugging Face directory."""
+    outputs: tuple[str, ...] = ()
+    """The layers that give the logits, where they are not all of `head`."""
     parts: Callable[[Inputs], Sequence[tuple[Tensor, Inputs]]] | None = None
     """Where samples of a batch must not be computed together (lengths that padding would falsify): the batch as
     [(int64 indices, inputs), ...]. None: the batch as it is."""
@@ -126,18 +128,8 @@ def build_transformers(
     if plan.weights == "random":
         module = fresh(config) if fresh else model_class.from_config(config)
         names = tuple(module.state_dict())
-        return Network(module, plan.row.head, names, (), _saver(module, processor))
-    with _quiet():
-        module, info = model_class.from_pretrained(
-            directory,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        return Network(module, plan.row.head, names, (), _saver(module, processor), plan.row.head)
+    module, info = _load(directory, model_class, config)
     missing = {name for name in info["missing_keys"] if not name.endswith(_MAY_BE_MISSING)}
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     unused = set(info["unexpected_keys"])
@@ -150,7 +142,38 @@ def build_transformers(
         _renew(module, plan.row.head)
     new = tuple(name for name in module.state_dict() if _within(name, plan.row.head) or name in missing)
     new = () if plan.weights == "trained" else new
-    return Network(module, head, new, tuple(sorted(unused)), _saver(module, processor))
+    return Network(module, head, new, tuple(sorted(unused)), _saver(module, processor), plan.row.head)
+
+
+def load_body(
+    plan: Plan, directory: Path, model_class: Any, config: Any, more: Mapping[str, Any]
+) -> tuple[Any, tuple[str, ...]]:
+    """A body without a head from the checkpoint: (the model, unused tensors).
+
+    Raises `WeightsError` where the checkpoint lacks a parameter of it.
+    """
+    module, info = _load(directory, model_class, config, **more)
+    missing = {name for name in info["missing_keys"] if not name.endswith(_MAY_BE_MISSING)}
+    wrong = sorted(missing | {entry[0] for entry in info["mismatched_keys"]})
+    if wrong:
+        raise _mismatch(plan, f"{wrong[0]} is missing or has another shape", len(wrong))
+    return module, tuple(sorted(info["unexpected_keys"]))
+
+
+def _load(directory: Path, model_class: Any, config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
+    with quiet():
+        module, info = model_class.from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **more,
+        )
+    return module, info
 
 
 def make_config(plan: Plan, changes: Mapping[str, Any]) -> Any:
@@ -224,7 +247,7 @@ def _renew(module: nn.Module, head: tuple[str, ...]) -> None:
 
 def _saver(module: Any, processor: Any | None) -> Callable[[Path], None]:
     def save(directory: Path) -> None:
-        with _quiet():
+        with quiet():
             module.save_pretrained(directory)
             if processor is not None:
                 processor.save_pretrained(directory)
@@ -233,7 +256,7 @@ def _saver(module: Any, processor: Any | None) -> Callable[[Path], None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bar: ours tells what is going on."""
     shown = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()

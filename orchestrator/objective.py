@@ -90,18 +90,21 @@ def make_objective(plan: Plan, network: Network) -> Objective:
     mean, std = torch.zeros(num), torch.ones(num)
     if plan.job.task == "regression" and plan.weights != "trained":
         mean, std = torch.tensor(plan.data.target_mean), torch.tensor(plan.data.target_std)
-        if any(getattr(network.module.get_submodule(name), "bias", None) is None for name in plan.row.head):
+        if any(
+            getattr(network.module.get_submodule(name), "bias", None) is None
+            for name in network.outputs or network.head
+        ):
             std, mean = (std**2 + mean**2).sqrt(), torch.zeros(num)
     weights = torch.tensor(plan.class_weights) if plan.class_weights else None
     return Objective(plan.job.task, weights, plan.job.training.label_smoothing, mean, std)
 
 
-def fold(objective: Objective, network: Network, head: tuple[str, ...]) -> None:
+def fold(objective: Objective, network: Network) -> None:
     """Let the network itself give targets in their own units, so that it can be served without us."""
     if objective.task != "regression":
         return
     with torch.no_grad():
-        for name in head:
+        for name in network.outputs or network.head:
             layer = network.module.get_submodule(name)
             std, mean = (part.to(layer.weight.device) for part in (objective.std, objective.mean))  # type: ignore[arg-type]
             layer.weight.mul_(std.view(-1, *[1] * (layer.weight.ndim - 1)))  # type: ignore[operator]

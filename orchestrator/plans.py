@@ -46,6 +46,8 @@ class BackboneCard(_Plain):
     """`config.model_type`, or the timm architecture."""
     config: dict[str, Any] = Field(default_factory=dict)
     preprocessor: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] | None = None
+    """tokenizer_config.json"""
     modules: tuple[dict[str, Any], ...] = ()
     """Of a repository in the layout of sentence-transformers: [{"type": "Pooling", "config": {...}}, ...]."""
     files: dict[str, int] = Field(default_factory=dict)

@@ -1,21 +1,251 @@
-"""Text: one sentence, one paragraph, one document.
-
-A declaration: the gate knows what it takes and which backbones fit. Training with it is not built yet.
-"""
+"""Text: one sentence, one paragraph, one document, or a pair of them."""
 
 from __future__ import annotations
 
+import importlib.util
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.modality import BackboneRules, Modality, SampleField, Task
+from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError
+from orchestrator.hub import metadata_file
+from orchestrator.modality import (
+    BackboneRules,
+    Facts,
+    Fit,
+    Modality,
+    Profile,
+    Sample,
+    SampleField,
+    Task,
+)
+from orchestrator.plans import Adaptation, BackboneCard, BackboneRow, Plan
+
+if TYPE_CHECKING:
+    from orchestrator.modality import Collate
+    from orchestrator.model import Network
+
+_DEFAULT_TOKENS = 512
+_OFTEN = 0.1  # of the texts truncated: more is worth a warning
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+# Their position table begins behind the padding token: two entries are no positions.
+_OFFSET_BY_2 = {
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "longformer", "data2vec-text",
+    "roberta-prelayernorm", "mpnet", "ibert", "luke",
+}  # fmt: skip
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
+               "tokenizer.model", "spm.model", "sentencepiece.model", "entity_vocab.json", "vocab.bpe")  # fmt: skip
+_BY_SENTENCEPIECE = (".model",)
+POOLINGS = ("mean", "cls", "max")
 
 
 class Settings(BaseModel):
-    """The text plugin's own settings: none yet."""
+    """The text plugin's own settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_tokens: int | None = Field(
+        None, ge=4, description="longer texts are cut off there; default: what the backbone takes, at most 512"
+    )
+    head: Literal["auto", "native", "pooled"] = Field(
+        "auto",
+        description="native: the backbone's own classification head, served by pipeline('text-classification'); "
+        "pooled: its pooled tokens and one layer, served by sentence-transformers; auto: pooled where the "
+        "repository says how it pools",
+    )
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, or a pair of them."""
+
+    first: str
+    second: str | None = None
+
+
+def decode(sample: Sample) -> Text:
+    """The text, or the pair of texts, as it stands: tokenizers do their own clean-up."""
+    second = sample.get("text_pair")
+    return Text(_decode(sample["text"], "the text"), None if second is None else _decode(second, "the second text"))
+
+
+def _decode(content: bytes, what: str) -> str:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSampleError(f"{what} is not in UTF-8 (byte {error.start})") from None
+    if not text.strip():
+        raise BadSampleError(f"{what} is empty")
+    return text
+
+
+def measure(text: Text, card: BackboneCard) -> Facts:
+    """Characters, and tokens by the backbone's own tokenizer where it comes as a tokenizer.json."""
+    facts: dict[str, int | float | str] = {"characters": len(text.first) + len(text.second or "")}
+    tokenizer = _tokenizer(card)
+    if tokenizer is not None:
+        facts["tokens"] = len(tokenizer.encode(text.first, text.second).ids)
+    if text.second is not None:
+        facts["form"] = "pair"
+    return facts
+
+
+_tokenizers: dict[tuple[str | None, str | None], Any] = {}
+_lock = threading.Lock()
+
+
+def _tokenizer(card: BackboneCard) -> Any:
+    """The fast tokenizer without truncation, None where the backbone has none. Needs no transformers."""
+    key = (card.path or card.repo_id, card.commit)
+    with _lock:  # samples are measured in threads
+        if key not in _tokenizers:
+            _tokenizers[key] = _load_tokenizer(card)
+    return _tokenizers[key]
+
+
+def _load_tokenizer(card: BackboneCard) -> Any:
+    file = metadata_file(card, "tokenizer.json")
+    if file is None:
+        return None
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise MissingExtraError("tokenizers", "text") from None
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exceptions
+        raise RefusedError(
+            "bad_config", f"{card.source}: tokenizer.json cannot be used: {error}",
+            mend="fetch or save the tokenizer again",
+        ) from None  # fmt: skip
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profile | None) -> Fit:  # noqa: ARG001
+    """The number of tokens, the form of the head; truncation as an adaptation."""
+    _require_tokenizer(card)
+    limit = _limit(card)
+    if settings.max_tokens is not None and limit is not None and settings.max_tokens > limit:
+        raise RefusedError(
+            "fixed_size",
+            f"{card.source} ({card.model_type}) takes at most {limit} tokens, and settings.max_tokens = "
+            f"{settings.max_tokens}",
+            expected=f"{limit} or less",
+            mend="leave settings.max_tokens out, or choose a backbone that takes longer texts",
+        )
+    most = settings.max_tokens or min(limit or _DEFAULT_TOKENS, _DEFAULT_TOKENS)
+    pooling = _pooling(card, settings)
+    adaptations, notes = [], []
+    if profile is not None and "tokens" in profile.ranges:
+        share = profile.share(lambda one: one["tokens"] > most)
+        if share:
+            adaptations.append(
+                Adaptation(
+                    what="truncate", received=f"{profile.ranges['tokens']} tokens", used=f"the first {most}",
+                    share=share,
+                )
+            )  # fmt: skip
+        if share > _OFTEN:
+            more = "" if limit is not None and most >= limit else ", or raise settings.max_tokens"
+            notes.append(f"{share:.0%} of the texts are longer than {most} tokens and are cut off: choose a backbone "
+                         f"that takes longer ones{more}")  # fmt: skip
+    elif profile is not None:
+        notes.append("the tokens are not counted before the start: the backbone has no tokenizer.json")
+    return Fit(
+        input={"max_tokens": most, "head": "pooled" if pooling else "native", "pooling": pooling or "its own"},
+        adaptations=adaptations,
+        warnings=notes,
+    )
+
+
+def _require_tokenizer(card: BackboneCard) -> None:
+    found = [name for name in _TOKENIZERS if name in card.files]
+    if not found:
+        raise RefusedError(
+            "no_processor",
+            f"{card.source} has no tokenizer, so nobody can know what its token numbers mean",
+            expected="tokenizer.json, or the vocabulary that the type's tokenizer reads",
+            mend="save the tokenizer beside the model: AutoTokenizer...save_pretrained()",
+        )
+    if all(name.endswith(_BY_SENTENCEPIECE) for name in found) and importlib.util.find_spec("sentencepiece") is None:
+        raise MissingExtraError("sentencepiece", "text")
+
+
+def _limit(card: BackboneCard) -> int | None:
+    """How many tokens the backbone takes, None where nothing in its files says so."""
+    known = []
+    for module in card.modules:
+        if isinstance(module["config"].get("max_seq_length"), int):
+            known.append(module["config"]["max_seq_length"])
+    most = (card.tokenizer or {}).get("model_max_length")
+    if isinstance(most, int) and 0 < most < 10**6:  # "no limit" is written as 10^30
+        known.append(most)
+    nested = card.config.get("text_config")
+    for config in (card.config, nested if isinstance(nested, Mapping) else {}):
+        found = next((config[key] for key in _LENGTHS if isinstance(config.get(key), int)), None)
+        if found is not None and found > 0:
+            known.append(found - 2 if card.model_type in _OFFSET_BY_2 else found)
+            break
+    return min(known) if known else None
+
+
+def _pooling(card: BackboneCard, settings: Settings) -> str:
+    """How tokens become one vector, '' for the backbone's own head."""
+    named = next((module["config"] for module in card.modules if module["type"] == "Pooling"), None)
+    if settings.head == "native" or (settings.head == "auto" and named is None):
+        return ""
+    if card.config.get("is_encoder_decoder"):
+        raise RefusedError(
+            "unsupported",
+            f"{card.source} ({card.model_type}) is an encoder with a decoder, whose tokens are not pooled",
+            mend="use settings.head = native",
+        )
+    if named is None:
+        return "mean"
+    mode = named.get("pooling_mode")
+    modes = [mode] if isinstance(mode, str) else list(mode or ())
+    old = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}
+    modes += [old.get(key.removeprefix("pooling_mode_"), key) for key, value in named.items()
+              if key.startswith("pooling_mode_") and value is True]  # fmt: skip
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise RefusedError(
+            "unsupported",
+            f"{card.source} pools its tokens by {' and '.join(map(str, modes)) or 'nothing that it names'}",
+            expected="one of " + ", ".join(POOLINGS),
+            mend="use settings.head = native",
+        )
+    return str(modes[0])
+
+
+def build(plan: Plan, directory: Path) -> Network:
+    """The backbone with its new head."""
+    from orchestrator_text.network import build_network
+
+    return build_network(plan, directory)
+
+
+def batch(plan: Plan, directory: Path) -> Collate:
+    """Texts -> {"input_ids", "attention_mask", ...: int64 [batch, longest]}."""
+    from orchestrator_text.network import make_collate
+
+    return make_collate(plan, directory)
+
+
+def toy(n: int) -> Sequence[tuple[Sample, str]]:
+    """Sentences about weather and about food."""
+    weather = ("the rain falls on the hills", "a cold wind blows", "the sun shines all day", "snow and fog tonight")
+    food = ("fresh bread with butter", "a bowl of hot soup", "rice and beans for lunch", "sweet apple cake")
+    samples = []
+    for i in range(n):
+        text = (food if i % 2 else weather)[i // 2 % 4]
+        samples.append(({"text": f"{text}, {i}".encode()}, "food" if i % 2 else "weather"))
+    return samples
 
 
 modality = Modality(
@@ -28,17 +258,30 @@ modality = Modality(
             dtype="int64",
             shape=("tokens",),
             unit="token ids of the backbone's own tokenizer",
+            suffixes=(".txt",),
+        ),
+        SampleField(
+            name="text_pair",
+            kind="text",
+            dtype="int64",
+            shape=("tokens",),
+            unit="token ids, behind those of the first text",
+            optional=True,
         ),
     ),
     settings=Settings,
     rules=BackboneRules.from_json(Path(__file__).with_name("rows.json")),
-    tasks=(Task(name="single-label", title="one class a text"),),
+    tasks=(
+        Task(name="single-label", title="one class a text"),
+        Task(name="multi-label", title="any number of classes a text"),
+        Task(name="regression", title="one or several numbers a text"),
+    ),
     by_length=True,
-    extra="",
-    decode=None,
-    measure=None,
-    fit=None,
-    build=None,
-    batch=None,
-    toy=None,
+    extra="text",
+    decode=decode,
+    measure=measure,
+    fit=fit,
+    build=build,
+    batch=batch,
+    toy=toy,
 )
