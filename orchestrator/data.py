@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import pyarrow as pa
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.modality import Facts, Modality, Profile, Sample
 from orchestrator.plans import SPLITS, BackboneCard, DataSummary
-from orchestrator.sources import Row, inside, read_rows
+from orchestrator.sources import Row, inside, label_columns, read_rows
 from orchestrator.spec import Data, TaskName
 from orchestrator.splits import balanced_subset, grouped, stratified
 
@@ -35,6 +35,7 @@ NUM_MEASURED = 1_000
 MAX_HASHED_BYTES = 256 * 2**20
 """Up to so many bytes the fingerprint is of the contents; above, of sizes and modification times."""
 _UNSPLIT = -1
+_NUM_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -54,44 +55,55 @@ class Prepared:
     profile: Profile
     skipped: tuple[Skip, ...]
     table: pa.Table
-    """uri: string (relative to the root, '' for bytes), content: binary, label: int32, split: int8."""
+    """uri: string (relative to the root, '' where there is no file), a binary column for each field of a sample
+    (null where it stands in the file), num_bytes: int64, target: int32, or float32 [classes], split: int8."""
 
 
 def prepare(
     spec: Data,
     modality: Modality,
     card: BackboneCard,
-    task: TaskName = "single-label",  # noqa: ARG001  # the other two come with the next commit
+    task: TaskName = "single-label",
     classes: tuple[str, ...] | None = None,
 ) -> Prepared:
     """Read, check, split and measure the data. `classes` fixes them, for the evaluation of a finished model.
 
     Raises `DataError`, naming the file, row or class.
     """
-    source = read_rows(spec, modality.sample[0])
-    _find_missing(source.rows)
+    source = read_rows(spec, modality.sample, task)
+    _find_missing(source.rows, modality)
     rows, num_duplicates = _drop_duplicates([row for row in source.rows if not row.problem])
     skipped = [Skip(row.place, row.problem) for row in source.rows if row.problem]
     if spec.on_bad_sample == "fail" and skipped:
         raise _bad(skipped)
-    ids, facts, broken = _measure(rows, modality, card)
+    ids, num_bytes, facts, broken = _measure(rows, modality, card)
     if broken:
         if spec.on_bad_sample == "fail":
             raise _bad(broken)
         skipped += broken
         out = {skip.place for skip in broken}
         keep = [i for i, row in enumerate(rows) if row.place not in out]
-        rows, ids = [rows[i] for i in keep], [ids[i] for i in keep]
+        rows, ids, num_bytes = [rows[i] for i in keep], [ids[i] for i in keep], [num_bytes[i] for i in keep]
     if not rows:
         raise DataError(
             f"{spec.path} holds no sample that can be used",
             mend=_first(skipped) and f"look at the first: {_first(skipped)}",
         )
-    names = classes or _class_names(rows, source.classes, spec)
-    labels = _labels(rows, names, spec)
-    split = _for_evaluation(rows) if classes else _split(rows, labels, names, spec, source.ready_made)
+    names: Sequence[str]
+    if task == "regression":
+        names = label_columns(spec)
+        if classes and len(names) != len(classes):
+            raise DataError(
+                f"data.label_column names {len(names)} targets, and the model has {len(classes)}",
+                expected=", ".join(classes),
+            )
+    else:
+        names = classes or _class_names(rows, source.classes, spec, task)
+    targets = _targets(rows, names, spec, task)
+    strata, kinds = _strata(targets, names, task)
+    split = _for_evaluation(rows) if classes else _split(rows, strata, kinds, spec, source.ready_made)
     if not classes:
-        _refuse_unseen(labels, split, names)
+        _REFUSALS[task](targets, split, names)
     notes = list(source.notes) + _leaks(rows, ids, split)
     if not classes and not (split == 2).any():
         has = (split == 1).any()
@@ -104,8 +116,12 @@ def prepare(
     table = pa.table(
         {
             "uri": pa.array(uris, pa.large_string()),
-            "content": pa.array([row.content for row in rows], pa.large_binary()),
-            "label": pa.array(labels, pa.int32()),
+            **{
+                field.name: pa.array([part(row) for row in rows], pa.large_binary())
+                for field, part in zip(modality.sample, _PARTS, strict=False)
+            },
+            "num_bytes": pa.array(num_bytes, pa.int64()),
+            "target": _as_column(targets),
             "split": pa.array(split, pa.int8()),
         }
     ).filter(pa.array(split != _UNSPLIT))
@@ -113,10 +129,10 @@ def prepare(
         fingerprint=_fingerprint(rows, ids, split),
         root=str(source.root),
         num_samples={name: int((split == i).sum()) for i, name in enumerate(SPLITS)},
-        per_class={
-            name: tuple(int(n) for n in np.bincount(labels[split == i], minlength=len(names)))
-            for i, name in enumerate(SPLITS)
-        },
+        per_class={name: _per_class(targets[split == i], len(names), task) for i, name in enumerate(SPLITS)}
+        if task != "regression"
+        else {},
+        **_spread(targets[split == 0], task),
         num_duplicates=num_duplicates,
         num_skipped=len(skipped),
         notes=tuple(notes),
@@ -124,7 +140,28 @@ def prepare(
     return Prepared(tuple(names), summary, Profile.of(facts), tuple(skipped), table)
 
 
-def _find_missing(rows: Iterable[Row]) -> None:
+_PARTS: tuple[Callable[[Row], bytes | None], ...] = (lambda row: row.content, lambda row: row.second)
+
+
+def _as_column(targets: npt.NDArray[Any]) -> Any:
+    if targets.ndim == 1:
+        return pa.array(targets, pa.int32())
+    return pa.FixedSizeListArray.from_arrays(pa.array(targets.ravel(), pa.float32()), targets.shape[1])
+
+
+def _per_class(targets: npt.NDArray[Any], num_classes: int, task: TaskName) -> tuple[int, ...]:
+    if task == "multi-label":
+        return tuple(int(n) for n in targets.sum(axis=0))
+    return tuple(int(n) for n in np.bincount(targets, minlength=num_classes))
+
+
+def _spread(targets: npt.NDArray[Any], task: TaskName) -> dict[str, Any]:
+    if task != "regression" or not len(targets):
+        return {}
+    return {"target_mean": tuple(targets.mean(axis=0).tolist()), "target_std": tuple(targets.std(axis=0).tolist())}
+
+
+def _find_missing(rows: Iterable[Row], modality: Modality) -> None:
     resolved: dict[str, str] = {}
     for row in rows:
         if row.problem or not row.uri:
@@ -138,8 +175,18 @@ def _find_missing(rows: Iterable[Row]) -> None:
                 mend="move the files below it, or name a higher one: data.root",
             )
         row.uri = os.path.relpath(file, row.root)
+        if not os.path.isfile(file) and not _has_suffix(row.uri, modality) and " " in row.uri.strip():
+            raise DataError(
+                f"{row.place}: there is no file {row.uri[:60]!r}; this looks like a text",
+                expected=f"paths of {modality.sample[0].name} files",
+                mend="if the data is text: --modality text; else name the column of paths: data.input_column",
+            )
         if not os.path.isfile(file):
             row.problem = f"the file {row.uri} is missing" if row.place != file else "is no file"
+
+
+def _has_suffix(uri: str, modality: Modality) -> bool:
+    return os.path.splitext(uri)[1].lower() in modality.sample[0].suffixes
 
 
 def _drop_duplicates(rows: list[Row]) -> tuple[list[Row], int]:
@@ -169,14 +216,15 @@ def _drop_duplicates(rows: list[Row]) -> tuple[list[Row], int]:
     return kept, len(rows) - len(kept)
 
 
-def _measure(rows: list[Row], modality: Modality, card: BackboneCard) -> tuple[list[str], list[Facts], list[Skip]]:
-    """What each sample is known by, the facts of the measured ones, and those that cannot be decoded."""
+def _measure(
+    rows: list[Row], modality: Modality, card: BackboneCard
+) -> tuple[list[str], list[int], list[Facts], list[Skip]]:
+    """What each sample is known by, its size in bytes, the facts of the measured ones, those that cannot be decoded."""
     step = 1 if len(rows) <= NUM_MEASURED_ALL else len(rows) // NUM_MEASURED
     stats = [None if row.content is not None else os.stat(row.root / row.uri) for row in rows]
-    total = sum(
-        len(row.content or b"") if stat is None else stat.st_size for row, stat in zip(rows, stats, strict=True)
-    )
-    field = modality.sample[0].name
+    sizes = [len(row.content or b"") if stat is None else stat.st_size for row, stat in zip(rows, stats, strict=True)]
+    total = sum(sizes)
+    first, *others = (field.name for field in modality.sample)
     decode, measure = modality.decode, modality.measure
     assert decode is not None
     assert measure is not None
@@ -191,14 +239,15 @@ def _measure(rows: list[Row], modality: Modality, card: BackboneCard) -> tuple[l
             except OSError as error:
                 return "", None, Skip(row.place, f"cannot be read: {error.strerror}")
         if content is not None and (total <= MAX_HASHED_BYTES or stat is None):  # cells are in memory anyway
-            known_by = hashlib.sha256(content).hexdigest()
+            known_by = hashlib.sha256(content + (b"" if row.second is None else b"\0" + row.second)).hexdigest()
         else:
             assert stat is not None
             known_by = f"{stat.st_size}:{stat.st_mtime_ns}"
         if not measured:
             return known_by, None, None
         try:
-            return known_by, measure(decode({field: content or b""}), card), None
+            sample = {first: content or b""} | ({} if row.second is None else {others[0]: row.second})
+            return known_by, measure(decode(sample), card), None
         except BadSampleError as error:
             return known_by, None, Skip(row.place, error.message)
 
@@ -206,6 +255,7 @@ def _measure(rows: list[Row], modality: Modality, card: BackboneCard) -> tuple[l
         looks = list(pool.map(look, range(len(rows))))
     return (
         [known_by for known_by, _, _ in looks],
+        sizes,
         [facts for _, facts, _ in looks if facts is not None],
         [skip for _, _, skip in looks if skip is not None],
     )
@@ -224,14 +274,20 @@ def _first(skips: list[Skip]) -> str:
     return f"{skips[0].place}: {skips[0].problem}" if skips else ""
 
 
-def _class_names(rows: list[Row], named: list[str], spec: Data) -> list[str]:
-    counts = Counter(row.label for row in rows)
+def _class_names(rows: list[Row], named: list[str], spec: Data, task: TaskName) -> list[str]:
+    counts = Counter(
+        str(name) for row in rows for name in (row.label if isinstance(row.label, tuple) else (row.label,))
+    )
+    if task == "multi-label" and named:
+        return named
     empty = [name for name in named if not counts[name]]
     if empty:
         raise DataError(
             f"the class {empty[0]!r} has no usable sample", mend="remove its folder, or put samples into it"
         )
-    if len(counts) < 2:
+    if task == "multi-label" and not counts:
+        raise DataError(f"{spec.path} holds no label at all", expected="labels in data.label_column")
+    if len(counts) < 2 and task == "single-label":
         raise DataError(
             f"{spec.path} holds one class only: {next(iter(counts))!r}",
             expected="two classes or more",
@@ -242,20 +298,64 @@ def _class_names(rows: list[Row], named: list[str], spec: Data) -> list[str]:
     return sorted(counts)
 
 
-def _labels(rows: list[Row], names: Iterable[str], spec: Data) -> Ints:
+def _targets(rows: list[Row], names: Sequence[str], spec: Data, task: TaskName) -> npt.NDArray[Any]:
+    """int64 [rows], the class; multi-label: float32 [rows, classes], 0 or 1; regression: float32 [rows, targets]."""
+    if task == "regression":
+        return np.array([row.label for row in rows], dtype=np.float32)
     number = {name: i for i, name in enumerate(names)}
     for row in rows:
-        if row.label not in number:
+        for name in row.label if isinstance(row.label, tuple) else (row.label,):
+            if name not in number:
+                raise DataError(
+                    f"{row.place} has the label {name!r}, which the model never learnt",
+                    expected="one of " + ", ".join(list(number)[:20]),
+                    mend=f"take it out of {spec.path}",
+                )
+    if task == "single-label":
+        return np.array([number[str(row.label)] for row in rows], dtype=np.int64)
+    targets = np.zeros((len(rows), len(names)), dtype=np.float32)
+    for i, row in enumerate(rows):
+        targets[i, [number[str(name)] for name in row.label]] = 1
+    return targets
+
+
+def _strata(targets: npt.NDArray[Any], names: Sequence[str], task: TaskName) -> tuple[Ints, Sequence[str]]:
+    """What the splits hold in equal proportions: classes, a sample's rarest label, or tenths of the first target."""
+    if task == "single-label":
+        return targets, names
+    if task == "multi-label":
+        counts = targets.sum(axis=0)
+        rarest = np.where(targets > 0, counts, np.inf).argmin(axis=1)
+        return np.where(targets.any(axis=1), rarest, len(names)).astype(np.int64), [*names, "no label"]
+    edges = np.quantile(targets[:, 0], np.linspace(0, 1, _NUM_BINS + 1)[1:-1])
+    return np.searchsorted(edges, targets[:, 0]).astype(np.int64), [f"tenth {i + 1}" for i in range(_NUM_BINS)]
+
+
+def _refuse_unseen_labels(targets: npt.NDArray[Any], split: Ints, names: Sequence[str]) -> None:
+    train = targets[split == 0]
+    if not len(train):
+        raise DataError("there is no training sample")
+    for name, share in zip(names, train.mean(axis=0), strict=True):
+        if share in (0, 1):
             raise DataError(
-                f"{row.place} has the label {row.label!r}, which the model never learnt",
-                expected="one of " + ", ".join(list(number)[:20]),
-                mend=f"take it out of {spec.path}",
+                f"{'every' if share else 'no'} training sample has the label {name!r}",
+                expected="samples with the label and samples without it",
+                mend="add some, or leave the label out",
             )
-    return np.array([number[row.label] for row in rows], dtype=np.int64)
 
 
-def _split(rows: list[Row], labels: Ints, names: Iterable[str], spec: Data, ready_made: bool) -> Ints:
-    names = list(names)
+def _refuse_constants(targets: npt.NDArray[Any], split: Ints, names: Sequence[str]) -> None:
+    train = targets[split == 0]
+    if not len(train):
+        raise DataError("there is no training sample")
+    for i, name in enumerate(names):
+        if train[:, i].std() == 0:
+            raise DataError(
+                f"the target {name!r} is {train[0, i]:g} in every training sample", expected="numbers that differ"
+            )
+
+
+def _split(rows: list[Row], labels: Ints, names: Sequence[str], spec: Data, ready_made: bool) -> Ints:
     groups = _group_numbers(rows) if spec.group_column else None
     if ready_made:
         split = np.array([row.split or 0 for row in rows], dtype=np.int64)
@@ -323,8 +423,7 @@ def _refuse_crossing(groups: Ints, split: Ints, rows: list[Row]) -> None:
             )
 
 
-def _refuse_unseen(labels: Ints, split: Ints, names: Iterable[str]) -> None:
-    names = list(names)
+def _refuse_unseen(labels: Ints, split: Ints, names: Sequence[str]) -> None:
     seen = set(labels[split == 0].tolist())
     for here in (1, 2):
         unseen = sorted(set(labels[split == here].tolist()) - seen)
@@ -339,6 +438,13 @@ def _refuse_unseen(labels: Ints, split: Ints, names: Iterable[str]) -> None:
     missing = [name for i, name in enumerate(names) if i not in seen]
     if missing:
         raise DataError(f"the class {missing[0]!r} has no training sample", mend="add some, or take the class out")
+
+
+_REFUSALS: dict[TaskName, Callable[[npt.NDArray[Any], Ints, Sequence[str]], None]] = {
+    "single-label": _refuse_unseen,
+    "multi-label": _refuse_unseen_labels,
+    "regression": _refuse_constants,
+}
 
 
 def _leaks(rows: list[Row], ids: list[str], split: Ints) -> list[str]:
@@ -378,11 +484,18 @@ class Samples:
     def __init__(self, file: Path, root: str, fields: tuple[str, ...]) -> None:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         self._root = root
-        self._field = fields[0]
         self._uri = table.column("uri").combine_chunks()
-        self._content = table.column("content").combine_chunks()
-        self.targets: Ints = table.column("label").to_numpy().astype(np.int64)
-        self.num_bytes: Ints = np.zeros(len(self.targets), np.int64)
+        self._content = {name: table.column(name).combine_chunks() for name in fields if name in table.column_names}
+        self._first = fields[0]
+        target = table.column("target").combine_chunks()
+        self.targets: npt.NDArray[Any]
+        """int64 [samples], the class; multi-label and regression: float32 [samples, classes]."""
+        if pa.types.is_fixed_size_list(target.type):
+            self.targets = target.flatten().to_numpy().reshape(len(target), -1)
+        else:
+            self.targets = target.to_numpy().astype(np.int64)
+        self.num_bytes: Ints = table.column("num_bytes").to_numpy()
+        """int64 [samples]: of the first field; samples of like size are mostly of like length."""
         self._split: Ints = table.column("split").to_numpy().astype(np.int64)
 
     def rows(self, split: str) -> Ints:
@@ -405,15 +518,15 @@ class Samples:
         return os.path.join(self._root, uri) if uri else f"table row {row + 1}"
 
     def read(self, row: int) -> Sample:
-        """{field: the bytes of one sample}. Raises `BadSampleError` where they cannot be read."""
-        content: Any = self._content[row].as_py()
-        if content is None:
+        """{field: its bytes} of one sample. Raises `BadSampleError` where they cannot be read."""
+        sample = {name: column[row].as_py() for name, column in self._content.items() if column[row].is_valid}
+        if self._first not in sample:
             try:
                 with open(self.place(row), "rb") as file:
-                    content = file.read()
+                    sample[self._first] = file.read()
             except OSError as error:
                 raise BadSampleError(f"cannot be read: {error.strerror}") from None
-        return {self._field: content}
+        return sample
 
 
 def write_table(table: pa.Table, file: Path) -> None:

@@ -123,7 +123,6 @@ def build_transformers(
     library's own way is not the right one. Raises `WeightsError` where anything but the head does not match.
     """
     config = make_config(plan, changes)
-    transformers.logging.set_verbosity_error()
     torch.manual_seed(plan.job.training.seed)
     if plan.weights == "random":
         module = fresh(config) if fresh else model_class.from_config(config)
@@ -257,12 +256,14 @@ def _saver(module: Any, processor: Any | None) -> Callable[[Path], None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bar: ours tells what is going on."""
-    shown = transformers.logging.is_progress_bar_enabled()
+    """Without transformers' progress bar and its report of the loading: ours tells what is going on."""
+    shown, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers.logging.set_verbosity(verbosity)
         if shown:
             transformers.logging.enable_progress_bar()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,9 +15,10 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from orchestrator import registry
 from orchestrator.errors import DataError
 from orchestrator.modality import SampleField
-from orchestrator.spec import Data
+from orchestrator.spec import Data, TaskName
 
 SPLIT_NAMES: dict[str, int] = {
     "train": 0, "training": 0,
@@ -25,7 +27,14 @@ SPLIT_NAMES: dict[str, int] = {
 }  # fmt: skip
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
 _LITTER = {"thumbs.db", "desktop.ini", "icon\r"}
+_TEXT_COLUMNS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",),
+                 ("content",))  # fmt: skip
+_SWITCHES = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True, "no": False, "yes": True}
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "uri")
+
+
+Label = str | tuple[str, ...] | tuple[float, ...]
+"""The class; multi-label: all that the sample has; regression: the targets."""
 
 
 @dataclass
@@ -34,11 +43,13 @@ class Row:
 
     place: str
     """For messages: the file, or the row of the table."""
-    label: str
+    label: Label
     uri: str = ""
     """Relative to `root`; '' where the table holds the bytes themselves."""
     root: Path = Path()
     content: bytes | None = None
+    second: bytes | None = None
+    """The second text of a pair."""
     group: str | None = None
     split: int | None = None
     problem: str = ""
@@ -58,15 +69,31 @@ class Rows:
     notes: list[str] = field(default_factory=list)
 
 
-def read_rows(spec: Data, sample: SampleField) -> Rows:
+def label_columns(spec: Data) -> tuple[str, ...]:
+    """The names of the columns that say what is to be learnt."""
+    return (spec.label_column,) if isinstance(spec.label_column, str) else spec.label_column
+
+
+def read_rows(spec: Data, sample: Sequence[SampleField], task: TaskName) -> Rows:
     """The rows of `spec.path`, with those of `spec.validation` and `spec.test` behind them."""
-    main = _read_one(spec.path, spec, sample)
+    if task == "single-label" and len(label_columns(spec)) > 1:
+        raise DataError(
+            f"data.label_column names {len(label_columns(spec))} columns, and the task is single-label",
+            mend="set task to multi-label or regression (--task), or name one column",
+        )
+    if spec.label_separator is not None and (task != "multi-label" or len(label_columns(spec)) > 1):
+        raise DataError(
+            "data.label_separator is for several labels in one cell",
+            expected="task multi-label and one label column",
+            mend="set task to multi-label (--task), or leave the separator out",
+        )
+    main = _read_one(spec.path, spec, sample, task)
     for row in main.rows:
         row.root = main.root
     for place, split in ((spec.validation, 1), (spec.test, 2)):
         if place is None:
             continue
-        more = _read_one(place, spec, sample)
+        more = _read_one(place, spec, sample, task)
         if any(row.split for row in more.rows):
             raise DataError(f"{place} is split itself", expected="the samples of one split")
         for row in main.rows:
@@ -80,13 +107,14 @@ def read_rows(spec: Data, sample: SampleField) -> Rows:
     return main
 
 
-def _read_one(place: str, spec: Data, sample: SampleField) -> Rows:
+def _read_one(place: str, spec: Data, sample: Sequence[SampleField], task: TaskName) -> Rows:
     path = Path(place).expanduser()
     if path.is_dir():
-        if sample.kind != "file":
+        if task != "single-label":
             raise DataError(
-                f"{place} is a folder, and {sample.name} stands in tables",
-                expected="a .csv, .parquet or .jsonl",
+                f"{place} is a folder, where a sample has one class, and the task is {task}",
+                expected="a .csv, .parquet or .jsonl table",
+                mend="write a table with the columns path and label",
             )
         for setting in ("group_column", "split_column", "input_column"):
             if getattr(spec, setting):
@@ -95,7 +123,7 @@ def _read_one(place: str, spec: Data, sample: SampleField) -> Rows:
                     expected="a .csv, .parquet or .jsonl table with that column",
                     mend="write a table with the columns path, label and " + getattr(spec, setting),
                 )
-        return _read_folder(path, sample)
+        return _read_folder(path, sample[0])
     if not path.exists():
         raise DataError(
             f"there is no {place}", expected="a folder of class folders, or a .csv, .parquet or .jsonl table"
@@ -105,7 +133,7 @@ def _read_one(place: str, spec: Data, sample: SampleField) -> Rows:
             f"{place} is neither a folder nor a table",
             expected="a folder of class folders, or a file ending in " + ", ".join(TABLE_SUFFIXES),
         )
-    return _read_table(path, spec, sample)
+    return _read_table(path, spec, sample, task)
 
 
 def _read_folder(root: Path, sample: SampleField) -> Rows:
@@ -146,10 +174,18 @@ def _read_folder(root: Path, sample: SampleField) -> Rows:
         raise DataError(
             f"{root} holds no {sample.name} files in class folders{seen}",
             expected=f"one folder a class, with files ending in {', '.join(sample.suffixes)}",
+            mend=_other_modality(others),
         )
     if others:
         found.notes.append(f"{len(others)} files that are no {sample.name}, not read: {', '.join(others[:3])}")
     return found
+
+
+def _other_modality(files: Sequence[str]) -> str:
+    """Which modality takes such files, '' if none does."""
+    suffixes = {os.path.splitext(file)[1].lower() for file in files}
+    found = [name for name, other in registry.available().items() if suffixes & set(other.sample[0].suffixes)]
+    return f"say what they are: --modality {found[0]}" if found else ""
 
 
 def _folders(path: Path) -> list[Path]:
@@ -190,40 +226,60 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _read_table(path: Path, spec: Data, sample: SampleField) -> Rows:
+def _read_table(path: Path, spec: Data, sample: Sequence[SampleField], task: TaskName) -> Rows:
     table = _load(path, spec)
     twice = [name for name in table.column_names if table.column_names.count(name) > 1]
     if twice:
         raise DataError(f"{path} has two columns named {twice[0]!r}", mend="rename or remove one of them")
-    wanted = {
-        "label_column": spec.label_column,
-        "group_column": spec.group_column,
-        "split_column": spec.split_column,
-    }
-    for setting, column in wanted.items():
+    labelled = label_columns(spec)
+    wanted = [("label_column", column) for column in labelled]
+    wanted += [(setting, getattr(spec, setting)) for setting in ("group_column", "split_column")]
+    for setting, column in wanted:
         if column is not None and column not in table.column_names:
             raise DataError(
                 f"{path} has no column {column!r} (data.{setting})",
                 expected="one of " + ", ".join(table.column_names),
+                mend=_delimiter(table.column_names, path),
             )
-    input_column = _find_input(table, spec, sample, path)
+    input_columns = _find_inputs(table, spec, sample, path)
     root = (Path(spec.root).expanduser() if spec.root else path.parent).resolve()
     found = Rows(root=root, rows=[], ready_made=spec.split_column is not None)
-    inputs = table.column(input_column).to_pylist()
-    labels = table.column(spec.label_column).to_pylist()
+    inputs = table.column(input_columns[0]).to_pylist()
+    seconds = table.column(input_columns[1]).to_pylist() if len(input_columns) > 1 else [None] * len(inputs)
+    labels = zip(*(table.column(column).to_pylist() for column in labelled), strict=True)
     groups = table.column(spec.group_column).to_pylist() if spec.group_column else [None] * len(inputs)
     splits = table.column(spec.split_column).to_pylist() if spec.split_column else [None] * len(inputs)
     if "split" in table.column_names and spec.split_column is None:
         found.notes.append("the column 'split' is not used; if it says train, validation or test: data.split_column")
-    for number, (value, label, group, split) in enumerate(zip(inputs, labels, groups, splits, strict=True), 1):
+    pairs = len(input_columns) > 1
+    for number, (value, second, label, group, split) in enumerate(
+        zip(inputs, seconds, labels, groups, splits, strict=True), 1
+    ):
         row = Row(f"{path} row {number}", "")
         found.rows.append(row)
-        _fill(row, value, label, group, split, spec)
+        if sample[0].kind == "text":
+            _fill_text(row, value, second, pairs)
+        else:
+            _fill_file(row, value)
+        if not row.problem:
+            _fill_label(row, label, spec, task)
+        if not row.problem:
+            _fill_side(row, group, split, spec)
+    if task == "multi-label" and len(labelled) > 1:
+        found.classes = list(labelled)
     return found
 
 
-def _fill(row: Row, value: object, label: object, group: object, split: object, spec: Data) -> None:
-    """Put a table's cells into a row; the first that cannot be used becomes its problem."""
+def _fill_text(row: Row, value: object, second: object, pair: bool) -> None:
+    for text in (value, second) if pair else (value,):
+        if not isinstance(text, str):
+            row.problem = "has no text" if text is None else f"has {text!r} where a text should stand"
+            return
+    row.content = str(value).encode("utf-8", "surrogatepass")
+    row.second = str(second).encode("utf-8", "surrogatepass") if pair else None
+
+
+def _fill_file(row: Row, value: object) -> None:
     if isinstance(value, dict):  # the Hugging Face form: {bytes, path}
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
@@ -235,12 +291,64 @@ def _fill(row: Row, value: object, label: object, group: object, split: object, 
         row.uri = value
     else:
         row.problem = "has neither a path nor bytes"
+
+
+def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName) -> None:
+    """The first cell that cannot be used becomes the row's problem."""
+    columns = label_columns(spec)
+    if task == "regression":
+        row.label = tuple(_number(row, cell, column) for cell, column in zip(cells, columns, strict=True))
         return
-    text = label_text(label)
+    if task == "multi-label" and len(columns) > 1:
+        on = [_SWITCHES.get(str(label_text(cell)).lower()) for cell in cells]
+        for column, cell, switch in zip(columns, cells, on, strict=True):
+            if switch is None:
+                row.problem = f"has {cell!r} in {column!r}, not 0 or 1"
+        row.label = tuple(column for column, switch in zip(columns, on, strict=True) if switch)
+        return
+    (cell,), (column,) = cells, columns
+    if task == "multi-label":
+        parts = cell if isinstance(cell, list) else None
+        if parts is None and spec.label_separator is not None:
+            parts = [part for part in (label_text(cell) or "").split(spec.label_separator) if part.strip()]
+        if parts is None:
+            parts = [cell]
+        names = [label_text(part) for part in parts]
+        if None in names:
+            row.problem = f"has no label in {column!r}"
+        row.label = tuple(sorted({name for name in names if name is not None}))
+        return
+    if isinstance(cell, list):
+        raise DataError(
+            f"{row.place} has a list of labels in {column!r}, and the task is single-label",
+            mend="set task to multi-label: --task multi-label",
+        )
+    text = label_text(cell)
     if text is None:
-        row.problem = f"has no label in {spec.label_column!r}"
-        return
-    row.label = text
+        row.problem = f"has no label in {column!r}"
+    else:
+        row.label = text
+
+
+def _number(row: Row, cell: object, column: str) -> float:
+    """A target. Words are refused at once: they are no matter of single samples."""
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        row.problem = f"has no number in {column!r}"
+        return 0.0
+    try:
+        number = float(cell)  # type: ignore[arg-type]  # what is no number raises
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{row.place} has {cell!r} in {column!r}, and a regression target is a number",
+            mend="name a column of numbers, or leave --task regression out to learn classes",
+        ) from None
+    if not math.isfinite(number):
+        row.problem = f"has {number} in {column!r}"
+        return 0.0
+    return number
+
+
+def _fill_side(row: Row, group: object, split: object, spec: Data) -> None:
     if spec.group_column:
         row.group = label_text(group)
         if row.group is None:
@@ -268,7 +376,9 @@ def label_text(value: object) -> str | None:
 
 
 def _load(path: Path, spec: Data) -> Any:
-    names = [spec.label_column, spec.group_column, spec.split_column, spec.input_column, *_PATH_COLUMNS]
+    given = (spec.input_column,) if isinstance(spec.input_column, str) else spec.input_column or ()
+    names = [*label_columns(spec), spec.group_column, spec.split_column, *given, *_PATH_COLUMNS]
+    names += [name for columns in _TEXT_COLUMNS for name in columns]
     as_text = {name: pa.string() for name in names if name}
     suffix = path.suffix.lower()
     try:
@@ -295,17 +405,36 @@ def _load(path: Path, spec: Data) -> Any:
         ) from None
 
 
-def _find_input(table: Any, spec: Data, sample: SampleField, path: Path) -> str:
+def _find_inputs(table: Any, spec: Data, sample: Sequence[SampleField], path: Path) -> Sequence[str]:
+    """The columns of the samples: one, or two of a pair of texts."""
     columns: list[str] = table.column_names
-    wanted = (spec.input_column,) if spec.input_column else (sample.name, *_PATH_COLUMNS, "bytes")
-    for name in wanted:
-        if name in columns:
-            return name
+    given = (spec.input_column,) if isinstance(spec.input_column, str) else spec.input_column
+    if given is not None and len(given) > len(sample):
+        raise DataError(
+            f"data.input_column names {len(given)} columns, and a sample has {len(sample)} at most",
+            expected=" and ".join(field.name for field in sample),
+        )
+    if given is not None:
+        wanted: list[tuple[str, ...]] = [tuple(given)]
+    elif sample[0].kind == "text":
+        wanted = [columns for columns in _TEXT_COLUMNS if len(columns) <= len(sample)]
+    else:
+        wanted = [(name,) for name in (sample[0].name, *_PATH_COLUMNS, "bytes")]
+    for names in wanted:
+        if all(name in columns for name in names):
+            return names
+    kind = "texts" if sample[0].kind == "text" else f"{sample[0].name} paths or bytes"
     raise DataError(
-        f"{path} has no column of {sample.name} paths or bytes: it has {', '.join(columns)}",
-        expected="one of " + ", ".join(str(name) for name in wanted),
-        mend="name it: data.input_column",
+        f"{path} has no column of {kind}: it has {', '.join(columns)}",
+        expected="one of " + ", ".join(" + ".join(names) for names in wanted),
+        mend=_delimiter(columns, path) or "name it: data.input_column",
     )
+
+
+def _delimiter(columns: Sequence[str], path: Path) -> str:
+    """What to do about a table of one column whose name holds another delimiter."""
+    found = next((mark for mark in (";", "\t", "|") if len(columns) == 1 and mark in columns[0]), None)
+    return f"its columns are separated by {found!r}: write {path.name} with commas" if found else ""
 
 
 def inside(root: Path, uri: str, resolved: dict[str, str]) -> tuple[str | None, str]:

@@ -323,7 +323,7 @@ def test_columns_of_one_name_and_labels_that_are_lists(folder: Path, tmp_path: P
     put(tmp_path / "t.csv", b"path,label,label\na.png,x,y\n")
     assert "two columns named 'label'" in refusal(tmp_path / "t.csv").message
     rows = [{"path": str(f.relative_to(folder)), "label": ["a", "z"]} for f in sorted(folder.rglob("*.png"))]
-    assert "has no label" in refusal(table(tmp_path / "l.jsonl", rows), root=str(folder)).message  # type: ignore[arg-type]
+    assert "--task multi-label" in str(refusal(table(tmp_path / "l.jsonl", rows), root=str(folder)))  # type: ignore[arg-type]
 
 
 def test_files_that_are_no_images_are_said(folder: Path) -> None:
