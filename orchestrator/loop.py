@@ -266,18 +266,20 @@ def _train(session: Session) -> None:
 def _batches(session: Session, rows: Ints, epoch: int) -> list[Ints]:
     """The rows of each step of an epoch: a permutation, and, where samples differ in length, like lengths together.
 
-    Those are sorted among `_BUCKET_STEPS` steps only, and the steps are shuffled, so that chance is kept.
+    Those are sorted among a quarter of the epoch at most: length often tells the class, and batches of one class
+    each learn badly. A frozen body, whose features have one length, has no use for it.
     """
     random = np.random.default_rng((_ORDER, session.plan.job.training.seed, epoch))
     order = rows[random.permutation(len(rows))]
     num = session.plan.schedule.steps_per_epoch
     batches = [part_of(order, number, num) for number in range(num)]
-    if not session.by_length:
+    together = min(_BUCKET_STEPS, num // 4)
+    if not session.by_length or session.plan.job.method == "head" or together < 2:
         return batches
-    for start in range(0, num, _BUCKET_STEPS):
-        window = batches[start : start + _BUCKET_STEPS]
+    for start in range(0, num, together):
+        window = batches[start : start + together]
         ordered = session.samples.by_length(np.concatenate(window))
-        batches[start : start + _BUCKET_STEPS] = np.split(ordered, np.cumsum([len(one) for one in window])[:-1])
+        batches[start : start + together] = np.split(ordered, np.cumsum([len(one) for one in window])[:-1])
     return [batches[i] for i in random.permutation(num)]
 
 
