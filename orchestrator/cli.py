@@ -149,16 +149,26 @@ def check(
     backbone: Annotated[str, typer.Argument(help="org/name[@revision], a directory, or an earlier run")],
     modality: Annotated[str, typer.Option(help="what your data is")] = "image",
     data: Annotated[str | None, typer.Option(help="hold the data against it too")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="data.… or settings.… (repeatable)")
+    ] = None,
     size: Annotated[int | None, typer.Option(help="input size")] = None,
+    task: Annotated[str | None, typer.Option(help="single-label, multi-label or regression")] = None,
+    input_column: InputColumn = None,
+    label_column: LabelColumn = None,
     json_: Json = False,
 ) -> None:
-    """Say whether a backbone fits a modality, from its metadata files alone.
+    """Say whether a backbone fits a modality, from its metadata files alone, and what your data is to it.
 
     orchestrator check microsoft/resnet-50 --modality image
+
+    orchestrator check facebook/wav2vec2-base --modality audio --data recordings/
     """
     from orchestrator.planning import inspect
+    from orchestrator.spec import make_job
 
-    found = inspect(backbone, modality, data, {"size": size} if size is not None else {})
+    job = make_job(**{"data": "-", "backbone": backbone, **_fields(locals())})
+    found = inspect(backbone, modality, job.data if data is not None else None, job.settings, job.task)
     card = found.card
     if json_:
         print(
@@ -180,7 +190,7 @@ def check(
             )
         )
         return
-    from orchestrator.console import out, pairs
+    from orchestrator.console import out, pairs, table
 
     rows: list[tuple[str, object]] = [
         ("accepted", f"{card.source} for {modality}"),
@@ -191,13 +201,17 @@ def check(
     ]
     if found.fit is not None:
         rows.append(("input", ", ".join(f"{key} {value}" for key, value in found.fit.input.items())))
-        rows += [("adapted", str(one)) for one in found.fit.adaptations]
         rows += [("warning", one) for one in found.fit.warnings]
-    if found.profile is not None:
-        rows.append(("measured", f"{found.profile.num_measured} samples"))
-        rows += [(key, str(value)) for key, value in found.profile.ranges.items()]
-        rows += [(key, ", ".join(f"{w} x {n}" for w, n in c.items())) for key, c in found.profile.counts.items()]
     out.print(pairs(rows))
+    if found.profile is not None:
+        measured = {key: str(value) for key, value in found.profile.ranges.items()}
+        measured |= {key: ", ".join(f"{w} x {n}" for w, n in c.items()) for key, c in found.profile.counts.items()}
+        out.print(table([f"of {found.profile.num_measured} samples", "measured"], list(measured.items())))
+    if found.fit is not None and found.fit.adaptations:
+        cells = [[one.what, one.received, one.used, f"{one.share:.0%}"] for one in found.fit.adaptations]
+        out.print(table(["adapted", "the data", "becomes", "samples"], cells, right=(3,)))
+    elif found.profile is not None:
+        out.print("nothing has to be adapted")
 
 
 @app.command()
