@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import struct
@@ -163,11 +164,18 @@ def test_an_unknown_modality_and_unknown_settings(card_files: Files) -> None:
 
 
 def test_training_with_a_declaration_says_that_it_is_not_built(card_files: Files, flat_digits: Path) -> None:
-    directory = card_files(config={"model_type": "bert"}, **{"model.safetensors": b""})
-    assert orchestrator.check(str(directory), "text").model_type == "bert"
-    with pytest.raises(RefusedError) as caught:
-        orchestrator.plan(modality="text", backbone=str(directory), data=str(flat_digits))
-    assert caught.value.reason == "not_built"
+    declared = dataclasses.replace(
+        registry.get("image"), name="scans", decode=None, measure=None, fit=None, build=None, batch=None
+    )
+    registry.register(declared)
+    try:
+        directory = card_files(config=RESNET, **{"model.safetensors": b""})
+        assert orchestrator.check(str(directory), "scans").model_type == "resnet"
+        with pytest.raises(RefusedError) as caught:
+            orchestrator.plan(modality="scans", backbone=str(directory), data=str(flat_digits))
+        assert caught.value.reason == "not_built"
+    finally:
+        registry.unregister("scans")
 
 
 def test_a_fault_in_the_plugins_settings_has_its_place_in_the_file(tmp_path: Path) -> None:
