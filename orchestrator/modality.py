@@ -77,9 +77,10 @@ class BackboneRules:
     def from_json(cls, path: Path) -> BackboneRules:
         """The rules out of a generated `rows.json`."""
         rows = json.loads(path.read_text(encoding="utf-8"))
+        accepts = {**rows["accepts"], **rows.get("pooled", {})}
         return cls(
             generated_from=rows["generated_from"],
-            accepts={key: BackboneRow.model_construct(**_tuples(row)) for key, row in rows["accepts"].items()},
+            accepts={key: BackboneRow.model_construct(**_tuples(row)) for key, row in accepts.items()},
             refuses={key: BackboneRule(**rule) for key, rule in rows.get("refuses", {}).items()},
             timm=_TimmRows(rows.get("timm", {})),
         )

@@ -175,13 +175,24 @@ def _load(directory: Path, model_class: Any, config: Any, **more: Any) -> tuple[
     return module, info
 
 
+def new_layer(width: int, num_classes: int) -> nn.Linear:
+    """A last layer with small random weights."""
+    layer = nn.Linear(width, num_classes)
+    nn.init.normal_(layer.weight, std=_HEAD_STD)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def make_config(plan: Plan, changes: Mapping[str, Any]) -> Any:
     """The backbone's config with the plan's classes, for transformers."""
-    raw = {key: value for key, value in plan.backbone.config.items() if key not in ("label_names", "num_classes")}
+    whole = plan.backbone.config.get(plan.row.part) if plan.row.part in plan.backbone.config else plan.backbone.config
+    raw = {key: value for key, value in dict(whole or {}).items() if key not in ("label_names", "num_classes")}
     if raw.get("model_args"):  # timm's save_for_hf puts num_classes in here, which the wrapper gives a second time
         raw["model_args"] = {key: value for key, value in raw["model_args"].items() if key != "num_classes"}
     model_type = "timm_wrapper" if plan.backbone.library == "timm" else plan.backbone.model_type
     config_class = transformers.CONFIG_MAPPING[model_type]
+    if plan.row.pool:  # the body's own class: of a tower it is another than the repository's
+        config_class = getattr(transformers, plan.row.architecture).config_class
     names = dict(enumerate(plan.classes))
     for key in ("id2label", "label2id", "num_labels", "model_type"):
         raw.pop(key, None)

@@ -19,9 +19,17 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 from orchestrator.errors import TrainingError
 from orchestrator.model import Network, build_transformers
 from orchestrator.plans import Plan
+from orchestrator.pooled import build_pooled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+_NO_MASK = {"mask_ratio": 0.0}  # vit_mae would hide three of four patches at random
+_IMPORTS = "import torch\nfrom PIL import Image\nfrom transformers import AutoImageProcessor"
+_PREPARE = """\
+image = Image.open("a file").convert("RGB")
+inputs = AutoImageProcessor.from_pretrained(".")(image, return_tensors="pt")"""
 
 
 def build_network(plan: Plan, directory: Path) -> Network:
@@ -35,6 +43,12 @@ def build_network(plan: Plan, directory: Path) -> Network:
             processor=None,  # timm's settings stand in config.json
             fresh=_fresh_timm,
         )
+    if plan.row.pool:
+        height, width = plan.input["size"]
+        return build_pooled(
+            plan, directory, make_processor(plan, directory), _NO_MASK if plan.backbone.model_type == "vit_mae" else {},
+            {"pixel_values": torch.zeros(1, plan.input["channels"], height, width)}, _IMPORTS, _PREPARE,
+        )  # fmt: skip
     return build_transformers(
         plan, directory, getattr(transformers, plan.row.architecture), {}, make_processor(plan, directory),
         fresh=lambda config: getattr(transformers, plan.row.architecture)(config),

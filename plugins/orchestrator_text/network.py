@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from orchestrator.errors import WeightsError
-from orchestrator.model import Network, build_transformers, load_body, make_config, quiet
+from orchestrator.model import Network, build_transformers, load_body, make_config, new_layer, quiet
 from orchestrator.plans import Plan
 from orchestrator_text import Text
 
@@ -84,7 +84,7 @@ class Pooled(nn.Module):
     def __init__(self, body: nn.Module, width: int, num_classes: int, pooling: str) -> None:
         super().__init__()
         self.body = body
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = new_layer(width, num_classes)
         self._pooling = pooling
 
     def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
@@ -112,8 +112,6 @@ def _build_pooled(plan: Plan, directory: Path, tokenizer: Any, changes: dict[str
         body, unused = load_body(plan, directory, chosen, config, bare)
     width = getattr(config, "hidden_size", None) or config.d_model
     module = Pooled(body, width, len(plan.classes), plan.input["pooling"])
-    nn.init.normal_(module.classifier.weight, std=0.02)
-    nn.init.zeros_(module.classifier.bias)
     if plan.weights == "trained":
         dense = load_file(directory / _DENSE / "model.safetensors")
         module.classifier.load_state_dict({name.removeprefix("linear."): value for name, value in dense.items()})
