@@ -182,6 +182,8 @@ EXTRA_LIBRARIES = frozenset(
         "PIL",
         "tokenizers",
         "sentencepiece",
+        "soundfile",
+        "soxr",
         "timm",
         "torchvision",
     )

@@ -29,7 +29,7 @@ _PROBLEM_TYPES = {
     "multi-label": "multi_label_classification",
     "regression": "regression",
 }
-_MAY_BE_MISSING = ("num_batches_tracked", "position_ids")
+_MAY_BE_MISSING = ("num_batches_tracked", "position_ids", "masked_spec_embed")  # the last is for pretraining alone
 _MAY_BE_UNUSED = ("pooler", "mask_token", "position_ids", "num_batches_tracked")
 
 
