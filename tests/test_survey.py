@@ -61,7 +61,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
             for kind in ("sliding_attention", "full_attention")
         },
     },
-    **dict.fromkeys(("convnext", "convnextv2"), {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}),
+    **{name: {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]} for name in ("convnext", "convnextv2")},
     "deberta": {**_TEXT, "pooler_hidden_size": 32},
     "deberta-v2": {**_TEXT, "pooler_hidden_size": 32},
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320, "image_size": 64},
@@ -135,7 +135,8 @@ def tiny(cls: Any) -> Any:
     for part in parts:
         for key, small in SMALL.items() if special is None else ():
             value = getattr(part, key, 0)
-            if value is None and key in ("head_dim", "num_key_value_heads") or isinstance(value, int) and value > small:
+            left_open = value is None and key in ("head_dim", "num_key_value_heads")
+            if left_open or (isinstance(value, int) and value > small):
                 setattr(part, key, small)
         kinds = getattr(part, "layer_types", None)
         if isinstance(kinds, list) and special is None:
@@ -205,7 +206,6 @@ def answer(one: BackboneCard, modality: str) -> str:
     try:
         match(one, known[modality], known)
     except RefusedError as error:
-        assert error.reason in REASONS
         return error.reason
     return "accepted"
 
@@ -253,7 +253,8 @@ def test_the_gate_accepts_the_right_pairs_and_no_other(right: dict[str, set[str]
         for modality in MODALITIES:
             said = answer(card(model_type), modality)
             counts[modality, said] += 1
-            config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+            assert said == "accepted" or said in REASONS
+            config_class = CONFIG_MAPPING.get(model_type, None)
             name = getattr(config_class, "model_type", model_type)  # gpt-sw3 is a gpt2
             expected = modality in right.get(name, ()) or NOT_RUN.get(model_type, ("",))[0] == modality
             if (model_type, modality) in ON_PURPOSE:
