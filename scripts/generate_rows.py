@@ -38,7 +38,8 @@ KIND = {
 # What the signature does not show. Each is a fact about the type, with the reason that a user reads.
 EXCEPTIONS: dict[str, tuple[str, str, str]] = {
     "imagegpt": ("image", "unsupported", "its input_ids are clusters of colours, which no image processor batches"),
-    "perceiver": ("image", "unsupported", "it has three image heads, and its config.json does not say which"),
+    "perceiver": ("image", "unsupported", "its config.json does not say which of its heads it was trained with: one "
+                  "for texts, or one of three for images"),
     "pp_lcnet": ("image", "unsupported", "its classification head returns no logits, so no pipeline can serve it"),
     "siglip2": ("image", "unsupported", "it takes a varying number of patches, which this version does not batch"),
     "dinat": ("image", "unsupported", "it needs the natten library, which has no release for current torch"),
@@ -70,6 +71,17 @@ def kinds(cls: type) -> dict[str, str]:
     return {name: KIND[name] for name in names if name in KIND}
 
 
+def complete(config: Any) -> Any:
+    """What some defaults leave open, and every published config.json of the type says."""
+    if getattr(config, "num_key_value_heads", 0) is None:
+        config.num_key_value_heads = config.num_attention_heads
+    if getattr(config, "head_dim", 0) is None and hasattr(config, "num_attention_heads"):
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    if config.model_type == "cohere_compass_text":
+        config.rope_parameters = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in config.layer_types}
+    return config
+
+
 def shrink(config: Any) -> Any:
     """Fewer layers, where that is a plain number: the head does not depend on it, the time does."""
     for part in (config, getattr(config, "text_config", None)):
@@ -81,12 +93,12 @@ def shrink(config: Any) -> Any:
 def shapes(cls: Any, num_labels: int) -> tuple[Any, dict[str, torch.Size]]:
     config = cls.config_class()
     try:
-        config = shrink(config)
+        config = shrink(complete(config))
         config.num_labels = num_labels
         with torch.device("meta"):
             model = cls(config)
     except Exception:
-        config = cls.config_class()
+        config = complete(cls.config_class())
         config.num_labels = num_labels
         with torch.device("meta"):
             model = cls(config)

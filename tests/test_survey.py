@@ -1,0 +1,327 @@
+"""The gate over every model type of transformers and every pretrained network of timm.
+
+What is expected comes from no table: every classification class that transformers' source defines is built tiny
+from its own config, and toy batches of each modality run through it. A pair (type, modality) is right where the
+input of that modality alone gives logits [batch, num_labels].
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import registry
+from orchestrator.errors import REASONS, RefusedError
+from orchestrator.gate import fit, match
+from orchestrator.plans import BackboneCard
+
+MODALITIES = ("image", "audio", "text")
+SUFFIXES = ("ForImageClassification", "ForAudioClassification", "ForSequenceClassification")
+NUM_LABELS = 5
+
+# Sizes of a tiny network, set where the config has the number and it is larger.
+SMALL = {
+    **dict.fromkeys(("hidden_size", "d_model", "dim", "n_embd", "embedding_size"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "n_head", "num_heads", "num_key_value_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    "num_decoder_layers": 2, "moe_intermediate_size": 32, "n_inner": 64, "num_experts_per_tok": 2, "head_dim": 8,
+    "vocab_size": 300, "type_vocab_size": 7, "entity_vocab_size": 50, "image_size": 224, "num_conv_pos_embeddings": 16,
+}  # fmt: skip
+_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+}
+_LATENT = {**_TEXT, "num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+           "q_lora_rank": 8, "kv_lora_rank": 8}  # fmt: skip
+_ROUTED = {**_LATENT, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1,
+           "topk_group": 1}  # fmt: skip
+_T5 = {"vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "eos_token_id": 2}
+_GEMMA = {**_TEXT, "head_dim": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 8}
+# Types whose config derives one number from another when it is made: all that it is made of.
+SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "mistral4"), _ROUTED),
+    "minicpm3": _LATENT,
+    "cohere_compass_text": {
+        **_TEXT, "num_key_value_heads": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    **{name: {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]} for name in ("convnext", "convnextv2")},
+    "deberta": {**_TEXT, "pooler_hidden_size": 32},
+    "deberta-v2": {**_TEXT, "pooler_hidden_size": 32},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320, "image_size": 64},
+    "esm": {**_TEXT, "max_position_embeddings": 64, "pad_token_id": 1},
+    "esmc": _TEXT,
+    "funnel": {"vocab_size": 300, "block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64},
+    "gptj": {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "hiera": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
+    "jamba": {**_TEXT, "num_key_value_heads": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
+              "use_mamba_kernels": False},
+    "lilt": {**_TEXT, "hidden_size": 48},
+    "perceiver": {"num_latents": 4, "d_latents": 32, "d_model": 32, "num_blocks": 1, "num_self_attends_per_block": 1,
+                  "num_self_attention_heads": 4, "num_cross_attention_heads": 4, "vocab_size": 300},
+    "reformer": {"vocab_size": 300, "is_decoder": False, "axial_pos_shape": [4, 4], "eos_token_id": 2},
+    "squeezebert": {**_TEXT, "embedding_size": 32},
+    "t5": {**_T5, "decoder_start_token_id": 0},
+    "t5gemma": {"encoder": _GEMMA, "decoder": {**_GEMMA, "cross_attention_hidden_size": 32}, "vocab_size": 300},
+    "xmod": {**_TEXT, "default_language": "en_XX"},
+    "zamba": {**_TEXT, "num_hidden_layers": 6, "use_mamba_kernels": False, "attn_layer_period": 2,
+              "attn_layer_offset": 1, "n_mamba_heads": 2},
+    "zamba2": {**_TEXT, "num_hidden_layers": 2, "n_mamba_heads": 2, "mamba_d_state": 8, "chunk_size": 16,
+               "layers_block_type": ["linear_attention", "hybrid"], "use_mamba_kernels": False},
+}  # fmt: skip
+# Not built or run tiny, why, and whether the gate takes them with the modality all the same.
+NOT_RUN: dict[str, tuple[str, str]] = {
+    "dinat": ("", "needs the natten library"),
+    "layoutlmv2": ("", "needs the detectron2 library"),
+    "pp_lcnet": ("", "its head returns no logits"),
+    "shieldgemma2": ("", "takes an image and a text at once"),
+    "siglip2": ("", "takes patches that its processor cuts, not pixels [batch, channels, height, width]"),
+    "zamba": ("text", "masks of the wrong shape in a network of few layers"),
+}
+# They run on this modality alone; the gate refuses them all the same: (reason, why).
+ON_PURPOSE: dict[tuple[str, str], tuple[str, str]] = {
+    ("esm", "text"): ("unsupported", "proteins"),
+    ("esmc", "text"): ("unsupported", "proteins"),
+    ("imagegpt", "text"): ("wrong_modality", "its input_ids are colours"),
+    ("layoutlmv3", "image"): ("two_modalities", "a page's text and its image"),
+    ("perceiver", "text"): ("unsupported", "its config.json does not name its head"),
+    ("tapas", "text"): ("unsupported", "tables"),
+    **{
+        (model_type, "text"): ("two_modalities", "trained on text with an image, a page's layout or markup")
+        for model_type in ("gemma3", "layoutlm", "lilt", "markuplm", "modernvbert", "qwen3_5", "t5gemma2", "ultravbert")
+    },
+}
+
+
+def classes() -> Iterator[Any]:
+    """Every classification class that a modeling file of transformers defines."""
+    import transformers.models
+
+    for package in pkgutil.iter_modules(transformers.models.__path__):
+        folder = Path(transformers.models.__path__[0]) / package.name
+        for file in sorted(folder.glob("modeling_*.py")):
+            if not any(suffix in file.read_text(encoding="utf-8") for suffix in SUFFIXES):
+                continue
+            module = importlib.import_module(f"transformers.models.{package.name}.{file.stem}")
+            for name, cls in vars(module).items():
+                if name.endswith(SUFFIXES) and cls.__module__ == module.__name__ and hasattr(cls, "config_class"):
+                    yield cls
+
+
+def tiny(cls: Any) -> Any:
+    """The type's default config, as small as it gets."""
+    from transformers import PretrainedConfig
+
+    special = SPECIAL.get(cls.config_class.model_type)
+    config = cls.config_class(**(special or {}))
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PretrainedConfig))]
+    parts += [deep for part in parts[1:] for deep in vars(part).values() if isinstance(deep, PretrainedConfig)]
+    for part in parts:
+        for key, small in SMALL.items() if special is None else ():
+            value = getattr(part, key, 0)
+            left_open = value is None and key in ("head_dim", "num_key_value_heads")
+            if left_open or (isinstance(value, int) and value > small):
+                setattr(part, key, small)
+        kinds = getattr(part, "layer_types", None)
+        if isinstance(kinds, list) and special is None:
+            part.layer_types = [next(iter(kinds)), next((kind for kind in kinds if kind != kinds[0]), kinds[0])]
+        if special is None:
+            for key in [key for key in vars(part) if key.endswith("_token_id") and isinstance(vars(part)[key], int)]:
+                setattr(part, key, 2)
+        part.pad_token_id = 1
+    config.num_labels = NUM_LABELS
+    return config
+
+
+def toys(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Batches of two, in each form that a processor of the modality gives."""
+    import torch
+
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None) or 224
+    size = size[0] if isinstance(size, (list, tuple)) else size
+    yield "image", {"pixel_values": torch.rand(2, getattr(vision, "num_channels", 3), size, size)}
+    mels = getattr(config, "num_mel_bins", 80)
+    length = config.max_length if isinstance(getattr(config, "max_length", None), int) else 1024
+    yield "audio", {"input_values": torch.rand(2, 4000)}
+    yield "audio", {"input_values": torch.rand(2, length, mels)}
+    yield "audio", {"input_features": torch.rand(2, mels, 3000)}
+    yield "audio", {"input_features": torch.rand(2, 100, 160)}
+    ids = torch.randint(3, 100, (2, 16))
+    ids[:, -1] = 2  # the end token, which some heads stand on
+    yield "text", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def runs(cls: Any) -> tuple[set[str], str]:
+    """The modalities that alone give logits, and the last error of those that did not."""
+    import torch
+
+    found, problem = set(), ""
+    try:
+        config = tiny(cls)
+        model = cls(config).eval()
+    except (Exception, SystemExit) as error:
+        return found, f"{type(error).__name__}: {error}"
+    for modality, batch in toys(config):
+        if modality in found:
+            continue
+        try:
+            with torch.no_grad():
+                logits = getattr(model(**batch), "logits", None)
+        except Exception as error:
+            home = {"Image": "image", "Audio": "audio"}.get(cls.__name__.split("For")[-1].split("Cl")[0], "text")
+            problem = f"{type(error).__name__}: {error}" if home == modality else problem
+            continue
+        if logits is not None and tuple(logits.shape) == (2, NUM_LABELS):
+            found.add(modality)
+    return found, problem
+
+
+def card(model_type: str) -> BackboneCard:
+    return BackboneCard(
+        source="org/x", kind="hub", name="x", library="transformers", model_type=model_type,
+        config={"model_type": model_type},
+    )  # fmt: skip
+
+
+def answer(one: BackboneCard, modality: str) -> str:
+    """ "accepted", or the reason of the refusal; any other exception is a fault of the gate."""
+    known = {name: registry.get(name) for name in MODALITIES}
+    try:
+        match(one, known[modality], known)
+    except RefusedError as error:
+        return error.reason
+    return "accepted"
+
+
+def model_types() -> list[str]:
+    """Every type that transformers knows; timm's networks have a test of their own."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    tables = [table for name, table in vars(modeling_auto).items() if name.endswith("MAPPING_NAMES")]
+    known = set(transformers.CONFIG_MAPPING) | {model_type for table in tables for model_type in table}
+    return sorted(known - {"timm_wrapper"})
+
+
+@pytest.fixture(scope="module")
+def right() -> dict[str, set[str]]:
+    """Type -> the modalities that give it logits alone, by running it."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    found: dict[str, set[str]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for cls in classes():
+            modalities, problem = runs(cls)
+            model_type = cls.config_class.model_type
+            assert bool(modalities) != (model_type in NOT_RUN), f"{cls.__name__}: {problem or 'it runs'}"
+            found.setdefault(model_type, set()).update(modalities)
+    found.pop("timm_wrapper")
+    return found
+
+
+@pytest.mark.slow
+def test_the_gate_accepts_the_right_pairs_and_no_other(right: dict[str, set[str]]) -> None:
+    from transformers import CONFIG_MAPPING
+
+    types = model_types()
+    assert len(types) > 600
+    assert set(right) <= set(types)
+    wrong = []
+    counts: Counter[tuple[str, str]] = Counter()
+    for model_type in types:
+        for modality in MODALITIES:
+            said = answer(card(model_type), modality)
+            counts[modality, said] += 1
+            assert said == "accepted" or said in REASONS
+            config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
+            name = getattr(config_class, "model_type", model_type)  # gpt-sw3 is a gpt2
+            expected = modality in right.get(name, ()) or NOT_RUN.get(model_type, ("",))[0] == modality
+            if (model_type, modality) in ON_PURPOSE:
+                assert expected, f"{model_type} does not run on {modality} alone"
+                if said != ON_PURPOSE[model_type, modality][0]:
+                    wrong.append((model_type, modality, said))
+            elif (said == "accepted") != expected:
+                wrong.append((model_type, modality, said))
+    print(len(types), sorted(counts.items()))
+    assert not wrong, wrong
+
+
+def test_every_pretrained_config_of_timm_has_an_answer() -> None:
+    import timm
+
+    known = {name: registry.get(name) for name in MODALITIES}
+    image = known["image"]
+    counts: Counter[str] = Counter()
+    for name in timm.list_pretrained():
+        pretrained = timm.get_pretrained_cfg(name).to_dict(remove_source=True, remove_null=True)
+        config = {"architecture": name.split(".")[0], "pretrained_cfg": pretrained}
+        one = BackboneCard(
+            source=name, kind="hub", name=name, library="timm", model_type=config["architecture"], config=config
+        )
+        assert {answer(one, "audio"), answer(one, "text")} <= {"wrong_modality", "unknown_type"}
+        try:
+            fit(one, match(one, image, known), image, {}, None)
+        except RefusedError as error:
+            counts[error.reason] += 1
+        else:
+            counts["accepted"] += 1
+    print(sorted(counts.items()))
+    assert set(counts) <= {"accepted", "channels", "unknown_type"}
+    assert counts["accepted"] > 1800
+
+
+@pytest.mark.slow
+def test_the_heads_of_timms_rows_are_those_of_the_built_networks() -> None:
+    """Every architecture of timm, built without memory for 7 classes; of each family one also runs."""
+    import timm
+    import torch
+
+    rows = registry.get("image").rules.timm
+    ran, wrong = set(), []
+    for architecture in timm.list_models():
+        with torch.device("meta"):
+            model = timm.create_model(architecture, num_classes=7)
+        if not hasattr(model, "get_classifier"):  # encoders of larger models, which have no classifier
+            if architecture in rows:
+                wrong.append((architecture, "has no classifier"))
+            continue
+        if architecture not in rows:
+            wrong.append((architecture, "has no row"))
+            continue
+        found = model.get_classifier()
+        found = set(found) if isinstance(found, (tuple, list)) else {found}
+        names = {name for name, module in model.named_modules() if module in found}
+        row = {name.removeprefix("timm_model.") for name in rows[architecture].head}
+        widest = {p.shape[0] for part in found for p in part.parameters()}
+        if names != row or 7 not in widest:
+            wrong.append((architecture, f"{sorted(names)} is not {sorted(row)}"))
+        if type(model) not in ran and sum(p.numel() for p in model.parameters()) < 60e6:
+            ran.add(type(model))
+            shape = model.pretrained_cfg.get("input_size", (3, 224, 224))
+            with torch.device("meta"):
+                logits = model.eval()(torch.empty(1, *shape))
+            if tuple(logits.shape) != (1, 7):
+                wrong.append((architecture, f"gives {tuple(logits.shape)}"))
+    print(len(ran), "families ran")
+    assert not wrong, wrong
