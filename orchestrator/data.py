@@ -101,7 +101,7 @@ def prepare(
         names = classes or _class_names(rows, source.classes, spec, task)
     targets = _targets(rows, names, spec, task)
     strata, kinds = _strata(targets, names, task)
-    split = _for_evaluation(rows) if classes else _split(rows, strata, kinds, spec, source.ready_made)
+    split = _for_evaluation(rows) if classes else _split(rows, strata, kinds, len(names), spec, source.ready_made)
     if not classes:
         _REFUSALS[task](targets, split, names)
     notes = list(source.notes) + _leaks(rows, ids, split)
@@ -158,7 +158,8 @@ def _per_class(targets: npt.NDArray[Any], num_classes: int, task: TaskName) -> t
 def _spread(targets: npt.NDArray[Any], task: TaskName) -> dict[str, Any]:
     if task != "regression" or not len(targets):
         return {}
-    return {"target_mean": tuple(targets.mean(axis=0).tolist()), "target_std": tuple(targets.std(axis=0).tolist())}
+    wide = targets.astype(np.float64)  # a sum of many float32 loses the small ones
+    return {"target_mean": tuple(wide.mean(axis=0).tolist()), "target_std": tuple(wide.std(axis=0).tolist())}
 
 
 def _find_missing(rows: Iterable[Row], modality: Modality) -> None:
@@ -166,6 +167,12 @@ def _find_missing(rows: Iterable[Row], modality: Modality) -> None:
     for row in rows:
         if row.problem or not row.uri:
             continue
+        if _is_sentence(row.uri, modality) and not os.path.isfile(row.root / row.uri):
+            raise DataError(
+                f"{row.place}: there is no file {row.uri[:60]!r}; this looks like a text",
+                expected=f"paths of {modality.sample[0].name} files",
+                mend="if the data is text: --modality text; else name the column of paths: data.input_column",
+            )
         file, why = inside(row.root, row.uri, resolved)
         if file is None:
             # Never a matter of skipping: somebody wrote a path that reaches for other files.
@@ -175,18 +182,12 @@ def _find_missing(rows: Iterable[Row], modality: Modality) -> None:
                 mend="move the files below it, or name a higher one: data.root",
             )
         row.uri = os.path.relpath(file, row.root)
-        if not os.path.isfile(file) and not _has_suffix(row.uri, modality) and " " in row.uri.strip():
-            raise DataError(
-                f"{row.place}: there is no file {row.uri[:60]!r}; this looks like a text",
-                expected=f"paths of {modality.sample[0].name} files",
-                mend="if the data is text: --modality text; else name the column of paths: data.input_column",
-            )
         if not os.path.isfile(file):
             row.problem = f"the file {row.uri} is missing" if row.place != file else "is no file"
 
 
-def _has_suffix(uri: str, modality: Modality) -> bool:
-    return os.path.splitext(uri)[1].lower() in modality.sample[0].suffixes
+def _is_sentence(uri: str, modality: Modality) -> bool:
+    return " " in uri.strip() and os.path.splitext(uri)[1].lower() not in modality.sample[0].suffixes
 
 
 def _drop_duplicates(rows: list[Row]) -> tuple[list[Row], int]:
@@ -349,13 +350,13 @@ def _refuse_constants(targets: npt.NDArray[Any], split: Ints, names: Sequence[st
     if not len(train):
         raise DataError("there is no training sample")
     for i, name in enumerate(names):
-        if train[:, i].std() == 0:
+        if (train[:, i] == train[0, i]).all():
             raise DataError(
                 f"the target {name!r} is {train[0, i]:g} in every training sample", expected="numbers that differ"
             )
 
 
-def _split(rows: list[Row], labels: Ints, names: Sequence[str], spec: Data, ready_made: bool) -> Ints:
+def _split(rows: list[Row], labels: Ints, names: Sequence[str], num_classes: int, spec: Data, ready_made: bool) -> Ints:
     groups = _group_numbers(rows) if spec.group_column else None
     if ready_made:
         split = np.array([row.split or 0 for row in rows], dtype=np.int64)
@@ -390,10 +391,10 @@ def _split(rows: list[Row], labels: Ints, names: Sequence[str], spec: Data, read
         train = np.flatnonzero(split == 0)
         if spec.num_train > len(train):
             raise DataError(f"data.num_train = {spec.num_train}, and there are {len(train)} training samples")
-        if spec.num_train < len(names):
+        if spec.num_train < num_classes:
             raise DataError(
                 f"data.num_train = {spec.num_train} leaves classes without a sample",
-                expected=f"{len(names)} or more",
+                expected=f"{num_classes} or more",
             )
         split[np.setdiff1d(train, balanced_subset(labels, names, train, spec.num_train, spec.seed))] = _UNSPLIT
     return split

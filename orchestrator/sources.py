@@ -30,6 +30,9 @@ _LITTER = {"thumbs.db", "desktop.ini", "icon\r"}
 _TEXT_COLUMNS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",),
                  ("content",))  # fmt: skip
 _SWITCHES = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True, "no": False, "yes": True}
+_BLOCK_BYTES = 32 * 2**20
+"""What is parsed at once of CSV and JSON lines: no row may be longer."""
+_LARGEST = 3.4e38  # of a float32
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "uri")
 
 
@@ -227,7 +230,7 @@ def _is_text(name: str) -> bool:
 
 
 def _read_table(path: Path, spec: Data, sample: Sequence[SampleField], task: TaskName) -> Rows:
-    table = _load(path, spec)
+    table = _load(path)
     twice = [name for name in table.column_names if table.column_names.count(name) > 1]
     if twice:
         raise DataError(f"{path} has two columns named {twice[0]!r}", mend="rename or remove one of them")
@@ -273,7 +276,7 @@ def _read_table(path: Path, spec: Data, sample: Sequence[SampleField], task: Tas
 def _fill_text(row: Row, value: object, second: object, pair: bool) -> None:
     for text in (value, second) if pair else (value,):
         if not isinstance(text, str):
-            row.problem = "has no text" if text is None else f"has {text!r} where a text should stand"
+            row.problem = "has no text" if text is None else f"has {str(text)[:60]!r} where a text should stand"
             return
     row.content = str(value).encode("utf-8", "surrogatepass")
     row.second = str(second).encode("utf-8", "surrogatepass") if pair else None
@@ -342,7 +345,7 @@ def _number(row: Row, cell: object, column: str) -> float:
             f"{row.place} has {cell!r} in {column!r}, and a regression target is a number",
             mend="name a column of numbers, or leave --task regression out to learn classes",
         ) from None
-    if not math.isfinite(number):
+    if not abs(number) <= _LARGEST:  # NaN too
         row.problem = f"has {number} in {column!r}"
         return 0.0
     return number
@@ -375,21 +378,20 @@ def label_text(value: object) -> str | None:
     return text or None
 
 
-def _load(path: Path, spec: Data) -> Any:
-    given = (spec.input_column,) if isinstance(spec.input_column, str) else spec.input_column or ()
-    names = [*label_columns(spec), spec.group_column, spec.split_column, *given, *_PATH_COLUMNS]
-    names += [name for columns in _TEXT_COLUMNS for name in columns]
-    as_text = {name: pa.string() for name in names if name}
+def _load(path: Path) -> Any:
     suffix = path.suffix.lower()
     try:
         if suffix in (".csv", ".tsv"):
+            parse = pyarrow.csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True)
+            with path.open("rb") as head:
+                columns = pyarrow.csv.open_csv(head, parse_options=parse).schema.names
             return pyarrow.csv.read_csv(
                 path,
-                parse_options=pyarrow.csv.ParseOptions(
-                    delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True
-                ),
+                read_options=pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES),
+                parse_options=parse,
                 convert_options=pyarrow.csv.ConvertOptions(
-                    column_types=as_text,
+                    # A type that is guessed holds for the first block only.
+                    column_types=dict.fromkeys(columns, pa.string()),
                     null_values=[""],
                     strings_can_be_null=True,
                     quoted_strings_can_be_null=True,
@@ -397,7 +399,7 @@ def _load(path: Path, spec: Data) -> Any:
             )
         if suffix == ".parquet":
             return pyarrow.parquet.read_table(path)
-        return pyarrow.json.read_json(path)
+        return pyarrow.json.read_json(path, read_options=pyarrow.json.ReadOptions(block_size=_BLOCK_BYTES))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read: {error}",
@@ -427,8 +429,17 @@ def _find_inputs(table: Any, spec: Data, sample: Sequence[SampleField], path: Pa
     raise DataError(
         f"{path} has no column of {kind}: it has {', '.join(columns)}",
         expected="one of " + ", ".join(" + ".join(names) for names in wanted),
-        mend=_delimiter(columns, path) or "name it: data.input_column",
+        mend=_delimiter(columns, path) or _modality_of(columns, sample) or "name it: data.input_column",
     )
+
+
+def _modality_of(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
+    """Which other modality such columns are for, '' if that is not plain."""
+    for name, other in registry.available().items():
+        first = other.sample[0]
+        if first.name != sample[0].name and first.name in columns:
+            return f"if the data is {first.name}: --modality {name}; else name the column: data.input_column"
+    return ""
 
 
 def _delimiter(columns: Sequence[str], path: Path) -> str:
