@@ -452,10 +452,17 @@ def _report(run: Run, as_json: bool) -> None:
             [
                 ("model", f"{where}/model"),
                 ("metrics", f"{where}/metrics.jsonl, {where}/results.json"),
-                ("next", f"orchestrator predict {where} FILE..."),
+                ("next", f"orchestrator predict {where} {_inputs(run)}"),
             ]
         )
     )
+
+
+def _inputs(run: Run) -> str:
+    """What `predict` takes of such a run."""
+    from orchestrator import registry
+
+    return '"A TEXT"...' if registry.get(run.plan.job.modality).sample[0].kind == "text" else "FILE..."
 
 
 def _short(path: Path) -> str:
