@@ -48,6 +48,8 @@ EXCEPTIONS: dict[str, tuple[str, str, str]] = {
     "esm": ("text", "unsupported", "it was trained on protein sequences, not on language"),
     "layoutlm": ("text", "two_modalities", "it takes text together with its place on the page"),
 }  # fmt: skip
+# Their classifier does not hold the base model whole, so what stands beside it is not found by comparing children.
+MAY_BE_NEW = {"whisper": ["projector", "classifier"]}
 # Position tables for one size; their pipelines have no way to ask for interpolation.
 FIXED_SIZE = {
     "vit",
@@ -151,7 +153,7 @@ def rows_of(modality: str) -> dict[str, Any]:
             "architecture": name,
             "inputs": sorted(inputs),
             "head": head,
-            "may_be_new": may_be_new,
+            "may_be_new": MAY_BE_NEW.get(model_type, may_be_new),
             **({"size": "fixed"} if model_type in FIXED_SIZE else {}),
             **({"size": "larger"} if model_type in NOT_SMALLER else {}),
         }

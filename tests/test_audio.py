@@ -147,6 +147,30 @@ def test_every_type_trains_and_a_batch_is_as_its_samples_alone(
         assert theirs[one.label] == pytest.approx(one.score, abs=1e-4)
 
 
+@pytest.mark.parametrize("whole", ["WhisperModel", "WhisperForConditionalGeneration"])
+def test_a_whisper_as_it_is_published(
+    whole: str, backbones: Callable[[str], Path], tones: Path, tmp_path: Path
+) -> None:
+    """With its decoder, and without a projector: that one is new, and so part of the head."""
+    config, extractor = of_whisper()
+    run = train(save_backbone(tmp_path / "whisper", config, extractor, whole), tones)
+    assert any(name.startswith("projector.") for name in run.lineage["new_parameters"])
+
+
+def test_longer_than_the_one_length_is_cropped_as_the_extractor_does(
+    backbones: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for i in range(8):
+        file = tmp_path / "data" / "ab"[i % 2] / f"{i}.wav"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(tone(300 + 40 * i, 2.5)))
+    run = train(backbones("audio-spectrogram-transformer"), tmp_path / "data", **{"data.test_fraction": 0})
+    classify = transformers.pipeline("audio-classification", model=str(run.model), top_k=None)
+    theirs = {one["label"]: one["score"] for one in classify(soundfile.read(file, dtype="float32")[0])}
+    (ours,) = orchestrator.predict(run, file)
+    assert theirs[ours.label] == pytest.approx(ours.score, abs=1e-6)
+
+
 def test_it_learns_and_is_the_same_in_every_step(backbones: Callable[[str], Path], tones: Path) -> None:
     run = train(
         backbones("wav2vec2"), tones, method="full", settings={"augment": "light"},
@@ -243,6 +267,8 @@ FLAC = encoded(tone(440, 0.5), form="FLAC")
         (FLAC[: len(FLAC) // 2], "cut off|no audio"),
         (encoded(np.zeros((0, 1), np.float32)), "0 samples"),
         (encoded(np.array([[0.1], [np.nan], [0.2]], np.float32), subtype="FLOAT"), "not finite"),
+        (encoded(np.array([[0.1], [3e38], [0.2]], np.float32), subtype="FLOAT"), "a sample of 3e\\+38"),
+        (encoded(tone(440, 0.1), 2_000_000), "claims a sample rate of 2000000 Hz"),
         (encoded(np.array([[0.1], [np.inf], [0.2]], np.float32), subtype="FLOAT"), "not finite"),
     ],
 )

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 MAX_SECONDS_READ = 600
 """Of a longer recording only the beginning is read, so that one of 3 hours takes no more memory."""
+_MAX_VALUES = MAX_SECONDS_READ * 48_000 * 2  # stereo at 48 kHz: 8 channels of silence are a few kB of FLAC
+_LOUDEST = 1e6  # full scale is 1; the square of 1e38 is infinite
+_HIGHEST_RATE = 1_000_000
 _DEFAULT_SECONDS = 30.0
 _OFTEN = 0.1  # of the recordings cropped: more is worth a warning
 _FRAMES_LOST = 4608  # of the header's, by which lossy formats round: four MP3 frames
@@ -85,17 +88,22 @@ def decode(sample: Sample) -> Recording:
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             rate, frames = file.samplerate, file.frames
-            wanted = min(frames, MAX_SECONDS_READ * rate)
+            if not 1 <= rate <= _HIGHEST_RATE:
+                raise BadSampleError(f"claims a sample rate of {rate} Hz")
+            wanted = min(frames, MAX_SECONDS_READ * rate, _MAX_VALUES // file.channels)
             samples = file.read(wanted, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
         raise BadSampleError(f"is no audio that libsndfile can read: {reason}") from None
-    if rate < 1 or not len(samples):
+    if not len(samples):
         raise BadSampleError("holds no sound: 0 samples")
     if len(samples) < wanted - max(_FRAMES_LOST, wanted // 100):
         raise BadSampleError(f"is cut off: {len(samples)} of {wanted} samples")
     if not np.isfinite(samples).all():
         raise BadSampleError("holds samples that are not finite")
+    loudest = float(np.abs(samples).max())
+    if loudest > _LOUDEST:
+        raise BadSampleError(f"holds a sample of {loudest:g}, and full scale is 1")
     return Recording(samples, rate, frames / rate)
 
 
@@ -215,7 +223,7 @@ def _fixed_seconds(card: BackboneCard, rate: int) -> float | None:
         frames = int(config.get("max_length", 1024))
         _require_equal(card, "frames", settings.get("max_length", 1024), frames)
         _require_equal(card, "mel bins", settings.get("num_mel_bins", 128), config.get("num_mel_bins", 128))
-        return frames / 100
+        return ((frames - 1) * 160 + 400) / rate  # the extractor's window and hop, in samples at any rate
     return None
 
 
