@@ -7,6 +7,7 @@ the checkpoint does not hold: no randomly initialised parameter is ever frozen.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -144,6 +146,44 @@ def build_transformers(
     new = tuple(name for name in module.state_dict() if _within(name, plan.row.head) or name in missing)
     new = () if plan.weights == "trained" else new
     return Network(module, head, new, tuple(sorted(unused)), _saver(module, processor), plan.row.head)
+
+
+def build_module(plan: Plan, directory: Path, make: Callable[[], nn.Module], head: str, usage: str = "") -> Network:
+    """The default `build` for a network that is neither transformers' nor timm's.
+
+    `make()` gives the module with random weights and its last layer, named `head`, for `plan.classes`; it is
+    called under the job's seed. Weights come from `model.safetensors` in `directory`, by the module's own names.
+    Saved are config.json, with the classes in it, and model.safetensors; `usage` is Python that loads them,
+    for the model card. Raises `WeightsError` where anything but the last layer does not match.
+    """
+    torch.manual_seed(plan.job.training.seed)
+    module = make()
+    random = module.state_dict()
+    new = tuple(name for name in random if plan.weights == "random" or _within(name, (head,)))
+    if plan.weights != "random":
+        found = {
+            name: value for file in plan.backbone.weight_files for name, value in load_file(directory / file).items()
+        }
+        wanted = {name for name in random if plan.weights == "trained" or not _within(name, (head,))}
+        wrong = sorted(name for name in wanted if name not in found or found[name].shape != random[name].shape)
+        lost = sorted(name for name in found if name not in random)
+        if wrong or lost:
+            problem = (
+                f"{wrong[0]} is missing or has another shape" if wrong else f"it holds {lost[0]}, which has no place"
+            )
+            raise _mismatch(plan, problem, len(wrong) + len(lost))
+        module.load_state_dict({name: found[name] for name in wanted}, strict=False)
+        if plan.weights == "trained":
+            new = ()
+
+    def save(folder: Path) -> None:
+        names = dict(enumerate(plan.classes))
+        config = {**plan.backbone.config, "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+        tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return Network(module, (head,), new, (), save, usage=usage, library=plan.backbone.model_type)
 
 
 def load_body(
