@@ -53,7 +53,8 @@ def batch(plan, directory):
 
 modality = Modality(
     name="sensor", title="sensor recordings", settings=Settings, by_length=False, extra="", decode=decode, fit=fit,
-    sample=(SampleField(name="sensor", kind="file", dtype="float32", shape=("channels", "time"), unit="", suffixes=(".npy",)),),
+    sample=(SampleField(name="sensor", kind="file", dtype="float32", shape=("channels", "time"), unit="as recorded",
+                        suffixes=(".npy",)),),
     rules=BackboneRules(generated_from="sensor 0.1", accepts={"sensor-cnn": BackboneRow(head=("8",))}), toy=None,
     tasks=tuple(Task(name=name, title=name) for name in ("single-label", "multi-label", "regression")),
     measure=lambda signal, card: {"channels": len(signal), "length": signal.shape[1]}, build=build, batch=batch,
