@@ -182,7 +182,8 @@ def without_head(plugins: dict[str, Any]) -> None:
 
 # Found by tests/test_survey.py, which builds every architecture of timm; without a row they are refused.
 NO_TIMM_ROW = (
-    "gemma4_vit_",  # encoders of larger models: timm names a classifier for them, and the network has none
+    "gemma4_vit_167m_enc",  # encoders of larger models: timm names a classifier for them, and the network has none
+    "gemma4_vit_570m_enc",
     "mobilenetv5_300m_enc",
     "volo_",  # in training it returns three things, the logits of a second, auxiliary head among them
 )
