@@ -47,8 +47,9 @@ def batch(plan, directory):
     from torch import from_numpy, nn, stack
 
     steps = plan.input["steps"]  # a negative padding cuts
-    pad = nn.functional.pad
-    return lambda decoded, train: {"input": stack([pad(from_numpy(s), (0, steps - s.shape[1])) for s in decoded])}
+    return lambda rows, train: {
+        "input": stack([nn.functional.pad(from_numpy(s), (0, steps - s.shape[1])) for s in rows])
+    }
 
 
 modality = Modality(
