@@ -44,12 +44,11 @@ def build(plan, directory):
 
 
 def batch(plan, directory):
-    from torch import from_numpy, nn, stack
+    from torch import from_numpy, stack
+    from torch.nn.functional import pad
 
-    steps = plan.input["steps"]  # a negative padding cuts
-    return lambda rows, train: {
-        "input": stack([nn.functional.pad(from_numpy(s), (0, steps - s.shape[1])) for s in rows])
-    }
+    n = plan.input["steps"]  # a negative padding cuts
+    return lambda rows, train: {"input": stack([pad(from_numpy(s), (0, n - s.shape[1])) for s in rows])}
 
 
 modality = Modality(
