@@ -54,8 +54,7 @@ def batch(plan, directory):
 modality = Modality(
     name="sensor", title="sensor recordings", settings=Settings, by_length=False, extra="", decode=decode, fit=fit,
     sample=(SampleField(name="sensor", kind="file", dtype="float32", shape=("channels", "time"), unit="as recorded",
-                        suffixes=(".npy",)),),
+                        suffixes=(".npy",)),), build=build, batch=batch,
     rules=BackboneRules(generated_from="sensor 0.1", accepts={"sensor-cnn": BackboneRow(head=("8",))}), toy=None,
-    tasks=tuple(Task(name=name, title=name) for name in ("single-label", "multi-label", "regression")),
-    measure=lambda signal, card: {"channels": len(signal), "length": signal.shape[1]}, build=build, batch=batch,
+    measure=lambda signal, card: {"channels": len(signal)}, tasks=(Task(name="single-label", title="one class"),),
 )  # fmt: skip
