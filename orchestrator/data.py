@@ -7,43 +7,29 @@ has one outcome, which `docs/data.md` lists.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from orchestrator.errors import BadSampleError, DataError
-from orchestrator.modality import Facts, Modality, Profile, Sample
+from orchestrator.errors import DataError
+from orchestrator.intake import Intake, Skip, digest64, numbers, take_in
+from orchestrator.locations import Location
+from orchestrator.modality import Modality, Profile
 from orchestrator.plans import SPLITS, BackboneCard, DataSummary
-from orchestrator.sources import Row, inside, label_columns, read_rows
+from orchestrator.samples import INDEX_FILE, ROWS_FILE, Rows, SampleWriter, write_index
+from orchestrator.sources import Origin, Source, label_columns, open_source
 from orchestrator.spec import Data, TaskName
 from orchestrator.splits import balanced_subset, grouped, stratified
 
 Ints = npt.NDArray[np.int64]
 
-NUM_MEASURED_ALL = 5_000
-"""Up to so many samples are all decoded before the start; of more, `NUM_MEASURED` at even distances."""
-NUM_MEASURED = 1_000
-MAX_HASHED_BYTES = 256 * 2**20
-"""Up to so many bytes the fingerprint is of the contents; above, of sizes and modification times."""
 _UNSPLIT = -1
 _NUM_BINS = 10
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A sample that is left out, and why."""
-
-    place: str
-    problem: str
 
 
 @dataclass(frozen=True)
@@ -54,9 +40,6 @@ class Prepared:
     summary: DataSummary
     profile: Profile
     skipped: tuple[Skip, ...]
-    table: pa.Table
-    """uri: string (relative to the root, '' where there is no file), a binary column for each field of a sample
-    (null where it stands in the file), num_bytes: int64, target: int32, or float32 [classes], split: int8."""
 
 
 def prepare(
@@ -65,30 +48,35 @@ def prepare(
     card: BackboneCard,
     task: TaskName = "single-label",
     classes: tuple[str, ...] | None = None,
+    directory: Path | None = None,
 ) -> Prepared:
     """Read, check, split and measure the data. `classes` fixes them, for the evaluation of a finished model.
 
-    Raises `DataError`, naming the file, row or class.
+    The sample table is written into `directory`, for `Samples` to read; without one nothing of it is kept.
+    Raises `DataError`, naming the file, row or class, and `RefusedError` where a store or the Hub does not answer.
     """
-    source = read_rows(spec, modality.sample, task)
-    _find_missing(source.rows, modality)
-    rows, num_duplicates = _drop_duplicates([row for row in source.rows if not row.problem])
-    skipped = [Skip(row.place, row.problem) for row in source.rows if row.problem]
-    if spec.on_bad_sample == "fail" and skipped:
-        raise _bad(skipped)
-    ids, num_bytes, facts, broken = _measure(rows, modality, card)
-    if broken:
-        if spec.on_bad_sample == "fail":
-            raise _bad(broken)
-        skipped += broken
-        out = {skip.place for skip in broken}
-        keep = [i for i, row in enumerate(rows) if row.place not in out]
-        rows, ids, num_bytes = [rows[i] for i in keep], [ids[i] for i in keep], [num_bytes[i] for i in keep]
-    if not rows:
+    if directory is None:
+        with TemporaryDirectory(prefix="orchestrator-") as folder:
+            return _prepare(spec, modality, card, task, classes, Path(folder), keep=False)
+    return _prepare(spec, modality, card, task, classes, directory, keep=True)
+
+
+def _prepare(
+    spec: Data, modality: Modality, card: BackboneCard, task: TaskName, classes: tuple[str, ...] | None,
+    directory: Path, keep: bool,
+) -> Prepared:  # fmt: skip
+    source = open_source(spec, modality.sample, task)
+    with SampleWriter(directory / ROWS_FILE, [one.name for one in modality.sample], with_content=keep) as writer:
+        taken = take_in(source, modality, card, task, writer, may_skip=spec.on_bad_sample == "skip")
+    if spec.on_bad_sample == "fail" and taken.skipped:
+        raise _bad(taken.skipped)
+    if not len(taken):
         raise DataError(
             f"{spec.path} holds no sample that can be used",
-            mend=_first(skipped) and f"look at the first: {_first(skipped)}",
+            mend=_first(taken.skipped) and f"look at the first: {_first(taken.skipped)}",
         )
+    table = _Table(taken, source, Rows(directory / ROWS_FILE, source.origins))
+    kept = _drop_duplicates(table)
     names: Sequence[str]
     if task == "regression":
         names = label_columns(spec)
@@ -98,13 +86,15 @@ def prepare(
                 expected=", ".join(classes),
             )
     else:
-        names = classes or _class_names(rows, source.classes, spec, task)
-    targets = _targets(rows, names, spec, task)
+        names = classes or _class_names(table, kept, spec, task)
+    targets = _targets(table, kept, names, spec, task)
     strata, kinds = _strata(targets, names, task)
-    split = _for_evaluation(rows) if classes else _split(rows, strata, kinds, len(names), spec, source.ready_made)
-    if not classes:
+    if classes:
+        split = _for_evaluation(table, kept)
+    else:
+        split = _split(table, kept, strata, kinds, len(names), spec)
         _REFUSALS[task](targets, split, names)
-    notes = list(source.notes) + _leaks(rows, ids, split)
+    notes = list(source.notes) + _leaks(table, kept, split)
     if not classes and not (split == 2).any():
         has = (split == 1).any()
         notes.append(
@@ -112,41 +102,50 @@ def prepare(
             if has
             else "nothing is held back: there will be no figures, and the last epoch counts"
         )
-    uris = [_relative(row, source.root) for row in rows]
-    table = pa.table(
-        {
-            "uri": pa.array(uris, pa.large_string()),
-            **{
-                field.name: pa.array([part(row) for row in rows], pa.large_binary())
-                for field, part in zip(modality.sample, _PARTS, strict=False)
-            },
-            "num_bytes": pa.array(num_bytes, pa.int64()),
-            "target": _as_column(targets),
-            "split": pa.array(split, pa.int8()),
-        }
-    ).filter(pa.array(split != _UNSPLIT))
+    used = split != _UNSPLIT
+    num_bytes = numbers(taken.num_bytes)[kept].clip(0)
+    if keep:
+        roots = [_text_of(origin) for origin in source.origins]
+        write_index(directory / INDEX_FILE, kept[used], targets[used], split[used], num_bytes[used], roots)
     summary = DataSummary(
-        fingerprint=_fingerprint(rows, ids, split),
-        root=str(source.root),
+        fingerprint=_fingerprint(taken, kept, split),
+        root=_text_of(source.origins[0]),
         num_samples={name: int((split == i).sum()) for i, name in enumerate(SPLITS)},
         per_class={name: _per_class(targets[split == i], len(names), task) for i, name in enumerate(SPLITS)}
         if task != "regression"
         else {},
         **_spread(targets[split == 0], task),
-        num_duplicates=num_duplicates,
-        num_skipped=len(skipped),
+        num_duplicates=len(taken) - len(kept),
+        num_skipped=len(taken.skipped),
         notes=tuple(notes),
     )
-    return Prepared(tuple(names), summary, Profile.of(facts), tuple(skipped), table)
+    return Prepared(tuple(names), summary, taken.profile(), tuple(taken.skipped))
 
 
-_PARTS: tuple[Callable[[Row], bytes | None], ...] = (lambda row: row.content, lambda row: row.second)
+@dataclass(frozen=True)
+class _Table:
+    """What was taken in, and where a message finds more about a row."""
+
+    taken: Intake
+    source: Source
+    rows: Rows
+
+    def place(self, row: int) -> str:
+        return self.rows.place(int(row))
+
+    def labels(self, row: int) -> object:
+        """The label of a row, as a message shows it."""
+        taken, known = self.taken, list(self.taken.names)
+        if not known:
+            width = len(taken.label) // len(taken)
+            return tuple(taken.label[row * width : (row + 1) * width])
+        start = sum(taken.num_labels[:row])
+        found = tuple(known[i] for i in taken.label[start : start + taken.num_labels[row]])
+        return found[0] if len(found) == 1 else found
 
 
-def _as_column(targets: npt.NDArray[Any]) -> Any:
-    if targets.ndim == 1:
-        return pa.array(targets, pa.int32())
-    return pa.FixedSizeListArray.from_arrays(pa.array(targets.ravel(), pa.float32()), targets.shape[1])
+def _text_of(origin: Origin) -> str:
+    return origin.root.text if isinstance(origin.root, Location) else str(origin.root)
 
 
 def _per_class(targets: npt.NDArray[Any], num_classes: int, task: TaskName) -> tuple[int, ...]:
@@ -162,104 +161,44 @@ def _spread(targets: npt.NDArray[Any], task: TaskName) -> dict[str, Any]:
     return {"target_mean": tuple(wide.mean(axis=0).tolist()), "target_std": tuple(wide.std(axis=0).tolist())}
 
 
-def _find_missing(rows: Iterable[Row], modality: Modality) -> None:
-    resolved: dict[str, str] = {}
-    for row in rows:
-        if row.problem or not row.uri:
+def _drop_duplicates(table: _Table) -> Ints:
+    """The rows to keep, int64: one a file. The same file with two labels is refused: one of them is wrong."""
+    taken = table.taken
+    uris = np.frombuffer(taken.uri_id, dtype=np.uint64)
+    roots = np.array([digest64(_text_of(origin)) for origin in table.source.origins], dtype=np.uint64)
+    keys = np.where(uris == 0, np.arange(len(uris), dtype=np.uint64), uris ^ roots[numbers(taken.origin)])
+    order = np.argsort(keys, kind="stable")
+    same = np.flatnonzero((keys[order][1:] == keys[order][:-1]) & (uris[order][1:] != 0)) + 1
+    out = np.zeros(len(uris), dtype=bool)
+    for at in same.tolist():
+        first = at
+        while first and keys[order[first - 1]] == keys[order[at]]:
+            first -= 1
+        mine, theirs = int(order[at]), int(order[first])
+        if table.rows.uri(mine) != table.rows.uri(theirs):  # two names with one digest
             continue
-        if _is_sentence(row.uri, modality) and not os.path.isfile(row.root / row.uri):
+        out[mine] = True
+        _refuse_contradictions(table, mine, theirs)
+    return np.flatnonzero(~out)
+
+
+def _refuse_contradictions(table: _Table, mine: int, theirs: int) -> None:
+    taken, uri = table.taken, table.rows.uri(mine)
+    groups = list(taken.groups)
+    for what, differs, of in (
+        ("label", taken.label_id[mine] != taken.label_id[theirs], table.labels),
+        ("group", taken.group[mine] != taken.group[theirs], lambda row: groups[taken.group[row]]),
+    ):
+        if differs:
             raise DataError(
-                f"{row.place}: there is no file {row.uri[:60]!r}; this looks like a text",
-                expected=f"paths of {modality.sample[0].name} files",
-                mend="if the data is text: --modality text; else name the column of paths: data.input_column",
+                f"{uri} has two {what}s: {of(theirs)!r} in {table.place(theirs)}, {of(mine)!r} in {table.place(mine)}",
+                mend=f"leave the row with the right {what}",
             )
-        file, why = inside(row.root, row.uri, resolved)
-        if file is None:
-            # Never a matter of skipping: somebody wrote a path that reaches for other files.
-            raise DataError(
-                f"{row.place}: the path {row.uri!r} {why} {row.root}",
-                expected="paths below the data's root",
-                mend="move the files below it, or name a higher one: data.root",
-            )
-        row.uri = os.path.relpath(file, row.root)
-        if not os.path.isfile(file):
-            row.problem = f"the file {row.uri} is missing" if row.place != file else "is no file"
-
-
-def _is_sentence(uri: str, modality: Modality) -> bool:
-    return " " in uri.strip() and os.path.splitext(uri)[1].lower() not in modality.sample[0].suffixes
-
-
-def _drop_duplicates(rows: list[Row]) -> tuple[list[Row], int]:
-    """One row a file. The same file with two labels is refused: one of them is wrong."""
-    first: dict[tuple[str, str], Row] = {}
-    kept = []
-    for row in rows:
-        if not row.uri:
-            kept.append(row)
-            continue
-        key = (str(row.root), os.path.normpath(row.uri))
-        other = first.setdefault(key, row)
-        if other is row:
-            kept.append(row)
-            continue
-        for what, mine, theirs in (("label", row.label, other.label), ("group", row.group, other.group)):
-            if mine != theirs:
-                raise DataError(
-                    f"{row.uri} has two {what}s: {theirs!r} in {other.place}, {mine!r} in {row.place}",
-                    mend=f"leave the row with the right {what}",
-                )
-        if row.split != other.split:
-            raise DataError(
-                f"{row.uri} stands in two splits, by {other.place} and {row.place}",
-                mend="leave it in one of them",
-            )
-    return kept, len(rows) - len(kept)
-
-
-def _measure(
-    rows: list[Row], modality: Modality, card: BackboneCard
-) -> tuple[list[str], list[int], list[Facts], list[Skip]]:
-    """What each sample is known by, its size in bytes, the facts of the measured ones, those that cannot be decoded."""
-    step = 1 if len(rows) <= NUM_MEASURED_ALL else len(rows) // NUM_MEASURED
-    stats = [None if row.content is not None else os.stat(row.root / row.uri) for row in rows]
-    sizes = [len(row.content or b"") if stat is None else stat.st_size for row, stat in zip(rows, stats, strict=True)]
-    total = sum(sizes)
-    first, *others = (field.name for field in modality.sample)
-    decode, measure = modality.decode, modality.measure
-    assert decode is not None
-    assert measure is not None
-
-    def look(i: int) -> tuple[str, Facts | None, Skip | None]:
-        row, stat = rows[i], stats[i]
-        measured = i % step == 0
-        content = row.content
-        if content is None and (measured or total <= MAX_HASHED_BYTES):
-            try:
-                content = (row.root / row.uri).read_bytes()
-            except OSError as error:
-                return "", None, Skip(row.place, f"cannot be read: {error.strerror}")
-        if content is not None and (total <= MAX_HASHED_BYTES or stat is None):  # cells are in memory anyway
-            known_by = hashlib.sha256(content + (b"" if row.second is None else b"\0" + row.second)).hexdigest()
-        else:
-            assert stat is not None
-            known_by = f"{stat.st_size}:{stat.st_mtime_ns}"
-        if not measured:
-            return known_by, None, None
-        try:
-            sample = {first: content or b""} | ({} if row.second is None else {others[0]: row.second})
-            return known_by, measure(decode(sample), card), None
-        except BadSampleError as error:
-            return known_by, None, Skip(row.place, error.message)
-
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        looks = list(pool.map(look, range(len(rows))))
-    return (
-        [known_by for known_by, _, _ in looks],
-        sizes,
-        [facts for _, facts, _ in looks if facts is not None],
-        [skip for _, _, skip in looks if skip is not None],
-    )
+    if taken.split[mine] != taken.split[theirs]:
+        raise DataError(
+            f"{uri} stands in two splits, by {table.place(theirs)} and {table.place(mine)}",
+            mend="leave it in one of them",
+        )
 
 
 def _bad(skips: list[Skip]) -> DataError:
@@ -275,48 +214,64 @@ def _first(skips: list[Skip]) -> str:
     return f"{skips[0].place}: {skips[0].problem}" if skips else ""
 
 
-def _class_names(rows: list[Row], named: list[str], spec: Data, task: TaskName) -> list[str]:
-    counts = Counter(
-        str(name) for row in rows for name in (row.label if isinstance(row.label, tuple) else (row.label,))
-    )
+def _class_names(table: _Table, kept: Ints, spec: Data, task: TaskName) -> list[str]:
+    taken, named = table.taken, sorted(table.source.classes)
     if task == "multi-label" and named:
-        return named
-    empty = [name for name in named if not counts[name]]
+        return named if isinstance(spec.label_column, str) else list(spec.label_column)
+    counts = np.bincount(_label_numbers(taken, kept)[1], minlength=len(taken.names))
+    met = [name for name, number in taken.names.items() if counts[number]]
+    empty = [name for name in named if name not in met]
     if empty:
         raise DataError(
             f"the class {empty[0]!r} has no usable sample", mend="remove its folder, or put samples into it"
         )
-    if task == "multi-label" and not counts:
+    if task == "multi-label" and not met:
         raise DataError(f"{spec.path} holds no label at all", expected="labels in data.label_column")
-    if len(counts) < 2 and task == "single-label":
+    if len(met) < 2 and task == "single-label":
         raise DataError(
-            f"{spec.path} holds one class only: {next(iter(counts))!r}",
+            f"{spec.path} holds one class only: {met[0]!r}",
             expected="two classes or more",
             mend="add samples of another class; everything else can be a class too",
         )
-    if all(name.isdecimal() for name in counts):
-        return sorted(counts, key=lambda name: (int(name), name))
-    return sorted(counts)
+    if all(name.isdecimal() for name in met):
+        return sorted(met, key=lambda name: (int(name), name))
+    return sorted(met)
 
 
-def _targets(rows: list[Row], names: Sequence[str], spec: Data, task: TaskName) -> npt.NDArray[Any]:
+def _label_numbers(taken: Intake, kept: Ints) -> tuple[Ints, Ints]:
+    """(position in `kept`, number of the label), one entry a label of a row."""
+    counts, labels = numbers(taken.num_labels), numbers(taken.label)
+    if len(labels) == len(counts) == len(kept) and (counts == 1).all():
+        return np.arange(len(kept)), labels
+    where = np.full(len(counts), -1, dtype=np.int64)
+    where[kept] = np.arange(len(kept))
+    at = np.repeat(where, counts)
+    return at[at >= 0], labels[at >= 0]
+
+
+def _targets(table: _Table, kept: Ints, names: Sequence[str], spec: Data, task: TaskName) -> npt.NDArray[Any]:
     """int64 [rows], the class; multi-label: float32 [rows, classes], 0 or 1; regression: float32 [rows, targets]."""
+    taken = table.taken
     if task == "regression":
-        return np.array([row.label for row in rows], dtype=np.float32)
-    number = {name: i for i, name in enumerate(names)}
-    for row in rows:
-        for name in row.label if isinstance(row.label, tuple) else (row.label,):
-            if name not in number:
-                raise DataError(
-                    f"{row.place} has the label {name!r}, which the model never learnt",
-                    expected="one of " + ", ".join(list(number)[:20]),
-                    mend=f"take it out of {spec.path}",
-                )
+        return np.frombuffer(taken.label).reshape(len(taken), -1)[kept].astype(np.float32)
+    known = {name: i for i, name in enumerate(names)}
+    number = np.array([known.get(name, -1) for name in taken.names], dtype=np.int64)
+    at, labels = _label_numbers(taken, kept)
+    labels = number[labels]
+    unknown = np.flatnonzero(labels < 0)
+    if len(unknown):
+        row = int(kept[at[unknown[0]]])
+        found = table.labels(row)
+        strange = next(name for name in (found if isinstance(found, tuple) else (found,)) if name not in known)
+        raise DataError(
+            f"{table.place(row)} has the label {strange!r}, which the model never learnt",
+            expected="one of " + ", ".join(list(known)[:20]),
+            mend=f"take it out of {spec.path}",
+        )
     if task == "single-label":
-        return np.array([number[str(row.label)] for row in rows], dtype=np.int64)
-    targets = np.zeros((len(rows), len(names)), dtype=np.float32)
-    for i, row in enumerate(rows):
-        targets[i, [number[str(name)] for name in row.label]] = 1
+        return labels
+    targets = np.zeros((len(kept), len(names)), dtype=np.float32)
+    targets[at, labels] = 1
     return targets
 
 
@@ -356,17 +311,17 @@ def _refuse_constants(targets: npt.NDArray[Any], split: Ints, names: Sequence[st
             )
 
 
-def _split(rows: list[Row], labels: Ints, names: Sequence[str], num_classes: int, spec: Data, ready_made: bool) -> Ints:
-    groups = _group_numbers(rows) if spec.group_column else None
-    if ready_made:
-        split = np.array([row.split or 0 for row in rows], dtype=np.int64)
+def _split(table: _Table, kept: Ints, labels: Ints, names: Sequence[str], num_classes: int, spec: Data) -> Ints:
+    groups = numbers(table.taken.group)[kept] if spec.group_column else None
+    if table.source.ready_made:
+        split = numbers(table.taken.split)[kept].clip(0)
         if groups is not None:
-            _refuse_crossing(groups, split, rows)
+            _refuse_crossing(table, kept, groups, split)
         chosen = np.flatnonzero(split == 0)
         fractions = (0.0 if (split == 1).any() else spec.validation_fraction, 0.0)
     else:
-        split = np.zeros(len(rows), dtype=np.int64)
-        chosen = np.arange(len(rows))
+        split = np.zeros(len(kept), dtype=np.int64)
+        chosen = np.arange(len(kept))
         fractions = (spec.validation_fraction, spec.test_fraction)
     if any(fractions):
         if groups is not None:
@@ -400,28 +355,29 @@ def _split(rows: list[Row], labels: Ints, names: Sequence[str], num_classes: int
     return split
 
 
-def _for_evaluation(rows: list[Row]) -> Ints:
+def _for_evaluation(table: _Table, kept: Ints) -> Ints:
     """All samples are test samples, but where the data came with a test split: then those alone."""
-    ready_made = np.array([2 if row.split is None else row.split for row in rows], dtype=np.int64)
+    ready_made = numbers(table.taken.split)[kept]
+    ready_made[ready_made < 0] = 2
     if (ready_made == 2).any():
         return np.where(ready_made == 2, 2, _UNSPLIT)
-    return np.full(len(rows), 2, dtype=np.int64)
+    return np.full(len(kept), 2, dtype=np.int64)
 
 
-def _group_numbers(rows: list[Row]) -> Ints:
-    _, numbers = np.unique([row.group or "" for row in rows], return_inverse=True)
-    return numbers.astype(np.int64)
-
-
-def _refuse_crossing(groups: Ints, split: Ints, rows: list[Row]) -> None:
-    side: dict[int, int] = {}
-    for i, (group, here) in enumerate(zip(groups.tolist(), split.tolist(), strict=True)):
-        if side.setdefault(group, here) != here:
-            raise DataError(
-                f"the group {rows[i].group!r} stands in {SPLITS[side[group]]} and in {SPLITS[here]} ({rows[i].place})",
-                expected="every group in one split",
-                mend="move its samples to one split, or leave the splitting to us",
-            )
+def _refuse_crossing(table: _Table, kept: Ints, groups: Ints, split: Ints) -> None:
+    side = np.full(len(table.taken.groups), -1, dtype=np.int64)
+    order = np.arange(len(groups))[::-1]
+    side[groups[order]] = split[order]  # of each group's first row
+    crossing = np.flatnonzero(side[groups] != split)
+    if len(crossing):
+        at = int(crossing[0])
+        name = list(table.taken.groups)[groups[at]]
+        raise DataError(
+            f"the group {name!r} stands in {SPLITS[side[groups[at]]]} and in {SPLITS[split[at]]} "
+            f"({table.place(kept[at])})",
+            expected="every group in one split",
+            mend="move its samples to one split, or leave the splitting to us",
+        )
 
 
 def _refuse_unseen(labels: Ints, split: Ints, names: Sequence[str]) -> None:
@@ -448,89 +404,31 @@ _REFUSALS: dict[TaskName, Callable[[npt.NDArray[Any], Ints, Sequence[str]], None
 }
 
 
-def _leaks(rows: list[Row], ids: list[str], split: Ints) -> list[str]:
+def _leaks(table: _Table, kept: Ints, split: Ints) -> list[str]:
     """A note where the same content is trained on and tested with."""
-    trained = {
-        known_by for known_by, here in zip(ids, split.tolist(), strict=True) if here == 0 and ":" not in known_by
-    }
+    contents = table.taken.contents()[kept]
+    trained = np.unique(contents[(split == 0) & (contents != 0)])
     notes = []
     for here in (1, 2):
-        same = [i for i in np.flatnonzero(split == here) if ids[i] in trained]
-        if same:
+        same = np.flatnonzero((split == here) & np.isin(contents, trained))
+        if len(same):
             notes.append(
                 f"{len(same)} of {SPLITS[here]} have the same content as a training sample, "
-                f"such as {rows[same[0]].place}"
+                f"such as {table.place(kept[same[0]])}"
             )
     return notes
 
 
-def _relative(row: Row, root: Path) -> str:
-    if not row.uri:
-        return ""
-    file = os.path.normpath(row.root / row.uri)
-    return os.path.relpath(file, root) if row.root == root else file
-
-
-def _fingerprint(rows: list[Row], ids: list[str], split: Ints) -> str:
-    lines = [
-        json.dumps([os.path.normpath(row.uri) if row.uri else "", row.label, here, known_by], ensure_ascii=False)
-        for row, here, known_by in zip(rows, split.tolist(), ids, strict=True)
+def _fingerprint(taken: Intake, kept: Ints, split: Ints) -> str:
+    """Of every sample's URI, label, split and content, whatever their order."""
+    columns = [
+        np.frombuffer(taken.uri_id, dtype=np.uint64)[kept],
+        np.frombuffer(taken.label_id, dtype=np.uint64)[kept],
+        taken.known_by()[kept],
+        split.astype(np.uint64),
     ]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-class Samples:
-    """The sample table of a run, memory-mapped; a sample's bytes are read when asked for."""
-
-    def __init__(self, file: Path, root: str, fields: tuple[str, ...]) -> None:
-        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-        self._root = root
-        self._uri = table.column("uri").combine_chunks()
-        self._content = {name: table.column(name).combine_chunks() for name in fields if name in table.column_names}
-        self._first = fields[0]
-        target = table.column("target").combine_chunks()
-        self.targets: npt.NDArray[Any]
-        """int64 [samples], the class; multi-label and regression: float32 [samples, classes]."""
-        if pa.types.is_fixed_size_list(target.type):
-            self.targets = target.flatten().to_numpy().reshape(len(target), -1)
-        else:
-            self.targets = target.to_numpy().astype(np.int64)
-        self.num_bytes: Ints = table.column("num_bytes").to_numpy()
-        """int64 [samples]: of the first field; samples of like size are mostly of like length."""
-        self._split: Ints = table.column("split").to_numpy().astype(np.int64)
-
-    def rows(self, split: str) -> Ints:
-        """The rows of a split, int64, ascending."""
-        return np.flatnonzero(self._split == SPLITS.index(split))
-
-    def by_length(self, rows: Ints) -> Ints:
-        """The rows with the shortest samples first, by their size in bytes."""
-        return rows[np.argsort(self.num_bytes[rows], kind="stable")]
-
-    def known_by(self, row: int) -> str:
-        """What tells this sample from others: its file, or the digest of its content."""
-        if self._uri[row].as_py():
-            return os.path.realpath(self.place(row))
-        return hashlib.sha256(repr(sorted(self.read(row).items())).encode()).hexdigest()
-
-    def place(self, row: int) -> str:
-        """What the sample is called in a message."""
-        uri = self._uri[row].as_py()
-        return os.path.join(self._root, uri) if uri else f"table row {row + 1}"
-
-    def read(self, row: int) -> Sample:
-        """{field: its bytes} of one sample. Raises `BadSampleError` where they cannot be read."""
-        sample = {name: column[row].as_py() for name, column in self._content.items() if column[row].is_valid}
-        if self._first not in sample:
-            try:
-                with open(self.place(row), "rb") as file:
-                    sample[self._first] = file.read()
-            except OSError as error:
-                raise BadSampleError(f"cannot be read: {error.strerror}") from None
-        return sample
-
-
-def write_table(table: pa.Table, file: Path) -> None:
-    """The table as an Arrow file that `Samples` maps."""
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
+    ordered = np.lexsort(columns)
+    digest = hashlib.sha256()
+    for column in columns:
+        digest.update(column[ordered].astype("<u8").tobytes())
+    return digest.hexdigest()

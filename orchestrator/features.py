@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from orchestrator.data import Samples
 from orchestrator.errors import BadSampleError, TrainingError
 from orchestrator.modality import Collate, Decode
 from orchestrator.model import Inputs, Network
+from orchestrator.samples import Samples
 from orchestrator.worker import Worker
 
 EXTRACT_BATCH = 64

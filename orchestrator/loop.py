@@ -26,7 +26,6 @@ from torch import Tensor
 from orchestrator import checkpoint as ckpt
 from orchestrator import registry
 from orchestrator.batchnorm import ShardStatistics
-from orchestrator.data import Samples
 from orchestrator.errors import InterruptedRunError, TrainingError
 from orchestrator.export import export
 from orchestrator.features import SPLIT_TOLERANCE, SampleSource, Source, extract, part_of, prove_split
@@ -36,7 +35,8 @@ from orchestrator.model import Inputs, Network, freeze, make_optimizer, set_mode
 from orchestrator.objective import Objective, fold, make_objective
 from orchestrator.plans import Plan
 from orchestrator.record import add_epoch, cut_metrics, write_lineage
-from orchestrator.runs import write_file
+from orchestrator.runs import SAMPLES, write_file
+from orchestrator.samples import Samples
 from orchestrator.weights import fetch
 from orchestrator.worker import Worker, autocast, seed_for, start_worker
 
@@ -130,7 +130,7 @@ def _prepare(
     freeze(network, plan)
     network.module.to(worker.device)
     network.module.to(memory_format=torch.channels_last)
-    samples = Samples(run / "samples.arrow", plan.data.root, tuple(field.name for field in modality.sample))
+    samples = Samples(run / SAMPLES, tuple(field.name for field in modality.sample))
     raw = SampleSource(
         samples,
         modality.decode,

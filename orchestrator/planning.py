@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from orchestrator import gate, hub, registry, weights
 from orchestrator.errors import RefusedError, missing_extra
@@ -70,11 +73,22 @@ def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: A
 
     Takes what `finetune` takes. Raises `JobError` and `RefusedError`.
     """
-    return prepare(make_job(job, **fields))[0]
+    with TemporaryDirectory(prefix="orchestrator-") as folder:
+        made = make_job(job, **spilled(fields, Path(folder)))
+        return prepare(made, look(made))[0]
 
 
-def prepare(job: Job) -> tuple[Plan, Prepared]:
-    """The Plan, and the sample table that goes with it."""
+@dataclass(frozen=True)
+class Looked:
+    """What is known of a job before its data is read."""
+
+    plugin: Modality
+    card: BackboneCard
+    row: BackboneRow
+
+
+def look(job: Job) -> Looked:
+    """Whether the job's backbone fits its modality and method. Raises `RefusedError`; reads metadata only."""
     plugin = registry.get(job.modality)
     gate.parse_settings(plugin, job.settings, job.place_of)
     card = hub.read_card(job.backbone)
@@ -84,13 +98,19 @@ def prepare(job: Job) -> tuple[Plan, Prepared]:
     if job.method != "scratch":
         weights.require_weights(card)
     gate.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
-    prepared = _prepare(job.data, plugin, card, job.task)
+    return Looked(plugin, card, row)
+
+
+def prepare(job: Job, looked: Looked, directory: Path | None = None) -> tuple[Plan, Prepared]:
+    """The Plan, and what was found in the data; the sample table is written into `directory`, if there is one."""
+    card = looked.card
+    prepared = _prepare(job.data, looked.plugin, card, job.task, directory)
     tensors = weights.read_tensors(card) if card.weight_files else None
     made = gate.make_plan(
         job,
-        plugin,
+        looked.plugin,
         weights.with_digest(card),
-        row,
+        looked.row,
         tensors,
         prepared.classes,
         prepared.summary,
@@ -98,6 +118,21 @@ def prepare(job: Job) -> tuple[Plan, Prepared]:
         num_cores(),
     )
     return made, prepared
+
+
+def spilled(fields: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """A job's fields with rows that a program holds written into `directory`; without any, the same fields.
+
+    Raises `DataError`.
+    """
+    data = fields.get("data")
+    if data is None or isinstance(data, (str, Path, BaseModel)):
+        return dict(fields)
+    try:
+        from orchestrator.spill import spill_data
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) or error from None
+    return {**fields, "data": spill_data(data, directory)}
 
 
 def num_cores() -> int:
@@ -115,9 +150,11 @@ def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
     return gate.match(card, plugin, registry.available())  # only a refusal asks what the others take
 
 
-def _prepare(spec: Data, plugin: Modality, card: BackboneCard, task: TaskName) -> Prepared:
+def _prepare(
+    spec: Data, plugin: Modality, card: BackboneCard, task: TaskName, directory: Path | None = None
+) -> Prepared:
     try:
         from orchestrator.data import prepare as prepare_data
     except ModuleNotFoundError as error:
         raise missing_extra(error, plugin.extra) or error from None
-    return prepare_data(spec, plugin, card, task)
+    return prepare_data(spec, plugin, card, task, directory=directory)

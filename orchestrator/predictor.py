@@ -19,10 +19,11 @@ from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Collate, Modality
 from orchestrator.model import Network, freeze, set_mode
 from orchestrator.objective import Objective, make_objective
-from orchestrator.planning import num_cores
+from orchestrator.planning import num_cores, spilled
 from orchestrator.plans import Plan
-from orchestrator.runs import Run, open_run
-from orchestrator.spec import Data
+from orchestrator.runs import SAMPLES, Run, open_run
+from orchestrator.samples import Samples
+from orchestrator.spec import Data, make_job
 from orchestrator.weights import read_tensors
 from orchestrator.worker import Worker, start_worker
 
@@ -71,8 +72,8 @@ def predict(run: Run | str | Path, inputs: Iterable[Input] | str | Path | bytes,
     return found
 
 
-def evaluate(run: Run | str | Path, labelled: str | Data) -> dict[str, Any]:
-    """The figures of a finished run on labelled data, as in its results.json.
+def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any]) -> dict[str, Any]:
+    """The figures of a finished run on labelled data, as in its results.json: a place, a `Data`, or rows.
 
     All of the data counts, but where it comes with a test split: then that alone.
 
@@ -80,13 +81,11 @@ def evaluate(run: Run | str | Path, labelled: str | Data) -> dict[str, Any]:
     """
     loaded = _load(run)
     task, classes = loaded.plan.job.task, loaded.plan.classes
-    spec = labelled if isinstance(labelled, Data) else Data(path=str(labelled))
-    prepared = data.prepare(spec, loaded.modality, loaded.plan.backbone, task, classes)
     assert loaded.modality.decode is not None
     with TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=loaded.plan.threads_per_worker) as pool:
-        file = Path(folder) / "samples.arrow"
-        data.write_table(prepared.table, file)
-        samples = data.Samples(file, prepared.summary.root, _fields(loaded.modality))
+        spec = _data(labelled, Path(folder))
+        prepared = data.prepare(spec, loaded.modality, loaded.plan.backbone, task, classes, Path(folder))
+        samples = Samples(Path(folder), _fields(loaded.modality))
         source = SampleSource(samples, loaded.modality.decode, loaded.collate, spec.on_bad_sample == "skip", pool)
         rows = np.arange(len(samples.targets))
         if loaded.modality.by_length:
@@ -111,13 +110,19 @@ def evaluate(run: Run | str | Path, labelled: str | Data) -> dict[str, Any]:
         }
 
 
+def _data(labelled: str | Path | Data | Iterable[Any], folder: Path) -> Data:
+    if isinstance(labelled, Data):
+        return labelled
+    return make_job(backbone="-", **spilled({"data": labelled}, folder)).data
+
+
 def _fields(modality: Modality) -> tuple[str, ...]:
     return tuple(field.name for field in modality.sample)
 
 
-def _num_seen(loaded: _Loaded, samples: data.Samples) -> int:
+def _num_seen(loaded: _Loaded, samples: Samples) -> int:
     """How many of the samples the run itself was trained on, or its best epoch chosen by."""
-    own = data.Samples(loaded.run.path / "samples.arrow", loaded.plan.data.root, _fields(loaded.modality))
+    own = Samples(loaded.run.path / SAMPLES, _fields(loaded.modality))
     used = {own.known_by(int(row)) for row in np.concatenate([own.rows("train"), own.rows("validation")])}
     return sum(samples.known_by(row) in used for row in range(len(samples.targets)))
 

@@ -10,14 +10,18 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from orchestrator.errors import RefusedError
 from orchestrator.plans import Plan
 
+SAMPLES = "samples"
+"""The folder of a run that holds its sample table."""
+DATA_FOLDER = ".data"
+"""The folder of the storage that holds rows which came from a program, not from a place."""
 _OURS = frozenset(
     (
-        "job.yaml", "plan.json", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl", "results.json",
+        "job.yaml", "plan.json", "samples", "skipped.jsonl", "lineage.json", "metrics.jsonl", "results.json",
         "error.txt", "STOP", ".lock", "checkpoints", "features", "tensorboard", "model", ".ray",
     )
 )  # fmt: skip
@@ -102,26 +106,45 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Nobody else works on this run meanwhile. The lock goes with the process, however it ends."""
         self._refuse_foreign()
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                raise RefusedError(
-                    "busy",
-                    f"process {file.read().strip() or '?'} is working on the run {self.path}",
-                    mend="wait for it, or give this one another name: --name",
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
+                file = (self.path / ".lock").open("a+")
+            except FileNotFoundError:  # another one gave up the run just now
+                continue
+            with file, self._held(file):
+                if os.path.exists(file.name) and os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                    yield
+                    return
+
+    @contextlib.contextmanager
+    def _held(self, file: TextIO) -> Iterator[None]:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RefusedError(
+                "busy",
+                f"process {file.read().strip() or '?'} is working on the run {self.path}",
+                mend="wait for it, or give this one another name: --name",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+    def give_up(self) -> None:
+        """Remove the directory of a run that never began, and that of the runs where nothing else is in it."""
+        if [child.name for child in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()
 
     def clear(self) -> None:
-        """Remove what a run writes, but its lock; nothing else that may lie there."""
+        """Remove what a run writes, but its lock and a sample table being made; nothing else that may lie there."""
         for child in self.path.iterdir():
-            if child.name == ".lock" or not _is_ours(child):
+            if child.name in (".lock", f"{SAMPLES}.partial") or not _is_ours(child):
                 continue
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)

@@ -1,37 +1,27 @@
-"""A folder, or a table in CSV, Parquet or JSON lines -> rows: where the sample is, its label, its split."""
+"""A folder, a table or a data set -> rows, one after the other: where the sample is, its label, its split."""
 
 from __future__ import annotations
 
 import math
 import os
+import posixpath
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
 from orchestrator import registry
 from orchestrator.errors import DataError
+from orchestrator.locations import Location, locate
 from orchestrator.modality import SampleField
+from orchestrator.places import SPLIT_NAMES, TABLE_SUFFIXES, is_dataset, is_uri
 from orchestrator.spec import Data, TaskName
+from orchestrator.tables import Table, open_table, suffix_of
 
-SPLIT_NAMES: dict[str, int] = {
-    "train": 0, "training": 0,
-    "validation": 1, "valid": 1, "val": 1, "dev": 1,
-    "test": 2, "testing": 2,
-}  # fmt: skip
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
 _LITTER = {"thumbs.db", "desktop.ini", "icon\r"}
 _TEXT_COLUMNS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",),
                  ("content",))  # fmt: skip
 _SWITCHES = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True, "no": False, "yes": True}
-_BLOCK_BYTES = 32 * 2**20
-"""What is parsed at once of CSV and JSON lines: no row may be longer."""
 _LARGEST = 3.4e38  # of a float32
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "uri")
 
@@ -40,16 +30,32 @@ Label = str | tuple[str, ...] | tuple[float, ...]
 """The class; multi-label: all that the sample has; regression: the targets."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Origin:
+    """What rows come from: one folder, or one table."""
+
+    text: str
+    """As messages call it."""
+    root: Path | Location
+    """What its rows' URIs are relative to."""
+    is_table: bool
+    listed: bool = False
+    """Whether its files were listed, so that they are there and their sizes are known."""
+
+
+@dataclass(slots=True)
 class Row:
     """One labelled sample, as a source names it."""
 
     place: str
     """For messages: the file, or the row of the table."""
     label: Label
+    origin: int = 0
+    """Which of the source's origins it comes from."""
+    number: int = 0
+    """Of the row in its table, from 1; of a file 0."""
     uri: str = ""
-    """Relative to `root`; '' where the table holds the bytes themselves."""
-    root: Path = Path()
+    """Relative to the origin's root; '' where the table holds the bytes themselves."""
     content: bytes | None = None
     second: bytes | None = None
     """The second text of a pair."""
@@ -57,19 +63,40 @@ class Row:
     split: int | None = None
     problem: str = ""
     """Why it cannot be used."""
+    stat: tuple[int, int] | None = None
+    """(bytes, time of modification in ns), where a listing told."""
 
 
 @dataclass
-class Rows:
-    """All that a source holds."""
+class Source:
+    """All that a job's data holds. What is noted is whole once `rows` has ended."""
 
-    root: Path
-    rows: list[Row]
-    classes: list[str] = field(default_factory=list)
-    """Named by the source itself (class folders), empty ones too."""
+    origins: list[Origin] = field(default_factory=list)
+    classes: set[str] = field(default_factory=set)
+    """Named by the source itself (class folders, columns), empty ones too."""
     ready_made: bool = False
     """Whether it came split."""
     notes: list[str] = field(default_factory=list)
+    parts: list[Callable[[], Iterator[Row]]] = field(default_factory=list)
+
+    def rows(self) -> Iterator[Row]:
+        """Every row, in the order of the source."""
+        for part in self.parts:
+            yield from part()
+
+    def add(self, origin: Origin) -> int:
+        """The number of a new origin."""
+        self.origins.append(origin)
+        return len(self.origins) - 1
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What rows are read for."""
+
+    spec: Data
+    sample: Sequence[SampleField]
+    task: TaskName
 
 
 def label_columns(spec: Data) -> tuple[str, ...]:
@@ -77,8 +104,8 @@ def label_columns(spec: Data) -> tuple[str, ...]:
     return (spec.label_column,) if isinstance(spec.label_column, str) else spec.label_column
 
 
-def read_rows(spec: Data, sample: Sequence[SampleField], task: TaskName) -> Rows:
-    """The rows of `spec.path`, with those of `spec.validation` and `spec.test` behind them."""
+def open_source(spec: Data, sample: Sequence[SampleField], task: TaskName) -> Source:
+    """The source of `spec.path`, with `spec.validation` and `spec.test` behind it. Reads no row yet."""
     if task == "single-label" and len(label_columns(spec)) > 1:
         raise DataError(
             f"data.label_column names {len(label_columns(spec))} columns, and the task is single-label",
@@ -90,134 +117,210 @@ def read_rows(spec: Data, sample: Sequence[SampleField], task: TaskName) -> Rows
             expected="task multi-label and one label column",
             mend="set task to multi-label (--task), or leave the separator out",
         )
-    main = _read_one(spec.path, spec, sample, task)
-    for row in main.rows:
-        row.root = main.root
-    for place, split in ((spec.validation, 1), (spec.test, 2)):
-        if place is None:
-            continue
-        more = _read_one(place, spec, sample, task)
-        if any(row.split for row in more.rows):
-            raise DataError(f"{place} is split itself", expected="the samples of one split")
-        for row in main.rows:
-            row.split = row.split or 0
-        for row in more.rows:
-            row.split, row.root = split, more.root
-        main.rows += more.rows
-        main.classes = sorted({*main.classes, *more.classes})
-        main.ready_made = True
-        main.notes += more.notes
-    return main
+    source, wanted = Source(), _Wanted(spec, sample, task)
+    more = [(place, split) for place, split in ((spec.validation, 1), (spec.test, 2)) if place is not None]
+    if more:
+        source.ready_made = True
+    _add(source, spec.path, wanted, None, 0 if more else None)
+    for place, split in more:
+        _add(source, place, wanted, split, None)
+    return source
 
 
-def _read_one(place: str, spec: Data, sample: Sequence[SampleField], task: TaskName) -> Rows:
-    path = Path(place).expanduser()
-    if path.is_dir():
-        if task != "single-label":
-            raise DataError(
-                f"{place} is a folder, where a sample has one class, and the task is {task}",
-                expected="a .csv, .parquet or .jsonl table",
-                mend="write a table with the columns path and label",
-            )
-        for setting in ("group_column", "split_column", "input_column"):
-            if getattr(spec, setting):
-                raise DataError(
-                    f"data.{setting} names a column, and {place} is a folder",
-                    expected="a .csv, .parquet or .jsonl table with that column",
-                    mend="write a table with the columns path, label and " + getattr(spec, setting),
-                )
-        return _read_folder(path, sample[0])
-    if not path.exists():
+def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwise: int | None) -> None:
+    """Put a place's rows behind those of the source: all of one `split`, or `otherwise` where they name none."""
+    first = len(source.parts)
+    _open_place(source, place, wanted)
+
+    def settled(part: Callable[[], Iterator[Row]]) -> Callable[[], Iterator[Row]]:
+        def rows() -> Iterator[Row]:
+            for row in part():
+                if split is not None and row.split:
+                    raise DataError(f"{place} is split itself", expected="the samples of one split")
+                row.split = split if split is not None else otherwise if row.split is None else row.split
+                yield row
+
+        return rows
+
+    source.parts[first:] = [settled(part) for part in source.parts[first:]]
+
+
+def _open_place(source: Source, place: str, wanted: _Wanted) -> None:
+    if is_dataset(place):
+        from orchestrator.hub_datasets import open_repository
+
+        tables, notes = open_repository(place, wanted.spec.subset)
+        source.notes += notes
+        return _open_tables(source, tables, wanted)
+    here: Path | Location = locate(place) if is_uri(place) else Path(place).expanduser()
+    kind = here.kind() if isinstance(here, Location) else _kind(here)
+    if kind == "missing":
         raise DataError(
             f"there is no {place}", expected="a folder of class folders, or a .csv, .parquet or .jsonl table"
         )
-    if path.suffix.lower() not in TABLE_SUFFIXES:
+    if kind == "file":
+        if suffix_of(place) not in TABLE_SUFFIXES:
+            raise DataError(
+                f"{place} is neither a folder nor a table",
+                expected="a folder of class folders, or a file ending in " + ", ".join(TABLE_SUFFIXES),
+            )
+        return _open_tables(source, [open_table(here)], wanted)
+    if isinstance(here, Path):
+        from orchestrator.hub_datasets import is_saved, open_saved
+
+        if is_saved(here):
+            tables, notes = open_saved(here)
+            source.notes += notes
+            return _open_tables(source, tables, wanted)
+    files = _table_files(here)
+    if files:
+        return _open_tables(source, [open_table(file) for file in files], wanted)
+    if wanted.task != "single-label":
         raise DataError(
-            f"{place} is neither a folder nor a table",
-            expected="a folder of class folders, or a file ending in " + ", ".join(TABLE_SUFFIXES),
+            f"{place} is a folder, where a sample has one class, and the task is {wanted.task}",
+            expected="a .csv, .parquet or .jsonl table",
+            mend="write a table with the columns path and label",
         )
-    return _read_table(path, spec, sample, task)
+    for setting in ("group_column", "split_column", "input_column"):
+        if getattr(wanted.spec, setting):
+            raise DataError(
+                f"data.{setting} names a column, and {place} is a folder",
+                expected="a .csv, .parquet or .jsonl table with that column",
+                mend="write a table with the columns path, label and " + str(getattr(wanted.spec, setting)),
+            )
+    _open_folder(source, here, wanted.sample[0])
+    return None
 
 
-def _read_folder(root: Path, sample: SampleField) -> Rows:
-    found = Rows(root=root.resolve(), rows=[])
-    folders = _folders(root)
-    splits = {folder: SPLIT_NAMES.get(folder.name.lower()) for folder in folders}
+def _kind(path: Path) -> str:
+    return "directory" if path.is_dir() else "file" if path.exists() else "missing"
+
+
+def _table_files(folder: Path | Location) -> list[Path | Location]:
+    """The parts of a table that is a folder of files, as Spark and Ray write it; [] where it is none.
+
+    Every file must be a table of one kind, and there is no folder beside them.
+    """
+    names = _children(folder)
+    files = [name for name, is_folder in names if not is_folder and not name.startswith((".", "_"))]
+    if any(is_folder for _, is_folder in names) or len({suffix_of(name) for name in files}) != 1:
+        return []
+    if suffix_of(files[0]) not in TABLE_SUFFIXES:
+        return []
+    return [folder / name if isinstance(folder, Path) else folder.join(name) for name in files]
+
+
+def _children(folder: Path | Location) -> list[tuple[str, bool]]:
+    if isinstance(folder, Location):
+        return folder.children()
+    return sorted((child.name, child.is_dir()) for child in folder.iterdir())
+
+
+# --- folders ---
+
+
+def _open_folder(source: Source, root: Path | Location, sample: SampleField) -> None:
+    text = str(root) if isinstance(root, Path) else root.text
+    resolved = root.resolve() if isinstance(root, Path) else root
+    origin = source.add(Origin(text, resolved, is_table=False, listed=isinstance(root, Location)))
+    folders = [name for name, is_folder in _children(root) if is_folder and not name.startswith(".")]
+    splits = {name: SPLIT_NAMES.get(name.lower()) for name in folders}
     if 0 in splits.values():
-        found.ready_made = True
-        ignored = [folder.name for folder, split in splits.items() if split is None]
+        source.ready_made = True
+        ignored = [name for name, split in splits.items() if split is None]
         if ignored:
-            found.notes.append(f"folders beside train/ that are no split, not read: {', '.join(ignored)}")
-        tops: list[tuple[Path, int | None]] = [(f, split) for f, split in splits.items() if split is not None]
+            source.notes.append(f"folders beside train/ that are no split, not read: {', '.join(ignored)}")
+        tops: list[tuple[str, int | None]] = [(name, split) for name, split in splits.items() if split is not None]
     elif folders and all(split is not None for split in splits.values()):
-        raise DataError(f"{root} has no train/ folder", expected="train/ beside " + folders[0].name + "/")
+        raise DataError(f"{text} has no train/ folder", expected="train/ beside " + folders[0] + "/")
     else:
-        tops = [(root, None)]
-    others: list[str] = []
-    for top, split in tops:
-        for folder in _folders(top):
-            name = unicodedata.normalize("NFC", folder.name)
-            found.classes.append(name)
-            _walk(folder, root, name, split, sample, found.rows, others)
-        for file in sorted(top.iterdir()):
-            if file.is_file() and file.suffix.lower() in sample.suffixes and not file.name.startswith("."):
-                uri = str(file.relative_to(root))
-                found.rows.append(
-                    Row(
-                        str(file),
-                        "",
-                        uri=uri,
-                        split=split,
-                        problem="has no label: it lies beside the class folders",
-                    )
-                )
-    found.classes = sorted(set(found.classes))
-    if not found.rows:
-        seen = f"; it holds {len(others)} other files, such as {others[0]}" if others else ""
-        raise DataError(
-            f"{root} holds no {sample.name} files in class folders{seen}",
-            expected=f"one folder a class, with files ending in {', '.join(sample.suffixes)}",
-            mend=_other_modality(others),
-        )
-    if others:
-        found.notes.append(f"{len(others)} files that are no {sample.name}, not read: {', '.join(others[:3])}")
-    return found
+        tops = [("", None)]
+
+    def rows() -> Iterator[Row]:
+        others = _Others()
+        num = 0
+        for top, split in tops:
+            for row in _walk_top(source, root, top, sample, others):
+                row.origin, row.split = origin, split
+                num += 1
+                yield row
+        if not num:
+            seen = f"; it holds {others.num} other files, such as {others.first[0]}" if others.num else ""
+            raise DataError(
+                f"{text} holds no {sample.name} files in class folders{seen}",
+                expected=f"one folder a class, with files ending in {', '.join(sample.suffixes)}",
+                mend=_other_modality(others.suffixes),
+            )
+        if others.num:
+            source.notes.append(f"{others.num} files that are no {sample.name}, not read: {', '.join(others.first)}")
+
+    source.parts.append(rows)
 
 
-def _other_modality(files: Sequence[str]) -> str:
+@dataclass
+class _Others:
+    """Files of no use, counted."""
+
+    num: int = 0
+    first: list[str] = field(default_factory=list)
+    suffixes: set[str] = field(default_factory=set)
+
+    def add(self, uri: str) -> None:
+        self.num += 1
+        self.suffixes.add(suffix_of(uri))
+        if len(self.first) < 3:
+            self.first.append(uri)
+
+
+def _walk_top(source: Source, root: Path | Location, top: str, sample: SampleField, others: _Others) -> Iterator[Row]:
+    """The rows below one split's folder ('' where the whole is one)."""
+    here = root if not top else root / top if isinstance(root, Path) else root.join(top)
+    for name, is_folder in _children(here):
+        uri = posixpath.join(top, name)
+        if name.startswith("."):
+            continue
+        if is_folder:
+            label = unicodedata.normalize("NFC", name)
+            source.classes.add(label)
+            walk = _walk(root, uri) if isinstance(root, Path) else _list(root, uri)
+            for row in walk:
+                if row.problem:
+                    yield row
+                elif suffix_of(row.uri) in sample.suffixes:
+                    row.label = label
+                    yield row
+                elif posixpath.basename(row.uri).lower() not in _LITTER:
+                    others.add(row.uri)
+        elif suffix_of(name) in sample.suffixes:
+            place = str(root / uri) if isinstance(root, Path) else root.join(uri).text
+            yield Row(place, "", uri=uri, problem="has no label: it lies beside the class folders")
+
+
+def _other_modality(suffixes: set[str]) -> str:
     """Which modality takes such files, '' if none does."""
-    suffixes = {os.path.splitext(file)[1].lower() for file in files}
     found = [name for name, other in registry.available().items() if suffixes & set(other.sample[0].suffixes)]
     return f"say what they are: --modality {found[0]}" if found else ""
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def _walk(
-    folder: Path,
-    root: Path,
-    label: str,
-    split: int | None,
-    sample: SampleField,
-    rows: list[Row],
-    others: list[str],
-) -> None:
-    for directory, names, files in os.walk(folder):
+def _walk(root: Path, folder: str) -> Iterator[Row]:
+    """Every file below a folder of this machine, hidden ones left out."""
+    for directory, names, files in os.walk(root / folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
         for name in sorted(files):
-            if name.startswith(".") or name.lower() in _LITTER:
+            if name.startswith("."):
                 continue
             file = os.path.join(directory, name)
             if not _is_text(file):
                 shown = os.fsencode(file).decode("utf-8", "backslashreplace")
-                rows.append(Row(shown, "", split=split, problem="its name is not in UTF-8"))
+                yield Row(shown, "", problem="its name is not in UTF-8")
                 continue
-            if os.path.splitext(name)[1].lower() in sample.suffixes:
-                rows.append(Row(file, label, uri=os.path.relpath(file, root), split=split))
-            else:
-                others.append(os.path.relpath(file, root))
+            yield Row(file, "", uri=os.path.relpath(file, root))
+
+
+def _list(root: Location, folder: str) -> Iterator[Row]:
+    for found in root.join(folder).files():
+        uri = posixpath.join(folder, found.uri)
+        yield Row(root.join(uri).text, "", uri=uri, stat=(found.size, found.modified_ns))
 
 
 def _is_text(name: str) -> bool:
@@ -229,48 +332,67 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _read_table(path: Path, spec: Data, sample: Sequence[SampleField], task: TaskName) -> Rows:
-    table = _load(path)
-    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
-    if twice:
-        raise DataError(f"{path} has two columns named {twice[0]!r}", mend="rename or remove one of them")
+# --- tables ---
+
+
+def _open_tables(source: Source, tables: Sequence[Table], wanted: _Wanted) -> None:
+    if any(table.split is not None for table in tables) or wanted.spec.split_column is not None:
+        source.ready_made = True
+    for table in tables:
+        _open_table(source, table, wanted)
+
+
+def _open_table(source: Source, table: Table, wanted: _Wanted) -> None:
+    spec, text = wanted.spec, table.text
     labelled = label_columns(spec)
-    wanted = [("label_column", column) for column in labelled]
-    wanted += [(setting, getattr(spec, setting)) for setting in ("group_column", "split_column")]
-    for setting, column in wanted:
-        if column is not None and column not in table.column_names:
+    given = [("label_column", column) for column in labelled]
+    given += [(setting, getattr(spec, setting)) for setting in ("group_column", "split_column")]
+    for setting, column in given:
+        if column is not None and column not in table.columns:
             raise DataError(
-                f"{path} has no column {column!r} (data.{setting})",
-                expected="one of " + ", ".join(table.column_names),
-                mend=_delimiter(table.column_names, path),
+                f"{text} has no column {column!r} (data.{setting})",
+                expected="one of " + ", ".join(table.columns),
+                mend=_delimiter(table.columns, text),
             )
-    input_columns = _find_inputs(table, spec, sample, path)
-    root = (Path(spec.root).expanduser() if spec.root else path.parent).resolve()
-    found = Rows(root=root, rows=[], ready_made=spec.split_column is not None)
-    inputs = table.column(input_columns[0]).to_pylist()
-    seconds = table.column(input_columns[1]).to_pylist() if len(input_columns) > 1 else [None] * len(inputs)
-    labels = zip(*(table.column(column).to_pylist() for column in labelled), strict=True)
-    groups = table.column(spec.group_column).to_pylist() if spec.group_column else [None] * len(inputs)
-    splits = table.column(spec.split_column).to_pylist() if spec.split_column else [None] * len(inputs)
-    if "split" in table.column_names and spec.split_column is None:
-        found.notes.append("the column 'split' is not used; if it says train, validation or test: data.split_column")
-    pairs = len(input_columns) > 1
-    for number, (value, second, label, group, split) in enumerate(
-        zip(inputs, seconds, labels, groups, splits, strict=True), 1
-    ):
-        row = Row(f"{path} row {number}", "")
-        found.rows.append(row)
-        if sample[0].kind == "text":
-            _fill_text(row, value, second, pairs)
-        else:
-            _fill_file(row, value)
-        if not row.problem:
-            _fill_label(row, label, spec, task)
-        if not row.problem:
-            _fill_side(row, group, split, spec)
-    if task == "multi-label" and len(labelled) > 1:
-        found.classes = list(labelled)
-    return found
+    inputs = _find_inputs(table.columns, spec, wanted.sample, text)
+    root: Path | Location = table.root
+    if spec.root is not None:
+        root = locate(spec.root) if is_uri(spec.root) else Path(spec.root).expanduser()
+    root = root.resolve() if isinstance(root, Path) else root
+    origin = source.add(Origin(text, root, is_table=True))
+    note = "the column 'split' is not used; if it says train, validation or test: data.split_column"
+    if "split" in table.columns and spec.split_column is None and note not in source.notes:
+        source.notes.append(note)
+    if wanted.task == "multi-label" and len(labelled) > 1:
+        source.classes |= set(labelled)
+    extra = [column for column in (spec.group_column, spec.split_column) if column is not None]
+
+    def rows() -> Iterator[Row]:
+        number = 0
+        for batch in table.batches([*inputs, *labelled, *extra]):
+            nothing = [None] * len(batch[inputs[0]])
+            cells = zip(
+                batch[inputs[0]],
+                batch[inputs[1]] if len(inputs) > 1 else nothing,
+                zip(*(batch[column] for column in labelled), strict=True),
+                batch[spec.group_column] if spec.group_column else nothing,
+                batch[spec.split_column] if spec.split_column else nothing,
+                strict=True,
+            )
+            for value, second, label, group, split in cells:
+                number += 1
+                row = Row(f"{text} row {number}", "", origin, number, split=table.split)
+                if wanted.sample[0].kind == "text":
+                    _fill_text(row, value, second, len(inputs) > 1)
+                else:
+                    _fill_file(row, value)
+                if not row.problem:
+                    _fill_label(row, label, spec, wanted.task)
+                if not row.problem:
+                    _fill_side(row, group, split, spec)
+                yield row
+
+    source.parts.append(rows)
 
 
 def _fill_text(row: Row, value: object, second: object, pair: bool) -> None:
@@ -284,7 +406,7 @@ def _fill_text(row: Row, value: object, second: object, pair: bool) -> None:
 
 def _fill_file(row: Row, value: object) -> None:
     if isinstance(value, dict):  # the Hugging Face form: {bytes, path}
-        value = value.get("bytes") or value.get("path")
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
         row.content = value
     elif isinstance(value, str) and "\0" in value:
@@ -378,38 +500,8 @@ def label_text(value: object) -> str | None:
     return text or None
 
 
-def _load(path: Path) -> Any:
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            parse = pyarrow.csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True)
-            with path.open("rb") as head:
-                columns = pyarrow.csv.open_csv(head, parse_options=parse).schema.names
-            return pyarrow.csv.read_csv(
-                path,
-                read_options=pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES),
-                parse_options=parse,
-                convert_options=pyarrow.csv.ConvertOptions(
-                    # A type that is guessed holds for the first block only.
-                    column_types=dict.fromkeys(columns, pa.string()),
-                    null_values=[""],
-                    strings_can_be_null=True,
-                    quoted_strings_can_be_null=True,
-                ),
-            )
-        if suffix == ".parquet":
-            return pyarrow.parquet.read_table(path)
-        return pyarrow.json.read_json(path, read_options=pyarrow.json.ReadOptions(block_size=_BLOCK_BYTES))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}",
-            expected=f"a {suffix} table in UTF-8, every row with all columns",
-        ) from None
-
-
-def _find_inputs(table: Any, spec: Data, sample: Sequence[SampleField], path: Path) -> Sequence[str]:
+def _find_inputs(columns: Sequence[str], spec: Data, sample: Sequence[SampleField], text: str) -> Sequence[str]:
     """The columns of the samples: one, or two of a pair of texts."""
-    columns: list[str] = table.column_names
     given = (spec.input_column,) if isinstance(spec.input_column, str) else spec.input_column
     if given is not None and len(given) > len(sample):
         raise DataError(
@@ -427,9 +519,9 @@ def _find_inputs(table: Any, spec: Data, sample: Sequence[SampleField], path: Pa
             return names
     kind = "texts" if sample[0].kind == "text" else f"{sample[0].name} paths or bytes"
     raise DataError(
-        f"{path} has no column of {kind}: it has {', '.join(columns)}",
+        f"{text} has no column of {kind}: it has {', '.join(columns)}",
         expected="one of " + ", ".join(" + ".join(names) for names in wanted),
-        mend=_delimiter(columns, path) or _modality_of(columns, sample) or "name it: data.input_column",
+        mend=_delimiter(columns, text) or _modality_of(columns, sample) or "name it: data.input_column",
     )
 
 
@@ -442,17 +534,19 @@ def _modality_of(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
     return ""
 
 
-def _delimiter(columns: Sequence[str], path: Path) -> str:
+def _delimiter(columns: Sequence[str], text: str) -> str:
     """What to do about a table of one column whose name holds another delimiter."""
     found = next((mark for mark in (";", "\t", "|") if len(columns) == 1 and mark in columns[0]), None)
-    return f"its columns are separated by {found!r}: write {path.name} with commas" if found else ""
+    return f"its columns are separated by {found!r}: write {posixpath.basename(text)} with commas" if found else ""
 
 
 def inside(root: Path, uri: str, resolved: dict[str, str]) -> tuple[str | None, str]:
-    """(the file below `root`, '') or (None, why not): a path may not leave the data's root, links included.
+    """(the file relative to `root`, '') or (None, why not): a path may not leave the data's root, links included.
 
     `resolved` remembers directories, so that each is resolved once.
     """
+    if is_uri(uri):
+        return None, "lies in a store, outside of"
     pure = PurePosixPath(uri.replace("\\", "/")) if "\\" in uri and not (root / uri).exists() else Path(uri)
     file = os.path.normpath(root / pure)
     directory, name = os.path.split(file)
@@ -463,4 +557,17 @@ def inside(root: Path, uri: str, resolved: dict[str, str]) -> tuple[str | None, 
         real = os.path.realpath(real)
     if os.path.commonpath([str(root), real]) != str(root):
         return None, "leaves the data's root"
-    return file, ""
+    return os.path.relpath(file, root), ""
+
+
+def inside_store(root: Location, uri: str) -> tuple[str | None, str]:
+    """`inside` of a store, where there are no links: (the URI relative to `root`, '') or (None, why not)."""
+    if is_uri(uri):
+        start = root.text.rstrip("/") + "/"
+        if not uri.startswith(start):
+            return None, "leaves the data's root"
+        uri = uri[len(start) :]
+    uri = posixpath.normpath(uri)
+    if uri.startswith(("/", "../")) or uri in ("..", "."):
+        return None, "leaves the data's root"
+    return uri, ""

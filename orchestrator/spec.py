@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from orchestrator.errors import JobError
+from orchestrator.places import whole
 
 TaskName = Literal["single-label", "multi-label", "regression"]
 Method = Literal["head", "full", "scratch"]
@@ -38,7 +39,11 @@ class _Part(BaseModel):
 class Data(_Part):
     """Where the labelled samples are, and how they are split."""
 
-    path: str = Field(description="a folder of class folders, or a .csv, .parquet or .jsonl table")
+    path: str = Field(
+        description="a folder of class folders, a .csv, .parquet or .jsonl table, a data set of the Hub (org/name) or "
+        "one that was saved to disk; a path or a URI such as s3://bucket/table.parquet"
+    )
+    subset: str | None = Field(None, description="of a data set of the Hub that has several")
     validation: str | None = Field(None, description="the validation split, where it stands on its own")
     test: str | None = Field(None, description="the test split, where it stands on its own")
     root: str | None = Field(None, description="what a table's paths are relative to; default: its folder")
@@ -163,7 +168,7 @@ class Job(_Part):
     def at_whole_paths(self) -> Job:
         """The same job with absolute paths: `photos`, `photos/` and `./photos` are one place."""
         places = {
-            key: os.path.abspath(Path(place).expanduser())
+            key: whole(place)
             for key in ("path", "validation", "test", "root")
             if (place := getattr(self.data, key)) is not None
         }

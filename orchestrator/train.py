@@ -19,7 +19,7 @@ from typing import Any
 
 from orchestrator import registry
 from orchestrator.console import progress
-from orchestrator.data import Prepared, write_table
+from orchestrator.data import Prepared
 from orchestrator.errors import (
     ChangedError,
     InterruptedRunError,
@@ -28,9 +28,11 @@ from orchestrator.errors import (
     TrainingError,
     missing_extra,
 )
-from orchestrator.planning import prepare
+from orchestrator.gate import run_name
+from orchestrator.places import is_dataset, is_uri
+from orchestrator.planning import Looked, look, prepare, spilled
 from orchestrator.plans import Plan
-from orchestrator.runs import Run, read_plan, write_file
+from orchestrator.runs import DATA_FOLDER, SAMPLES, Run, read_plan, write_file
 from orchestrator.spec import Job, make_job
 
 Events = Callable[[dict[str, Any]], None]
@@ -57,7 +59,7 @@ def finetune(
     Raises `RefusedError` before anything is downloaded or scheduled, `TrainingError` when it failed, and
     `InterruptedRunError` after Ctrl-C, when the same call goes on.
     """
-    return _run(make_job(job, **fields), fresh, events)
+    return _start(job, fields, fresh, events)
 
 
 def pretrain(
@@ -72,24 +74,27 @@ def pretrain(
 
     The run is a backbone for a later `finetune`.
     """
-    return _run(make_job(job, **{**fields, "method": "scratch"}), fresh, events)
+    return _start(job, {**fields, "method": "scratch"}, fresh, events)
 
 
-def _run(job: Job, fresh: bool, events: Events | None) -> Run:
+def _start(
+    job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any], fresh: bool, events: Events | None
+) -> Run:
     if events is None:
         with progress() as show:
-            return _run(job, fresh, show)
+            return _start(job, fields, fresh, show)
+    # Rows that the caller holds are written down once, on the storage, and are a table from then on.
+    storage = make_job(job, **{**fields, "data": "-", "backbone": "-"}).storage
+    return _run(make_job(job, **spilled(fields, Path(storage).expanduser() / DATA_FOLDER)), fresh, events)
+
+
+def _run(job: Job, fresh: bool, events: Events) -> Run:
     events({"kind": "phase", "text": "looking at backbone and data"})
-    plan, prepared = prepare(job)
-    run = Run(Path(job.storage).expanduser().absolute() / plan.name)
+    looked = look(job)
+    run = Run(Path(job.storage).expanduser().absolute() / (job.name or run_name(job, looked.card)))
     _refuse_inside_data(run, job)
     with run.locked():
-        if fresh:
-            run.clear()
-        if _goes_on(run, plan):
-            plan = run.plan  # what this run began with: its threads and its schedule, whatever they would be now
-        else:
-            _lay_out(run, job, plan, prepared)
+        plan = _laid_out(run, job, looked, fresh)
         if run.finished:
             events({"kind": "done", "text": "finished already", "run": run})
             return run
@@ -98,7 +103,7 @@ def _run(job: Job, fresh: bool, events: Events | None) -> Run:
         config = {"plan": plan.model_dump_json(), "run": str(run.path)}
         if registry.is_registered(job.modality):
             config["modality"] = registry.get(job.modality)  # type: ignore[assignment]
-        with _errors_of_libraries(run, registry.get(job.modality).extra):
+        with _errors_of_libraries(run, looked.plugin.extra):
             if plan.ray:
                 _on_ray(plan, config, events)
             else:
@@ -113,7 +118,7 @@ def _refuse_inside_data(run: Run, job: Job) -> None:
     """A run that starts over removes what it holds, so it stands neither in nor around the data."""
     here = run.path.resolve()
     for place in (job.data.path, job.data.validation, job.data.test):
-        if place is None:
+        if place is None or is_uri(place) or is_dataset(place):
             continue
         data = Path(place).expanduser().resolve()
         if data == here or here in data.parents or data in here.parents:
@@ -124,10 +129,28 @@ def _refuse_inside_data(run: Run, job: Job) -> None:
             )
 
 
-def _goes_on(run: Run, plan: Plan) -> bool:
-    """Whether this run began with the same job, data and backbone; raises `ChangedError` where it did not."""
-    if not (run.path / "plan.json").is_file():
-        return False
+def _laid_out(run: Run, job: Job, looked: Looked, fresh: bool) -> Plan:
+    """The run's plan: of an unfinished run the one that it began with, else a new one, with its sample table."""
+    if (run.path / "plan.json").is_file() and not fresh:
+        _refuse_changes(run, prepare(job, looked)[0])
+        return run.plan  # its threads and its schedule, whatever they would be now
+    partial = run.path / f"{SAMPLES}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        plan, prepared = prepare(job, looked, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        run.give_up()
+        raise
+    if fresh:
+        run.clear()
+    _lay_out(run, job, plan, prepared, partial)
+    return plan
+
+
+def _refuse_changes(run: Run, plan: Plan) -> None:
+    """Raise `ChangedError` where the run began with another job, other data or another backbone."""
     old = read_plan(run.path)
     for what, before, now in (
         ("the job", old.job.digest(), plan.job.digest()),
@@ -140,7 +163,6 @@ def _goes_on(run: Run, plan: Plan) -> bool:
                 expected=f"{what} as it was: {str(before)[:16]}",
                 mend="start over with --fresh, or keep both: --name",
             )
-    return True
 
 
 def _differences(what: str, old: Plan, new: Plan) -> str:
@@ -161,13 +183,14 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _lay_out(run: Run, job: Job, plan: Plan, prepared: Prepared) -> None:
+def _lay_out(run: Run, job: Job, plan: Plan, prepared: Prepared, samples: Path) -> None:
     """The run's directory with what it begins with; plan.json, written last, says that it is there."""
     # With whole paths, so that it says the same from any directory.
     storage = str(Path(job.storage).expanduser().absolute())
     whole = job.at_whole_paths().model_copy(update={"name": plan.name, "storage": storage})
     write_file(run.path / "job.yaml", whole.to_yaml())
-    write_table(prepared.table, run.path / "samples.arrow")
+    shutil.rmtree(run.path / SAMPLES, ignore_errors=True)
+    os.replace(samples, run.path / SAMPLES)
     if prepared.skipped:
         lines = [json.dumps({"place": s.place, "problem": s.problem}, ensure_ascii=False) for s in prepared.skipped]
         write_file(run.path / "skipped.jsonl", "".join(f"{line}\n" for line in lines))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = (".safetensors", ".bin", ".gguf")
 
@@ -49,6 +49,10 @@ class Hub:
         return [one for one in self.requests if one[1].split("?")[0].endswith(suffix)]
 
 
+def _entry(path: str, content: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
 @contextmanager
 def serve() -> Iterator[Hub]:
     """A Hub that is there while the context lasts."""
@@ -66,6 +70,11 @@ def serve() -> Iterator[Hub]:
         def do_HEAD(self) -> None:
             self._answer(with_body=False)
 
+        def do_POST(self) -> None:
+            asked = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+            self._asked_paths = asked.get("paths", [])
+            self._answer(with_body=True)
+
         def _answer(self, with_body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((self.command, self.path, self.headers.get("Range", "")))
@@ -74,7 +83,9 @@ def serve() -> Iterator[Hub]:
                 return self._send(503, b"try again", with_body)
             parts = path.strip("/").split("/")
             if parts[:2] == ["api", "models"]:
-                return self._info(parts[2:], with_body)
+                return self._info("/".join(parts[2:4]), parts[4:], with_body)
+            if parts[:2] == ["api", "datasets"]:  # kept under datasets/org/name, as their files' addresses are
+                return self._info("/".join(parts[1:4]), parts[4:], with_body)
             if parts[0] == "large":
                 name, _, file = "/".join(parts[1:]).partition("/resolve/")
                 content = hub.repositories[name].files[file]
@@ -96,34 +107,48 @@ def serve() -> Iterator[Hub]:
                 return found
             return None
 
-        def _info(self, parts: list[str], with_body: bool) -> None:
-            name = "/".join(parts[:2])
-            if len(parts) > 3 and parts[2] == "tree":
-                return self._tree(name, parts[3], with_body)
-            revision = parts[3] if len(parts) > 3 and parts[2] == "revision" else "main"
+        def _info(self, name: str, parts: list[str], with_body: bool) -> None:
+            if len(parts) > 1 and parts[0] == "tree":
+                return self._tree(name, parts[1], "/".join(parts[2:]), with_body)
+            if len(parts) > 1 and parts[0] == "paths-info":
+                return self._paths(name, parts[1], with_body)
+            revision = parts[1] if len(parts) > 1 and parts[0] == "revision" else "main"
             repository = self._find(name, revision, with_body)
             if repository is None:
                 return
             siblings = [{"rfilename": f, "size": len(c), "blobId": "0"} for f, c in repository.files.items()]
             info: dict[str, Any] = {
-                "_id": "1", "id": name, "modelId": name, "sha": repository.sha, "private": False, "gated": False,
-                "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings,
+                "_id": "1", "id": name.removeprefix("datasets/"), "sha": repository.sha, "private": False,
+                "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings,
+                "lastModified": "2026-01-01T00:00:00.000Z",
             }  # fmt: skip
-            self._send(200, json.dumps(info).encode(), with_body, {"Content-Type": "application/json"})
+            self._send_json(info, with_body)
 
-        def _tree(self, name: str, revision: str, with_body: bool) -> None:
+        def _tree(self, name: str, revision: str, folder: str, with_body: bool) -> None:
             repository = self._find(name, revision, with_body)
             if repository is not None:
-                entries = [
-                    {
-                        "type": "file",
-                        "path": file,
-                        "size": len(content),
-                        "oid": hashlib.sha1(content).hexdigest(),
-                    }
-                    for file, content in repository.files.items()
-                ]
-                self._send(200, json.dumps(entries).encode(), with_body, {"Content-Type": "application/json"})
+                prefix = f"{folder}/" if folder else ""
+                inside = [file for file in repository.files if file.startswith(prefix)]
+                if "recursive=false" in self.path.lower():
+                    folders = {prefix + file[len(prefix) :].split("/")[0] for file in inside if "/" in file[len(prefix) :]}
+                    inside = [file for file in inside if "/" not in file[len(prefix) :]]
+                else:
+                    folders = set()
+                found = [_entry(file, repository.files[file]) for file in inside]
+                found += [{"type": "directory", "path": path, "oid": "0"} for path in sorted(folders)]
+                self._send_json(found, with_body)
+
+        def _paths(self, name: str, revision: str, with_body: bool) -> None:
+            repository = self._find(name, revision, with_body)
+            if repository is not None:
+                files = repository.files
+                found = [_entry(path, files[path]) for path in self._asked_paths if path in files]
+                folders = {path for path in self._asked_paths if any(f.startswith(f"{path}/") for f in files)}
+                found += [{"type": "directory", "path": path, "oid": "0"} for path in sorted(folders)]
+                self._send_json(found, with_body)
+
+        def _send_json(self, value: object, with_body: bool) -> None:
+            self._send(200, json.dumps(value).encode(), with_body, {"Content-Type": "application/json"})
 
         def _resolve(self, name: str, revision: str, file: str, with_body: bool) -> None:
             repository = self._find(name, revision, with_body)

@@ -14,11 +14,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from orchestrator import data as data_module
-from orchestrator import registry
-from orchestrator.data import Prepared, Samples, prepare, write_table
+from orchestrator import intake, registry
+from orchestrator.data import Prepared, prepare
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.plans import BackboneCard
+from orchestrator.samples import Samples
 from orchestrator.spec import Data
 
 CARD = BackboneCard(source="b", kind="directory", name="b")
@@ -45,7 +45,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(path: Path, **settings: object) -> Prepared:
-    return prepare(Data(path=str(path), **settings), registry.get("image"), CARD)  # type: ignore[arg-type]
+    return prepare(Data(path=str(path), **settings), registry.get("image"), CARD, directory=into())  # type: ignore[arg-type]
+
+
+def into() -> Path:
+    """Where the newest sample table stands."""
+    directory = Path("samples").absolute()
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    return directory
 
 
 def refusal(path: Path, **settings: object) -> DataError:
@@ -85,14 +93,14 @@ def test_splits_in_places_of_their_own(folder: Path, tmp_path: Path) -> None:
         put(other / ("cat" if i % 2 else "dog") / f"{i}.png", png(i * 10 + 3))
     found = read(folder, test=str(other), validation_fraction=0.0)
     assert found.summary.num_samples == {"train": 20, "validation": 0, "test": 4}
-    samples = saved(found, tmp_path)
+    samples = saved()
     assert {Path(samples.place(int(row))).parent.parent for row in samples.rows("test")} == {other}
     assert samples.read(int(samples.rows("test")[0]))["image"].startswith(b"\x89PNG")
 
 
-def saved(found: Prepared, tmp_path: Path) -> Samples:
-    write_table(found.table, tmp_path / "samples.arrow")
-    return Samples(tmp_path / "samples.arrow", found.summary.root, ("image",))
+def saved() -> Samples:
+    """The sample table that was read last."""
+    return Samples(Path("samples").absolute(), ("image",))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -124,7 +132,7 @@ def test_tables_of_bytes(tmp_path: Path, form: str) -> None:
 
     rows = [{"image": cell(i), "label": i % 2} for i in range(20)]
     found = read(table(tmp_path / "t.parquet", rows))
-    samples = saved(found, tmp_path)
+    samples = saved()
     assert found.classes == ("0", "1")
     assert all(samples.read(row)["image"] == png(row) for row in range(20))
 
@@ -145,8 +153,8 @@ def test_a_group_stays_on_one_side(tmp_path: Path) -> None:
     for i in range(80):
         put(tmp_path / f"{i}.png", png(i))
     file = table(tmp_path / "t.csv", rows)
-    found = read(file, group_column="speaker", validation_fraction=0.2, test_fraction=0.2)
-    samples = saved(found, tmp_path)
+    read(file, group_column="speaker", validation_fraction=0.2, test_fraction=0.2)
+    samples = saved()
     sides = {
         split: {int(Path(samples.place(int(row))).stem) // 4 for row in samples.rows(split)}
         for split in ("train", "validation", "test")
@@ -311,7 +319,7 @@ def test_backslashes_and_absolute_spellings_are_the_same_file(folder: Path, tmp_
 
 
 def test_large_tables_of_bytes_are_known_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "MAX_HASHED_BYTES", 10)
+    monkeypatch.setattr(intake, "MAX_HASHED_BYTES", 10)
     rows: list[dict[str, object]] = [{"image": png(i), "label": i % 2} for i in range(20)]
     first = read(table(tmp_path / "t.parquet", rows)).summary
     assert not [note for note in first.notes if "same content" in note]
@@ -343,9 +351,9 @@ def test_the_fingerprint_is_of_contents_labels_and_splits(folder: Path) -> None:
 
 
 def test_of_many_samples_some_are_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "NUM_MEASURED_ALL", 10)
-    monkeypatch.setattr(data_module, "NUM_MEASURED", 5)
-    monkeypatch.setattr(data_module, "MAX_HASHED_BYTES", 100)
+    monkeypatch.setattr(intake, "NUM_MEASURED_ALL", 10)
+    monkeypatch.setattr(intake, "NUM_MEASURED", 5)
+    monkeypatch.setattr(intake, "MAX_HASHED_BYTES", 100)
     found = read(folder)
     assert found.profile.num_measured == 5
     first = found.summary.fingerprint
@@ -366,8 +374,9 @@ def refusal_of_three(folder: Path) -> DataError:
     return refusal(folder, num_train=2)
 
 
-def test_a_file_that_vanishes_later_is_a_bad_sample(folder: Path, tmp_path: Path) -> None:
-    samples = saved(read(folder), tmp_path)
+def test_a_file_that_vanishes_later_is_a_bad_sample(folder: Path) -> None:
+    read(folder)
+    samples = saved()
     assert np.bincount(samples.targets).tolist() == [10, 10]
     os.unlink(samples.place(0))
     with pytest.raises(BadSampleError, match="No such file"):

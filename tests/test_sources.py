@@ -12,17 +12,19 @@ import pyarrow.parquet
 import pytest
 
 from orchestrator import registry
-from orchestrator.data import Prepared, Samples, prepare, write_table
+from orchestrator.data import Prepared, prepare
 from orchestrator.errors import DataError
 from orchestrator.plans import BackboneCard
+from orchestrator.samples import Samples
 from orchestrator.spec import Data
+from tests.test_data import into
 
 CARD = BackboneCard(source="b", kind="directory", name="b")
 Rows = list[dict[str, Any]]
 
 
 def read(path: Path, modality: str = "text", task: Any = "single-label", classes: Any = None, **settings: Any) -> Any:
-    return prepare(Data(path=str(path), **settings), registry.get(modality), CARD, task, classes)
+    return prepare(Data(path=str(path), **settings), registry.get(modality), CARD, task, classes, into())
 
 
 def refusal(path: Path, *args: Any, **settings: Any) -> DataError:
@@ -31,9 +33,9 @@ def refusal(path: Path, *args: Any, **settings: Any) -> DataError:
     return caught.value
 
 
-def saved(found: Prepared, tmp_path: Path, fields: tuple[str, ...] = ("text", "text_pair")) -> Samples:
-    write_table(found.table, tmp_path / "samples.arrow")
-    return Samples(tmp_path / "samples.arrow", found.summary.root, fields)
+def saved() -> Samples:
+    """The sample table that was read last."""
+    return Samples(Path("samples").absolute(), ("text", "text_pair"))
 
 
 def jsonl(file: Path, rows: Rows) -> Path:
@@ -60,7 +62,7 @@ def renamed(rows: Rows, **names: str) -> Rows:
 @pytest.mark.parametrize("column", ["text", "sentence", "content"])
 def test_a_column_of_texts_is_found(tmp_path: Path, column: str) -> None:
     found = read(jsonl(tmp_path / "t.jsonl", renamed(texts(), text=column)))
-    samples = saved(found, tmp_path)
+    samples = saved()
     assert samples.read(3) == {"text": b"sentence number 3, plain"}
     assert samples.num_bytes[3] == len(b"sentence number 3, plain")
     assert samples.place(3) == "table row 4"
@@ -78,8 +80,8 @@ def test_a_column_of_texts_is_found(tmp_path: Path, column: str) -> None:
 )
 def test_pairs_of_texts(tmp_path: Path, columns: tuple[str, str], given: Any) -> None:
     rows = [{columns[0]: f"first {i}", columns[1]: f"second {i}", "label": i % 2} for i in range(20)]
-    found = read(parquet(tmp_path / "t.parquet", rows), input_column=given)
-    assert saved(found, tmp_path).read(7) == {"text": b"first 7", "text_pair": b"second 7"}
+    read(parquet(tmp_path / "t.parquet", rows), input_column=given)
+    assert saved().read(7) == {"text": b"first 7", "text_pair": b"second 7"}
     rows[4][columns[1]] = None
     error = refusal(parquet(tmp_path / "u.parquet", rows), input_column=given)
     assert "u.parquet row 5: has no text" in error.message
@@ -128,7 +130,8 @@ def test_a_long_line_and_a_late_word_are_read(tmp_path: Path) -> None:
     """Libraries read in blocks of a megabyte and take a column's type from the first."""
     rows = texts()
     rows[7]["text"] = "long " * 500_000
-    assert read(jsonl(tmp_path / "t.jsonl", rows)).table.column("num_bytes")[7].as_py() == 2_500_000
+    read(jsonl(tmp_path / "t.jsonl", rows))
+    assert saved().num_bytes[7] == 2_500_000
     lines = [f"number {i},{i % 2},{i if i < 90_000 else 'last'}\n" for i in range(90_005)]
     (tmp_path / "t.csv").write_text("text,label,id\n" + "".join(lines))
     assert sum(read(tmp_path / "t.csv").summary.num_samples.values()) == 90_005
@@ -146,9 +149,9 @@ def many(num: int = 60) -> Rows:
     return rows
 
 
-def as_targets(found: Prepared, rows: Rows, tmp_path: Path) -> None:
+def as_targets(found: Prepared, rows: Rows) -> None:
     assert found.classes == ("blue", "green", "red")
-    targets = saved(found, tmp_path).targets
+    targets = saved().targets
     assert targets.dtype == np.float32
     assert targets.tolist() == [[float(name in row["label"]) for name in found.classes] for row in rows]
 
@@ -171,7 +174,7 @@ def test_several_labels_say_the_same_in_every_form(tmp_path: Path, form: str) ->
     else:
         (parquet if form.endswith("parquet") else jsonl)(file, rows)
     found = read(file, task="multi-label", **settings)
-    as_targets(found, rows, tmp_path)
+    as_targets(found, rows)
     per_class = np.array([found.summary.per_class[split] for split in ("train", "validation", "test")])
     assert per_class.sum(axis=0).tolist() == [6, 15, 30]
     assert (per_class[1:] > 0).all()  # the rarest, too, is in every split
@@ -234,7 +237,7 @@ def numbers(num: int = 200) -> Rows:
 def test_numbers_are_targets(tmp_path: Path) -> None:
     columns = ("price", "size")
     found = read(parquet(tmp_path / "t.parquet", numbers()), task="regression", label_column=columns)
-    samples = saved(found, tmp_path)
+    samples = saved()
     assert found.classes == columns
     assert samples.targets.dtype == np.float32
     assert samples.targets[5].tolist() == [5.0, -2.5]

@@ -1,0 +1,144 @@
+"""Where data lies: a path of this machine or a URI (`s3://`, `gs://`, `hf://`, whatever pyarrow or fsspec opens).
+
+Credentials and endpoints come from the environment, as each store's own tools read them (for S3 AWS_PROFILE,
+AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and the rest); they never stand in a job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, BinaryIO, Literal
+
+import pyarrow as pa
+import pyarrow.fs
+
+from orchestrator.errors import DataError, RefusedError
+
+Kind = Literal["file", "directory", "missing"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file of a store, as its listing tells."""
+
+    uri: str
+    """Relative to the location that was listed."""
+    size: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place in a store that is no local directory; local ones are plain paths."""
+
+    text: str
+    """As the user wrote it."""
+    fs: Any
+    """pyarrow.fs.FileSystem"""
+    path: str
+    """Within `fs`."""
+
+    def kind(self) -> Kind:
+        """What is there. Raises `RefusedError` where the store cannot be asked."""
+        with _asking(self.text):
+            found = self.fs.get_file_info(self.path).type
+        return {pa.fs.FileType.File: "file", pa.fs.FileType.Directory: "directory"}.get(found, "missing")  # type: ignore[return-value]
+
+    def join(self, uri: str) -> Location:
+        """The place of `uri`, which is relative to this one."""
+        return Location(f"{self.text.rstrip('/')}/{uri}", self.fs, posixpath.join(self.path, uri))
+
+    def parent(self) -> Location:
+        """The folder that it lies in."""
+        return Location(posixpath.dirname(self.text.rstrip("/")), self.fs, posixpath.dirname(self.path.rstrip("/")))
+
+    def open(self) -> BinaryIO:
+        """The file, seekable. Raises `OSError`."""
+        return self.fs.open_input_file(self.path)  # type: ignore[no-any-return]
+
+    def read(self) -> bytes:
+        """All of the file. Raises `OSError`."""
+        with self.fs.open_input_file(self.path) as file:
+            return file.read()  # type: ignore[no-any-return]
+
+    def stat(self) -> tuple[int, int] | None:
+        """(bytes, time of modification in ns), None where there is no such file."""
+        with _asking(self.text):
+            (found,) = self.fs.get_file_info([self.path])
+        return (found.size, found.mtime_ns or 0) if found.type == pa.fs.FileType.File else None
+
+    def children(self) -> list[tuple[str, bool]]:
+        """(name, whether it is a folder) of what lies directly in this folder, by name."""
+        infos = self._list(recursive=False)
+        return sorted((info.base_name, info.type == pa.fs.FileType.Directory) for info in infos)
+
+    def files(self) -> list[Found]:
+        """All files below this folder, by name; hidden ones left out."""
+        start = len(self.path.rstrip("/")) + 1
+        found = []
+        for info in self._list(recursive=True):
+            uri = info.path[start:]
+            if info.type == pa.fs.FileType.File and not any(part.startswith(".") for part in uri.split("/")):
+                found.append(Found(uri, info.size, info.mtime_ns or 0))
+        return sorted(found, key=lambda one: one.uri)
+
+    def _list(self, recursive: bool) -> Sequence[Any]:
+        with _asking(self.text):
+            return self.fs.get_file_info(pa.fs.FileSelector(self.path, recursive=recursive))  # type: ignore[no-any-return]
+
+
+def locate(place: str) -> Location:
+    """The location of a URI. Raises `RefusedError` where no installed library opens it."""
+    scheme = place.split("://", 1)[0].lower()
+    try:
+        return Location(place, *_open(place))
+    except ImportError as error:
+        raise RefusedError(
+            "missing_extra", f"{place}: {scheme}:// needs {error.name or 'a library'}, which is not installed",
+            mend=f"pip install the fsspec library for {scheme}://: {error}",
+        ) from None  # fmt: skip
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(
+            f"{place} is no place that can be opened: {_first_line(error)}",
+            expected="a path, or a URI that pyarrow or fsspec opens: s3://bucket/folder, gs://..., hf://datasets/...",
+        ) from None
+
+
+def _open(place: str) -> tuple[Any, str]:
+    try:
+        fs, path = pa.fs.FileSystem.from_uri(place)
+    except pa.ArrowInvalid as error:
+        if "Unrecognized filesystem type" not in str(error):
+            raise
+        import fsspec
+
+        opened, path = fsspec.core.url_to_fs(place)
+        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(opened)), path
+    return fs, path
+
+
+@lru_cache(maxsize=64)
+def cached(place: str) -> Location:
+    """`locate`, once a process: opening a store takes a quarter of a second."""
+    return locate(place)
+
+
+@contextlib.contextmanager
+def _asking(place: str) -> Iterator[None]:
+    """The store's errors become one of ours."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise RefusedError(
+            "offline", f"{place} cannot be asked for: {_first_line(error)}",
+            expected="a store that answers, and credentials that it accepts",
+            mend="check the connection, the endpoint (AWS_ENDPOINT_URL) and the credentials in the environment",
+        ) from None  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

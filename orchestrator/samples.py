@@ -1,0 +1,178 @@
+"""The sample table of a run on disk: written in one pass, memory-mapped when it is read.
+
+`samples.arrow` holds what each row of the source is (its URI, or its bytes and texts); `index.arrow` says which rows
+are used, with their targets and splits. So nothing that is large is copied or held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from orchestrator.errors import BadSampleError
+from orchestrator.locations import cached
+from orchestrator.modality import Sample
+from orchestrator.places import is_uri
+from orchestrator.plans import SPLITS
+from orchestrator.sources import Origin, Row
+
+Ints = npt.NDArray[np.int64]
+
+ROWS_FILE, INDEX_FILE = "samples.arrow", "index.arrow"
+_BATCH_ROWS = 1024
+_BATCH_BYTES = 16 * 2**20
+
+
+class SampleWriter:
+    """Rows of a source -> `samples.arrow`, a batch at a time."""
+
+    def __init__(self, file: Path, fields: Sequence[str], with_content: bool) -> None:
+        """`fields` of a sample; without content, only what messages need is kept."""
+        self.file = file
+        self._fields = fields if with_content else ()
+        columns = {"uri": pa.large_string(), "origin": pa.int32(), "number": pa.int64()}
+        self._schema = pa.schema(columns | {name: pa.large_binary() for name in self._fields})
+        self._sink = pa.OSFile(str(file), "wb")
+        self._writer = pa.ipc.new_file(self._sink, self._schema)
+        self._rows: list[Row] = []
+        self._bytes = 0
+
+    def add(self, row: Row) -> None:
+        """The next row."""
+        self._rows.append(row)
+        self._bytes += len(row.content or b"") if self._fields else 0
+        if len(self._rows) >= _BATCH_ROWS or self._bytes >= _BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows, self._rows, self._bytes = self._rows, [], 0
+        parts: list[list[bytes | None]] = [[row.content for row in rows], [row.second for row in rows]]
+        columns = [
+            pa.array([row.uri for row in rows], pa.large_string()),
+            pa.array([row.origin for row in rows], pa.int32()),
+            pa.array([row.number for row in rows], pa.int64()),
+            *(pa.array(part, pa.large_binary()) for part in parts[: len(self._fields)]),
+        ]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+
+    def __enter__(self) -> SampleWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._rows:
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+
+
+class Rows:
+    """`samples.arrow`, memory-mapped."""
+
+    def __init__(self, file: Path, origins: Sequence[Origin]) -> None:
+        self.table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        self._origins = origins
+
+    def uri(self, row: int) -> str:
+        """'' where the table holds the sample itself."""
+        return str(self.table.column("uri")[row].as_py())
+
+    def place(self, row: int) -> str:
+        """What the row is called in a message."""
+        origin = self._origins[self.table.column("origin")[row].as_py()]
+        number = self.table.column("number")[row].as_py()
+        return f"{origin.text} row {number}" if origin.is_table else os.path.join(origin.text, self.uri(row))
+
+
+def write_index(
+    file: Path, rows: Ints, targets: npt.NDArray[Any], split: Ints, num_bytes: Ints, roots: Sequence[str]
+) -> None:
+    """Write `index.arrow`: which rows of `samples.arrow` are used, with their targets.
+
+    targets: int64 [rows], the class; else float32 [rows, classes]. `roots`: of each origin.
+    """
+    if targets.ndim == 1:
+        column = pa.array(targets, pa.int32())
+    else:
+        column = pa.FixedSizeListArray.from_arrays(pa.array(targets.ravel(), pa.float32()), targets.shape[1])
+    table = pa.table(
+        {
+            "row": pa.array(rows, pa.int64()),
+            "target": column,
+            "split": pa.array(split, pa.int8()),
+            "num_bytes": pa.array(num_bytes, pa.int64()),
+        }
+    ).replace_schema_metadata({"roots": json.dumps(list(roots))})
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+class Samples:
+    """The sample table of a run; a sample's bytes are read when asked for."""
+
+    def __init__(self, directory: Path, fields: tuple[str, ...]) -> None:
+        table = pa.ipc.open_file(pa.memory_map(str(directory / ROWS_FILE))).read_all()
+        index = pa.ipc.open_file(pa.memory_map(str(directory / INDEX_FILE))).read_all()
+        self._roots: list[str] = json.loads(index.schema.metadata[b"roots"])
+        self._uri, self._origin, self._number = (table.column(name) for name in ("uri", "origin", "number"))
+        self._content = {name: table.column(name) for name in fields if name in table.column_names}
+        self._first = fields[0]
+        self._row: Ints = index.column("row").to_numpy()
+        target = index.column("target").combine_chunks()
+        self.targets: npt.NDArray[Any]
+        """int64 [samples], the class; multi-label and regression: float32 [samples, classes]."""
+        if pa.types.is_fixed_size_list(target.type):
+            self.targets = target.flatten().to_numpy().reshape(len(target), -1)
+        else:
+            self.targets = target.to_numpy().astype(np.int64)
+        self.num_bytes: Ints = index.column("num_bytes").to_numpy()
+        """int64 [samples]: of the first field; samples of like size are mostly of like length."""
+        self._split: npt.NDArray[np.int8] = index.column("split").to_numpy()
+
+    def rows(self, split: str) -> Ints:
+        """The samples of a split, int64, ascending."""
+        return np.flatnonzero(self._split == SPLITS.index(split))
+
+    def by_length(self, rows: Ints) -> Ints:
+        """The rows with the shortest samples first, by their size in bytes."""
+        return rows[np.argsort(self.num_bytes[rows], kind="stable")]
+
+    def known_by(self, row: int) -> str:
+        """What tells this sample from others: its file, or the digest of its content."""
+        if self._uri[int(self._row[row])].as_py():
+            place = self.place(row)
+            return place if is_uri(place) else os.path.realpath(place)
+        return hashlib.sha256(repr(sorted(self.read(row).items())).encode()).hexdigest()
+
+    def place(self, row: int) -> str:
+        """What the sample is called in a message: its file, or its row in the table."""
+        at = int(self._row[row])
+        uri: str = self._uri[at].as_py()
+        if not uri:
+            return f"table row {self._number[at].as_py()}"
+        return os.path.join(self._roots[self._origin[at].as_py()], uri)
+
+    def read(self, row: int) -> Sample:
+        """{field: its bytes} of one sample. Raises `BadSampleError` where they cannot be read."""
+        at = int(self._row[row])
+        sample = {name: column[at].as_py() for name, column in self._content.items() if column[at].is_valid}
+        if self._first not in sample:
+            sample[self._first] = _read(self._roots[self._origin[at].as_py()], self._uri[at].as_py())
+        return sample
+
+
+def _read(root: str, uri: str) -> bytes:
+    try:
+        if is_uri(root):
+            return cached(root).join(uri).read()
+        with open(os.path.join(root, uri), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadSampleError(f"cannot be read: {error.strerror or error}") from None
