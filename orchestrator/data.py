@@ -165,6 +165,8 @@ def _drop_duplicates(table: _Table) -> Ints:
     """The rows to keep, int64: one a file. The same file with two labels is refused: one of them is wrong."""
     taken = table.taken
     uris = np.frombuffer(taken.uri_id, dtype=np.uint64)
+    if not uris.any():
+        return np.arange(len(uris))
     roots = np.array([digest64(_text_of(origin)) for origin in table.source.origins], dtype=np.uint64)
     keys = np.where(uris == 0, np.arange(len(uris), dtype=np.uint64), uris ^ roots[numbers(taken.origin)])
     order = np.argsort(keys, kind="stable")
@@ -407,10 +409,13 @@ _REFUSALS: dict[TaskName, Callable[[npt.NDArray[Any], Ints, Sequence[str]], None
 def _leaks(table: _Table, kept: Ints, split: Ints) -> list[str]:
     """A note where the same content is trained on and tested with."""
     contents = table.taken.contents()[kept]
-    trained = np.unique(contents[(split == 0) & (contents != 0)])
+    trained = contents[(split == 0) & (contents != 0)]
+    trained.sort()
     notes = []
     for here in (1, 2):
-        same = np.flatnonzero((split == here) & np.isin(contents, trained))
+        rows = np.flatnonzero(split == here)
+        at = np.searchsorted(trained, contents[rows]).clip(max=max(0, len(trained) - 1))
+        same = rows[trained[at] == contents[rows]] if len(trained) else rows[:0]
         if len(same):
             notes.append(
                 f"{len(same)} of {SPLITS[here]} have the same content as a training sample, "

@@ -84,19 +84,19 @@ class Intake:
 
     def total_bytes(self) -> int:
         """Of all samples whose size is known."""
-        return sum(size for size in self.num_bytes if size > 0)
+        return int(np.maximum(numbers(self.num_bytes), 0).sum(dtype=np.int64))
 
     def known_by(self) -> npt.NDArray[np.uint64]:
         """What each sample is known by: its content, or, of much data, its file's size and time of modification."""
-        content, stat = _numbers(self.content_id), _numbers(self.stat_id)
-        in_table = _numbers(self.uri_id) == 0
-        whole = self.total_bytes() <= MAX_HASHED_BYTES and bool((content != 0).all())
-        return content if whole else np.where(in_table, content, stat)
+        content = _numbers(self.content_id)
+        if self.total_bytes() <= MAX_HASHED_BYTES and content.all():
+            return content
+        return np.where(_numbers(self.uri_id) == 0, content, _numbers(self.stat_id))
 
     def contents(self) -> npt.NDArray[np.uint64]:
         """The content that `known_by` is of, 0 where it is of something else."""
-        content = _numbers(self.content_id)
-        return np.where(self.known_by() == content, content, 0)
+        content, known_by = _numbers(self.content_id), self.known_by()
+        return np.where(known_by == content, content, np.uint64(0))
 
 
 def _numbers(values: array[Any]) -> npt.NDArray[Any]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +75,23 @@ class SampleWriter:
 
 
 class Rows:
-    """`samples.arrow`, memory-mapped."""
+    """What `samples.arrow` says of single rows, for messages; it is opened when it is first asked."""
 
     def __init__(self, file: Path, origins: Sequence[Origin]) -> None:
-        self.table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-        self._origins = origins
+        self._file, self._origins = file, origins
+
+    @cached_property
+    def _table(self) -> Any:
+        return pa.ipc.open_file(pa.memory_map(str(self._file))).read_all()
 
     def uri(self, row: int) -> str:
         """'' where the table holds the sample itself."""
-        return str(self.table.column("uri")[row].as_py())
+        return str(self._table.column("uri")[row].as_py())
 
     def place(self, row: int) -> str:
         """What the row is called in a message."""
-        origin = self._origins[self.table.column("origin")[row].as_py()]
-        number = self.table.column("number")[row].as_py()
+        origin = self._origins[self._table.column("origin")[row].as_py()]
+        number = self._table.column("number")[row].as_py()
         return f"{origin.text} row {number}" if origin.is_table else os.path.join(origin.text, self.uri(row))
 
 

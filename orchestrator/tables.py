@@ -131,8 +131,9 @@ def _parquet_columns(place: Path | Location) -> list[str]:
 
 def _parquet_batches(place: Path | Location, _names: Sequence[str], wanted: Sequence[str]) -> Iterator[Batch]:
     with _open(place) as file:
-        # Without a buffer size a whole column of a row group is read at once.
-        table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES)
+        # pre_buffer, which is on by default, keeps all that was read to the end of the file; without a buffer size
+        # a whole column of a row group is read at once.
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BLOCK_BYTES)
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=list(wanted), use_threads=False):
             yield batch.to_pydict()
 

@@ -130,7 +130,9 @@ def serve() -> Iterator[Hub]:
                 prefix = f"{folder}/" if folder else ""
                 inside = [file for file in repository.files if file.startswith(prefix)]
                 if "recursive=false" in self.path.lower():
-                    folders = {prefix + file[len(prefix) :].split("/")[0] for file in inside if "/" in file[len(prefix) :]}
+                    folders = {
+                        prefix + file[len(prefix) :].split("/")[0] for file in inside if "/" in file[len(prefix) :]
+                    }
                     inside = [file for file in inside if "/" not in file[len(prefix) :]]
                 else:
                     folders = set()

@@ -128,8 +128,11 @@ def test_a_directory_that_save_to_disk_wrote(tmp_path: Path, form: str) -> None:
     import datasets
 
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "bright"]), "kinds": datasets.List(
-            datasets.ClassLabel(names=["red", "green"]))}  # fmt: skip
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["dark", "bright"]),
+            "kinds": datasets.List(datasets.ClassLabel(names=["red", "green"])),
+        }  # fmt: skip
     )
     rows = [
         {"image": {"bytes": png(i * 9), "path": None}, "label": i % 2, "kinds": [0, 1] if i % 3 else []}
@@ -143,9 +146,7 @@ def test_a_directory_that_save_to_disk_wrote(tmp_path: Path, form: str) -> None:
     assert found.summary.num_samples["test"] == (2 if form == "one" else 4)
     samples = Samples(Path("samples").absolute(), ("image",))
     assert samples.read(5)["image"] == png(45)
-    many = prepare(
-        Data(path=str(tmp_path / "saved"), label_column="kinds"), registry.get("image"), CARD, "multi-label"
-    )
+    many = prepare(Data(path=str(tmp_path / "saved"), label_column="kinds"), registry.get("image"), CARD, "multi-label")
     assert many.classes == ("green", "red")
     (tmp_path / "saved" / ("state.json" if form == "one" else "dataset_dict.json")).write_text("{")
     assert "cannot be read" in refusal(tmp_path / "saved").message

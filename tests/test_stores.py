@@ -164,7 +164,7 @@ def test_of_many_files_in_a_store_some_are_read(bucket: Any, tmp_path: Path, mon
     assert first.summary.num_samples == {"train": 16, "validation": 2, "test": 2}
 
 
-def test_what_fsspec_opens(tmp_path: Path) -> None:
+def test_what_fsspec_opens() -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
