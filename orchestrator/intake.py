@@ -112,7 +112,7 @@ def _step(num_rows: int) -> int:
     """Every so many rows are measured. A power of two, so that what was measured before it grew is not in vain."""
     if num_rows <= NUM_MEASURED_ALL:
         return 1
-    return 2 ** max(0, int(math.log2(num_rows / NUM_MEASURED)))
+    return 1 << max(0, int(math.log2(num_rows / NUM_MEASURED)))
 
 
 def digest64(*what: object) -> int:

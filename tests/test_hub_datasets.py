@@ -132,7 +132,7 @@ def test_a_directory_that_save_to_disk_wrote(tmp_path: Path, form: str) -> None:
             "image": datasets.Image(),
             "label": datasets.ClassLabel(names=["dark", "bright"]),
             "kinds": datasets.List(datasets.ClassLabel(names=["red", "green"])),
-        }  # fmt: skip
+        }
     )
     rows = [
         {"image": {"bytes": png(i * 9), "path": None}, "label": i % 2, "kinds": [0, 1] if i % 3 else []}

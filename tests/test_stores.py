@@ -131,7 +131,7 @@ def test_a_table_in_parts(bucket: Any, tmp_path: Path) -> None:
     assert "s3://bucket/texts/part-1.parquet cannot be read" in refusal("s3://bucket/texts", modality="text").message
 
 
-def test_what_is_not_there(bucket: Any, tmp_path: Path) -> None:
+def test_what_is_not_there(bucket: Any) -> None:
     assert refusal("s3://bucket/nothing").message == "there is no s3://bucket/nothing"
     assert refusal("s3://nobucket/nothing").message == "there is no s3://nobucket/nothing"
     assert "nothing://x/y is no place that can be opened" in refusal("nothing://x/y").message
@@ -142,7 +142,8 @@ def test_what_is_not_there(bucket: Any, tmp_path: Path) -> None:
     assert "s3://bucket/u.csv row 1: the file a.png is missing" in refusal("s3://bucket/u.csv").message
 
 
-def test_a_store_that_does_not_answer(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("bucket")
+def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     error = refusal("s3://bucket/photos")
