@@ -21,7 +21,6 @@ from orchestrator.model import Inputs, Network
 from orchestrator.samples import Samples
 from orchestrator.worker import Worker
 
-EXTRACT_BATCH = 64
 SPLIT_TOLERANCE = 1e-4
 _NUM_PROOF_SAMPLES = 16
 
@@ -185,8 +184,7 @@ def _extract_share(
     mine = set(rows.tolist())
     if by_length:
         rows = source.samples.by_length(rows)
-    for start in range(0, len(rows), EXTRACT_BATCH):
-        part = rows[start : start + EXTRACT_BATCH]
+    for part in source.samples.batches(rows):
         batch = source.batch(part, train=False)
         if batch is not None:
             with torch.no_grad():

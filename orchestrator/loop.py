@@ -40,7 +40,6 @@ from orchestrator.samples import Samples
 from orchestrator.weights import fetch
 from orchestrator.worker import Worker, autocast, seed_for, start_worker
 
-EVALUATION_BATCH = 64
 _BUCKET_STEPS = 32
 _ORDER, _STEP = 1, 2  # what a random number is for
 
@@ -395,8 +394,8 @@ def _predict(session: Session, source: Source, rows: Ints) -> Predictions:
     if session.by_length:
         mine = session.samples.by_length(mine)
     parts = []
-    for start in range(0, len(mine), EVALUATION_BATCH):
-        batch = source.batch(mine[start : start + EVALUATION_BATCH], train=False)
+    for some in session.samples.batches(mine):
+        batch = source.batch(some, train=False)
         if batch is None:
             continue
         outputs = evaluate_batch(session.forward, batch.to(worker.device).inputs)

@@ -14,7 +14,7 @@ import torch
 from orchestrator import data, hub, registry
 from orchestrator.errors import BadSampleError, DataError, RefusedError, TrainingError
 from orchestrator.features import SampleSource
-from orchestrator.loop import EVALUATION_BATCH, evaluate_batch
+from orchestrator.loop import evaluate_batch
 from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Collate, Modality
 from orchestrator.model import Network, freeze, set_mode
@@ -22,7 +22,7 @@ from orchestrator.objective import Objective, make_objective
 from orchestrator.planning import num_cores, spilled
 from orchestrator.plans import Plan
 from orchestrator.runs import SAMPLES, Run, open_run
-from orchestrator.samples import Samples
+from orchestrator.samples import MAX_AT_ONCE, Samples
 from orchestrator.spec import Data, make_job
 from orchestrator.weights import read_tensors
 from orchestrator.worker import Worker, start_worker
@@ -67,8 +67,8 @@ def predict(run: Run | str | Path, inputs: Iterable[Input] | str | Path | bytes,
     loaded = _load(run)
     asked: list[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
     found: list[Prediction] = []
-    for start in range(0, len(asked), EVALUATION_BATCH):
-        found += _predict_some(loaded, asked[start : start + EVALUATION_BATCH], top)
+    for start in range(0, len(asked), MAX_AT_ONCE):
+        found += _predict_some(loaded, asked[start : start + MAX_AT_ONCE], top)
     return found
 
 
@@ -91,9 +91,9 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
         if loaded.modality.by_length:
             rows = samples.by_length(rows)
         parts = []
-        for start in range(0, len(rows), EVALUATION_BATCH):
+        for some in samples.batches(rows):
             try:
-                batch = source.batch(rows[start : start + EVALUATION_BATCH], train=False)
+                batch = source.batch(some, train=False)
             except TrainingError as error:
                 raise DataError(error.message, mend="mend or remove it, or --on-bad-sample skip") from None
             if batch is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ Ints = npt.NDArray[np.int64]
 ROWS_FILE, INDEX_FILE = "samples.arrow", "index.arrow"
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 16 * 2**20
+MAX_AT_ONCE = 64
+_BYTES_AT_ONCE = 64 * 2**20
+"""Of files, which are up to some ten times as large once they are decoded."""
 
 
 class SampleWriter:
@@ -147,6 +150,15 @@ class Samples:
     def by_length(self, rows: Ints) -> Ints:
         """The rows with the shortest samples first, by their size in bytes."""
         return rows[np.argsort(self.num_bytes[rows], kind="stable")]
+
+    def batches(self, rows: Ints) -> Iterator[Ints]:
+        """The rows in pieces that are decoded at once: at most `MAX_AT_ONCE`, fewer where their files are large."""
+        start = 0
+        while start < len(rows):
+            piece = rows[start : start + MAX_AT_ONCE]
+            fitting = int(np.searchsorted(np.cumsum(self.num_bytes[piece]), _BYTES_AT_ONCE, side="right"))
+            yield piece[: max(1, fitting)]
+            start += max(1, fitting)
 
     def known_by(self, row: int) -> str:
         """What tells this sample from others: its file, or the digest of its content."""

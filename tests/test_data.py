@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from orchestrator import intake, registry
+from orchestrator import intake, registry, samples
 from orchestrator.data import Prepared, prepare
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.plans import BackboneCard
@@ -381,3 +381,17 @@ def test_a_file_that_vanishes_later_is_a_bad_sample(folder: Path) -> None:
     os.unlink(samples.place(0))
     with pytest.raises(BadSampleError, match="No such file"):
         samples.read(0)
+
+
+def test_large_samples_are_decoded_a_few_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(folder)
+    found, rows = saved(), np.arange(20)
+    assert [len(some) for some in found.batches(rows)] == [20]
+    monkeypatch.setattr(samples, "MAX_AT_ONCE", 8)
+    assert [len(some) for some in found.batches(rows)] == [8, 8, 4]
+    monkeypatch.setattr(samples, "_BYTES_AT_ONCE", int(found.num_bytes[:3].sum()))
+    pieces = list(found.batches(rows))
+    assert len(pieces[0]) == 3
+    assert np.concatenate(pieces).tolist() == rows.tolist()
+    monkeypatch.setattr(samples, "_BYTES_AT_ONCE", 1)  # one that is larger than all of it comes alone
+    assert [len(some) for some in found.batches(rows)] == [1] * 20
