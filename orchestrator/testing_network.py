@@ -57,7 +57,9 @@ def check_network(modality: Modality, backbone: Path, folder: Path, toys: Toys, 
     source = str(backbone)
     if not hub.read_card(source).weight_files:
         job = {**fields, "backbone": source, "method": "scratch", "name": "check-scratch"}
-        _check_steps(_trial(modality, job, toys), modality)
+        trial = _trial(modality, job, toys)
+        _check_steps(trial, modality)
+        _check_export(trial, modality, folder / "export-scratch")
         source = str(_run("a job from random weights", job).path)
     job = {**fields, "backbone": source, "method": "head", "name": "check-head"}
     trial = _trial(modality, job, toys)
