@@ -29,7 +29,7 @@ def measure(signal, card):
 def fit(card, row, settings, profile):
     channels, width = card.config["channels"], card.config["width"]
     if profile and profile.share(lambda one: one["channels"] != channels):
-        raise RefusedError("channels", f"{card.source} takes {channels}, the data has {profile.ranges['channels']}")
+        raise RefusedError("channels", f"{card.source} takes {channels} channels, not {profile.ranges['channels']}")
     return Fit(input={"channels": channels, "width": width, "steps": settings.steps})
 
 def build(plan, directory):

@@ -118,7 +118,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
             "channels",
             f"{card.source} takes images of {channels} channels, and an image file has 1, 3 or 4",
             expected="a backbone of 1 or 3 channels",
-            mend="choose another backbone, or write a plugin for such images (docs/design.md)",
+            mend="choose another backbone, or write a plugin for such images (docs/plugins.md)",
         )
     adaptations, notes = [], []
     if profile is not None and profile.num_measured:
