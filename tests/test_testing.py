@@ -15,7 +15,8 @@ from orchestrator.errors import ContractError, OrchestratorError
 from orchestrator.modality import BackboneRules, Modality, SampleField, Task
 from orchestrator.plans import BackboneRow
 from orchestrator.testing import check_modality
-from tests.conftest import REPOSITORY, save_backbone
+from tests.conftest import REPOSITORY
+from tests.tiny import make_bert, make_wav2vec2
 
 sys.path.insert(0, str(REPOSITORY / "examples" / "third_party"))
 try:
@@ -64,32 +65,11 @@ def test_images_pass(tiny_resnet: Path) -> None:
 
 
 def test_audio_passes(tmp_path: Path) -> None:
-    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
-
-    config = Wav2Vec2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, conv_dim=[16, 16],
-        conv_kernel=[10, 8], conv_stride=[5, 4], num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
-        classifier_proj_size=16,
-    )  # fmt: skip
-    extractor = Wav2Vec2FeatureExtractor(sampling_rate=8000)
-    backbone = save_backbone(tmp_path / "w", config, extractor, "Wav2Vec2ForSequenceClassification")
-    check_modality(registry.get("audio"), backbone)
+    check_modality(registry.get("audio"), make_wav2vec2(tmp_path / "backbone"))
 
 
 def test_text_passes_by_both_heads(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import BertConfig, PreTrainedTokenizerFast
-
-    text = "the rain falls on hills bread with butter soup snow fog sun day cold wind"
-    words = ["[PAD]", "[UNK]", *text.split()]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=24,
-    )  # fmt: skip
-    backbone = save_backbone(tmp_path / "b", config, tokenizer, "BertForSequenceClassification")
+    backbone = make_bert(tmp_path / "backbone")
     for head in ("native", "pooled"):
         check_modality(registry.get("text"), backbone, settings={"head": head})
 
