@@ -76,7 +76,6 @@ class Recording:
 def decode(sample: Sample) -> Recording:
     """The recording at its own rate, its first `MAX_SECONDS_READ` seconds."""
     try:
-        import numpy as np
         import soundfile
     except ImportError as error:
         raise MissingExtraError(error.name or "soundfile", "audio") from None
@@ -100,9 +99,10 @@ def decode(sample: Sample) -> Recording:
         raise BadSampleError("holds no sound: 0 samples")
     if len(samples) < wanted - max(_FRAMES_LOST, wanted // 100):
         raise BadSampleError(f"is cut off: {len(samples)} of {wanted} samples")
-    if not np.isfinite(samples).all():
+    low, high = float(samples.min()), float(samples.max())  # a NaN among the samples is both; no copy is made
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise BadSampleError("holds samples that are not finite")
-    loudest = float(np.abs(samples).max())
+    loudest = max(-low, high)
     if loudest > _LOUDEST:
         raise BadSampleError(f"holds a sample of {loudest:g}, and full scale is 1")
     return Recording(samples, rate, frames / rate)
@@ -128,9 +128,10 @@ def _cut_off(content: bytes) -> str:
         missing = size not in _STREAMED and size > len(content) - 7  # a last padding byte is often left out
         return f"{len(content)} of {size + 8} bytes" if missing else ""
     if content[:4] == b"OggS":
-        last = content.rfind(b"OggS")
-        ended = len(content) > last + 5 and content[last + 5] & _OGG_END
-        return "" if ended else "its last page is not the end of the stream"
+        page = content[content.rfind(b"OggS") :]
+        if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+            return "its last page is not whole"
+        return "" if page[5] & _OGG_END else "its last page is not the end of the stream"
     return _cut_off_mp3(content)
 
 

@@ -66,6 +66,9 @@ def decode(sample: Sample) -> Image:
         image.load()
         if image.mode == "F":
             raise BadSampleError("holds floating-point values, and nothing says which of them is white")
+        # Transparency is dropped, as the pipeline that serves the model does it; of a palette Pillow warns of that.
+        if image.mode == "P":
+            image.info.pop("transparency", None)
         return ImageOps.exif_transpose(image) or image
     except BadSampleError:
         raise
