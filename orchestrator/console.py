@@ -19,8 +19,9 @@ from orchestrator.plans import FIGURES
 
 Events = Callable[[dict[str, Any]], None]
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# A class named ":fish:" is shown as it is written, and so is a file named "[bold].png": `escape` sees to that.
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 _PLAIN_EVERY_S = 10.0
 

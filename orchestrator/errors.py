@@ -8,6 +8,7 @@ OrchestratorError                 exit 1: it ran and failed
 │   ├── MissingExtraError         a library of an extra is not installed
 │   └── ChangedError              data, backbone or job differ from those that the run began with
 ├── BadSampleError                one sample cannot be read; raised by a plugin's `decode`
+├── ContractError                 a plugin breaks the contract; raised by `orchestrator.testing`
 ├── WeightsError                  a checkpoint does not fit its own architecture
 ├── CheckpointError               no valid checkpoint where there should be one
 ├── TrainingError                 a worker died, or the loss is not finite
@@ -142,6 +143,17 @@ class BadSampleError(OrchestratorError):
     """One sample cannot be read. Raised by a plugin's `decode`; the core adds which sample it was."""
 
     reason = "bad_sample"
+
+
+class ContractError(OrchestratorError):
+    """A plugin breaks the contract: which field, what was found. Raised by `orchestrator.testing.check_modality`."""
+
+    reason = "contract"
+
+    def __init__(self, field: str, found: str, *, expected: str = "", mend: str = "") -> None:
+        super().__init__(f"{field}: {found}", expected=expected, mend=mend)
+        self.field = field
+        self.found = found
 
 
 class WeightsError(OrchestratorError):

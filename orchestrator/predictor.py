@@ -190,7 +190,10 @@ def _sample(one: Input, modality: Modality) -> dict[str, bytes]:
     texts = one if isinstance(one, tuple) else (str(one),)
     if len(texts) > len(modality.sample):
         raise BadSampleError(f"{len(texts)} texts, and {modality.name} takes {len(modality.sample)} at most")
-    return {field.name: text.encode() for field, text in zip(modality.sample, texts, strict=False)}
+    # A lone surrogate, which an argument that is not in UTF-8 becomes, is for `decode` to refuse.
+    return {
+        field.name: text.encode(errors="surrogatepass") for field, text in zip(modality.sample, texts, strict=False)
+    }
 
 
 def _shown(one: Input) -> str:

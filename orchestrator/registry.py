@@ -29,10 +29,10 @@ class Listing:
 
 def register(modality: Modality) -> Modality:
     """Make a modality known in this process, for a notebook. The same rules as for an entry point."""
-    _validate(modality, "register()")
-    if _points(modality.name):
+    validate(modality, "register()")
+    if claims(modality.name):
         raise PluginError(
-            f"the modality {modality.name!r} is taken by {_owners(_points(modality.name))}",
+            f"the modality {modality.name!r} is taken by {owners(claims(modality.name))}",
             mend="give yours another name",
         )
     # Registering the same name again is how a notebook works: the newest cell wins, in this process alone.
@@ -61,7 +61,7 @@ def get(name: str) -> Modality:
         return _registered[name]
     if name in _loaded:
         return _loaded[name]
-    points = _points(name)
+    points = claims(name)
     if not points:
         raise PluginError(
             f"there is no modality {name!r}",
@@ -70,7 +70,7 @@ def get(name: str) -> Modality:
         )
     if len(points) > 1:
         raise PluginError(
-            f"{len(points)} distributions claim the modality {name!r}: {_owners(points)}",
+            f"{len(points)} distributions claim the modality {name!r}: {owners(points)}",
             mend="uninstall all of them but one",
         )
     _loaded[name] = _load(points[0])
@@ -92,7 +92,7 @@ def listings() -> list[Listing]:
     """Every claim to a name, with the error of those that do not load."""
     rows = []
     for name in sorted({point.name for point in entry_points(group=GROUP)}):
-        points = _points(name)
+        points = claims(name)
         for point in points:
             modality, error = None, ""
             try:
@@ -106,11 +106,13 @@ def listings() -> list[Listing]:
     return rows
 
 
-def _points(name: str) -> list[EntryPoint]:
+def claims(name: str) -> list[EntryPoint]:
+    """The entry points of that name: more than one where distributions disagree."""
     return list(entry_points(group=GROUP, name=name))
 
 
-def _owners(points: list[EntryPoint]) -> str:
+def owners(points: list[EntryPoint]) -> str:
+    """The distributions of entry points, for a message."""
     return " and ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points)
 
 
@@ -119,19 +121,20 @@ def _load(point: EntryPoint) -> Modality:
         modality = point.load()
     except Exception as error:
         raise PluginError(
-            f"the plugin {point.name!r} of {_owners([point])} does not import: {type(error).__name__}: {error}",
+            f"the plugin {point.name!r} of {owners([point])} does not import: {type(error).__name__}: {error}",
             mend="mend or uninstall that distribution",
         ) from error
-    _validate(modality, point.value)
+    validate(modality, point.value)
     if modality.name != point.name:
         raise PluginError(
-            f"the entry point {point.name!r} of {_owners([point])} gives a modality named {modality.name!r}",
+            f"the entry point {point.name!r} of {owners([point])} gives a modality named {modality.name!r}",
             expected="one name in both places",
         )
-    return modality  # type: ignore[no-any-return]  # _validate has looked at it
+    return modality  # type: ignore[no-any-return]  # validate has looked at it
 
 
-def _validate(modality: object, where: str) -> None:
+def validate(modality: object, where: str) -> None:
+    """Return if it is a modality that the registry takes; raise `PluginError` otherwise. `where` begins the message."""
     if not isinstance(modality, Modality):
         raise PluginError(f"{where} is a {type(modality).__name__}", expected="an orchestrator.Modality")
     if not modality.name.isidentifier() or modality.name != modality.name.lower():

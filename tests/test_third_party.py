@@ -1,46 +1,41 @@
-"""examples/third_party as pip installs it: listed, refused the wrong backbone, pretrained, fine-tuned."""
+"""examples/third_party as pip installs it, and docs/plugins.md as it is written: its listings, and its commands run."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
-import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
 
 Cli = Callable[..., CompletedProcess[str]]
 SOURCE = REPOSITORY / "examples" / "third_party"
+PAGE = (REPOSITORY / "docs" / "plugins.md").read_text(encoding="utf-8")
 
 
-def recordings(root: Path, kinds: dict[str, float], num: int) -> Path:
-    """Three channels of noise with a sine in the second, its frequency the class."""
-    random = np.random.default_rng(len(kinds))
-    for label, frequency in kinds.items():
-        (root / label).mkdir(parents=True)
-        for i in range(num):
-            signal = random.normal(scale=0.3, size=(3, random.integers(90, 160))).astype(np.float32)
-            signal[1] += np.sin(frequency * np.arange(signal.shape[1]) + random.uniform(0, 6))
-            np.save(root / label / f"{i}.npy", signal)
-    return root
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which the distribution is there."""
+    """The environment in which the distribution is there, and the commands of this installation first."""
     target = tmp_path_factory.mktemp("site")
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
          "--disable-pip-version-check", "--target", str(target), str(SOURCE)],
         check=True, capture_output=True,
     )  # fmt: skip
-    return {**os.environ, "PYTHONPATH": str(target)}
+    path = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {**os.environ, "PYTHONPATH": path, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def test_it_is_a_plugin_of_sixty_lines() -> None:
@@ -49,33 +44,65 @@ def test_it_is_a_plugin_of_sixty_lines() -> None:
     assert max(map(len, lines)) <= 120
 
 
+def test_the_page_shows_the_files_as_they_are() -> None:
+    assert blocks("toml") == [(SOURCE / "pyproject.toml").read_text()]
+    assert blocks("python") == [(SOURCE / name).read_text() for name in ("orchestrator_sensor.py", "test_sensor.py")]
+
+
 @pytest.mark.slow
-def test_from_nothing_to_a_trained_model(
-    installed: dict[str, str], cli: Cli, tiny_resnet: Path, tmp_path: Path
+def test_the_commands_of_the_page_do_what_it_says(installed: dict[str, str]) -> None:
+    """All but pip's, which the fixture did, into a folder of its own."""
+    shutil.copytree(SOURCE, Path("examples/third_party"), ignore=shutil.ignore_patterns("__pycache__"))
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    assert commands.pop(0) == "pip install --no-deps ./examples/third_party"
+    done = {}
+    for command in commands:
+        done[command] = subprocess.run(
+            command, shell=True, env=installed, capture_output=True, text=True, timeout=240, check=False
+        )
+        wanted = 2 if "# refused" in command else 0
+        assert done[command].returncode == wanted, (command, done[command].stdout, done[command].stderr)
+    assert "1 passed" in done["pytest examples/third_party"].stdout
+    assert "orchestrator-sensor" in done["orchestrator plugins"].stdout
+    assert "refused (wrong_modality)" in done[commands[-1]].stderr
+    for name in ("base", "pumps"):
+        assert json.loads(Path(f"runs/{name}/results.json").read_text())["test"]["accuracy"] > 0.8
+    assert json.loads(Path("runs/pumps/lineage.json").read_text())["features"] == "once"
+    assert "left" in next(out.stdout for command, out in done.items() if "predict" in command)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused_and_a_broken_file_named(
+    installed: dict[str, str], cli: Cli, tiny_resnet: Path
 ) -> None:
     rows = {row["name"]: row for row in json.loads(cli("plugins", "--json", env=installed).stdout)}
     assert (rows["sensor"]["distribution"], rows["sensor"]["trainable"]) == ("orchestrator-sensor", True)
     refused = cli("check", tiny_resnet, "--modality", "sensor", "--json", env=installed)
-    assert refused.returncode == 2
-    assert json.loads(refused.stdout)["reason"] == "wrong_modality"
-    backbone = tmp_path / "sensor-cnn"
-    backbone.mkdir()
-    (backbone / "config.json").write_text('{"model_type": "sensor-cnn", "channels": 3, "width": 16}')
-    many = recordings(tmp_path / "many", {"slow": 0.2, "middle": 0.5, "fast": 1.0}, 60)
-    base = cli("pretrain", "--modality", "sensor", "--backbone", backbone, "--data", many, "--epochs", "8",
-               "--name", "base", "--json", env=installed)  # fmt: skip
-    assert base.returncode == 0, base.stderr
-    assert json.loads(base.stdout)["test"]["accuracy"] > 0.8
-    few = recordings(tmp_path / "few", {"left": 0.2, "right": 1.0}, 60)
-    for method in ("head", "full"):
-        tuned = cli("finetune", "--modality", "sensor", "--backbone", "runs/base", "--data", few, "--method", method,
-                    "--name", method, "--json", env=installed)  # fmt: skip
-        assert tuned.returncode == 0, tuned.stderr
-        assert json.loads(tuned.stdout)["test"]["accuracy"] > 0.8
-    assert json.loads(Path("runs/head/lineage.json").read_text())["features"] == "once"
-    one = cli("predict", "runs/head", next(iter(sorted((few / "left").iterdir()))), "--json", env=installed)
-    assert json.loads(one.stdout)[0]["label"] == "left"
-    (few / "left" / "broken.npy").write_bytes(b"\x93NUMPY")
-    broken = cli("evaluate", "runs/head", "--data", few, env=installed)
-    assert broken.returncode == 2
-    assert "is no .npy file" in " ".join(broken.stderr.split())
+    assert (refused.returncode, json.loads(refused.stdout)["reason"]) == (2, "wrong_modality")
+    subprocess.run([sys.executable, SOURCE / "make_data.py"], check=True, env=installed)
+    for channels, name in ((3, "three"), (4, "four")):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(json.dumps({"model_type": "sensor-cnn", "channels": channels, "width": 4}))
+    train = ("pretrain", "--modality", "sensor", "--data", "pumps", "--json")
+    other = json.loads(cli(*train, "--backbone", "four", env=installed).stdout)
+    assert (other["reason"], other["message"]) == ("channels", "four takes 4 channels, not 3")
+    Path("pumps/left/broken.npy").write_bytes(b"\x93NUMPY")
+    broken = json.loads(cli(*train, "--backbone", "three", env=installed).stdout)
+    assert broken["reason"] == "data"
+    assert "broken.npy: is no .npy file of numbers" in broken["message"]
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_from_python(installed: dict[str, str]) -> None:
+    subprocess.run([sys.executable, SOURCE / "make_data.py"], check=True, env=installed)
+    Path("cnn").mkdir()
+    Path("cnn/config.json").write_text('{"model_type": "sensor-cnn", "channels": 3, "width": 16}')
+    program = (
+        "import orchestrator; more = dict(modality='sensor', events=lambda _: None)\n"
+        "base = orchestrator.pretrain(backbone='cnn', data='machines', training={'epochs': 4}, **more)\n"
+        "run = orchestrator.finetune(backbone=str(base.path), data='pumps', method='full', **more)\n"
+        "print(run.accuracy)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=installed, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0.8

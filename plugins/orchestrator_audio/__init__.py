@@ -41,6 +41,7 @@ _DEFAULT_SECONDS = 30.0
 _OFTEN = 0.1  # of the recordings cropped: more is worth a warning
 _FRAMES_LOST = 4608  # of the header's, by which lossy formats round: four MP3 frames
 _MIN_FRAMES = 4  # of the convolutions: some families halve their number again
+_XING_WITHIN = 64  # bytes from the start of a frame
 _STREAMED = (0, 0xFFFFFFFF)  # RIFF sizes that say nothing
 SPECTROGRAM = ("audio-spectrogram-transformer", "whisper")
 """Types that take spectrograms of one length."""
@@ -74,19 +75,17 @@ class Recording:
 def decode(sample: Sample) -> Recording:
     """The recording at its own rate, its first `MAX_SECONDS_READ` seconds."""
     try:
-        import numpy as np
         import soundfile
     except ImportError as error:
         raise MissingExtraError(error.name or "soundfile", "audio") from None
     content = sample["audio"]
     if not content:
         raise BadSampleError("the file is empty")
-    if content[:4] == b"RIFF" and len(content) >= 8:
-        (size,) = struct.unpack("<I", content[4:8])
-        if size not in _STREAMED and size > len(content) - 7:  # a last padding byte is often left out
-            raise BadSampleError(f"is cut off: {len(content)} of {size + 8} bytes")
+    cut = _cut_off(content)
+    if cut:
+        raise BadSampleError(f"is cut off: {cut}")
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
+        with soundfile.SoundFile(_Content(content)) as file:
             rate, frames = file.samplerate, file.frames
             if not 1 <= rate <= _HIGHEST_RATE:
                 raise BadSampleError(f"claims a sample rate of {rate} Hz")
@@ -99,12 +98,58 @@ def decode(sample: Sample) -> Recording:
         raise BadSampleError("holds no sound: 0 samples")
     if len(samples) < wanted - max(_FRAMES_LOST, wanted // 100):
         raise BadSampleError(f"is cut off: {len(samples)} of {wanted} samples")
-    if not np.isfinite(samples).all():
+    low, high = float(samples.min()), float(samples.max())  # a NaN among the samples is both; no copy is made
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise BadSampleError("holds samples that are not finite")
-    loudest = float(np.abs(samples).max())
+    loudest = max(-low, high)
     if loudest > _LOUDEST:
         raise BadSampleError(f"holds a sample of {loudest:g}, and full scale is 1")
     return Recording(samples, rate, frames / rate)
+
+
+class _Content(io.BytesIO):
+    """Bytes that stay where they are when a broken header sends libsndfile to before their beginning.
+
+    soundfile calls from C, where an exception cannot be caught: its trace would go to the terminal.
+    """
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
+def _cut_off(content: bytes) -> str:
+    """What says that the end of the file is missing, '' if nothing does: libsndfile reads up to there in silence."""
+    if content[:4] in (b"RIFF", b"FORM") and len(content) >= 8:
+        (size,) = struct.unpack("<I" if content[:4] == b"RIFF" else ">I", content[4:8])
+        missing = size not in _STREAMED and size > len(content) - 7  # a last padding byte is often left out
+        return f"{len(content)} of {size + 8} bytes" if missing else ""
+    if content[:4] == b"OggS":
+        page = content[content.rfind(b"OggS") :]
+        if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+            return "its last page is not whole"
+        return ""  # a last page that is not marked as the last says nothing: a third of Debian's klettres are so
+    return _cut_off_mp3(content)
+
+
+def _cut_off_mp3(content: bytes) -> str:
+    """By the Xing header, which most encoders write into the first frame: how many bytes there are from there on."""
+    start = 0
+    if content[:3] == b"ID3" and len(content) >= 10:  # a tag, its size in four times 7 bits
+        start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0), strict=True))
+    if content[start : start + 1] != b"\xff":
+        return ""
+    at = max(content.find(name, start, start + _XING_WITHIN) for name in (b"Xing", b"Info"))
+    if at < 0 or len(content) < at + 16:
+        return ""
+    (flags,) = struct.unpack(">I", content[at + 4 : at + 8])
+    if flags & 2 == 0:
+        return ""
+    place = at + 8 + (4 if flags & 1 else 0)
+    (size,) = struct.unpack(">I", content[place : place + 4])
+    return f"{len(content)} of {start + size} bytes" if start + size > len(content) else ""
 
 
 def measure(recording: Recording, card: BackboneCard) -> Facts:  # noqa: ARG001  # measured without the backbone

@@ -66,6 +66,9 @@ def decode(sample: Sample) -> Image:
         image.load()
         if image.mode == "F":
             raise BadSampleError("holds floating-point values, and nothing says which of them is white")
+        # Transparency is dropped, as the pipeline that serves the model does it; of a palette Pillow warns of that.
+        if image.mode == "P":
+            image.info.pop("transparency", None)
         return ImageOps.exif_transpose(image) or image
     except BadSampleError:
         raise
@@ -118,7 +121,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
             "channels",
             f"{card.source} takes images of {channels} channels, and an image file has 1, 3 or 4",
             expected="a backbone of 1 or 3 channels",
-            mend="choose another backbone, or write a plugin for such images (docs/design.md)",
+            mend="choose another backbone, or write a plugin for such images (docs/plugins.md)",
         )
     adaptations, notes = [], []
     if profile is not None and profile.num_measured:

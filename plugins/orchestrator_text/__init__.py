@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.model import Network
 
 _DEFAULT_TOKENS = 512
+_FEW_NULS = 0.2  # of the characters
 _OFTEN = 0.1  # of the texts truncated: more is worth a warning
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 # Their position table begins behind the padding token: two entries are no positions.
@@ -80,6 +81,8 @@ def _decode(content: bytes, what: str) -> str:
         raise BadSampleError(f"{what} is not in UTF-8 (byte {error.start})") from None
     if not text.strip():
         raise BadSampleError(f"{what} is empty")
+    if text.count("\0") > _FEW_NULS * len(text):
+        raise BadSampleError(f"{what} is full of NUL characters, as UTF-16 is that is read as UTF-8")
     return text
 
 
