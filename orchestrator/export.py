@@ -16,7 +16,13 @@ from orchestrator.console import figure, interval
 from orchestrator.model import Network
 from orchestrator.plans import FIGURES, Plan
 
-_PIPELINES = {"image": "image-classification", "audio": "audio-classification", "text": "text-classification"}
+_PIPELINES = {
+    # What `forward` takes first -> the Hub's name of the task, whatever plugin trained the model.
+    "pixel_values": "image-classification",
+    "input_values": "audio-classification",
+    "input_features": "audio-classification",
+    "input_ids": "text-classification",
+}
 
 
 def export(
@@ -43,7 +49,7 @@ def model_card(
     library: str = "transformers",
 ) -> str:
     """The model card: every field filled from what the run knows, none left blank."""
-    task = _PIPELINES.get(plan.job.modality, plan.job.modality)
+    task = _PIPELINES.get(next(iter(plan.row.inputs), ""), plan.job.modality)
     split = "test" if "test" in results else "validation"
     figures, shown = results.get(split, {}), FIGURES[plan.job.task]
     front: dict[str, Any] = {

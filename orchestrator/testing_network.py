@@ -18,7 +18,7 @@ from orchestrator.errors import ContractError
 from orchestrator.modality import Collate, Modality
 from orchestrator.model import Network, freeze, make_optimizer, set_mode
 from orchestrator.objective import make_objective
-from orchestrator.planning import prepare
+from orchestrator.planning import plan as make_plan
 from orchestrator.plans import Plan
 from orchestrator.predictor import predict
 from orchestrator.runs import Run
@@ -99,7 +99,7 @@ def _trial(modality: Modality, job: Mapping[str, Any], toys: Toys) -> _Trial:
     assert modality.build is not None
     assert modality.batch is not None
     with calling("fit", "planning a job on the toy samples"):
-        plan, _ = prepare(make_job(job))
+        plan = make_plan(make_job(job))
         directory = fetch(plan.backbone, plan.weights != "random")
     with calling("build", f"from {plan.weights} weights"):
         network = modality.build(plan, directory)

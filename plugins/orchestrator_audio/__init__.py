@@ -8,7 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -37,6 +37,7 @@ MAX_SECONDS_READ = 600
 _MAX_VALUES = MAX_SECONDS_READ * 48_000 * 2  # stereo at 48 kHz: 8 channels of silence are a few kB of FLAC
 _LOUDEST = 1e6  # full scale is 1; the square of 1e38 is infinite
 _HIGHEST_RATE = 1_000_000
+_BLOCK = 1 << 20  # samples of each channel read at once
 _DEFAULT_SECONDS = 30.0
 _OFTEN = 0.1  # of the recordings cropped: more is worth a warning
 _FRAMES_LOST = 4608  # of the header's, by which lossy formats round: four MP3 frames
@@ -66,10 +67,14 @@ class Recording:
     """A recording as it was read."""
 
     samples: npt.NDArray[np.float32]
-    """float32 [samples, channels]"""
+    """float32 [samples], the mean of the channels"""
     rate_hz: int
     seconds: float
     """Of the whole file, of which `samples` may be the beginning."""
+    channels: int = 1
+    """Of the file."""
+    encoding: str = ""
+    """Container and bit depth or codec, in libsndfile's words: "WAV PCM_16", "OGG VORBIS"."""
 
 
 def decode(sample: Sample) -> Recording:
@@ -86,11 +91,12 @@ def decode(sample: Sample) -> Recording:
         raise BadSampleError(f"is cut off: {cut}")
     try:
         with soundfile.SoundFile(_Content(content)) as file:
-            rate, frames = file.samplerate, file.frames
+            rate, frames, channels = file.samplerate, file.frames, file.channels
+            encoding = f"{file.format} {file.subtype}"
             if not 1 <= rate <= _HIGHEST_RATE:
                 raise BadSampleError(f"claims a sample rate of {rate} Hz")
             wanted = min(frames, MAX_SECONDS_READ * rate, _MAX_VALUES // file.channels)
-            samples = file.read(wanted, dtype="float32", always_2d=True)
+            samples = _read_mono(file, wanted)
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
         raise BadSampleError(f"is no audio that libsndfile can read: {reason}") from None
@@ -104,7 +110,24 @@ def decode(sample: Sample) -> Recording:
     loudest = max(-low, high)
     if loudest > _LOUDEST:
         raise BadSampleError(f"holds a sample of {loudest:g}, and full scale is 1")
-    return Recording(samples, rate, frames / rate)
+    return Recording(samples, rate, frames / rate, channels, encoding)
+
+
+def _read_mono(file: Any, wanted: int) -> npt.NDArray[np.float32]:
+    """float32 [samples]: the mean of the channels, `wanted` samples of it or what there is.
+
+    Block by block, so that two channels never take the memory of two: ten minutes at 48 kHz are 115 MB.
+    """
+    import numpy as np
+
+    mono, at = np.empty(wanted, np.float32), 0
+    while at < wanted:
+        block = file.read(min(_BLOCK, wanted - at), dtype="float32", always_2d=True)
+        if not len(block):
+            return mono[:at].copy()
+        mono[at : at + len(block)] = block.mean(axis=1)
+        at += len(block)
+    return mono
 
 
 class _Content(io.BytesIO):
@@ -153,10 +176,11 @@ def _cut_off_mp3(content: bytes) -> str:
 
 
 def measure(recording: Recording, card: BackboneCard) -> Facts:  # noqa: ARG001  # measured without the backbone
-    """Rate in Hz, channels, seconds."""
+    """Rate in Hz, channels, seconds, and how it is encoded."""
     return {
         "rate_hz": recording.rate_hz,
-        "channels": recording.samples.shape[1],
+        "channels": recording.channels,
+        "encoding": recording.encoding,
         "seconds": round(recording.seconds, 3),
     }
 

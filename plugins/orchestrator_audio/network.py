@@ -60,16 +60,12 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Recording], 
     """Recordings -> the feature extractor's output, each sample by itself, as the pipeline does it; then padded."""
     extractor = make_extractor(directory)
     rate = plan.input["sample_rate_hz"]
-    most, least = round(plan.input["max_seconds"] * rate), plan.input["min_samples"]
     augments = plan.input["augment"] == "light"
     fixed = plan.backbone.model_type in SPECTROGRAM
     masked = plan.backbone.model_type in MASKED
 
     def one(recording: Recording, train: bool) -> dict[str, Tensor]:
-        heard = listen(recording, rate, most, at_random=train and augments)
-        if train and augments:
-            heard = _augment(heard)
-        heard = np.pad(heard, (0, max(0, least - len(heard))))
+        heard = waveform(recording, plan, train)
         given = {key: torch.from_numpy(np.asarray(value[0])) for key, value in
                  extractor(heard, sampling_rate=rate, return_tensors="np").items()}  # fmt: skip
         if train and augments:
@@ -90,9 +86,39 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Recording], 
     return collate
 
 
+def make_waveform_collate(plan: Plan) -> Callable[[Sequence[Recording], bool], dict[str, Tensor]]:
+    """The collate function of a network without a feature extractor, for plugins that bring one.
+
+    It gives `input_values`, float32 [batch, samples], mono, at the plan's rate, filled up with zeros at the end,
+    and `lengths`, int64 [batch], the samples that are not filled up.
+    """
+
+    def collate(decoded: Sequence[Recording], train: bool) -> dict[str, Tensor]:
+        heard = [torch.from_numpy(waveform(recording, plan, train)) for recording in decoded]
+        return {
+            "input_values": torch.nn.utils.rnn.pad_sequence(heard, batch_first=True),
+            "lengths": torch.tensor([len(one) for one in heard]),
+        }
+
+    return collate
+
+
+def waveform(recording: Recording, plan: Plan, train: bool) -> Waveform:
+    """float32 [samples]: what the plan's input settings make of a recording, augmented where `train` and they say so.
+
+    Mono at the backbone's rate, no longer than `max_seconds`, filled up with silence to the least that it hears.
+    """
+    given = plan.input
+    rate, augments = given["sample_rate_hz"], train and given["augment"] == "light"
+    heard = listen(recording, rate, round(given["max_seconds"] * rate), at_random=augments)
+    if augments:
+        heard = _augment(heard)
+    return np.pad(heard, (0, max(0, given["min_samples"] - len(heard))))
+
+
 def listen(recording: Recording, rate: int, most: int, at_random: bool = False) -> Waveform:
     """float32 [samples], mono at `rate`: the first `most` samples, or `most` from a random place."""
-    mono = recording.samples.mean(axis=1)
+    mono = recording.samples
     needed = min(len(mono), -(-most * recording.rate_hz // rate))
     start = int(torch.randint(len(mono) - needed + 1, ())) if at_random else 0
     mono = mono[start : start + needed]

@@ -1,0 +1,55 @@
+"""Speech: all that audio is, and two small networks that transformers does not know, of torchcrepe and resemblyzer.
+
+What is read, measured, held against the data and set is the audio plugin's; what is new is two types of backbone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orchestrator_audio
+from orchestrator.modality import BackboneRules
+from orchestrator.plans import BackboneRow, Plan
+
+if TYPE_CHECKING:
+    from orchestrator.modality import Collate
+    from orchestrator.model import Network
+
+OURS = {
+    name: BackboneRow(architecture=architecture, inputs=("input_values", "lengths"), head=("classifier",))
+    for name, architecture in {"crepe": "Crepe", "resemblyzer": "VoiceEncoder"}.items()
+}
+
+
+def build(plan: Plan, directory: Path) -> Network:
+    """Ours, or the audio plugin's network."""
+    if plan.backbone.model_type not in OURS:
+        return orchestrator_audio.build(plan, directory)
+    from orchestrator_speech.building import build_network
+
+    return build_network(plan, directory)
+
+
+def batch(plan: Plan, directory: Path) -> Collate:
+    """Waveforms and their lengths for ours, the feature extractor's output for the others."""
+    if plan.backbone.model_type not in OURS:
+        return orchestrator_audio.batch(plan, directory)
+    from orchestrator_audio.network import make_waveform_collate
+
+    return make_waveform_collate(plan)
+
+
+modality = replace(
+    orchestrator_audio.modality,
+    name="speech",
+    title="speech",
+    rules=BackboneRules(
+        generated_from="torchcrepe 0.0.24, Resemblyzer 0.1.4, " + orchestrator_audio.modality.rules.generated_from,
+        accepts={**OURS, **orchestrator_audio.modality.rules.accepts},
+        refuses=orchestrator_audio.modality.rules.refuses,
+    ),
+    build=build,
+    batch=batch,
+)
