@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.cells import label_columns
 from orchestrator.errors import DataError
 from orchestrator.intake import Intake, Skip, digest64, numbers, take_in
 from orchestrator.locations import Location
 from orchestrator.modality import Modality, Profile
 from orchestrator.plans import SPLITS, BackboneCard, DataSummary
+from orchestrator.rows import Origin, Source
 from orchestrator.samples import INDEX_FILE, ROWS_FILE, Rows, SampleWriter, write_index
-from orchestrator.sources import Origin, Source, label_columns, open_source
+from orchestrator.sources import open_source
 from orchestrator.spec import Data, TaskName
 from orchestrator.splits import balanced_subset, grouped, stratified
 

@@ -22,8 +22,8 @@ from orchestrator.errors import BadSampleError, DataError
 from orchestrator.locations import Location
 from orchestrator.modality import Facts, Modality, Profile
 from orchestrator.plans import BackboneCard
+from orchestrator.rows import Row, Source, inside, inside_store
 from orchestrator.samples import SampleWriter
-from orchestrator.sources import Row, Source, inside, inside_store
 from orchestrator.spec import TaskName
 
 Ints = npt.NDArray[np.int64]

@@ -23,7 +23,7 @@ from orchestrator.locations import cached
 from orchestrator.modality import Sample
 from orchestrator.places import is_uri
 from orchestrator.plans import SPLITS
-from orchestrator.sources import Origin, Row
+from orchestrator.rows import Origin, Row
 
 Ints = npt.NDArray[np.int64]
 
