@@ -52,7 +52,11 @@ Set = Annotated[
 ]
 DataPath = Annotated[
     str | None,
-    typer.Option("--data", help="class folders, or a .csv, .parquet, .jsonl", rich_help_panel=_DATA),
+    typer.Option(
+        "--data",
+        help="class folders, a .csv, .parquet or .jsonl, a Hub data set (org/name); a path or a URI (s3://…)",
+        rich_help_panel=_DATA,
+    ),
 ]
 LabelColumn = Annotated[
     list[str] | None,
