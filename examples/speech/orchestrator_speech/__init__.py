@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orchestrator_audio
-from orchestrator.modality import BackboneRules
-from orchestrator.plans import BackboneRow, Plan
+from orchestrator.errors import RefusedError
+from orchestrator.modality import BackboneRules, Fit, Profile
+from orchestrator.plans import BackboneCard, BackboneRow, Plan
 
 if TYPE_CHECKING:
     from orchestrator.modality import Collate
@@ -21,6 +22,24 @@ OURS = {
     name: BackboneRow(architecture=architecture, inputs=("input_values", "lengths"), head=("classifier",))
     for name, architecture in {"crepe": "Crepe", "resemblyzer": "VoiceEncoder"}.items()
 }
+_SETTINGS = {"crepe": ("channels", "hop_length"), "resemblyzer": ("hidden_size", "num_layers")}
+_RATE_HZ = 16_000
+
+
+def fit(card: BackboneCard, row: BackboneRow, settings: orchestrator_audio.Settings, profile: Profile | None) -> Fit:
+    """The audio plugin's; of ours also what their config.json must hold, and their one rate."""
+    found = orchestrator_audio.fit(card, row, settings, profile)
+    missing = [key for key in _SETTINGS.get(card.model_type, ()) if not card.config.get(key)]
+    rate = found.input["sample_rate_hz"]
+    if missing or (card.model_type in OURS and rate != _RATE_HZ):
+        problem = f"config.json gives no {missing[0]}" if missing else f"its preprocessor_config.json says {rate} Hz"
+        raise RefusedError(
+            "bad_config",
+            f"{card.source} ({card.model_type}): {problem}",
+            expected=f"a directory that make_backbone.py wrote, at {_RATE_HZ} Hz",
+            mend="make the backbone again: python examples/speech/make_backbone.py",
+        )
+    return found
 
 
 def build(plan: Plan, directory: Path) -> Network:
@@ -50,6 +69,7 @@ modality = replace(
         accepts={**OURS, **orchestrator_audio.modality.rules.accepts},
         refuses=orchestrator_audio.modality.rules.refuses,
     ),
+    fit=fit,
     build=build,
     batch=batch,
 )

@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.errors import RefusedError
 from orchestrator.model import Network, build_module
 from orchestrator.plans import Plan
 from orchestrator_speech import networks
@@ -30,13 +29,6 @@ _SCORES = {"single-label": "softmax(-1)", "multi-label": "sigmoid()"}
 def build_network(plan: Plan, directory: Path) -> Network:
     """CREPE or the voice encoder, exported with `networks.py` and, in its card, the code that calls it."""
     architecture, rate = plan.row.architecture, plan.input["sample_rate_hz"]
-    if rate != networks.RATE_HZ:
-        raise RefusedError(
-            "bad_config",
-            f"{plan.backbone.source}: sampling_rate in preprocessor_config.json is {rate}",
-            expected=f"{networks.RATE_HZ}, which {architecture} was trained at",
-            mend="make the backbone again: python examples/speech/make_backbone.py",
-        )
     usage = _USAGE.format(
         architecture=architecture,
         rate=rate,
