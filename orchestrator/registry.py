@@ -113,7 +113,7 @@ def claims(name: str) -> list[EntryPoint]:
 
 def owners(points: list[EntryPoint]) -> str:
     """The distributions of entry points, for a message."""
-    return " and ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points)
+    return " and ".join(sorted(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points))
 
 
 def _load(point: EntryPoint) -> Modality:

@@ -16,6 +16,7 @@ from orchestrator.modality import BackboneRules, Modality, SampleField, Task
 from orchestrator.plans import BackboneRow
 from orchestrator.testing import check_modality
 from tests.conftest import REPOSITORY
+from tests.test_registry import install
 from tests.tiny import make_bert, make_wav2vec2
 
 sys.path.insert(0, str(REPOSITORY / "examples" / "third_party"))
@@ -37,12 +38,14 @@ def _on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPOSITORY))
 
 
-def caught(modality: Modality, backbone: Mapping[str, Any] | Path = BACKBONE, **more: Any) -> ContractError:
+def caught(
+    modality: Modality, backbone: Mapping[str, Any] | Path = BACKBONE, installed: bool = False, **more: Any
+) -> ContractError:
     with pytest.raises(ContractError) as error:
         check_modality(modality, backbone, **more)
     assert error.value.expected or error.value.mend
     assert isinstance(error.value, OrchestratorError)
-    assert modality.name in ("audio", "image", "text") or modality.name not in registry.names()
+    assert installed or modality.name == "image" or modality.name not in registry.names()
     return error.value
 
 
@@ -81,6 +84,25 @@ def test_a_name_that_another_distribution_has() -> None:
     error = caught(dataclasses.replace(SENSOR, name="image"))
     assert error.field == "name"
     assert "'image' is taken by orchestrator (orchestrator_image:modality)" in error.message
+
+
+def test_a_name_that_two_distributions_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for distribution in ("one-plugin", "other-plugin"):
+        install(tmp_path, distribution, "sensor", "from orchestrator_sensor import modality")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    error = caught(SENSOR, installed=True)
+    assert error.field == "name"
+    assert "2 distributions claim 'sensor': one-plugin (one_plugin:modality) and other-plugin" in error.message
+
+
+def test_the_own_entry_point_is_no_collision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "one-plugin", "sensor", "from orchestrator_sensor import modality")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    error = caught(dataclasses.replace(SENSOR, toy=None), installed=True)
+    assert error.field == "toy"
+    assert "is taken by one-plugin" in caught(dataclasses.replace(SENSOR, title="other"), installed=True).message
+    monkeypatch.setattr(registry, "_loaded", {})
+    check_modality(SENSOR, BACKBONE)
 
 
 @pytest.mark.parametrize(
