@@ -208,12 +208,13 @@ def test_it_learns_from_some_speakers_what_others_say(backbones: dict[str, Path]
 @pytest.mark.parametrize("method", ["full", "scratch"])
 def test_everything_trains_and_goes_on_from_a_run(backbones: dict[str, Path], vowels: Path, method: str) -> None:
     fewer = subset(vowels, 2)
-    schedule = {"epochs": 1, "batch_size": 8}
-    run = train(backbones["crepe-tiny"], fewer, method=method, training=schedule)
+    more = {"settings": {"max_seconds": 1}, "training": {"epochs": 1, "batch_size": 10}}
+    trained = {**more, "training": {**more["training"], "batch_norm": "train"}}
+    run = train(backbones["crepe-tiny"], fewer, method=method, **trained)
     theirs, ours = load_file(backbones["crepe-tiny"] / "model.safetensors"), load_file(run.model / "model.safetensors")
     for part in ("convolutions.5.weight", "norms.5.running_mean"):
         assert not torch.equal(theirs[part], ours[part])
-    on = train(run.path, fewer, method="head", training=schedule)
+    on = train(run.path, fewer, method="head", **more)
     assert on.lineage["features"] == "once"
     kept = load_file(on.model / "model.safetensors")
     assert all(torch.equal(kept[name], ours[name]) for name in ours if not name.startswith("classifier."))
