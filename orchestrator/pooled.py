@@ -6,7 +6,7 @@ lines that load both with transformers alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,14 @@ HEAD_FILE = "head.safetensors"
 _POOLINGS = {
     "first": "output.last_hidden_state[:, 0]",
     "mean": "output.last_hidden_state.mean(dim=1)",
-    "map": "output.last_hidden_state.mean(dim=(2, 3))",
     "pooler": "output.pooler_output.flatten(1)",
+    "summary": "output.summary",
+}
+_POOL: Mapping[str, Callable[[Any], Tensor]] = {
+    "first": lambda output: output.last_hidden_state[:, 0],
+    "mean": lambda output: output.last_hidden_state.mean(dim=1),
+    "pooler": lambda output: output.pooler_output.flatten(1),
+    "summary": lambda output: output.summary,
 }
 _USAGE = """\
 {imports}
@@ -56,12 +62,7 @@ class Pooled(nn.Module):
 
 def pool(output: Any, how: str) -> Tensor:
     """One vector a sample, float [batch, width], of a body's output."""
-    if how == "pooler":
-        return output.pooler_output.flatten(1)  # type: ignore[no-any-return]
-    tokens = output.last_hidden_state
-    if how == "first":
-        return tokens[:, 0]  # type: ignore[no-any-return]
-    return tokens.mean(dim=1 if how == "mean" else (2, 3))  # type: ignore[no-any-return]
+    return _POOL[how](output)
 
 
 def build_pooled(
