@@ -25,7 +25,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _SGD_FACTOR = 10.0
 _FEW_SAMPLES = 50
 """Below, full fine-tuning keeps the pretrained BatchNorm statistics: those of so few samples are worse."""
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids")
+_BUFFERS = ("running_mean", "running_var", "norm_mean", "norm_std")  # and all integers: counters, positions
 
 
 def match(card: BackboneCard, modality: Modality, known: Mapping[str, Modality]) -> BackboneRow:
@@ -273,8 +273,8 @@ def _class_weights(job: Job, data: DataSummary) -> tuple[float, ...]:
 def _parameters(job: Job, row: BackboneRow, tensors: Tensors, num_classes: int) -> Parameters:
     body = head = 0
     whole = bool(row.prefix) and any(name.startswith(row.prefix) for name in tensors)
-    for name, (_, shape) in tensors.items():
-        if name.endswith(_BUFFERS):
+    for name, (dtype, shape) in tensors.items():
+        if name.endswith(_BUFFERS) or dtype.startswith(("I", "U", "BOOL")):
             continue
         if in_head(name, row):
             head += math.prod((num_classes, *shape[1:]))

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from orchestrator.errors import TrainingError
 from orchestrator.model import Inputs, Network, load_body, make_config, new_layer, quiet
 from orchestrator.plans import Plan
 
@@ -71,7 +72,8 @@ def build_pooled(
     """The body of the plan's row with a head of our own.
 
     `example` is one sample as the body takes it, for the width of its output. `imports` and `prepare` are
-    Python for the model card: what makes `inputs` out of a file.
+    Python for the model card: what makes `inputs` out of a file. Raises `WeightsError` where the checkpoint lacks
+    a parameter of the body, `TrainingError` where the body cannot take the example.
     """
     chosen = getattr(transformers, plan.row.architecture)
     config = make_config(plan, changes)
@@ -81,8 +83,15 @@ def build_pooled(
     else:
         body, unused = load_body(plan, directory, chosen, config, {})
     body.eval()
-    with torch.no_grad():
-        width = pool(body(**example), plan.row.pool).shape[-1]
+    try:
+        with torch.no_grad():
+            width = pool(body(**example), plan.row.pool).shape[-1]
+    except RuntimeError as error:  # convolutions of which a few pixels leave nothing
+        shapes = {name: tuple(tensor.shape) for name, tensor in example.items()}
+        raise TrainingError(
+            f"{plan.backbone.source} cannot take input of the shape {shapes}: {error}",
+            mend="choose a larger size, or leave the settings out and take the backbone's own",
+        ) from error
     module = Pooled(body, plan.row.pool, width, len(plan.classes))
     if plan.weights == "trained":
         module.classifier.load_state_dict(load_file(directory / HEAD_FILE))
