@@ -300,6 +300,10 @@ def without_head(plugins: dict[str, Any]) -> None:
     assert not undecided, f"neither in POOLED nor in NOT_POOLED: {undecided}"
 
 
+# timm's settings name one of their two heads; tests/test_survey.py found the other.
+TIMM_HEADS = dict.fromkeys(("levit_384_s8", "levit_conv_384_s8"), ("head.linear", "head_dist.linear"))
+
+
 def timm_heads() -> tuple[dict[str, list[str]], dict[str, Any]]:
     """The classifiers by architecture, and the refusals of networks that have none (encoders of larger models).
 
@@ -309,7 +313,7 @@ def timm_heads() -> tuple[dict[str, list[str]], dict[str, Any]]:
     refuses = {}
     for architecture in timm.list_models():
         classifier = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
-        names = classifier.classifier if classifier else None
+        names = TIMM_HEADS.get(architecture, classifier.classifier if classifier else None)
         if not names or architecture.endswith("_enc"):
             with torch.device("meta"):
                 model = timm.create_model(architecture, num_classes=7)
