@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import JobError, RefusedError
-from orchestrator.modality import Fit, Modality, Profile
+from orchestrator.modality import BackboneRule, Fit, Modality, Profile
 from orchestrator.plans import BackboneCard, BackboneRow, DataSummary, Parameters, Plan, Schedule
 from orchestrator.spec import Job
 from orchestrator.weights import Tensors, require_weights
@@ -25,7 +25,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _SGD_FACTOR = 10.0
 _FEW_SAMPLES = 50
 """Below, full fine-tuning keeps the pretrained BatchNorm statistics: those of so few samples are worse."""
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids")
+_BUFFERS = ("running_mean", "running_var", "norm_mean", "norm_std")  # and all integers: counters, positions
 
 
 def match(card: BackboneCard, modality: Modality, known: Mapping[str, Modality]) -> BackboneRow:
@@ -43,7 +43,7 @@ def match(card: BackboneCard, modality: Modality, known: Mapping[str, Modality])
     row = _row(card, modality)
     if row is not None:
         return row
-    rule = modality.rules.refuses.get(card.model_type) if card.library == "transformers" else None
+    rule = _rule(card, modality)
     if rule is not None:
         raise RefusedError(
             rule.reason,
@@ -54,7 +54,7 @@ def match(card: BackboneCard, modality: Modality, known: Mapping[str, Modality])
     for name, other in known.items():
         if name == modality.name:
             continue
-        theirs = other.rules.refuses.get(card.model_type) if card.library == "transformers" else None
+        theirs = _rule(card, other)
         if _row(card, other) is not None or (theirs is not None and theirs.reason != "two_modalities"):
             raise RefusedError(
                 "wrong_modality",
@@ -83,6 +83,12 @@ def _row(card: BackboneCard, modality: Modality) -> BackboneRow | None:
     if card.library == "timm":
         return modality.rules.timm.get(card.model_type.split(".")[0])
     return modality.rules.accepts.get(card.model_type)
+
+
+def _rule(card: BackboneCard, modality: Modality) -> BackboneRule | None:
+    if card.library == "timm":
+        return modality.rules.timm_refuses.get(card.model_type.split(".")[0])
+    return modality.rules.refuses.get(card.model_type)
 
 
 def _takes(modality: Modality) -> str:
@@ -266,12 +272,13 @@ def _class_weights(job: Job, data: DataSummary) -> tuple[float, ...]:
 
 def _parameters(job: Job, row: BackboneRow, tensors: Tensors, num_classes: int) -> Parameters:
     body = head = 0
-    for name, (_, shape) in tensors.items():
-        if name.endswith(_BUFFERS):
+    whole = bool(row.prefix) and any(name.startswith(row.prefix) for name in tensors)
+    for name, (dtype, shape) in tensors.items():
+        if name.endswith(_BUFFERS) or dtype.startswith(("I", "U", "BOOL")):
             continue
         if in_head(name, row):
             head += math.prod((num_classes, *shape[1:]))
-        else:
+        elif not whole or name.startswith(row.prefix):  # a text tower beside the image tower is not loaded
             body += math.prod(shape)
     trained = head if job.method == "head" else body + head
     states = 2 if job.training.optimizer == "adamw" else 1

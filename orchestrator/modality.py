@@ -72,6 +72,7 @@ class BackboneRules:
     refuses: Mapping[str, BackboneRule] = field(default_factory=dict)
     timm: Mapping[str, BackboneRow] = field(default_factory=dict)
     """timm architecture -> row."""
+    timm_refuses: Mapping[str, BackboneRule] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, path: Path) -> BackboneRules:
@@ -83,6 +84,7 @@ class BackboneRules:
             accepts={key: BackboneRow.model_construct(**_tuples(row)) for key, row in accepts.items()},
             refuses={key: BackboneRule(**rule) for key, rule in rows.get("refuses", {}).items()},
             timm=_TimmRows(rows.get("timm", {})),
+            timm_refuses={key: BackboneRule(**rule) for key, rule in rows.get("timm_refuses", {}).items()},
         )
 
 

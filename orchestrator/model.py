@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -194,6 +195,10 @@ def load_body(
     Raises `WeightsError` where the checkpoint lacks a parameter of it.
     """
     module, info = _load(directory, model_class, config, **more)
+    if info["missing_keys"] and plan.row.prefix:
+        # transformers finds only some towers in the checkpoint of their whole model (clip's, not align's).
+        found = _tower(plan, directory)
+        module, info = _load(None, model_class, config, state_dict=found, **more) if found else (module, info)
     missing = {name for name in info["missing_keys"] if not name.endswith(_MAY_BE_MISSING)}
     wrong = sorted(missing | {entry[0] for entry in info["mismatched_keys"]})
     if wrong:
@@ -201,7 +206,18 @@ def load_body(
     return module, tuple(sorted(info["unexpected_keys"]))
 
 
-def _load(directory: Path, model_class: Any, config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
+def _tower(plan: Plan, directory: Path) -> dict[str, Tensor]:
+    """The tensors of one part of a larger model, by the names that they have in the part."""
+    found = {}
+    for file in plan.backbone.weight_files:
+        with safe_open(directory / file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # no mapping, and not iterable
+                if name.startswith(plan.row.prefix):
+                    found[name.removeprefix(plan.row.prefix)] = tensors.get_tensor(name)
+    return found
+
+
+def _load(directory: Path | None, model_class: Any, config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
     with quiet():
         module, info = model_class.from_pretrained(
             directory,

@@ -75,13 +75,16 @@ class BackboneRow(_Plain):
     """The modules whose shape depends on the number of classes, in forward order."""
     may_be_new: tuple[str, ...] = ()
     """Modules outside the base model that a checkpoint of another task does not hold; then they are head too."""
-    pool: Literal["", "first", "mean", "map", "pooler"] = ""
-    """Where transformers has no head for the type, ours stands on the body's `last_hidden_state`: its first
-    token, the mean over its tokens, or over its map; or on its `pooler_output`."""
+    pool: Literal["", "first", "mean", "pooler", "summary"] = ""
+    """Where transformers has no head for the type, ours stands on the body's `last_hidden_state`, its first
+    token or the mean over its tokens; or on its `pooler_output` or `summary`."""
     part: str = ""
     """The part of a larger model's config that describes this body (`vision_config`), where it is a part."""
-    size: Literal["any", "fixed", "larger"] = "any"
-    """Whether the input's size can be chosen: freely, not at all, or not below the backbone's own."""
+    prefix: str = ""
+    """What the names of the body's tensors begin with in the checkpoint of a larger model (`vision_model.`)."""
+    size: Literal["any", "fixed", "larger", "patches"] = "any"
+    """Whether the input's size can be chosen: freely, not at all, not below the backbone's own, or in whole
+    patches."""
 
 
 class Adaptation(_Plain):

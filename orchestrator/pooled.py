@@ -6,7 +6,7 @@ lines that load both with transformers alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from orchestrator.errors import TrainingError
 from orchestrator.model import Inputs, Network, load_body, make_config, new_layer, quiet
 from orchestrator.plans import Plan
 
@@ -23,8 +24,14 @@ HEAD_FILE = "head.safetensors"
 _POOLINGS = {
     "first": "output.last_hidden_state[:, 0]",
     "mean": "output.last_hidden_state.mean(dim=1)",
-    "map": "output.last_hidden_state.mean(dim=(2, 3))",
     "pooler": "output.pooler_output.flatten(1)",
+    "summary": "output.summary",
+}
+_POOL: Mapping[str, Callable[[Any], Tensor]] = {
+    "first": lambda output: output.last_hidden_state[:, 0],
+    "mean": lambda output: output.last_hidden_state.mean(dim=1),
+    "pooler": lambda output: output.pooler_output.flatten(1),
+    "summary": lambda output: output.summary,
 }
 _USAGE = """\
 {imports}
@@ -56,12 +63,7 @@ class Pooled(nn.Module):
 
 def pool(output: Any, how: str) -> Tensor:
     """One vector a sample, float [batch, width], of a body's output."""
-    if how == "pooler":
-        return output.pooler_output.flatten(1)  # type: ignore[no-any-return]
-    tokens = output.last_hidden_state
-    if how == "first":
-        return tokens[:, 0]  # type: ignore[no-any-return]
-    return tokens.mean(dim=1 if how == "mean" else (2, 3))  # type: ignore[no-any-return]
+    return _POOL[how](output)
 
 
 def build_pooled(
@@ -70,7 +72,8 @@ def build_pooled(
     """The body of the plan's row with a head of our own.
 
     `example` is one sample as the body takes it, for the width of its output. `imports` and `prepare` are
-    Python for the model card: what makes `inputs` out of a file.
+    Python for the model card: what makes `inputs` out of a file. Raises `WeightsError` where the checkpoint lacks
+    a parameter of the body, `TrainingError` where the body cannot take the example.
     """
     chosen = getattr(transformers, plan.row.architecture)
     config = make_config(plan, changes)
@@ -80,8 +83,15 @@ def build_pooled(
     else:
         body, unused = load_body(plan, directory, chosen, config, {})
     body.eval()
-    with torch.no_grad():
-        width = pool(body(**example), plan.row.pool).shape[-1]
+    try:
+        with torch.no_grad():
+            width = pool(body(**example), plan.row.pool).shape[-1]
+    except RuntimeError as error:  # convolutions of which a few pixels leave nothing
+        shapes = {name: tuple(tensor.shape) for name, tensor in example.items()}
+        raise TrainingError(
+            f"{plan.backbone.source} cannot take input of the shape {shapes}: {error}",
+            mend="choose a larger size, or leave the settings out and take the backbone's own",
+        ) from error
     module = Pooled(body, plan.row.pool, width, len(plan.classes))
     if plan.weights == "trained":
         module.classifier.load_state_dict(load_file(directory / HEAD_FILE))

@@ -67,6 +67,97 @@ FIXED_SIZE = {
 # Their windows do not fit into feature maps smaller than those of their own size.
 NOT_SMALLER = {"swin", "donut-swin"}
 
+_CLIP = {"pool": "pooler", "size": "fixed"}
+_TOWER = {"part": "vision_config", "prefix": "vision_model."}
+# Types for which transformers has no classification head, and whose output makes one vector of an image or sound:
+# they get the package's own head. Each with the class of the body and where its head stands.
+POOLED: dict[str, dict[str, dict[str, str]]] = {
+    "image": {
+        # Encoders by themselves. The vector is the one that each was trained to make.
+        "dinov3_convnext": {"architecture": "DINOv3ConvNextModel", "pool": "pooler"},
+        "dinov3_vit": {"architecture": "DINOv3ViTModel", "pool": "pooler"},
+        "mlcd": {"architecture": "MLCDVisionModel", **_CLIP},
+        "mlcd_vision_model": {"architecture": "MLCDVisionModel", **_CLIP},
+        "pixio": {"architecture": "PixioModel", "pool": "pooler"},
+        "radio": {"architecture": "RadioModel", "pool": "summary", "size": "patches"},
+        # Masked autoencoders are probed on their class token.
+        "vit_mae": {"architecture": "ViTMAEModel", "pool": "first", "size": "fixed"},
+        # Image towers that were trained together with a text tower, saved alone or with it. aimv2 may lack the
+        # attention that pools, and siglip has transformers' own head where it is saved whole: on the mean of patches.
+        "aimv2": {"architecture": "Aimv2VisionModel", "pool": "mean", "size": "fixed", **_TOWER},
+        "aimv2_vision_model": {"architecture": "Aimv2VisionModel", "pool": "mean", "size": "fixed"},
+        "align": {"architecture": "AlignVisionModel", "pool": "pooler", **_TOWER},
+        "align_vision_model": {"architecture": "AlignVisionModel", "pool": "pooler"},
+        "chinese_clip": {"architecture": "ChineseCLIPVisionModel", **_CLIP, **_TOWER},
+        "chinese_clip_vision_model": {"architecture": "ChineseCLIPVisionModel", **_CLIP},
+        "clip_vision_model": {"architecture": "CLIPVisionModel", **_CLIP},
+        "metaclip_2_vision_model": {"architecture": "MetaClip2VisionModel", **_CLIP},
+        "siglip_vision_model": {"architecture": "SiglipVisionModel", "pool": "mean", "size": "fixed"},
+        "tipsv2": {"architecture": "Tipsv2VisionModel", "pool": "pooler", "part": "vision_config",
+                   "prefix": "vision_encoder."},
+        "tipsv2_vision_model": {"architecture": "Tipsv2VisionModel", "pool": "pooler"},
+    },
+    "audio": {
+        "clap": {"architecture": "ClapAudioModel", "pool": "pooler", "part": "audio_config",
+                 "prefix": "audio_model."},
+        "clap_audio_model": {"architecture": "ClapAudioModel", "pool": "pooler"},
+    },
+}  # fmt: skip
+# Their own head stands on the image tower: what else is in the checkpoint is not loaded.
+PREFIX = dict.fromkeys(("clip", "metaclip_2", "siglip"), "vision_model.")
+# The text beside an image or sound. Their text towers have no head in transformers, and get none of ours: they were
+# trained on captions, 77 tokens or fewer, to say what is to be seen.
+CAPTIONS = ("aimv2", "align", "chinese_clip", "clap", "clip", "metaclip_2", "siglip", "tipsv2")
+# The other types without a head in transformers, and why they get none of ours. A type in none of these tables
+# stops this script.
+NOT_POOLED: dict[str, dict[str, str]] = {
+    "no_head": {
+        "it finds objects, and its output is boxes":
+            "conditional_detr d_fine dab-detr deformable_detr deimv2 detr lw_detr omdet-turbo pp_doclayout_v3 "
+            "pp_doclayout_v4 pp_ocrv6_medium_det pp_ocrv6_small_det rf_detr rt_detr rt_detr_v2 table-transformer yolos",
+        "it draws masks, and its output is a map":
+            "edgetam mask2former maskformer oneformer sam sam2 sam3_tracker sam_hq seggpt",
+        "it is the encoder of a network that draws masks or finds objects, made for maps of large images":
+            "edgetam_vision_model maskformer-swin sam2_hiera_det_model sam2_vision_model sam3_vision_model "
+            "sam3_vit_model sam_hq_vision_model sam_vision_model sapiens2 vitdet",
+        "it measures depth": "depth_pro dpt glpn",
+        "it matches two images": "efficientloftr lightglue",
+        "it reads lines of letters": "mgp-str pp_ocrv5_mobile_rec pp_ocrv5_server_rec pp_ocrv6_small_rec "
+                                     "pp_ocrv6_tiny_rec",
+        "it gives images back": "swin2sr uvdoc",
+        "it is the eye of a language model, and its output is tokens for that model":
+            "cosmos3_edge_vision gemma3n_vision gemma4_vision glm_image_vision granite_docling_vision "
+            "hunyuan_vl_vision idefics3_vision inkling2_vision internvl_vision kimi_k25_vision lfm3_vl_vision "
+            "minicpm_ocr_vision minicpmv4_7_vision muse_glimmer_vision muse_spark_vision pixtral qianfan_ocr_vision "
+            "smolvlm_vision video_llama_3_vision",
+        "it is a shell around another library's network: use that network's own repository":
+            "timm_backbone timm_wrapper",
+        "it takes a varying number of patches": "siglip2_vision_model",
+        "it is the ear of a language model, and its output is tokens for that model":
+            "audioflamingo3_encoder fun_asr_nano_encoder gemma4_audio glmasr_encoder moss_transcribe_diarize_audio "
+            "muse_spark_audio qwen2_audio_encoder qwen3_asr_encoder voxtral_encoder voxtral_realtime_encoder",
+        "it writes down speech, and no class of transformers is its encoder alone":
+            "canary cohere_asr moonshine moonshine_streaming nemotron3_5_asr nemotron_asr_streaming parakeet_rnnt "
+            "parakeet_tdt speech_to_text speecht5",
+        "it writes down speech frame by frame, and this version does not average over frames of a masked batch":
+            "granite_speech5_ctc granite_speech5_encoder lasr_ctc lasr_encoder nemotron3_5_transcribe_asr_audio "
+            "nemotron3_5_transcribe_audio nemotron_asr_streaming_encoder parakeet_ctc parakeet_encoder",
+        "it tells speakers apart in time": "nemotron3_diarization nemotron3_diarization_audio",
+        "it packs sound so that it can be unpacked, and does not tell one sound from another":
+            "dac encodec mimi mimi_encoder neucodec pocket_tts_audio_tokenizer pocket_tts_audio_tokenizer_encoder "
+            "vibevoice_acoustic_tokenizer xcodec xcodec2",
+        "it makes sound": "univnet",
+        "it was trained on sound together with video": "pe_audio_encoder",
+    },
+    "unsupported": {"it takes videos, not single images": "timesformer videomae vivit"},
+}  # fmt: skip
+WHY = {
+    model_type: (reason, why)
+    for reason, groups in NOT_POOLED.items()
+    for why, names in groups.items()
+    for model_type in names.split()
+}
+
 
 def kinds(cls: type) -> dict[str, str]:
     names = list(inspect.signature(cls.forward).parameters)
@@ -130,6 +221,7 @@ def rows_of(modality: str) -> dict[str, Any]:
     for model_type, names in sorted(TABLES[modality].items()):
         if model_type == "timm_wrapper":  # its rows are those of timm
             continue
+        assert model_type not in POOLED.get(modality, {}), f"{model_type} has a head in transformers now"
         name = names[0] if isinstance(names, (tuple, list)) else names
         if model_type in EXCEPTIONS:
             _, reason, message = EXCEPTIONS[model_type]
@@ -156,13 +248,31 @@ def rows_of(modality: str) -> dict[str, Any]:
             "may_be_new": MAY_BE_NEW.get(model_type, may_be_new),
             **({"size": "fixed"} if model_type in FIXED_SIZE else {}),
             **({"size": "larger"} if model_type in NOT_SMALLER else {}),
+            **({"prefix": PREFIX[model_type]} if modality == "image" and model_type in PREFIX else {}),
         }
-    return {"accepts": accepts, "refuses": refuses}
+    pooled = {}
+    for model_type, row in POOLED.get(modality, {}).items():
+        inputs = kinds(getattr(transformers, row["architecture"]))
+        assert set(inputs.values()) == {modality}, f"{model_type} takes {inputs}"
+        pooled[model_type] = {"inputs": sorted(inputs), "head": ["classifier"], **row}
+    if modality == "text":
+        for model_type in CAPTIONS:
+            refuses[model_type] = {
+                "reason": "two_modalities",
+                "message": "it was trained on images or sounds together with their captions, and its text tower has "
+                "no classification head",
+            }
+    return {"accepts": accepts, "refuses": refuses, **({"pooled": pooled} if pooled else {})}
 
 
 def without_head(plugins: dict[str, Any]) -> None:
     """Types with a base model and no classification head in transformers' tables: known, and refused by name."""
-    placed = {model_type for rows in plugins.values() for model_type in (*rows["accepts"], *rows["refuses"])}
+    placed = {
+        model_type
+        for rows in plugins.values()
+        for model_type in (*rows["accepts"], *rows["refuses"], *rows.get("pooled", {}))
+    }
+    undecided = []
     for model_type, name in sorted(auto.MODEL_MAPPING_NAMES.items()):
         if model_type in placed:
             continue
@@ -179,28 +289,58 @@ def without_head(plugins: dict[str, Any]) -> None:
             rule = {"reason": "two_modalities", "message": f"it takes {' and '.join(taken)} at once"}
         else:
             rule = {"reason": "no_head", "message": "transformers has no classification head for this type"}
+            if owner != "text":
+                if model_type not in WHY:
+                    undecided.append(model_type)
+                    continue
+                reason, why = WHY[model_type]
+                rule = {"reason": reason, "message": why if reason != "no_head" else f"{rule['message']}, and "
+                        f"this version has none of its own: {why}"}  # fmt: skip
         plugins[owner]["refuses"][model_type] = rule
+    assert not undecided, f"neither in POOLED nor in NOT_POOLED: {undecided}"
 
 
-# Found by tests/test_survey.py, which builds every architecture of timm; without a row they are refused.
-NO_TIMM_ROW = (
-    "gemma4_vit_167m_enc",  # encoders of larger models: timm names a classifier for them, and the network has none
-    "gemma4_vit_570m_enc",
-    "mobilenetv5_300m_enc",
-    "volo_",  # in training it returns three things, the logits of a second, auxiliary head among them
-)
+# timm's settings name one of their two heads; tests/test_survey.py found the other.
+TIMM_HEADS = dict.fromkeys(("levit_384_s8", "levit_conv_384_s8"), ("head.linear", "head_dist.linear"))
 
 
-def timm_heads() -> dict[str, list[str]]:
-    heads = {}
+def timm_heads() -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """The classifiers by architecture, and the refusals of networks that have none (encoders of larger models).
+
+    timm names a classifier for some of those too, so each without `get_classifier` is found by building it.
+    """
+    heads: dict[str, list[str]] = {}
+    refuses = {}
     for architecture in timm.list_models():
-        if architecture.startswith(NO_TIMM_ROW):
-            continue
         classifier = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
-        names = classifier.classifier if classifier else None
-        if names:
-            heads[architecture] = [names] if isinstance(names, str) else list(names)
-    return heads
+        names = TIMM_HEADS.get(architecture, classifier.classifier if classifier else None)
+        if not names or architecture.endswith("_enc"):
+            with torch.device("meta"):
+                model = timm.create_model(architecture, num_classes=7)
+            if not hasattr(model, "get_classifier"):
+                refuses[architecture] = {
+                    "reason": "no_head",
+                    "message": "timm has no classifier for it: it is the encoder of a larger model",
+                    "mend": f"use {near}, which has one"
+                    if (near := architecture.removesuffix("_enc")) in heads
+                    else "",
+                }
+                continue
+        heads[architecture] = [names] if isinstance(names, str) else list(names)
+    return heads, refuses
+
+
+# Bodies that transformers names no image processor for: those of the models or families that they belong to.
+TOWERS = {
+    "align": ("align_vision_model",),
+    "chinese_clip": ("chinese_clip_vision_model",),
+    "clip": ("clip_vision_model",),
+    "dinov3_vit": ("dinov3_convnext",),
+    "metaclip_2": ("metaclip_2_vision_model",),
+    "mlcd": ("mlcd_vision_model",),
+    "siglip": ("siglip_vision_model",),
+    "tipsv2": ("tipsv2_vision_model",),
+}
 
 
 def processors() -> dict[str, Any]:
@@ -212,7 +352,7 @@ def processors() -> dict[str, Any]:
         name = names.get("torchvision") or names.get("pil")
         if not name:
             continue
-        by_type[model_type] = name
+        by_type |= dict.fromkeys((model_type, *TOWERS.get(model_type, ())), name)
         try:
             made = getattr(transformers, name)()
         except Exception:
@@ -233,7 +373,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     plugins = {modality: rows_of(modality) for modality in TABLES}
     without_head(plugins)
-    plugins["image"]["timm"] = timm_heads()
+    plugins["image"]["timm"], plugins["image"]["timm_refuses"] = timm_heads()
     changed = 0
     for modality, rows in plugins.items():
         versions = f"transformers {transformers.__version__}"
@@ -245,7 +385,8 @@ def main() -> int:
             changed += 1
             if not check:
                 file.write_text(lines + "\n")
-        print(f"{modality}: {len(rows['accepts'])} accepted, {len(rows['refuses'])} refused by name, "
+        print(f"{modality}: {len(rows['accepts'])} accepted, {len(rows.get('pooled', {}))} with a head of ours, "
+              f"{len(rows['refuses'])} refused by name, "
               f"{len(rows.get('timm', {}))} timm")  # fmt: skip
     lines = json.dumps(processors(), indent=1, sort_keys=True) + "\n"
     file = PLUGINS / "orchestrator_image" / "processors.json"

@@ -62,7 +62,7 @@ def refusal(backbone: Path | str, modality: str = "image", **more: object) -> Re
         ({"config": {"model_type": "x", "auto_map": {"AutoModel": "m.py"}}}, "unknown_type", "is never run"),
         ({"config": {"architecture": "resnet9000", "pretrained_cfg": {}}}, "unknown_type", "'resnet9000'"),
         ({"config": {"model_type": "blip"}}, "two_modalities", "image and text"),
-        ({"config": {"model_type": "vit_mae"}}, "no_head", "no classification head"),
+        ({"config": {"model_type": "yolos"}}, "no_head", "its output is boxes"),
         ({"config": {"model_type": "imagegpt"}}, "unsupported", "colours"),
         ({"config": {"model_type": "wav2vec2"}}, "wrong_modality", "--modality audio"),
         ({"config": {"model_type": "bert"}}, "wrong_modality", "--modality text"),

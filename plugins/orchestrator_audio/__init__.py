@@ -44,7 +44,8 @@ _FRAMES_LOST = 4608  # of the header's, by which lossy formats round: four MP3 f
 _MIN_FRAMES = 4  # of the convolutions: some families halve their number again
 _XING_WITHIN = 64  # bytes from the start of a frame
 _STREAMED = (0, 0xFFFFFFFF)  # RIFF sizes that say nothing
-SPECTROGRAM = ("audio-spectrogram-transformer", "whisper")
+CLAP = ("clap", "clap_audio_model")
+SPECTROGRAM = ("audio-spectrogram-transformer", "whisper", *CLAP)
 """Types that take spectrograms of one length."""
 
 
@@ -202,7 +203,9 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
     adaptations: list[Adaptation] = []
     notes: list[str] = []
     if profile is not None and profile.num_measured:
-        adaptations, notes = _hold_against(profile, rate, seconds, fixed, shortest)
+        filling = "repeated" if card.model_type in CLAP and (card.preprocessor or {}).get(
+            "padding", "repeatpad") in ("repeat", "repeatpad") else "silence"  # fmt: skip
+        adaptations, notes = _hold_against(profile, rate, seconds, fixed, shortest, filling)
     return Fit(
         input={
             "sample_rate_hz": rate,
@@ -217,7 +220,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
 
 
 def _hold_against(
-    profile: Profile, rate: int, seconds: float, fixed: float | None, shortest: int
+    profile: Profile, rate: int, seconds: float, fixed: float | None, shortest: int, filling: str
 ) -> tuple[list[Adaptation], list[str]]:
     adaptations, notes = [], []
     other_rate = profile.share(lambda one: one["rate_hz"] != rate)
@@ -249,7 +252,7 @@ def _hold_against(
     if fixed is not None:
         short = profile.share(lambda one: one["seconds"] < fixed)
         if short:
-            adaptations.append(Adaptation(what="pad", received=received, used=f"{fixed:g} s, silence", share=short))
+            adaptations.append(Adaptation(what="pad", received=received, used=f"{fixed:g} s, {filling}", share=short))
     tiny = profile.share(lambda one: one["seconds"] * rate < shortest)
     if tiny:
         notes.append(
@@ -293,6 +296,10 @@ def _fixed_seconds(card: BackboneCard, rate: int) -> float | None:
         _require_equal(card, "frames", settings.get("max_length", 1024), frames)
         _require_equal(card, "mel bins", settings.get("num_mel_bins", 128), config.get("num_mel_bins", 128))
         return ((frames - 1) * 160 + 400) / rate  # the extractor's window and hop, in samples at any rate
+    if card.model_type in CLAP:
+        tower = config.get("audio_config", config)
+        _require_equal(card, "mel bins", settings.get("feature_size", 64), tower.get("num_mel_bins", 64))
+        return float(settings.get("max_length_s", 10))
     return None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orchestrator.model import Inputs, Network, build_transformers
 from orchestrator.plans import Plan
+from orchestrator.pooled import build_pooled
 from orchestrator_audio import SPECTROGRAM, Recording
 
 Waveform = npt.NDArray[np.float32]
@@ -24,9 +25,20 @@ MASKED = {"wav2vec2-bert"}
 # transformers' own SpecAugment draws from numpy's global generator, which no seed of ours reaches.
 _NO_SPEC_AUGMENT = {"apply_spec_augment": False}
 
+_IMPORTS = "import soundfile\nimport soxr\nimport torch\nfrom transformers import AutoFeatureExtractor"
+_PREPARE = """\
+samples, rate = soundfile.read("a file", dtype="float32", always_2d=True)
+sound = soxr.resample(samples.mean(axis=1), rate, {rate})[:{most}]
+inputs = AutoFeatureExtractor.from_pretrained(".")(sound, sampling_rate={rate}, return_tensors="pt")"""
+
 
 def build_network(plan: Plan, directory: Path) -> Network:
     """A model for audio classification, exported with its feature extractor."""
+    if plan.row.pool:
+        extractor, rate = make_extractor(directory), plan.input["sample_rate_hz"]
+        example = dict(extractor(np.zeros(rate, np.float32), sampling_rate=rate, return_tensors="pt"))
+        prepare = _PREPARE.format(rate=rate, most=round(plan.input["max_seconds"] * rate))
+        return build_pooled(plan, directory, extractor, {}, example, _IMPORTS, prepare)
     chosen = getattr(transformers, plan.row.architecture)
     network = build_transformers(
         plan, directory, chosen, _NO_SPEC_AUGMENT, make_extractor(directory),
@@ -69,14 +81,15 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Recording], 
         given = {key: torch.from_numpy(np.asarray(value[0])) for key, value in
                  extractor(heard, sampling_rate=rate, return_tensors="np").items()}  # fmt: skip
         if train and augments:
-            given = {key: _mask_spectrogram(value) if value.ndim == 2 else value for key, value in given.items()}
+            given = {key: _mask_spectrogram(value) if value.ndim > 1 else value for key, value in given.items()}
         return given
 
     def collate(decoded: Sequence[Recording], train: bool) -> dict[str, Tensor]:
         rows = [one(recording, train) for recording in decoded]
         if fixed:
             name = next(key for key in rows[0] if key.startswith("input_"))
-            return {name: torch.stack([row[name].float() for row in rows])}
+            more = {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key == "is_longer"}
+            return {name: torch.stack([row[name].float() for row in rows]), **more}
         kept = [key for key in rows[0] if key.startswith("input_") or (masked and key == "attention_mask")]
         batch = {key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True) for key in kept}
         if not masked:
@@ -140,7 +153,7 @@ def _augment(heard: Waveform) -> Waveform:
 def _mask_spectrogram(spectrogram: Tensor) -> Tensor:
     """One band of each axis set to the mean (SpecAugment, Park et al. 2019, arXiv 1904.08779, without warping)."""
     masked = spectrogram.clone()
-    for axis in (0, 1):
+    for axis in (-2, -1):
         size = spectrogram.shape[axis]
         width = int(torch.randint(max(1, size // 8) + 1, ()))
         start = int(torch.randint(size - width + 1, ()))

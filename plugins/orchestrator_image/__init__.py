@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
@@ -114,6 +115,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
                 expected=f"{height} or more",
                 mend="leave settings.size out; every image is resized to what the backbone takes",
             )
+        _require_whole_patches(card, row, settings.size)
         height = width = settings.size
     channels = _channels(card)
     if channels not in (1, 3):
@@ -132,6 +134,17 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
         warnings=notes,
         augmented=settings.augment != "none",
     )
+
+
+def _require_whole_patches(card: BackboneCard, row: BackboneRow, size: int) -> None:
+    patch = int(card.config.get("patch_size") or 16)
+    if row.size == "patches" and size % patch:
+        raise RefusedError(
+            "fixed_size",
+            f"{card.source} ({card.model_type}) cuts images into patches of {patch} pixels, and settings.size = {size}",
+            expected=f"a multiple of {patch}",
+            mend=f"settings.size = {max(1, round(size / patch)) * patch}",
+        )
 
 
 def _hold_against(profile: Profile, height: int, width: int, mode: str) -> tuple[list[Adaptation], list[str]]:
@@ -185,21 +198,35 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
 
 def _defaults(card: BackboneCard) -> dict[str, Any]:
     """What the image processor that the repository names does where its file does not say."""
-    known = json.loads(Path(__file__).with_name("processors.json").read_text(encoding="utf-8"))
-    assert card.preprocessor is not None
-    named = card.preprocessor.get("image_processor_type") or card.preprocessor.get("feature_extractor_type")
+    return dict(_processors()["defaults"].get(processor_of(card), {}))
+
+
+def processor_of(card: BackboneCard) -> str:
+    """The class that the repository names, else the one that goes with its type, '' if none does."""
+    known = _processors()["by_type"]
+    named = named_processor(card)
     if named is None:
-        name = known["by_type"].get(card.model_type, "")
-    else:
-        name = re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "ImageProcessor", str(named))
-        if name not in known["by_type"].values():
-            raise RefusedError(
-                "bad_config",
-                f"{card.source}: preprocessor_config.json names {named!r}, which prepares no images that we know",
-                expected="an image processor of transformers",
-                mend="save the right image processor beside the model",
-            )
-    return dict(known["defaults"].get(name, {}))
+        return str(known.get(card.model_type, ""))
+    name = re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "ImageProcessor", str(named))
+    if name not in known.values():
+        raise RefusedError(
+            "bad_config",
+            f"{card.source}: preprocessor_config.json names {named!r}, which prepares no images that we know",
+            expected="an image processor of transformers",
+            mend="save the right image processor beside the model",
+        )
+    return name
+
+
+def named_processor(card: BackboneCard) -> Any:
+    """What preprocessor_config.json calls its class, None where it does not."""
+    settings = card.preprocessor or {}
+    return settings.get("image_processor_type") or settings.get("feature_extractor_type")
+
+
+@functools.cache
+def _processors() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("processors.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def _image_size(card: BackboneCard) -> tuple[int, int] | None:

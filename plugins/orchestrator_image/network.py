@@ -20,12 +20,20 @@ from orchestrator.errors import TrainingError
 from orchestrator.model import Network, build_transformers
 from orchestrator.plans import Plan
 from orchestrator.pooled import build_pooled
+from orchestrator_image import named_processor, processor_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-_NO_MASK = {"mask_ratio": 0.0}  # vit_mae would hide three of four patches at random
+_CHANGES: dict[str, dict[str, Any]] = {
+    "vit_mae": {"mask_ratio": 0.0},  # it would hide three of four patches at random
+    # Ours stands on the mean of the patches, as transformers' own head on siglip does: their attention pooling
+    # would never be called.
+    "aimv2": {"use_head": False},
+    "aimv2_vision_model": {"use_head": False},
+    "siglip_vision_model": {"vision_use_head": False},
+}
 _IMPORTS = "import torch\nfrom PIL import Image\nfrom transformers import AutoImageProcessor"
 _PREPARE = """\
 image = Image.open("a file").convert("RGB")
@@ -46,7 +54,7 @@ def build_network(plan: Plan, directory: Path) -> Network:
     if plan.row.pool:
         height, width = plan.input["size"]
         return build_pooled(
-            plan, directory, make_processor(plan, directory), _NO_MASK if plan.backbone.model_type == "vit_mae" else {},
+            plan, directory, make_processor(plan, directory), _CHANGES.get(plan.backbone.model_type, {}),
             {"pixel_values": torch.zeros(1, plan.input["channels"], height, width)}, _IMPORTS, _PREPARE,
         )  # fmt: skip
     return build_transformers(
@@ -75,9 +83,10 @@ def make_processor(plan: Plan, directory: Path) -> Any:
     """The backbone's own image processor, at the plan's input size."""
     if plan.backbone.library == "timm":
         return TimmWrapperImageProcessor(_timm_settings(plan), architecture=plan.backbone.model_type)
-    load = partial(
-        transformers.AutoImageProcessor.from_pretrained, directory, local_files_only=True, trust_remote_code=False
-    )
+    found = transformers.AutoImageProcessor
+    if plan.row.pool and not named_processor(plan.backbone):  # transformers knows no processor of a tower by its type
+        found = getattr(transformers, processor_of(plan.backbone))
+    load = partial(found.from_pretrained, directory, local_files_only=True, trust_remote_code=False)
     wanted = tuple(plan.input["size"])
     mode = "RGB" if plan.input["channels"] == 3 else "L"
     processor = load()
