@@ -303,7 +303,11 @@ modality = Modality(
     ),
     settings=Settings,
     rules=BackboneRules.from_json(Path(__file__).with_name("rows.json")),
-    tasks=(Task(name="single-label", title="one class an image"),),
+    tasks=(
+        Task(name="single-label", title="one class an image"),
+        Task(name="multi-label", title="any number of classes an image"),
+        Task(name="regression", title="one or several numbers an image"),
+    ),
     by_length=False,
     extra="image",
     decode=decode,
