@@ -37,7 +37,7 @@ MAX_SECONDS_READ = 600
 _MAX_VALUES = MAX_SECONDS_READ * 48_000 * 2  # stereo at 48 kHz: 8 channels of silence are a few kB of FLAC
 _LOUDEST = 1e6  # full scale is 1; the square of 1e38 is infinite
 _HIGHEST_RATE = 1_000_000
-_BLOCK = 1 << 20  # samples of each channel read at once
+_BLOCK = 1 << 18  # samples of each channel read at once
 _DEFAULT_SECONDS = 30.0
 _OFTEN = 0.1  # of the recordings cropped: more is worth a warning
 _FRAMES_LOST = 4608  # of the header's, by which lossy formats round: four MP3 frames
@@ -107,7 +107,7 @@ def decode(sample: Sample) -> Recording:
         raise BadSampleError(f"is cut off: {len(samples)} of {wanted} samples")
     if not np.isfinite(samples).all():
         raise BadSampleError("holds samples that are not finite")
-    loudest = float(np.abs(samples).max())
+    loudest = max(float(samples.max()), -float(samples.min()))
     if loudest > _LOUDEST:
         raise BadSampleError(f"holds a sample of {loudest:g}, and full scale is 1")
     return Recording(samples, rate, frames / rate, channels, encoding)
