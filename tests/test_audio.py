@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import transformers
 
 import orchestrator
-from orchestrator import registry
+from orchestrator import planning, registry
 from orchestrator.errors import BadSampleError, DataError, RefusedError
 from orchestrator_audio import MAX_SECONDS_READ, decode
 from tests.conftest import save_backbone
@@ -244,6 +245,36 @@ def test_what_is_read(form: str) -> None:
     assert found.encoding.startswith(form)
     assert found.seconds == pytest.approx(0.5, abs=0.15)
     assert np.abs(found.samples).max() == pytest.approx(0.4, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype", "expected"),
+    [("WAV", "PCM_24", "WAV PCM_24"), ("FLAC", "PCM_16", "FLAC PCM_16"), ("OGG", "OPUS", "OGG OPUS")],
+)
+def test_how_it_is_encoded_is_measured(
+    form: str, subtype: str, expected: str, backbones: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for i in range(12):
+        file = tmp_path / "data" / "ab"[i % 2] / f"{i}.flac"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(tone(300 + i, 0.3), form=form, subtype=subtype))
+    found = planning.inspect(str(backbones("wav2vec2")), "audio", str(tmp_path / "data")).profile
+    assert found is not None
+    assert found.counts["encoding"] == {expected: 12}
+
+
+def test_two_channels_never_take_the_memory_of_two() -> None:
+    left, right = (np.full(60 * 48_000, level, np.float32) for level in (0.5, 0.25))
+    content = encoded(np.stack([left, right], axis=1), 48_000, subtype="FLOAT")
+    tracemalloc.start()
+    try:
+        found = decode({"audio": content})
+        peak = tracemalloc.get_traced_memory()[1] - len(content)  # which libsndfile reads from a copy
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(found.samples, np.full(60 * 48_000, 0.375, np.float32))
+    assert found.channels == 2
+    assert peak < 1.6 * found.samples.nbytes
 
 
 def test_of_three_hours_the_beginning_is_read() -> None:
