@@ -310,8 +310,8 @@ def test_evaluating_takes_the_test_split_where_there_is_one_and_skips_by_name(
 
     run = train(tiny_resnet, digits)
     assert orchestrator.evaluate(run, str(digits))["num_samples"] == 200
-    monkeypatch.setattr("orchestrator.data.NUM_MEASURED_ALL", 10)
-    monkeypatch.setattr("orchestrator.data.NUM_MEASURED", 1)
+    monkeypatch.setattr("orchestrator.intake.NUM_MEASURED_ALL", 10)
+    monkeypatch.setattr("orchestrator.intake.NUM_MEASURED", 1)
     shutil.copytree(digits / "test", tmp_path / "later")
     victim = sorted((tmp_path / "later" / "5").iterdir())[-1]
     victim.write_bytes(b"no image")

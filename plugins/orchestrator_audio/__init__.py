@@ -126,7 +126,8 @@ def _read_mono(file: Any, wanted: int) -> npt.NDArray[np.float32]:
         block = file.read(min(_BLOCK, wanted - at), dtype="float32", always_2d=True)
         if not len(block):
             return mono[:at].copy()
-        mono[at : at + len(block)] = block.mean(axis=1)
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found, and said, by `decode`
+            mono[at : at + len(block)] = block.mean(axis=1)
         at += len(block)
     return mono
 
