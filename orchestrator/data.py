@@ -141,9 +141,14 @@ class _Table:
         if not known:
             width = len(taken.label) // len(taken)
             return tuple(taken.label[row * width : (row + 1) * width])
+        if not taken.num_labels:
+            return known[taken.label[row]]
         start = sum(taken.num_labels[:row])
-        found = tuple(known[i] for i in taken.label[start : start + taken.num_labels[row]])
-        return found[0] if len(found) == 1 else found
+        return tuple(known[i] for i in taken.label[start : start + taken.num_labels[row]])
+
+    def group(self, row: int) -> str:
+        """The group of a row."""
+        return list(self.taken.groups)[self.taken.group[row]]
 
 
 def _text_of(origin: Origin) -> str:
@@ -166,7 +171,7 @@ def _spread(targets: npt.NDArray[Any], task: TaskName) -> dict[str, Any]:
 def _drop_duplicates(table: _Table) -> Ints:
     """The rows to keep, int64: one a file. The same file with two labels is refused: one of them is wrong."""
     taken = table.taken
-    uris = np.frombuffer(taken.uri_id, dtype=np.uint64)
+    uris = _view(taken.uri_id)
     if not uris.any():
         return np.arange(len(uris))
     roots = np.array([digest64(_text_of(origin)) for origin in table.source.origins], dtype=np.uint64)
@@ -188,12 +193,8 @@ def _drop_duplicates(table: _Table) -> Ints:
 
 def _refuse_contradictions(table: _Table, mine: int, theirs: int) -> None:
     taken, uri = table.taken, table.rows.uri(mine)
-    groups = list(taken.groups)
-    for what, differs, of in (
-        ("label", taken.label_id[mine] != taken.label_id[theirs], table.labels),
-        ("group", taken.group[mine] != taken.group[theirs], lambda row: groups[taken.group[row]]),
-    ):
-        if differs:
+    for what, ids, of in (("label", taken.label_id, table.labels), ("group", taken.group, table.group)):
+        if len(ids) and ids[mine] != ids[theirs]:
             raise DataError(
                 f"{uri} has two {what}s: {of(theirs)!r} in {table.place(theirs)}, {of(mine)!r} in {table.place(mine)}",
                 mend=f"leave the row with the right {what}",
@@ -244,9 +245,10 @@ def _class_names(table: _Table, kept: Ints, spec: Data, task: TaskName) -> list[
 
 def _label_numbers(taken: Intake, kept: Ints) -> tuple[Ints, Ints]:
     """(position in `kept`, number of the label), one entry a label of a row."""
-    counts, labels = numbers(taken.num_labels), numbers(taken.label)
-    if len(labels) == len(counts) == len(kept) and (counts == 1).all():
-        return np.arange(len(kept)), labels
+    labels = numbers(taken.label)
+    if not taken.num_labels:
+        return np.arange(len(kept)), labels[kept]
+    counts = numbers(taken.num_labels)
     where = np.full(len(counts), -1, dtype=np.int64)
     where[kept] = np.arange(len(kept))
     at = np.repeat(where, counts)
@@ -375,7 +377,7 @@ def _refuse_crossing(table: _Table, kept: Ints, groups: Ints, split: Ints) -> No
     crossing = np.flatnonzero(side[groups] != split)
     if len(crossing):
         at = int(crossing[0])
-        name = list(table.taken.groups)[groups[at]]
+        name = table.group(int(kept[at]))
         raise DataError(
             f"the group {name!r} stands in {SPLITS[side[groups[at]]]} and in {SPLITS[split[at]]} "
             f"({table.place(kept[at])})",
@@ -427,15 +429,16 @@ def _leaks(table: _Table, kept: Ints, split: Ints) -> list[str]:
 
 
 def _fingerprint(taken: Intake, kept: Ints, split: Ints) -> str:
-    """Of every sample's URI, label, split and content, whatever their order."""
-    columns = [
-        np.frombuffer(taken.uri_id, dtype=np.uint64)[kept],
-        np.frombuffer(taken.label_id, dtype=np.uint64)[kept],
-        taken.known_by()[kept],
-        split.astype(np.uint64),
-    ]
-    ordered = np.lexsort(columns)
-    digest = hashlib.sha256()
-    for column in columns:
-        digest.update(column[ordered].astype("<u8").tobytes())
-    return digest.hexdigest()
+    """Of every sample's URI, label, content and split, whatever their order."""
+    mixed = np.zeros(len(kept), dtype=np.uint64)
+    for column in (_view(taken.uri_id)[kept], _view(taken.label_id)[kept], taken.known_by()[kept], split):
+        # Multiply and shift, as in splitmix64 (Steele et al. 2014): each row's columns become one number.
+        mixed += column.astype(np.uint64, copy=False)
+        mixed *= np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    mixed.sort()
+    return hashlib.sha256(mixed.astype("<u8", copy=False).data).hexdigest()
+
+
+def _view(ids: Any) -> npt.NDArray[np.uint64]:
+    return np.frombuffer(ids, dtype=np.uint64)

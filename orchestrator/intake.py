@@ -55,10 +55,11 @@ class Intake:
     label: array[Any] = field(default_factory=lambda: array("i"))
     """Single-label: the number of the name; multi-label: of all rows' names in turn; regression: floats."""
     num_labels: array[int] = field(default_factory=lambda: array("i"))
-    """Multi-label: how many of `label` are the row's."""
+    """Multi-label alone: how many of `label` are the row's."""
     names: dict[str, int] = field(default_factory=dict)
     """Label -> number, in the order that they were met in."""
     group: array[int] = field(default_factory=lambda: array("i"))
+    """Empty where the data has no groups."""
     groups: dict[str, int] = field(default_factory=dict)
     split: array[int] = field(default_factory=lambda: array("b"))
     origin: array[int] = field(default_factory=lambda: array("i"))
@@ -166,8 +167,10 @@ def _remember(taken: Intake, row: Row, look: _Look, task: TaskName) -> None:
     else:
         labels = row.label if isinstance(row.label, tuple) else (row.label,)
         taken.label.extend([taken.names.setdefault(str(name), len(taken.names)) for name in labels])
-        taken.num_labels.append(len(labels))
-    taken.group.append(taken.groups.setdefault(row.group or "", len(taken.groups)))
+        if task == "multi-label":
+            taken.num_labels.append(len(labels))
+    if row.group is not None:
+        taken.group.append(taken.groups.setdefault(row.group, len(taken.groups)))
     taken.split.append(_NO_SPLIT if row.split is None else row.split)
     taken.origin.append(row.origin)
     taken.num_bytes.append(look.num_bytes)
