@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.errors import REASONS, JobError, OrchestratorError, RefusedError, missing_extra
+from orchestrator.errors import (
+    REASONS,
+    InterruptedRunError,
+    JobError,
+    OrchestratorError,
+    RefusedError,
+    missing_extra,
+)
 
 if TYPE_CHECKING:
     from orchestrator.runs import Run
@@ -492,6 +499,8 @@ def run(arguments: list[str]) -> int:
             app(["--help"], standalone_mode=False, prog_name="orchestrator")
             return 2
         code = app(arguments, standalone_mode=False, prog_name="orchestrator")
+        if code == InterruptedRunError.exit_code:  # typer makes this of a KeyboardInterrupt, in silence
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except _UsageError as error:
         known = arguments[0] in {getattr(one.callback, "__name__", "") for one in app.registered_commands}
@@ -511,8 +520,6 @@ def run(arguments: list[str]) -> int:
             raise
         return _fail(refusal, as_json)
     except (KeyboardInterrupt, typer.Abort):
-        from orchestrator.errors import InterruptedRunError
-
         return _fail(InterruptedRunError("interrupted", mend="the same command goes on"), as_json)
 
 

@@ -95,13 +95,14 @@ def locate(place: str) -> Location:
     """The location of a URI. Raises `RefusedError` where no installed library opens it."""
     scheme = place.split("://", 1)[0].lower()
     try:
-        return Location(place, *_open(place))
+        with _asking(place):
+            return Location(place, *_open(place))
     except ImportError as error:
         raise RefusedError(
             "missing_extra", f"{place}: {scheme}:// needs {error.name or 'a library'}, which is not installed",
             mend=f"pip install the fsspec library for {scheme}://: {error}",
         ) from None  # fmt: skip
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except ValueError as error:
         raise DataError(
             f"{place} is no place that can be opened: {_first_line(error)}",
             expected="a path, or a URI that pyarrow or fsspec opens: s3://bucket/folder, gs://..., hf://datasets/...",
@@ -132,6 +133,8 @@ def _asking(place: str) -> Iterator[None]:
     """The store's errors become one of ours."""
     try:
         yield
+    except ValueError:  # ArrowInvalid too: the place itself is wrong
+        raise
     except (OSError, pa.ArrowException) as error:
         raise RefusedError(
             "offline", f"{place} cannot be asked for: {_first_line(error)}",

@@ -78,7 +78,9 @@ def _open_place(source: Source, place: str, wanted: _Wanted) -> None:
     kind = here.kind() if isinstance(here, Location) else _kind(here)
     if kind == "missing":
         raise DataError(
-            f"there is no {place}", expected="a folder of class folders, or a .csv, .parquet or .jsonl table"
+            f"there is no {place}",
+            expected="a folder of class folders, a .csv, .parquet or .jsonl table, or a data set of the Hub (org/name)",
+            mend="check the path; a store is named by its URI, such as s3://bucket/folder",
         )
     if kind == "file":
         if suffix_of(place) not in TABLE_SUFFIXES:

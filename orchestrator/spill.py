@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pyarrow as pa
@@ -81,6 +81,7 @@ def _dicts(batches: Iterator[Mapping[str, list[Any]]]) -> Iterator[pa.RecordBatc
 
 def _of_rows(rows: Iterator[Any]) -> Iterator[pa.RecordBatch]:
     schema: pa.Schema | None = None
+    rows = (_plain(row) for row in rows)
     number = 0
     while chunk := list(islice(rows, _INFERRED_ROWS if schema is None else _BATCH_ROWS)):
         for at, row in enumerate(chunk, number + 1):
@@ -94,7 +95,7 @@ def _of_rows(rows: Iterator[Any]) -> Iterator[pa.RecordBatch]:
                 names = list(dict.fromkeys(key for row in chunk for key in row))
                 columns = {name: pa.array([row.get(name) for row in chunk]) for name in names}
                 schema = pa.schema({n: pa.string() if pa.types.is_null(c.type) else c.type for n, c in columns.items()})
-            yield pa.RecordBatch.from_pylist([dict(row) for row in chunk], schema=schema)
+            yield pa.RecordBatch.from_pylist(chunk, schema=schema)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"one of the rows {number + 1} to {number + len(chunk)} of the data cannot be written as a table: "
@@ -102,6 +103,13 @@ def _of_rows(rows: Iterator[Any]) -> Iterator[pa.RecordBatch]:
                 expected="one type a column", mend=_MEND,
             ) from None  # fmt: skip
         number += len(chunk)
+
+
+def _plain(row: Any) -> Any:
+    """The row with its paths as texts."""
+    if not isinstance(row, Mapping):
+        return row
+    return {key: str(value) if isinstance(value, PurePath) else value for key, value in row.items()}
 
 
 def _write(batches: Iterator[pa.RecordBatch], directory: Path) -> str:

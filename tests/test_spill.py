@@ -58,6 +58,16 @@ def test_every_form_gives_the_same_rows(form: str) -> None:
     assert found["root"] == str(Path.cwd())
 
 
+def test_paths_are_relative_to_where_the_program_runs(tiny_resnet: Path) -> None:
+    named = []
+    for i, row in enumerate(rows()):
+        Path(f"{i}.png").write_bytes(row["image"])
+        named.append({"image": Path(f"{i}.png"), "label": row["label"]})
+    plan = orchestrator.plan(backbone=str(tiny_resnet), data=named)
+    assert sum(plan.data.num_samples.values()) == 20
+    assert plan.data.root == str(Path.cwd())
+
+
 def test_the_same_rows_have_the_same_name_and_others_another() -> None:
     assert written(rows()) == written(list(rows()))
     assert written(rows()) != written(rows(19))

@@ -656,3 +656,19 @@ def test_no_signal_handler_is_left_behind(tiny_resnet: Path, digits: Path) -> No
     train(tiny_resnet, digits)
     assert (signal.getsignal(signal.SIGINT), torch.get_num_threads()) == before
     assert os.getpid() > 0
+
+
+def test_an_interruption_before_the_first_step_is_said_and_leaves_nothing(tiny_resnet: Path, digits: Path) -> None:
+    """Ctrl-C while the data is read: typer turns it into an exit code in silence."""
+    command = [
+        sys.executable, "-c",
+        "import signal, sys; from orchestrator import cli, intake;"
+        "intake.digest64 = lambda *_: signal.raise_signal(signal.SIGINT);"
+        "sys.exit(cli.run(sys.argv[1:]))",
+        "finetune", "--backbone", str(tiny_resnet), "--data", str(digits), "--name", "early",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 130
+    assert "the same command goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not Path("runs").exists()
