@@ -21,8 +21,8 @@ DATA_FOLDER = ".data"
 """The folder of the storage that holds rows which came from a program, not from a place."""
 _OURS = frozenset(
     (
-        "job.yaml", "plan.json", "samples", "skipped.jsonl", "lineage.json", "metrics.jsonl", "results.json",
-        "error.txt", "STOP", ".lock", "checkpoints", "features", "tensorboard", "model", ".ray",
+        "job.yaml", "plan.json", "samples", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl",
+        "results.json", "error.txt", "STOP", ".lock", "checkpoints", "features", "tensorboard", "model", ".ray",
     )
 )  # fmt: skip
 
@@ -143,6 +143,9 @@ class Run:
 
     def clear(self) -> None:
         """Remove what a run writes, but its lock and a sample table being made; nothing else that may lie there."""
+        # First what says that the run is there: cut short after that, the same command starts over.
+        for name in ("results.json", "plan.json"):
+            (self.path / name).unlink(missing_ok=True)
         for child in self.path.iterdir():
             if child.name in (".lock", f"{SAMPLES}.partial") or not _is_ours(child):
                 continue

@@ -17,11 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pydantic_core import PydanticSerializationError
+
 from orchestrator import registry
 from orchestrator.console import progress
 from orchestrator.data import Prepared
 from orchestrator.errors import (
     ChangedError,
+    DataError,
     InterruptedRunError,
     OrchestratorError,
     RefusedError,
@@ -139,13 +142,17 @@ def _laid_out(run: Run, job: Job, looked: Looked, fresh: bool) -> Plan:
     partial.mkdir()
     try:
         plan, prepared = prepare(job, looked, partial)
+        texts = _texts(run, job, plan, prepared)  # what cannot be written down is found before anything is removed
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         run.give_up()
         raise
     if fresh:
         run.clear()
-    _lay_out(run, job, plan, prepared, partial)
+    shutil.rmtree(run.path / SAMPLES, ignore_errors=True)
+    os.replace(partial, run.path / SAMPLES)
+    for name, text in texts.items():  # plan.json, written last, says that the run is there
+        write_file(run.path / name, text)
     return plan
 
 
@@ -183,18 +190,26 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _lay_out(run: Run, job: Job, plan: Plan, prepared: Prepared, samples: Path) -> None:
-    """The run's directory with what it begins with; plan.json, written last, says that it is there."""
+def _texts(run: Run, job: Job, plan: Plan, prepared: Prepared) -> dict[str, str]:
+    """{file: its text} of what the run's directory begins with. Raises `DataError` for names that are no Unicode."""
     # With whole paths, so that it says the same from any directory.
     storage = str(Path(job.storage).expanduser().absolute())
     whole = job.at_whole_paths().model_copy(update={"name": plan.name, "storage": storage})
-    write_file(run.path / "job.yaml", whole.to_yaml())
-    shutil.rmtree(run.path / SAMPLES, ignore_errors=True)
-    os.replace(samples, run.path / SAMPLES)
-    if prepared.skipped:
-        lines = [json.dumps({"place": s.place, "problem": s.problem}, ensure_ascii=False) for s in prepared.skipped]
-        write_file(run.path / "skipped.jsonl", "".join(f"{line}\n" for line in lines))
-    write_file(run.path / "plan.json", plan.model_dump_json(indent=1))
+    lines = [json.dumps({"place": s.place, "problem": s.problem}, ensure_ascii=False) for s in prepared.skipped]
+    try:
+        texts = {"job.yaml": whole.to_yaml()}
+        if lines:
+            texts["skipped.jsonl"] = "".join(f"{line}\n" for line in lines)
+        texts["plan.json"] = plan.model_dump_json(indent=1)
+        for text in texts.values():
+            text.encode()
+    except (UnicodeEncodeError, PydanticSerializationError) as error:
+        raise DataError(
+            f"a label or a path of the data of {run.name} holds half a character: {str(error).splitlines()[0]}",
+            expected="Unicode text",
+            mend="correct it in the table",
+        ) from None
+    return texts
 
 
 @contextlib.contextmanager

@@ -672,3 +672,22 @@ def test_an_interruption_before_the_first_step_is_said_and_leaves_nothing(tiny_r
     assert "the same command goes on" in done.stderr
     assert "Traceback" not in done.stderr
     assert not Path("runs").exists()
+
+
+def test_starting_over_with_labels_that_cannot_be_written_leaves_the_old_run(
+    tiny_resnet: Path, flat_digits: Path
+) -> None:
+    run = orchestrator.finetune(
+        backbone=str(tiny_resnet), data=str(flat_digits), training={"epochs": 1}, name="kept", events=lambda _: None
+    )
+    before = run.results
+    files = sorted(flat_digits.rglob("*.png"))[:40]
+    rows = [{"path": str(file), "label": "\ud800" if i % 2 else "b"} for i, file in enumerate(files)]
+    Path("half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RefusedError, match="half a character"):
+        orchestrator.finetune(
+            backbone=str(tiny_resnet), data={"path": "half.jsonl", "root": str(flat_digits)}, name="kept", fresh=True,
+            events=lambda _: None,
+        )  # fmt: skip
+    assert run.results == before
+    assert run.finished
