@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.cells import delimiter, fill_file, fill_label, fill_side, fill_text, find_inputs, label_columns
@@ -11,10 +13,12 @@ from orchestrator.errors import DataError
 from orchestrator.folders import children, open_folder
 from orchestrator.locations import Location, locate
 from orchestrator.modality import SampleField
-from orchestrator.places import TABLE_SUFFIXES, is_dataset, is_uri
+from orchestrator.places import SPLIT_NAMES, TABLE_SUFFIXES, is_dataset, is_uri
 from orchestrator.rows import Origin, Row, Source
 from orchestrator.spec import Data, TaskName
 from orchestrator.tables import Table, open_table, suffix_of
+
+_SHARD = re.compile(r"-\d+-of-\d+$")
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def _open_place(source: Source, place: str, wanted: _Wanted) -> None:
             return _open_tables(source, tables, wanted)
     files = _table_files(here)
     if files:
-        return _open_tables(source, [open_table(file) for file in files], wanted)
+        return _open_tables(source, [_with_split(open_table(file)) for file in files], wanted)
     if wanted.task != "single-label":
         raise DataError(
             f"{place} is a folder, where a sample has one class, and the task is {wanted.task}",
@@ -134,10 +138,22 @@ def _table_files(folder: Path | Location) -> list[Path | Location]:
     return [folder / name if isinstance(folder, Path) else folder.join(name) for name in files]
 
 
+def _with_split(table: Table) -> Table:
+    """A part of a folder of tables, of the split that its name says: train.csv, test-00000-of-00001.parquet."""
+    stem = posixpath.basename(table.text).split(".")[0].lower()
+    return replace(table, split=SPLIT_NAMES.get(_SHARD.sub("", stem)))
+
+
 def _open_tables(source: Source, tables: Sequence[Table], wanted: _Wanted) -> None:
     if any(table.split is not None for table in tables) or wanted.spec.split_column is not None:
         source.ready_made = True
-    for table in tables:
+    named = [table for table in tables if table.split is not None]
+    if named and not any(table.split == 0 for table in named):
+        raise DataError(f"{named[0].text} is a split, and there is none for training", expected="train beside it")
+    if named and len(named) < len(tables):
+        others = [table.text for table in tables if table.split is None]
+        source.notes.append(f"tables beside train that are no split, not read: {', '.join(others[:3])}")
+    for table in named or tables:
         _open_table(source, table, wanted)
 
 

@@ -90,6 +90,16 @@ def _of_rows(rows: Iterator[Any]) -> Iterator[pa.RecordBatch]:
             strange = next((key for key in row if schema is not None and key not in schema.names), None)
             if strange is not None:
                 raise DataError(f"row {at} of the data has a key {strange!r}, and no row before it has", mend=_MEND)
+        cut = schema is not None and next(
+            ((at, name) for at, row in enumerate(chunk, number + 1) for name in schema.names
+             if pa.types.is_integer(schema.field(name).type) and isinstance(row.get(name), float)),
+            None,
+        )  # fmt: skip
+        if cut:  # pyarrow would cut off what stands behind the point, in silence
+            raise DataError(
+                f"row {cut[0]} of the data has a fraction in {cut[1]!r}, where the first rows have whole numbers",
+                expected="one type a column", mend=f"give all of {cut[1]!r} as float",
+            )  # fmt: skip
         try:
             if schema is None:
                 names = list(dict.fromkeys(key for row in chunk for key in row))

@@ -137,6 +137,22 @@ def test_a_long_line_and_a_late_word_are_read(tmp_path: Path) -> None:
     assert sum(read(tmp_path / "t.csv").summary.num_samples.values()) == 90_005
 
 
+@pytest.mark.parametrize(
+    "names", [("train.jsonl", "test.jsonl"), ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl")]
+)
+def test_tables_that_are_named_as_splits_are_those_splits(tmp_path: Path, names: tuple[str, str]) -> None:
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    jsonl(folder / names[0], texts(30))
+    jsonl(folder / names[1], [{**row, "text": f"new {row['text']}"} for row in texts(10)])
+    found = read(folder)
+    assert found.summary.num_samples == {"train": 26, "validation": 4, "test": 10}
+    jsonl(folder / "more.jsonl", texts(5))
+    assert any("no split, not read" in note for note in read(folder).summary.notes)
+    (folder / names[0]).unlink()
+    assert "there is none for training" in refusal(folder).message
+
+
 # --- several labels ---
 
 

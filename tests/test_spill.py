@@ -94,6 +94,12 @@ def late_word() -> Iterator[dict[str, Any]]:
         yield {"text": f"text {i}", "label": i if i < 2500 else "last"}
 
 
+def test_a_fraction_behind_whole_numbers_is_not_cut_off() -> None:
+    numbers = [*({"text": "a", "y": 0} for _ in range(1024)), {"text": "b", "y": 1.5}]
+    with pytest.raises(DataError, match="row 1025 of the data has a fraction in 'y'"):
+        spill_data(numbers, Path("spilled"))
+
+
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
