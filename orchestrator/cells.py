@@ -135,6 +135,9 @@ def _number(row: Row, cell: object, column: str) -> float:
         return 0.0
     try:
         number = float(cell)  # type: ignore[arg-type]  # what is no number raises
+    except OverflowError:
+        row.problem = f"has a number beyond all bounds in {column!r}"
+        return 0.0
     except (TypeError, ValueError):
         raise DataError(
             f"{row.place} has {cell!r} in {column!r}, and a regression target is a number",

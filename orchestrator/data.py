@@ -238,8 +238,8 @@ def _class_names(table: _Table, kept: Ints, spec: Data, task: TaskName) -> list[
             expected="two classes or more",
             mend="add samples of another class; everything else can be a class too",
         )
-    if all(name.isdecimal() for name in met):
-        return sorted(met, key=lambda name: (int(name), name))
+    if all(name.isdecimal() and name.isascii() for name in met):
+        return sorted(met, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))
     return sorted(met)
 
 

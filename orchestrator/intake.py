@@ -284,6 +284,8 @@ class _Looker:
             return (found.st_size, found.st_mtime_ns), file.read_bytes() if needed else None
         except FileNotFoundError:
             row.problem = f"the file {row.uri} is missing" if row.number else "is no file"
+        except ValueError:  # half a character
+            row.problem = "has a path that is no Unicode"
         except OSError as error:
             row.problem = f"cannot be read: {error.strerror or error}"
         return None, None

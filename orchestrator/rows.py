@@ -82,7 +82,7 @@ def inside(root: Path, uri: str, resolved: dict[str, str]) -> tuple[str | None, 
     """
     if is_uri(uri):
         return None, "lies in a store, outside of"
-    pure = PurePosixPath(uri.replace("\\", "/")) if "\\" in uri and not (root / uri).exists() else Path(uri)
+    pure = PurePosixPath(uri.replace("\\", "/")) if "\\" in uri and not os.path.exists(root / uri) else Path(uri)
     file = os.path.normpath(root / pure)
     directory, name = os.path.split(file)
     if directory not in resolved:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +64,12 @@ class Data(_Part):
     num_train: int | None = Field(None, ge=2, description="train on so many samples only, classes balanced")
     seed: int = Field(0, ge=0, description="of the split")
     on_bad_sample: Literal["fail", "skip"] = Field("fail", description="what a broken sample does")
+
+    @field_validator("path", "validation", "test", "root")
+    @classmethod
+    def _plain_paths(cls, place: str | None) -> str | None:
+        """A file:// URI is the path: so that links and runs inside the data are looked at as everywhere here."""
+        return place if place is None else re.sub(r"^(file|local)://(localhost(?=/))?", "", place)
 
     @model_validator(mode="after")
     def _fractions(self) -> Data:

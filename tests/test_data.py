@@ -395,3 +395,28 @@ def test_large_samples_are_decoded_a_few_at_once(folder: Path, monkeypatch: pyte
     assert np.concatenate(pieces).tolist() == rows.tolist()
     monkeypatch.setattr(samples, "_BYTES_AT_ONCE", 1)  # one that is larger than all of it comes alone
     assert [len(some) for some in found.batches(rows)] == [1] * 20
+
+
+def test_a_file_uri_is_the_path_with_its_links(folder: Path, tmp_path: Path) -> None:
+    put(tmp_path / "outside" / "x.png", png(3))
+    os.symlink(tmp_path / "outside", folder / "linked")
+    rows = [{"path": f"cat/{i}.png", "label": i % 3} for i in (1, 3, 5)] + [{"path": "linked/x.png", "label": 1}]
+    file = table(tmp_path / "t.jsonl", rows)
+    assert Data(path=f"file://{file}").path == str(file)
+    assert "leaves the data's root" in refusal(file, root=f"file://{folder}").message
+
+
+def test_cells_that_no_library_expects(folder: Path, tmp_path: Path) -> None:
+    named = [{"path": str(f.relative_to(folder)), "label": f.parent.name} for f in sorted(folder.rglob("*.png"))]
+    for i, path in enumerate(("a\\b" * 200, "\ud800.png")):
+        file = tmp_path / f"{i}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in [*named, {"path": path, "label": "cat"}]))
+        assert "row 21" in refusal(file, root=str(folder)).message
+        assert read(file, root=str(folder), on_bad_sample="skip").summary.num_skipped == 1
+    huge = tmp_path / "n.jsonl"
+    numbers = [f'{{"path": "{row["path"]}", "y": {i}}}\n' for i, row in enumerate(named)]
+    numbers[4] = numbers[4].replace('"y": 4', f'"y": {10**400}')
+    huge.write_text("".join(numbers))
+    spec = Data(path=str(huge), root=str(folder), label_column="y")
+    with pytest.raises(DataError, match="row 5: has a number beyond all bounds"):
+        prepare(spec, registry.get("image"), CARD, "regression")
