@@ -177,13 +177,12 @@ def _drop_duplicates(table: _Table) -> Ints:
     roots = np.array([digest64(_text_of(origin)) for origin in table.source.origins], dtype=np.uint64)
     keys = np.where(uris == 0, np.arange(len(uris), dtype=np.uint64), uris ^ roots[numbers(taken.origin)])
     order = np.argsort(keys, kind="stable")
-    same = np.flatnonzero((keys[order][1:] == keys[order][:-1]) & (uris[order][1:] != 0)) + 1
+    ordered = keys[order]
+    new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    first = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))  # where each file's rows begin
     out = np.zeros(len(uris), dtype=bool)
-    for at in same.tolist():
-        first = at
-        while first and keys[order[first - 1]] == keys[order[at]]:
-            first -= 1
-        mine, theirs = int(order[at]), int(order[first])
+    for at in np.flatnonzero(~new & (uris[order] != 0)).tolist():
+        mine, theirs = int(order[at]), int(order[first[at]])
         if table.rows.uri(mine) != table.rows.uri(theirs):  # two names with one digest
             continue
         out[mine] = True

@@ -60,6 +60,10 @@ class Location:
         """The file, seekable. Raises `OSError`."""
         return self.fs.open_input_file(self.path)  # type: ignore[no-any-return]
 
+    def stream(self, buffer_bytes: int) -> BinaryIO:
+        """The file from its beginning to its end, so many bytes a request. Raises `OSError`."""
+        return self.fs.open_input_stream(self.path, buffer_size=buffer_bytes)  # type: ignore[no-any-return]
+
     def read(self) -> bytes:
         """All of the file. Raises `OSError`."""
         with self.fs.open_input_file(self.path) as file:

@@ -142,7 +142,8 @@ def _parquet_batches(place: Path | Location, _names: Sequence[str], wanted: Sequ
 
 
 def _lines(place: Path | Location) -> Iterator[dict[str, Any]]:
-    with _open(place) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+    source = place.open("rb") if isinstance(place, Path) else place.stream(_BLOCK_BYTES)
+    with source as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
         number = 0
         for line in text:
             if not line.strip():
