@@ -97,6 +97,10 @@ def _prepare(
         split = _split(table, kept, strata, kinds, len(names), spec)
         _REFUSALS[task](targets, split, names)
     notes = list(source.notes) + _leaks(table, kept, split)
+    if task == "multi-label" and max(taken.num_labels) < 2 and spec.label_separator is None:
+        notes.append(
+            "no sample has more than one label; if cells hold several, say what is between: data.label_separator"
+        )
     if not classes and not (split == 2).any():
         has = (split == 1).any()
         notes.append(

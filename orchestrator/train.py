@@ -88,7 +88,12 @@ def _start(
             return _start(job, fields, fresh, show)
     # Rows that the caller holds are written down once, on the storage, and are a table from then on.
     storage = make_job(job, **{**fields, "data": "-", "backbone": "-"}).storage
-    return _run(make_job(job, **spilled(fields, Path(storage).expanduser() / DATA_FOLDER)), fresh, events)
+    try:
+        return _run(make_job(job, **spilled(fields, Path(storage).expanduser() / DATA_FOLDER)), fresh, events)
+    except InterruptedRunError as error:
+        if fresh:
+            error.mend = "the same command without --fresh goes on from there"
+        raise
 
 
 def _run(job: Job, fresh: bool, events: Events) -> Run:

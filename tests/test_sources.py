@@ -197,6 +197,15 @@ def test_several_labels_say_the_same_in_every_form(tmp_path: Path, form: str) ->
     assert found.summary.per_class["train"] == tuple(per_class[0])
 
 
+def test_cells_of_several_labels_that_nobody_said_how_to_cut_are_noted(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": ("a|b", "b", "a")[i % 3]} for i in range(60)]
+    file = jsonl(tmp_path / "t.jsonl", rows)
+    assert any("data.label_separator" in note for note in read(file, task="multi-label").summary.notes)
+    cut = read(file, task="multi-label", label_separator="|")
+    assert cut.classes == ("a", "b")
+    assert not any("data.label_separator" in note for note in cut.summary.notes)
+
+
 def test_labels_that_are_no_labels(tmp_path: Path) -> None:
     rows = many()
     rows[2]["label"] = None

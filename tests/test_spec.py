@@ -130,3 +130,8 @@ def test_a_job_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         job.method = "full"  # type: ignore[misc]
     assert isinstance(job, Job)
+
+
+@pytest.mark.parametrize(("text", "value"), [("a=|", "|"), ("a=>", ">"), ("a=;", ";"), ("a=''", ""), ("a=3", 3)])
+def test_a_setting_is_what_was_typed(text: str, value: object) -> None:
+    assert parse_setting(text) == ("a", value)

@@ -691,3 +691,17 @@ def test_starting_over_with_labels_that_cannot_be_written_leaves_the_old_run(
         )  # fmt: skip
     assert run.results == before
     assert run.finished
+
+
+def test_after_an_interrupted_fresh_start_the_mend_is_without_fresh(tiny_resnet: Path, digits: Path) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        if event.get("epoch"):
+            signal.raise_signal(signal.SIGINT)
+
+    job: dict[str, Any] = {"backbone": str(tiny_resnet), "data": str(digits), "method": "full", "name": "anew"}
+    with pytest.raises(orchestrator.OrchestratorError) as caught:
+        orchestrator.finetune(**job, training={"epochs": 3}, fresh=True, events=stop)
+    assert caught.value.mend == "the same command without --fresh goes on from there"
+    notes: list[dict[str, Any]] = []
+    orchestrator.finetune(**job, training={"epochs": 3}, events=notes.append)
+    assert any("going on from step" in event.get("text", "") for event in notes)
