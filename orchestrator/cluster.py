@@ -14,7 +14,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError
+from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, first_line
 from orchestrator.loop import run_worker
 from orchestrator.plans import Plan
 
@@ -50,7 +50,7 @@ def joined(plan: Plan) -> Iterator[None]:
     except (ConnectionError, ValueError) as error:
         raise RefusedError(
             "resources",
-            f"there is no Ray cluster to join at {address}: {str(error).strip().splitlines()[0]}",
+            f"there is no Ray cluster to join at {address}: {first_line(error)}",
             mend="start one with `ray start --head`, correct scaling.address, or leave it out",
         ) from None
     try:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from orchestrator.cells import label_columns
 from orchestrator.errors import DataError
-from orchestrator.intake import Intake, Skip, digest64, numbers, take_in
+from orchestrator.intake import Intake, Skip, digest64, numbers, take_in, view
 from orchestrator.locations import Location
 from orchestrator.modality import Modality, Profile
 from orchestrator.plans import SPLITS, BackboneCard, DataSummary
@@ -175,7 +175,7 @@ def _spread(targets: npt.NDArray[Any], task: TaskName) -> dict[str, Any]:
 def _drop_duplicates(table: _Table) -> Ints:
     """The rows to keep, int64: one a file. The same file with two labels is refused: one of them is wrong."""
     taken = table.taken
-    uris = _view(taken.uri_id)
+    uris = view(taken.uri_id)
     if not uris.any():
         return np.arange(len(uris))
     roots = np.array([digest64(_text_of(origin)) for origin in table.source.origins], dtype=np.uint64)
@@ -262,7 +262,7 @@ def _targets(table: _Table, kept: Ints, names: Sequence[str], spec: Data, task: 
     """int64 [rows], the class; multi-label: float32 [rows, classes], 0 or 1; regression: float32 [rows, targets]."""
     taken = table.taken
     if task == "regression":
-        return np.frombuffer(taken.label).reshape(len(taken), -1)[kept].astype(np.float32)
+        return view(taken.label).reshape(len(taken), -1)[kept].astype(np.float32)
     known = {name: i for i, name in enumerate(names)}
     number = np.array([known.get(name, -1) for name in taken.names], dtype=np.int64)
     at, labels = _label_numbers(taken, kept)
@@ -434,14 +434,10 @@ def _leaks(table: _Table, kept: Ints, split: Ints) -> list[str]:
 def _fingerprint(taken: Intake, kept: Ints, split: Ints) -> str:
     """Of every sample's URI, label, content and split, whatever their order."""
     mixed = np.zeros(len(kept), dtype=np.uint64)
-    for column in (_view(taken.uri_id)[kept], _view(taken.label_id)[kept], taken.known_by()[kept], split):
+    for column in (view(taken.uri_id)[kept], view(taken.label_id)[kept], taken.known_by()[kept], split):
         # Multiply and shift, as in splitmix64 (Steele et al. 2014): each row's columns become one number.
         mixed += column.astype(np.uint64, copy=False)
         mixed *= np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
     mixed.sort()
     return hashlib.sha256(mixed.astype("<u8", copy=False).data).hexdigest()
-
-
-def _view(ids: Any) -> npt.NDArray[np.uint64]:
-    return np.frombuffer(ids, dtype=np.uint64)

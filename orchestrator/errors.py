@@ -181,6 +181,11 @@ class InterruptedRunError(OrchestratorError):
     reason = "interrupted"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 EXTRA_LIBRARIES = frozenset(
     (
         "numpy",

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, first_line
 from orchestrator.plans import BackboneCard
 from orchestrator.runs import Run
 
@@ -190,7 +190,7 @@ def offline(source: str, error: Exception) -> RefusedError:
     return RefusedError(
         "offline",
         f"there is no directory {source}, and the Hub cannot be asked about it: "
-        f"{type(error).__name__}: {str(error).splitlines()[0]}",
+        f"{type(error).__name__}: {first_line(error)}",
         mend="check the connection and HF_ENDPOINT, or give a local directory",
     )
 

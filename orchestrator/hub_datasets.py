@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import DataError, MissingExtraError
+from orchestrator.errors import DataError, MissingExtraError, first_line
 from orchestrator.hub import asking, offline
 from orchestrator.places import SPLIT_NAMES, dataset_id
-from orchestrator.tables import Batch, Table
+from orchestrator.tables import BATCH_ROWS, Batch, Table
 
 _MARKS = ("dataset_dict.json", "state.json")
-_BATCH_ROWS = 64
 
 
 def is_saved(path: Path) -> bool:
@@ -33,7 +32,7 @@ def open_saved(path: Path) -> tuple[list[Table], list[str]]:
         return _tables(found, str(path), path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} cannot be read: {_first_line(error)}", expected="a directory as datasets' save_to_disk writes it",
+            f"{path} cannot be read: {first_line(error)}", expected="a directory as datasets' save_to_disk writes it",
             mend="save it again",
         ) from None  # fmt: skip
 
@@ -62,7 +61,7 @@ def open_repository(place: str, subset: str | None) -> tuple[list[Table], list[s
     except (ValueError, OSError, RuntimeError) as error:
         if "onfig name is missing" in str(error) or (subset and "BuilderConfig" in str(error)):
             raise DataError(
-                f"{place} has several subsets, and data.subset is {subset!r}: {_first_line(error)}",
+                f"{place} has several subsets, and data.subset is {subset!r}: {first_line(error)}",
                 expected="the name of one of its subsets", mend="name it: --set data.subset=NAME",
             ) from None  # fmt: skip
         raise _unreadable(place, error) from None
@@ -87,14 +86,10 @@ def _library() -> Any:
 
 def _unreadable(place: str, error: Exception) -> DataError:
     return DataError(
-        f"{place} cannot be read as a data set: {_first_line(error)}",
+        f"{place} cannot be read as a data set: {first_line(error)}",
         expected="a data set repository of tables (CSV, JSON lines, Parquet), or of class folders",
         mend="look at its page; a repository that needs code of its own to be read cannot be used",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _tables(found: Any, text: str, root: Path) -> tuple[list[Table], list[str]]:
@@ -121,7 +116,7 @@ def _table(found: Any, text: str, root: Path, split: int | None) -> Table:
             if hasattr(features[name], "decode"):
                 chosen = chosen.cast_column(name, type(features[name])(decode=False))
         names = {name: names for name in columns if (names := _class_names(features[name])) is not None}
-        for batch in chosen.with_format("arrow").iter(batch_size=_BATCH_ROWS):
+        for batch in chosen.with_format("arrow").iter(batch_size=BATCH_ROWS):
             cells = batch.to_pydict()
             for name, known in names.items():
                 cells[name] = [_named(cell, known) for cell in cells[name]]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from orchestrator.plans import BackboneCard
 from orchestrator.rows import Row, Source, inside, inside_store
 from orchestrator.samples import SampleWriter
 from orchestrator.spec import TaskName
+from orchestrator.tables import suffix_of
 
 Ints = npt.NDArray[np.int64]
 
@@ -89,24 +91,25 @@ class Intake:
 
     def known_by(self) -> npt.NDArray[np.uint64]:
         """What each sample is known by: its content, or, of much data, its file's size and time of modification."""
-        content = _numbers(self.content_id)
+        content = view(self.content_id)
         if self.total_bytes() <= MAX_HASHED_BYTES and content.all():
             return content
-        return np.where(_numbers(self.uri_id) == 0, content, _numbers(self.stat_id))
+        return np.where(view(self.uri_id) == 0, content, view(self.stat_id))
 
     def contents(self) -> npt.NDArray[np.uint64]:
         """The content that `known_by` is of, 0 where it is of something else."""
-        content, known_by = _numbers(self.content_id), self.known_by()
+        content, known_by = view(self.content_id), self.known_by()
         return np.where(known_by == content, content, np.uint64(0))
 
 
-def _numbers(values: array[Any]) -> npt.NDArray[Any]:
+def view(values: array[Any]) -> npt.NDArray[Any]:
+    """An array of the intake as numpy's, in its own type, not copied."""
     return np.frombuffer(values, dtype=values.typecode) if len(values) else np.zeros(0, values.typecode)
 
 
 def numbers(values: array[Any]) -> Ints:
     """An array of the intake as int64 [rows]."""
-    return _numbers(values).astype(np.int64)
+    return view(values).astype(np.int64)
 
 
 def _step(num_rows: int) -> int:
@@ -232,7 +235,7 @@ class _Looker:
         row.uri = uri
 
     def _is_sentence(self, uri: str) -> bool:
-        return " " in uri.strip() and os.path.splitext(uri)[1].lower() not in self._sample.suffixes
+        return " " in uri.strip() and suffix_of(uri) not in self._sample.suffixes
 
     def is_work(self, rows: list[Row], places: range) -> bool:
         """Whether looking at these rows decodes or reads files, so that threads are worth their cost."""
@@ -242,17 +245,17 @@ class _Looker:
     def look(self, row: Row, number: int) -> _Look:
         """The row's size, what it is known by, its facts where it is one of the measured; else its `problem`."""
         measured = number % _step(number + 1) == 0
-        stat, content = row.stat, row.content
+        listed, content = row.stat, row.content
         if content is None:
-            stat, content = self._fetch(row, measured)
+            listed, content = self._fetch(row, measured)
             if row.problem:
                 return _Look(0)
-        num_bytes = len(content) if content is not None else stat[0] if stat is not None else -1
+        num_bytes = len(content) if content is not None else listed[0] if listed is not None else -1
         hashed = content is not None and (row.content is not None or self.total <= MAX_HASHED_BYTES)
         known = _Look(
             num_bytes,
             _digest64(content, row.second) if hashed and content is not None else 0,
-            digest64(*stat) if stat is not None else 0,
+            digest64(*listed) if listed is not None else 0,
         )
         if not measured or content is None:
             return known
@@ -272,13 +275,13 @@ class _Looker:
             if isinstance(root, Location):
                 # In a store each file asked about is a request: those that are not measured are met when they are used.
                 place = root.join(row.uri)
-                stat = row.stat if row.stat is not None or not measured else place.stat()
-                if stat is None and measured:
+                listed = row.stat if row.stat is not None or not measured else place.stat()
+                if listed is None and measured:
                     row.problem = f"the file {row.uri} is missing"
-                return stat, place.read() if measured and not row.problem else None
+                return listed, place.read() if measured and not row.problem else None
             file = root / row.uri
             found = os.stat(file)
-            if not os.path.isfile(file):
+            if not stat.S_ISREG(found.st_mode):
                 row.problem = "is no file"
                 return None, None
             return (found.st_size, found.st_mtime_ns), file.read_bytes() if needed else None

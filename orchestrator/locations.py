@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.fs
 
-from orchestrator.errors import DataError, RefusedError
+from orchestrator.errors import DataError, RefusedError, first_line
 
 Kind = Literal["file", "directory", "missing"]
 
@@ -66,8 +66,8 @@ class Location:
 
     def read(self) -> bytes:
         """All of the file. Raises `OSError`."""
-        with self.fs.open_input_file(self.path) as file:
-            return file.read()  # type: ignore[no-any-return]
+        with self.open() as file:
+            return file.read()
 
     def stat(self) -> tuple[int, int] | None:
         """(bytes, time of modification in ns), None where there is no such file."""
@@ -108,7 +108,7 @@ def locate(place: str) -> Location:
         ) from None  # fmt: skip
     except ValueError as error:
         raise DataError(
-            f"{place} is no place that can be opened: {_first_line(error)}",
+            f"{place} is no place that can be opened: {first_line(error)}",
             expected="a path, or a URI that pyarrow or fsspec opens: s3://bucket/folder, gs://..., hf://datasets/...",
         ) from None
 
@@ -141,11 +141,7 @@ def _asking(place: str) -> Iterator[None]:
         raise
     except (OSError, pa.ArrowException) as error:
         raise RefusedError(
-            "offline", f"{place} cannot be asked for: {_first_line(error)}",
+            "offline", f"{place} cannot be asked for: {first_line(error)}",
             expected="a store that answers, and credentials that it accepts",
             mend="check the connection, the endpoint (AWS_ENDPOINT_URL) and the credentials in the environment",
         ) from None  # fmt: skip
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

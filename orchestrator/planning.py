@@ -120,13 +120,18 @@ def prepare(job: Job, looked: Looked, directory: Path | None = None) -> tuple[Pl
     return made, prepared
 
 
+def names_a_place(data: object) -> bool:
+    """Whether a job's `data` cannot hold rows: a path, a `Data`, or none given beside the job file's."""
+    return data is None or isinstance(data, (str, Path, BaseModel))
+
+
 def spilled(fields: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """A job's fields with rows that a program holds written into `directory`; without any, the same fields.
 
     Raises `DataError`.
     """
     data = fields.get("data")
-    if data is None or isinstance(data, (str, Path, BaseModel)):
+    if names_a_place(data):
         return dict(fields)
     try:
         from orchestrator.spill import spill_data

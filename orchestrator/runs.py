@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, first_line
 from orchestrator.plans import Plan
 
 SAMPLES = "samples"
@@ -220,7 +220,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _damaged(path: Path, error: Exception) -> RefusedError:
     return RefusedError(
         "damaged",
-        f"{path} cannot be understood: {str(error).splitlines()[0]}",
+        f"{path} cannot be understood: {first_line(error)}",
         expected="the file as this version wrote it",
         mend="start that run over with --fresh, or give the new one another name: --name",
     )

@@ -40,7 +40,6 @@ class SampleWriter:
 
     def __init__(self, file: Path, fields: Sequence[str], with_content: bool) -> None:
         """`fields` of a sample; without content, only what messages need is kept."""
-        self.file = file
         self._fields = fields if with_content else ()
         columns = {"uri": pa.large_string(), "origin": pa.int32(), "number": pa.int64()}
         self._schema = pa.schema(columns | {name: pa.large_binary() for name in self._fields})
@@ -85,7 +84,7 @@ class Rows:
 
     @cached_property
     def _table(self) -> Any:
-        return pa.ipc.open_file(pa.memory_map(str(self._file))).read_all()
+        return _mapped(self._file)
 
     def uri(self, row: int) -> str:
         """'' where the table holds the sample itself."""
@@ -125,8 +124,8 @@ class Samples:
     """The sample table of a run; a sample's bytes are read when asked for."""
 
     def __init__(self, directory: Path, fields: tuple[str, ...]) -> None:
-        table = pa.ipc.open_file(pa.memory_map(str(directory / ROWS_FILE))).read_all()
-        index = pa.ipc.open_file(pa.memory_map(str(directory / INDEX_FILE))).read_all()
+        table = _mapped(directory / ROWS_FILE)
+        index = _mapped(directory / INDEX_FILE)
         self._roots: list[str] = json.loads(index.schema.metadata[b"roots"])
         self._uri, self._origin, self._number = (table.column(name) for name in ("uri", "origin", "number"))
         self._content = {name: table.column(name) for name in fields if name in table.column_names}
@@ -182,6 +181,10 @@ class Samples:
         if self._first not in sample:
             sample[self._first] = _read(self._roots[self._origin[at].as_py()], self._uri[at].as_py())
         return sample
+
+
+def _mapped(file: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
 
 
 def _read(root: str, uri: str) -> bytes:

@@ -17,11 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, first_line
 from orchestrator.hub_datasets import of_object
 from orchestrator.places import SPLIT_KEYS
+from orchestrator.tables import BATCH_ROWS
 
-_BATCH_ROWS = 64
 _INFERRED_ROWS = 1024
 """So many rows tell the type of a column."""
 _GROUP_BYTES = 16 * 2**20
@@ -60,14 +60,14 @@ def _batches(value: Any) -> Iterator[pa.RecordBatch]:
     """The rows of whatever it is, a batch at a time."""
     library = _library(value)
     if library == "ray":
-        for table in value.iter_batches(batch_size=_BATCH_ROWS, batch_format="pyarrow"):
+        for table in value.iter_batches(batch_size=BATCH_ROWS, batch_format="pyarrow"):
             yield from table.to_batches()
     elif library == "datasets":
         (table,) = of_object(value, "the data set")
         yield from _dicts(table.batches(table.columns))
     elif library in ("pyarrow", "pandas"):
         table = pa.Table.from_pandas(value, preserve_index=False) if library == "pandas" else value
-        yield from table.to_batches(max_chunksize=_BATCH_ROWS) if isinstance(table, pa.Table) else [table]
+        yield from table.to_batches(max_chunksize=BATCH_ROWS) if isinstance(table, pa.Table) else [table]
     elif isinstance(value, Iterable) and not isinstance(value, bytes):
         yield from _of_rows(iter(value))
     else:
@@ -83,7 +83,7 @@ def _of_rows(rows: Iterator[Any]) -> Iterator[pa.RecordBatch]:
     schema: pa.Schema | None = None
     rows = (_plain(row) for row in rows)
     number = 0
-    while chunk := list(islice(rows, _INFERRED_ROWS if schema is None else _BATCH_ROWS)):
+    while chunk := list(islice(rows, _INFERRED_ROWS if schema is None else BATCH_ROWS)):
         for at, row in enumerate(chunk, number + 1):
             if not isinstance(row, Mapping):
                 raise DataError(f"row {at} of the data is a {type(row).__name__}", expected="a mapping", mend=_MEND)
@@ -101,18 +101,22 @@ def _of_rows(rows: Iterator[Any]) -> Iterator[pa.RecordBatch]:
                 expected="one type a column", mend=f"give all of {cut[1]!r} as float",
             )  # fmt: skip
         try:
-            if schema is None:
-                names = list(dict.fromkeys(key for row in chunk for key in row))
-                columns = {name: pa.array([row.get(name) for row in chunk]) for name in names}
-                schema = pa.schema({n: pa.string() if pa.types.is_null(c.type) else c.type for n, c in columns.items()})
+            schema = schema or _schema_of(chunk)
             yield pa.RecordBatch.from_pylist(chunk, schema=schema)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"one of the rows {number + 1} to {number + len(chunk)} of the data cannot be written as a table: "
-                f"{(str(error).splitlines() or [type(error).__name__])[0]}",
+                f"{first_line(error)}",
                 expected="one type a column", mend=_MEND,
             ) from None  # fmt: skip
         number += len(chunk)
+
+
+def _schema_of(rows: list[Any]) -> pa.Schema:
+    """The columns of the rows; one that holds nothing yet may hold texts later."""
+    names = dict.fromkeys(key for row in rows for key in row)
+    types = {name: pa.array([row.get(name) for row in rows]).type for name in names}
+    return pa.schema({name: pa.string() if pa.types.is_null(kind) else kind for name, kind in types.items()})
 
 
 def _plain(row: Any) -> Any:
@@ -157,7 +161,7 @@ def _write_to(file: Path, batches: Iterator[pa.RecordBatch]) -> int:
             writer.write_table(pa.Table.from_batches(waiting, writer.schema))
     except pa.ArrowException as error:
         raise DataError(
-            f"the rows cannot be written as one table: {str(error).splitlines()[0]}", expected="one type a column",
+            f"the rows cannot be written as one table: {first_line(error)}", expected="one type a column",
             mend=_MEND,
         ) from None  # fmt: skip
     finally:

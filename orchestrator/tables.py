@@ -23,7 +23,8 @@ from orchestrator.locations import Location
 
 _BLOCK_BYTES = 8 * 2**20
 """What is parsed at once of CSV: no row may be longer."""
-_BATCH_ROWS = 64
+BATCH_ROWS = 64
+"""Of a table, so many rows are in memory at once."""
 _PEEKED_LINES = 100
 """Of JSON lines, whose keys are the columns."""
 
@@ -117,8 +118,8 @@ def _csv_batches(place: Path | Location, names: Sequence[str], wanted: Sequence[
 
 
 def _cut(batch: Any) -> Iterator[Batch]:
-    for start in range(0, batch.num_rows, _BATCH_ROWS):
-        yield batch.slice(start, _BATCH_ROWS).to_pydict()
+    for start in range(0, batch.num_rows, BATCH_ROWS):
+        yield batch.slice(start, BATCH_ROWS).to_pydict()
 
 
 # --- Parquet ---
@@ -134,7 +135,7 @@ def _parquet_batches(place: Path | Location, _names: Sequence[str], wanted: Sequ
         # pre_buffer, which is on by default, keeps all that was read to the end of the file; without a buffer size
         # a whole column of a row group is read at once.
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BLOCK_BYTES)
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=list(wanted), use_threads=False):
+        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=list(wanted), use_threads=False):
             yield batch.to_pydict()
 
 
@@ -174,7 +175,7 @@ def _json_batches(place: Path | Location, _names: Sequence[str], wanted: Sequenc
         for name, cells in batch.items():
             cells.append(row.get(name))
         size += 1
-        if size == _BATCH_ROWS:
+        if size == BATCH_ROWS:
             yield batch
             batch, size = {name: [] for name in wanted}, 0
     if size:

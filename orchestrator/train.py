@@ -29,11 +29,12 @@ from orchestrator.errors import (
     OrchestratorError,
     RefusedError,
     TrainingError,
+    first_line,
     missing_extra,
 )
 from orchestrator.gate import run_name
 from orchestrator.places import is_dataset, is_uri
-from orchestrator.planning import Looked, look, prepare, spilled
+from orchestrator.planning import Looked, look, names_a_place, prepare, spilled
 from orchestrator.plans import Plan
 from orchestrator.runs import DATA_FOLDER, SAMPLES, Run, read_plan, write_file
 from orchestrator.spec import Job, make_job
@@ -86,10 +87,12 @@ def _start(
     if events is None:
         with progress() as show:
             return _start(job, fields, fresh, show)
-    # Rows that the caller holds are written down once, on the storage, and are a table from then on.
-    storage = make_job(job, **{**fields, "data": "-", "backbone": "-"}).storage
+    if not names_a_place(fields.get("data")):
+        # Rows that the caller holds are written down once, on the storage, and are a table from then on.
+        storage = make_job(job, **{**fields, "data": "-", "backbone": "-"}).storage
+        fields = spilled(fields, Path(storage).expanduser() / DATA_FOLDER)
     try:
-        return _run(make_job(job, **spilled(fields, Path(storage).expanduser() / DATA_FOLDER)), fresh, events)
+        return _run(make_job(job, **fields), fresh, events)
     except InterruptedRunError as error:
         if fresh:
             error.mend = "the same command without --fresh goes on from there"
@@ -210,7 +213,7 @@ def _texts(run: Run, job: Job, plan: Plan, prepared: Prepared) -> dict[str, str]
             text.encode()
     except (UnicodeEncodeError, PydanticSerializationError) as error:
         raise DataError(
-            f"a label or a path of the data of {run.name} holds half a character: {str(error).splitlines()[0]}",
+            f"a label or a path of the data of {run.name} holds half a character: {first_line(error)}",
             expected="Unicode text",
             mend="correct it in the table",
         ) from None
