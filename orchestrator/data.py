@@ -112,7 +112,11 @@ def _prepare(
     num_bytes = numbers(taken.num_bytes)[kept].clip(0)
     if keep:
         roots = [_text_of(origin) for origin in source.origins]
-        write_index(directory / INDEX_FILE, kept[used], targets[used], split[used], num_bytes[used], roots)
+        contents = np.stack([view(taken.content_id), view(taken.content_high)], axis=1)[kept[used]]
+        marks = view(taken.stat_id)[kept[used]]
+        write_index(
+            directory / INDEX_FILE, kept[used], targets[used], split[used], num_bytes[used], contents, marks, roots
+        )
     summary = DataSummary(
         fingerprint=_fingerprint(taken, kept, split),
         root=_text_of(source.origins[0]),

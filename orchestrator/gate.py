@@ -191,7 +191,8 @@ def make_plan(
             mend="leave them out",
         )
     schedule = _schedule(job, data.num_samples["train"])
-    once = job.method == "head" and not found.augmented
+    views = _views(job, found)
+    once = job.method == "head" and job.training.features == "once" and (views > 0 or not found.augmented)
     return Plan(
         name=job.name or run_name(job, card),
         job=job.at_whole_paths(),
@@ -202,6 +203,8 @@ def make_plan(
         class_weights=_class_weights(job, data),
         data=data,
         input=dict(found.input),
+        augmentation=tuple(found.augmentation),
+        views=views,
         adaptations=tuple(found.adaptations),
         warnings=tuple(found.warnings),
         schedule=schedule,
@@ -211,6 +214,21 @@ def make_plan(
         features="once" if once else "every step",
         ray=job.scaling.num_workers > 1 or job.scaling.address is not None,
     )
+
+
+def _views(job: Job, found: Fit) -> int:
+    views = job.training.views
+    if views is None:
+        return 0
+    if job.method != "head" or not found.augmented or job.training.features != "once":
+        what = "the samples are not augmented" if job.method == "head" and not found.augmented else (
+            f"the method is {job.method}" if job.method != "head" else "the body runs in every step")  # fmt: skip
+        raise JobError(
+            f"training.views = {views} keeps random views of each sample, and {what}",
+            expected="method head, with augmentation",
+            mend="leave training.views out, or set settings.augment",
+        )
+    return views
 
 
 def run_name(job: Job, card: BackboneCard) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.contents import content_id
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.locations import Location
 from orchestrator.modality import Facts, Modality, Profile
@@ -71,6 +72,8 @@ class Intake:
     label_id: array[int] = field(default_factory=lambda: array("Q"))
     content_id: array[int] = field(default_factory=lambda: array("Q"))
     """Of the content; 0 where it was not read."""
+    content_high: array[int] = field(default_factory=lambda: array("Q"))
+    """64 more bits of that, for what is kept longer than a job."""
     stat_id: array[int] = field(default_factory=lambda: array("Q"))
     """Of a file's size and time of modification; 0 where they are not known."""
     skipped: list[Skip] = field(default_factory=list)
@@ -122,14 +125,7 @@ def _step(num_rows: int) -> int:
 def digest64(*what: object) -> int:
     """64 bits that stand for `what`, never 0."""
     text = json.dumps(what, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return _digest64(text)
-
-
-def _digest64(content: bytes, more: bytes | None = None) -> int:
-    digest = hashlib.blake2b(content, digest_size=8)
-    if more is not None:
-        digest.update(b"\0" + more)
-    return int.from_bytes(digest.digest(), "little") or 1
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
 
 
 def take_in(
@@ -179,7 +175,8 @@ def _remember(taken: Intake, row: Row, look: _Look, task: TaskName) -> None:
     taken.num_bytes.append(look.num_bytes)
     taken.uri_id.append(digest64(row.uri) if row.uri else 0)
     taken.label_id.append(digest64(row.label))
-    taken.content_id.append(look.content_id)
+    taken.content_id.append(look.content_id[0])
+    taken.content_high.append(look.content_id[1])
     taken.stat_id.append(look.stat_id)
 
 
@@ -189,7 +186,7 @@ class _Look:
 
     num_bytes: int
     """-1 where it is not known."""
-    content_id: int = 0
+    content_id: tuple[int, int] = (0, 0)
     stat_id: int = 0
     facts: Facts | None = None
 
@@ -251,10 +248,9 @@ class _Looker:
             if row.problem:
                 return _Look(0)
         num_bytes = len(content) if content is not None else listed[0] if listed is not None else -1
-        hashed = content is not None and (row.content is not None or self.total <= MAX_HASHED_BYTES)
         known = _Look(
             num_bytes,
-            _digest64(content, row.second) if hashed and content is not None else 0,
+            content_id(content, row.second) if content is not None else (0, 0),
             digest64(*listed) if listed is not None else 0,
         )
         if not measured or content is None:

@@ -28,17 +28,18 @@ from orchestrator import registry
 from orchestrator.batchnorm import ShardStatistics
 from orchestrator.errors import InterruptedRunError, TrainingError
 from orchestrator.export import export
-from orchestrator.features import SPLIT_TOLERANCE, SampleSource, Source, extract, part_of, prove_split
+from orchestrator.features import FeatureSource, SampleSource, Source, part_of
+from orchestrator.frozen import run_body_once
 from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Modality
 from orchestrator.model import Inputs, Network, freeze, make_optimizer, set_mode
 from orchestrator.objective import Objective, fold, make_objective
-from orchestrator.plans import Plan
+from orchestrator.plans import SPLITS, Plan
 from orchestrator.record import add_epoch, cut_metrics, write_lineage
 from orchestrator.runs import SAMPLES, write_file
 from orchestrator.samples import Samples
 from orchestrator.weights import fetch
-from orchestrator.worker import Worker, autocast, seed_for, start_worker
+from orchestrator.worker import Worker, autocast, channels_last, seed_for, start_worker
 
 _BUCKET_STEPS = 32
 _ORDER, _STEP = 1, 2  # what a random number is for
@@ -146,7 +147,11 @@ def _prepare(
         should_stop=should_stop, started=started,
     )  # fmt: skip
     if plan.features == "once":
-        lineage |= _run_body_once(session)
+        once, found = run_body_once(plan, run, network, modality, raw, worker, events, should_stop)
+        lineage |= found
+        if once is not None:
+            session.forward = once.forward
+            session.train, session.validation, session.test = (once.sources[name] for name in SPLITS)
     if worker.rank == 0:
         write_lineage(run, plan, network, worker, lineage)
     return session
@@ -159,50 +164,6 @@ def _fetch(plan: Plan, worker: Worker) -> Path:
         fetch(plan.backbone, with_weights)
     worker.wait()
     return fetch(plan.backbone, with_weights)
-
-
-def _run_body_once(session: Session) -> dict[str, Any]:
-    """Replace the sources by features, if the split holds on real samples; what to note of it."""
-    splits = [session.samples.rows(name) for name in ("train", "validation", "test")]
-    error = prove_split(session.network, session.raw, splits[0], session.worker.device)
-    if error > SPLIT_TOLERANCE:
-        session.events(
-            {
-                "kind": "note",
-                "text": "the split into body and head does not hold here: the body runs in every step",
-            }
-        )
-        return {"features": "every step", "split_error": error if math.isfinite(error) else None}
-    total = sum(len(rows) for rows in splits)
-    session.events({"kind": "phase", "text": "running the frozen body once", "total": total, "unit": "samples"})
-    started = time.monotonic()
-
-    def progress(num: int) -> None:
-        session.events({"kind": "advance", "num": num * session.worker.num_workers})
-        if session.should_stop() and session.worker.num_workers == 1:
-            raise InterruptedRunError("stopped while the body ran", mend="the same command goes on")
-
-    session.train, session.validation, session.test = extract(
-        session.network,
-        session.raw,
-        splits,
-        session.worker,
-        session.run / "features",
-        progress,
-        session.by_length,
-    )
-    session.forward = _HeadOnly(session.network)
-    return {"features": "once", "split_error": error, "features_s": time.monotonic() - started}
-
-
-class _HeadOnly:
-    """features -> logits, with the network's own head module."""
-
-    def __init__(self, network: Network) -> None:
-        self._head = network.head_module()
-
-    def __call__(self, inputs: Inputs) -> Tensor:
-        return self._head(inputs["features"])  # type: ignore[no-any-return]
 
 
 # --- the loop ---
@@ -240,6 +201,8 @@ def _train(session: Session) -> None:
         epoch, within = divmod(position.step, schedule.steps_per_epoch)
         if epoch != order_of:
             order_of, batches = epoch, _batches(session, rows, epoch)
+            if isinstance(session.train, FeatureSource):
+                session.train.epoch = epoch
             set_mode(session.network, plan, training=True)  # only an epoch's evaluation changes it
         stop = _step(session, optimizer, named, batches[within])
         position.step += 1
@@ -296,7 +259,7 @@ def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, t
         batch = batch.to(worker.device)
         with statistics.of(shard):
             with autocast(plan, worker):
-                logits = session.forward(_channels_last(batch.inputs))
+                logits = session.forward(channels_last(batch.inputs))
             loss, weight = session.objective.loss(logits.float(), batch.targets)
             loss.backward()  # type: ignore[no-untyped-call]
         num_right = session.objective.num_right(logits.detach(), batch.targets)
@@ -326,14 +289,6 @@ def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, t
     position.epoch_samples += num_samples
     position.epoch_weight += weight
     return bool(stops > 0)
-
-
-def _channels_last(inputs: Inputs) -> Inputs:
-    """Images in the memory format that convolutions are fastest with."""
-    return {
-        name: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-        for name, tensor in inputs.items()
-    }
 
 
 def _rate_factor(plan: Plan, step: int) -> float:
@@ -411,7 +366,7 @@ def _predict(session: Session, source: Source, rows: Ints) -> Predictions:
 def evaluate_batch(forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
     """float32 [samples, classes], on the CPU."""
     with torch.no_grad():
-        return forward(_channels_last(inputs)).float().cpu()
+        return forward(channels_last(inputs)).float().cpu()
 
 
 def _checkpoint_due(session: Session) -> bool:

@@ -165,7 +165,11 @@ class Fit:
     adaptations: Sequence[Adaptation] = ()
     warnings: Sequence[str] = ()
     augmented: bool = False
-    """Whether training samples are changed at random, so that a frozen body must run in every step."""
+    """Whether training samples are changed at random, so that a frozen body must run in every step, or on several
+    views of each sample (`training.views`)."""
+    augmentation: tuple[str, ...] = ()
+    """Keys of `input` and of the settings that say how, and change nothing else: what a frozen body gives for
+    unchanged samples is kept for jobs that differ in them."""
 
 
 class Decode(Protocol):

@@ -62,54 +62,20 @@ class Network:
     library: str = "transformers"
     """Which library that is, by the Hub's name."""
 
-    @property
-    def split(self) -> str | None:
-        """The module whose input is the features, where the head is one module."""
-        return self.head[0] if len(self.head) == 1 else None
-
     def logits(self, inputs: Inputs) -> Tensor:
         """float [batch, classes]."""
-        return self._by_parts(self._logits, inputs)
+        return self.by_parts(self._logits, inputs)
 
     def _logits(self, inputs: Inputs) -> Tensor:
         output = self.module(**inputs)
         return output if isinstance(output, Tensor) else output.logits
 
-    def _by_parts(self, function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+    def by_parts(self, function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+        """float [batch, ...]: what `function` gives for the samples, those together that may be."""
         if self.parts is None:
             return function(inputs)
         indices, outputs = zip(*((index, function(part)) for index, part in self.parts(inputs)), strict=True)
         return torch.cat(outputs)[torch.cat(indices).argsort()]
-
-    def features(self, inputs: Inputs) -> Tensor:
-        """The input of the head, float [batch, ...]: the body runs, the head does not."""
-        return self._by_parts(self._features, inputs)
-
-    def _features(self, inputs: Inputs) -> Tensor:
-        assert self.split is not None
-        handle = self.module.get_submodule(self.split).register_forward_pre_hook(_reach)
-        try:
-            self.module(**inputs)
-        except _ReachedError as reached:
-            return reached.features
-        finally:
-            handle.remove()
-        raise WeightsError(f"the model never called its head {self.split!r}")
-
-    def head_module(self) -> nn.Module:
-        """The head alone: features -> logits."""
-        assert self.split is not None
-        return self.module.get_submodule(self.split)
-
-
-class _ReachedError(Exception):
-    def __init__(self, features: Tensor) -> None:
-        super().__init__()
-        self.features = features
-
-
-def _reach(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    raise _ReachedError(args[0])
 
 
 def build_transformers(

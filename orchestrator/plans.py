@@ -161,6 +161,10 @@ class Plan(_Plain):
     data: DataSummary
     input: dict[str, Any]
     """The plugin's resolved input settings, for example {"size": [64, 64]}."""
+    augmentation: tuple[str, ...] = ()
+    """Keys of `input` that matter in training alone."""
+    views: int = 0
+    """So many random views of each training sample are computed and kept; 0: the samples as they are."""
     adaptations: tuple[Adaptation, ...] = ()
     warnings: tuple[str, ...] = ()
     schedule: Schedule

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from orchestrator.contents import Ids, Marks, content_id
 from orchestrator.errors import BadSampleError
 from orchestrator.locations import cached
 from orchestrator.modality import Sample
@@ -98,11 +99,13 @@ class Rows:
 
 
 def write_index(
-    file: Path, rows: Ints, targets: npt.NDArray[Any], split: Ints, num_bytes: Ints, roots: Sequence[str]
-) -> None:
+    file: Path, rows: Ints, targets: npt.NDArray[Any], split: Ints, num_bytes: Ints, contents: Ids, marks: Marks,
+    roots: Sequence[str],
+) -> None:  # fmt: skip
     """Write `index.arrow`: which rows of `samples.arrow` are used, with their targets.
 
-    targets: int64 [rows], the class; else float32 [rows, classes]. `roots`: of each origin.
+    targets: int64 [rows], the class; else float32 [rows, classes]. contents and marks: what each row is known by, as
+    far as that is known. `roots`: of each origin.
     """
     if targets.ndim == 1:
         column = pa.array(targets, pa.int32())
@@ -114,6 +117,9 @@ def write_index(
             "target": column,
             "split": pa.array(split, pa.int8()),
             "num_bytes": pa.array(num_bytes, pa.int64()),
+            "content_low": pa.array(contents[:, 0], pa.uint64()),
+            "content_high": pa.array(contents[:, 1], pa.uint64()),
+            "mark": pa.array(marks, pa.uint64()),
         }
     ).replace_schema_metadata({"roots": json.dumps(list(roots))})
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -129,7 +135,7 @@ class Samples:
         self._roots: list[str] = json.loads(index.schema.metadata[b"roots"])
         self._uri, self._origin, self._number = (table.column(name) for name in ("uri", "origin", "number"))
         self._content = {name: table.column(name) for name in fields if name in table.column_names}
-        self._first = fields[0]
+        self._fields, self._first = fields, fields[0]
         self._row: Ints = index.column("row").to_numpy()
         target = index.column("target").combine_chunks()
         self.targets: npt.NDArray[Any]
@@ -141,6 +147,24 @@ class Samples:
         self.num_bytes: Ints = index.column("num_bytes").to_numpy()
         """int64 [samples]: of the first field; samples of like size are mostly of like length."""
         self._split: npt.NDArray[np.int8] = index.column("split").to_numpy()
+        self._contents = [index.column(name).to_numpy() for name in ("content_low", "content_high")]
+        self._marks: Marks = index.column("mark").to_numpy()
+
+    def contents(self, rows: Ints) -> Ids:
+        """What the content of each row is known by, (0, 0) where it was not read before the start."""
+        return np.stack([column[rows] for column in self._contents], axis=1)
+
+    def files(self, rows: Ints) -> tuple[Marks, Marks]:
+        """(what each row's file is known by, what its size and time of modification are), 0 for rows without one."""
+        at = self._row[rows]
+        roots = [os.path.realpath(root) if not is_uri(root) else root for root in self._roots]
+        uris, origins = self._uri.take(at).to_pylist(), self._origin.take(at).to_pylist()
+        places = [
+            content_id(f"{roots[origin]}\0{uri}".encode())[0] if uri else 0
+            for uri, origin in zip(uris, origins, strict=True)
+        ]
+        marks = np.where([bool(uri) for uri in uris], self._marks[rows], 0)
+        return np.array(places, np.uint64), marks.astype(np.uint64)
 
     def rows(self, split: str) -> Ints:
         """The samples of a split, int64, ascending."""
@@ -181,6 +205,11 @@ class Samples:
         if self._first not in sample:
             sample[self._first] = _read(self._roots[self._origin[at].as_py()], self._uri[at].as_py())
         return sample
+
+    def id_of(self, sample: Sample) -> tuple[int, int]:
+        """What the content of a sample that was read is known by."""
+        first, *more = (sample[name] for name in self._fields if name in sample)
+        return content_id(first, more[0] if more else None)
 
 
 def _mapped(file: Path) -> pa.Table:

@@ -101,10 +101,20 @@ class Training(_Part):
         "none", description="auto: rare classes count more, in inverse proportion to their training samples"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where a GPU has it")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where a GPU has it; of a frozen body's features where it is faster and as good"
+    )
     batch_norm: Literal["auto", "train", "frozen"] = Field(
         "auto", description="frozen: the pretrained statistics; auto: by the number of samples"
     )
+    features: Literal["once", "every step"] = Field(
+        "once", description="method head: the frozen body runs once for each sample, and what it gives is kept on the "
+        "storage; or it runs in every step"
+    )  # fmt: skip
+    views: int | None = Field(
+        None, ge=1, le=1000, description="method head with augmentation: so many random views of each sample are kept; "
+        "default: the body runs in every step"
+    )  # fmt: skip
     seed: int = Field(0, ge=0)
     checkpoint_every_s: float = Field(60.0, gt=0)
     checkpoint_every_steps: int | None = Field(None, ge=1)

@@ -17,6 +17,7 @@ import pytest
 
 import orchestrator
 from orchestrator import hub, registry
+from orchestrator.cut import Body, Head, find_cut
 from orchestrator.errors import RefusedError, TrainingError, WeightsError
 from orchestrator.gate import match
 from orchestrator.plans import BackboneCard, Plan
@@ -160,8 +161,11 @@ def test_the_body_is_the_checkpoints_and_the_head_stands_on_it(
         assert torch.equal(value, theirs[name]), name
     with torch.no_grad():
         whole = network.logits(batch)
-        features = network.features(batch)
-        torch.testing.assert_close(network.head_module()(features), whole, atol=1e-4, rtol=0)
+        cut, error = find_cut(network, batch)
+        assert cut is not None
+        assert error <= 1e-4
+        features = Body(network, cut)(batch)
+        torch.testing.assert_close(Head(network, cut)({"features": features}), whole, atol=1e-4, rtol=0)
         torch.testing.assert_close(features, _pooled(model_type, tower, batch), atol=1e-4, rtol=0)
     assert features.std(dim=0).max() > 1e-4  # what comes out depends on what goes in
 

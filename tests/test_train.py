@@ -78,12 +78,9 @@ def test_full_moves_everything(tiny_resnet: Path, digits: Path) -> None:
             assert torch.equal(tensor, before[name]), name
 
 
-def test_the_features_and_the_slow_way_learn_the_same(
-    tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_features_and_the_slow_way_learn_the_same(tiny_resnet: Path, digits: Path) -> None:
     quick = train(tiny_resnet, digits)
-    monkeypatch.setattr("orchestrator.loop.SPLIT_TOLERANCE", -1.0)
-    slow = train(tiny_resnet, digits, name="slow")
+    slow = train(tiny_resnet, digits, **{"training.features": "every step"})
     assert slow.lineage["features"] == "every step"
     for name, tensor in weights_of(quick).items():
         assert torch.allclose(tensor, weights_of(slow)[name], atol=1e-5), name
@@ -209,10 +206,10 @@ def test_a_base_checkpoint_without_a_head_gets_one(digits: Path, tmp_path: Path)
     )
     directory = save_backbone(tmp_path / "base", config, processor, "PoolFormerModel")
     run = train(directory, digits)
-    # The norm in front of the classifier is random too, so it is head: never frozen, and no split is possible.
+    # The norm in front of the classifier is random too, so it is head, and never frozen.
     assert run.lineage["head"] == ["norm", "classifier"]
     assert {name.split(".")[0] for name in run.lineage["new_tensors"]} == {"norm", "classifier"}
-    assert run.lineage["features"] == "every step"
+    assert (run.lineage["features"], run.lineage["cut"]) == ("once", "into norm")
 
 
 @pytest.mark.parametrize("architecture", ["test_vit", "test_resnet"])
@@ -663,7 +660,7 @@ def test_an_interruption_before_the_first_step_is_said_and_leaves_nothing(tiny_r
     command = [
         sys.executable, "-c",
         "import signal, sys; from orchestrator import cli, intake;"
-        "intake.digest64 = lambda *_: signal.raise_signal(signal.SIGINT);"
+        "intake._remember = lambda *_: signal.raise_signal(signal.SIGINT);"  # in the main thread, as Ctrl-C comes
         "sys.exit(cli.run(sys.argv[1:]))",
         "finetune", "--backbone", str(tiny_resnet), "--data", str(digits), "--name", "early",
     ]  # fmt: skip

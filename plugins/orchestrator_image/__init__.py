@@ -133,6 +133,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
         adaptations=adaptations,
         warnings=notes,
         augmented=settings.augment != "none",
+        augmentation=("augment",),
     )
 
 

@@ -1,0 +1,294 @@
+"""Run a frozen body over samples, each once, and keep what it gives in the feature store.
+
+A worker computes its share of what the store lacks and writes it down in shards, so that what was computed is never
+computed again, whatever dies. While one batch is in the body, the next is read and decoded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from orchestrator.contents import Catalog, Ids, known
+from orchestrator.cut import Body
+from orchestrator.errors import BadSampleError, InterruptedRunError, TrainingError
+from orchestrator.features import SampleSource, StoredView, part_of
+from orchestrator.model import Inputs
+from orchestrator.store import FeatureSet, Format, Values
+from orchestrator.worker import Worker, channels_last, seed_for
+
+FLUSH_S = 10.0
+"""A shard is written at least so often, at first: what is lost when a job is killed."""
+_FLUSH_SHARE = 0.02
+"""Later this share of the time that was worked, so that long work does not end in thousands of shards."""
+_FLUSH_BYTES = 64 * 2**20
+_AHEAD = 2
+_MOST_ROUNDS = 5
+_VIEW = 3  # what a random number is for, beside those of the loop
+
+Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass
+class Extraction:
+    """A body, and what it is run on."""
+
+    body: Body
+    source: SampleSource
+    worker: Worker
+    catalog: Catalog
+    format: Format
+    by_length: bool
+    seed: int
+    advance: Callable[[int], None]
+    """Called with the number of samples that were done."""
+    note: Callable[[str], None]
+    should_stop: Callable[[], bool]
+    num_computed: int = 0
+    """Samples that went through the body, in this worker."""
+    _new: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Row -> the id of its content, as it was read."""
+
+    def run(self, features: FeatureSet, rows: Ints, view: int | None = None) -> StoredView:
+        """The features of these rows, as they lie in the store; `view`: of so many random changes of the samples.
+
+        All workers call this, each with all of the rows. Raises `InterruptedRunError` when asked to stop, and
+        `TrainingError` where a sample cannot be read or the storage does not keep what is written.
+        """
+        worker = self.worker
+        ids = self._known(rows)
+        written: list[str] = []
+        counted = False
+        for _ in range(_MOST_ROUNDS):
+            features.refresh(written)
+            missing = worker.gather(self._missing(features, rows, ids) if worker.rank == 0 else None)[0]
+            if not counted:
+                self.advance(len(rows) - len(missing))
+                counted = True
+            if len(missing):
+                names = self._fill(features, part_of(missing, worker.rank, worker.num_workers), rows, ids, view)
+                written = [name for part in worker.gather(names) for name in part]
+                ids = self._learn(rows, ids)
+                continue
+            shard, at = features.find(ids)
+            used = np.unique(shard[shard >= 0])
+            broken = [name for part in worker.gather(features.damaged(used[worker.rank :: worker.num_workers].tolist()))
+                      for name in part]  # fmt: skip
+            if not broken:
+                self._remember(rows, ids)
+                there = shard >= 0
+                values = [features.values(int(n)).view(np.ndarray) if n in used else _NOTHING
+                          for n in range(len(features.names))]  # fmt: skip
+                return StoredView(rows[there], shard[there], at[there], values)
+            features.forget(broken)
+            self.note(f"{len(broken)} stored shards of features were damaged: they are made again")
+        raise TrainingError(
+            f"the features in {features.folder} do not stay as they are written",
+            expected="storage that keeps its bytes, and nobody who prunes it meanwhile",
+            mend="look at that storage; the same command goes on",
+        )
+
+    def _known(self, rows: Ints) -> Ids:
+        """The ids of the rows' contents, as far as they are known without reading: from the start, or from before."""
+        samples = self.source.samples
+        ids = samples.contents(rows)
+        open_ = np.flatnonzero(~known(ids))
+        if len(open_):
+            ids[open_] = self.catalog.find(*samples.files(rows[open_]))
+        return ids
+
+    def _missing(self, features: FeatureSet, rows: Ints, ids: Ids) -> Ints:
+        shard, _ = features.find(ids)
+        left_out = np.array(sorted(self.source.skipped), np.int64)
+        return rows[(shard < 0) & ~np.isin(rows, left_out)]
+
+    def _learn(self, rows: Ints, ids: Ids) -> Ids:
+        """The ids with what any worker has read meanwhile; all workers know of all that was left out."""
+        ids = ids.copy()
+        for new, skipped in self.worker.gather((self._new, self.source.skipped)):
+            self.source.skipped.update(skipped)
+            if new:
+                at = np.searchsorted(rows, np.fromiter(new, np.int64, len(new)))
+                ids[at] = np.array(list(new.values()), np.uint64)
+        self._new = {}
+        return ids
+
+    def _remember(self, rows: Ints, ids: Ids) -> None:
+        if self.worker.rank == 0:
+            places, marks = self.source.samples.files(rows)
+            new = (marks != 0) & known(ids) & ~known(self.catalog.find(places, marks))
+            self.catalog.add(places[new], marks[new], ids[new])
+
+    # --- one worker's share ---
+
+    def _fill(self, features: FeatureSet, mine: Ints, rows: Ints, ids: Ids, view: int | None) -> list[str]:
+        """Compute what is missing of `mine` and write it down; the names of the shards."""
+        names: list[str] = []
+        stopped = False
+        features.sweep()
+        with features.filling() as alone:
+            if self.by_length:
+                mine = self.source.samples.by_length(mine)
+            batches = list(self.source.samples.batches(mine))
+            if not alone:  # another job begins at the other end: so the two meet, and do not do the same
+                batches.reverse()
+            waiting, started = _Waiting(), time.monotonic()
+
+            def load(some: Ints) -> _Loaded:
+                return self._load(features, some, ids[np.searchsorted(rows, some)], view)
+
+            for some, loaded in _ahead(load, batches):
+                self._new |= loaded.new
+                for inputs, kept in loaded.inputs:
+                    waiting.add(loaded.ids[kept], self._features(inputs))
+                    self.num_computed += len(kept)
+                self.advance(len(some) * self.worker.num_workers)
+                now = time.monotonic()
+                if waiting.is_due(max(FLUSH_S, _FLUSH_SHARE * (now - started))):
+                    names.append(waiting.write(features, self.format))
+                    features.refresh()  # what another job has done meanwhile need not be done here
+                if self.should_stop():
+                    stopped = True
+                    break
+            if waiting.ids:
+                names.append(waiting.write(features, self.format))
+        if any(self.worker.gather(stopped)):
+            raise InterruptedRunError("stopped while the body ran", mend="the same command goes on")
+        return names
+
+    def _load(self, features: FeatureSet, some: Ints, ids: Ids, view: int | None) -> _Loaded:
+        """What the body takes of a batch: read, held against the store, decoded, collated."""
+        shard, _ = features.find(ids)
+        some = some[shard < 0]
+        looked = list(zip(some.tolist(), self.source.pool.map(lambda row: self._look(features, row), some.tolist()),
+                          strict=True))  # fmt: skip
+        new: dict[int, tuple[int, int]] = {}
+        found: list[tuple[tuple[int, int], object]] = []
+        for row, (key, decoded) in looked:
+            if isinstance(decoded, BadSampleError):
+                self.source.leave_out(row, decoded)
+                continue
+            assert key is not None
+            new[row] = key
+            if decoded is not None:
+                found.append((key, decoded))
+        # The same content twice in a batch need not be computed twice; nor written.
+        unique = dict(found)
+        kept = np.array(list(unique), np.uint64).reshape(-1, 2)
+        return _Loaded(new, kept, self._collated(list(unique.items()), view) if unique else [])
+
+    def _look(self, features: FeatureSet, row: int) -> tuple[tuple[int, int] | None, object]:
+        """(id of the content, the decoded sample); None for one whose features are there, or the error."""
+        try:
+            sample = self.source.samples.read(row)
+            key = self.source.samples.id_of(sample)
+            if features.find(np.array([key], np.uint64))[0][0] >= 0:
+                return key, None
+            return key, self.source.decode(sample)
+        except BadSampleError as error:
+            return None, error
+
+    def _collated(self, found: Sequence[tuple[tuple[int, int], Any]], view: int | None) -> list[tuple[Inputs, Ints]]:
+        """[(inputs, which of `found` they are)]."""
+        if view is None:
+            return [(self.source.collate([decoded for _, decoded in found], False), np.arange(len(found)))]
+        # How a sample is changed depends on its content alone, not on those beside it: so it is the same for every job.
+        groups: dict[Any, list[tuple[int, Inputs]]] = {}
+        for i, (key, decoded) in enumerate(found):
+            seed_for(_VIEW, self.seed, view, *key)
+            one = self.source.collate([decoded], True)
+            groups.setdefault(tuple((name, value.shape) for name, value in one.items()), []).append((i, one))
+        return [
+            ({name: torch.cat([one[name] for _, one in group]) for name in group[0][1]},
+             np.array([i for i, _ in group]))
+            for group in groups.values()
+        ]  # fmt: skip
+
+    def _features(self, inputs: Inputs) -> Values:
+        """What the body gives, [samples, ...]: float32, or the bits of bfloat16."""
+        device = self.worker.device
+        on_device = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+        return compute(self.body, on_device, self.format)
+
+
+_NOTHING: npt.NDArray[np.float32] = np.zeros((0, 1), np.float32)
+
+
+def compute(body: Body, inputs: Inputs, format: Format) -> Values:
+    """The body's output, [samples, ...]: float32, or the bits of bfloat16, computed in it."""
+    device = next(iter(inputs.values())).device
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=format == "bfloat16"):
+        found = body(channels_last(inputs))
+    return as_values(found, format)
+
+
+def as_values(features: Tensor, format: Format) -> Values:
+    """A tensor as the store keeps it."""
+    if format == "bfloat16":
+        return features.to(torch.bfloat16).cpu().contiguous().view(torch.uint16).numpy()
+    return features.float().cpu().contiguous().numpy()
+
+
+@dataclass
+class _Loaded:
+    """A batch on its way into the body."""
+
+    new: dict[int, tuple[int, int]]
+    """Row -> the id of its content."""
+    ids: Ids
+    """Of those to compute."""
+    inputs: list[tuple[Inputs, Ints]]
+    """Pieces, with the places of their samples in `ids`."""
+
+
+@dataclass
+class _Waiting:
+    """What was computed, and is not written down yet."""
+
+    ids: list[Ids] = field(default_factory=list)
+    values: list[Values] = field(default_factory=list)
+    num_bytes: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, ids: Ids, values: Values) -> None:
+        self.ids.append(ids)
+        self.values.append(values)
+        self.num_bytes += values.nbytes
+
+    def is_due(self, after_s: float) -> bool:
+        late = time.monotonic() - self.since > after_s
+        return bool(self.ids) and (late or self.num_bytes > _FLUSH_BYTES)
+
+    def write(self, features: FeatureSet, format: Format) -> str:
+        name = features.add(np.concatenate(self.ids), np.concatenate(self.values), format)
+        self.ids, self.values, self.num_bytes, self.since = [], [], 0, time.monotonic()
+        return name
+
+
+def _ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
+    """Each item with what the function gives for it, computed in a thread while the one before is used."""
+    pending: deque[tuple[T, Future[U]]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        try:
+            for item in items:
+                pending.append((item, thread.submit(function, item)))
+                if len(pending) > _AHEAD:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            while pending:
+                first, future = pending.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()

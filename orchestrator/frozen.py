@@ -1,0 +1,168 @@
+"""A frozen body runs once: where it is cut, under which key its features are kept, and the sources made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator import registry
+from orchestrator.contents import Catalog, known
+from orchestrator.cut import Body, Cut, Head, find_cut
+from orchestrator.extraction import Extraction
+from orchestrator.features import FeatureSource, SampleSource
+from orchestrator.formats import choose
+from orchestrator.modality import Modality
+from orchestrator.model import Network
+from orchestrator.plans import SPLITS, Plan
+from orchestrator.samples import Samples
+from orchestrator.store import CONTENTS, FOLDER, FeatureSet, family_folder, touch
+from orchestrator.worker import Worker, channels_last
+
+_NUM_PROOF_SAMPLES = 16
+_OF_RUN = "features"
+
+Ints = npt.NDArray[np.int64]
+Events = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Once:
+    """What the loop needs instead of the whole network and the samples."""
+
+    forward: Head
+    sources: dict[str, FeatureSource]
+    """Split -> its features."""
+
+
+def run_body_once(
+    plan: Plan, run: Path, network: Network, modality: Modality, source: SampleSource, worker: Worker,
+    events: Events, should_stop: Callable[[], bool],
+) -> tuple[Once | None, dict[str, Any]]:  # fmt: skip
+    """(features of all splits, what to note of them); None for the first where the body must run in every step."""
+    samples = source.samples
+    cut, error = _prove(network, source, samples, worker)
+    if cut is None:
+        text = "no cut into body and head holds for this network: the body runs in every step"
+        events({"kind": "note", "text": text})
+        return None, {"features": "every step", "split_error": error if math.isfinite(error) else None}
+    started = time.monotonic()
+    rows = {name: samples.rows(name) for name in SPLITS}
+    total = sum(len(some) for some in rows.values()) + max(0, plan.views - 1) * len(rows["train"])
+    events({"kind": "phase", "text": "running the frozen body once", "total": total, "unit": "samples"})
+    code = code_digest(modality)
+    # What a notebook's cell computes, nobody can tell from what it computed before: kept for this run alone.
+    root = run / _OF_RUN if code is None else run.parent / FOLDER
+    family = family_folder(root, plan.backbone.name, feature_key(plan, cut, code))
+    catalog = Catalog(root / CONTENTS)
+    body = Body(network, cut)
+    everything = np.concatenate([rows[name] for name in SPLITS])
+    choice = choose(
+        plan.job.training.precision,
+        body,
+        source,
+        rows["train"],
+        worker,
+        family,
+        lambda format: _num_missing(family / format, samples, catalog, everything),
+    )
+    extraction = Extraction(
+        body, source, worker, catalog, choice.format, modality.by_length, plan.job.training.seed,
+        advance=lambda num: events({"kind": "advance", "num": num}),
+        note=lambda text: events({"kind": "note", "text": text}),
+        should_stop=should_stop,
+    )  # fmt: skip
+    plain = _set(family, choice.format)
+    # One pass over all splits that samples are not changed in: one shard for a small job, not three.
+    whole = everything if not plan.views else np.concatenate([rows["validation"], rows["test"]])
+    stored = extraction.run(plain, np.sort(whole))
+    sources = {name: FeatureSource(samples, [stored]) for name in SPLITS}
+    if plan.views:
+        views = [
+            extraction.run(_set(family, f"{choice.format}-{view_name(plan, number)}"), rows["train"], number)
+            for number in range(plan.views)
+        ]
+        sources["train"] = FeatureSource(samples, views)
+    found = {
+        "features": "once", "cut": cut.point, "split_error": error, "format": choice.format,
+        "features_s": time.monotonic() - started, "num_computed": sum(worker.gather(extraction.num_computed)),
+    }  # fmt: skip
+    if choice.cosine is not None:
+        found |= {"format_cosine": choice.cosine, "format_gain": choice.gain}
+    return Once(Head(network, cut), sources), found
+
+
+def _set(family: Path, name: str) -> FeatureSet:
+    touch(family / name)
+    return FeatureSet(family / name)
+
+
+def _num_missing(folder: Path, samples: Samples, catalog: Catalog, rows: Ints) -> int:
+    features = FeatureSet(folder)
+    features.refresh()
+    if not features.names:
+        return len(rows)
+    ids = samples.contents(rows)
+    open_ = np.flatnonzero(~known(ids))
+    if len(open_):
+        ids[open_] = catalog.find(*samples.files(rows[open_]))
+    return int((features.find(ids)[0] < 0).sum())
+
+
+def _prove(network: Network, source: SampleSource, samples: Samples, worker: Worker) -> tuple[Cut | None, float]:
+    """The cut, proved on training samples: the longest ones, and some at even distances."""
+    rows = samples.rows("train")
+    by_length = samples.by_length(rows)
+    half = _NUM_PROOF_SAMPLES // 2
+    chosen = np.unique(np.concatenate([by_length[-half:], rows[:: max(1, len(rows) // half)][:half]]))
+    batch = source.batch(chosen, train=False)
+    if batch is None:
+        return None, math.inf
+    return find_cut(network, channels_last(batch.to(worker.device).inputs))
+
+
+# --- the key ---
+
+
+def feature_key(plan: Plan, cut: Cut, code: str | None) -> dict[str, Any]:
+    """All that features depend on, but their number format and how a sample was changed at random."""
+    plain = {key: value for key, value in plan.input.items() if key not in plan.augmentation}
+    settings = {key: value for key, value in plan.job.settings.items() if key not in plan.augmentation}
+    return {
+        "backbone": plan.backbone.source, "commit": plan.backbone.commit, "modality": plan.job.modality,
+        "row": plan.row.model_dump(mode="json"), "cut": cut.point, "input": plain, "settings": settings, "code": code,
+    }  # fmt: skip
+
+
+def view_name(plan: Plan, number: int) -> str:
+    """`view-0-1f2e3d4c`: of the number, the seed, and how samples are changed."""
+    how = {key: plan.input[key] for key in plan.augmentation if key in plan.input}
+    digest = hashlib.sha256(repr((sorted(how.items()), plan.job.training.seed)).encode()).hexdigest()[:8]
+    return f"view-{number}-{digest}"
+
+
+def code_digest(modality: Modality) -> str | None:
+    """Of the source of a plugin, so that features of other code are other features; None where it has no files."""
+    if registry.is_registered(modality.name):
+        return None
+    files: set[Path] = set()
+    for function in (modality.decode, modality.fit, modality.build, modality.batch):
+        try:
+            file = Path(inspect.getfile(inspect.unwrap(function)))  # type: ignore[arg-type]  # a function, or a class
+        except TypeError:
+            file = Path(inspect.getfile(type(function)))
+        except OSError:
+            return None
+        files |= set(file.parent.glob("*.py")) if (file.parent / "__init__.py").exists() else {file}
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,355 @@
+"""The feature store: what frozen bodies gave for samples, kept for every epoch, job and search that asks again.
+
+    <storage>/.features/
+        contents/                     which content lies in which file (contents.py)
+        <backbone>-<16 hex digits>/   of one backbone, cut, input: key.json says which
+            float32/                  the set of one number format; bfloat16-view-0-... of one augmented view
+                <32 hex digits>.safetensors   a shard: "features" [samples, ...]
+                <32 hex digits>.json          its manifest, written last: what is in it, and its digest
+
+A shard is never changed. One without its manifest does not exist; one whose bytes are not those of its manifest is
+removed, and made again by the job that met it. So jobs need no lock: what two of them computed at once is there twice.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.contents import Ids, Marks
+
+FOLDER = ".features"
+"""Of a storage directory."""
+CONTENTS = "contents"
+Format = Literal["float32", "bfloat16"]
+_VERSION = 1
+"""Of what features are: raised when this package computes them otherwise than before."""
+_NUMPY: Mapping[str, Any] = {"float32": np.float32, "bfloat16": np.uint16}
+_DEAD_S = 3600.0
+"""What was begun so long ago, and has no manifest, is of a job that died."""
+_NUM_READERS = 4
+
+Ints = npt.NDArray[np.int64]
+Values = npt.NDArray[Any]
+"""float32, or the bits of bfloat16 as uint16: numpy has no such type."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of features, as its manifest describes it."""
+
+    name: str
+    sha256: str
+    num_bytes: int
+    offset: int
+    """Of the first feature in the file."""
+    shape: tuple[int, ...]
+    """[samples, ...]"""
+    format: Format
+    ids: Ids
+
+
+class FeatureSet:
+    """Features of one backbone, cut, input, format and view. Reads and writes shards; neither torch nor ray."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._shards: dict[str, Shard] = {}
+        self._names: list[str] = []
+        nothing, nowhere = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        self._places: tuple[Marks, Marks, Ints, Ints] = (nothing, nothing, nowhere, nowhere)
+        """Of all ids, by their lower half: lower, higher half, shard, row in it. Replaced as a whole, for threads."""
+        self._values: dict[str, Values] = {}
+        self._trusted: set[str] = set()
+        self._broken: set[str] = set()
+        """Whose manifest is not what was written."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the shards, by the numbers that `find` gives."""
+        return self._names
+
+    def refresh(self, names: Iterable[str] = ()) -> None:
+        """Learn which shards there are by now: all of the folder, and those named, which its listing may lack yet."""
+        with contextlib.suppress(FileNotFoundError):
+            names = {*names, *(file.stem for file in self.folder.glob("*.json"))}
+        for name in sorted(set(names) - set(self._shards) - self._broken):
+            shard = self._read(name)
+            if shard is not None:
+                self._shards[name] = shard
+        self._index()
+
+    def _index(self) -> None:
+        self._names = sorted(self._shards)
+        shards = [self._shards[name] for name in self._names]
+        ids = np.concatenate([shard.ids for shard in shards]) if shards else np.zeros((0, 2), np.uint64)
+        order = np.argsort(ids[:, 0], kind="stable")
+        sizes = [len(shard.ids) for shard in shards]
+        numbers = np.repeat(np.arange(len(shards)), sizes)
+        rows = np.concatenate([np.arange(size) for size in sizes]) if sizes else np.zeros(0, np.int64)
+        self._places = (ids[order, 0], ids[order, 1], numbers[order], rows[order])
+
+    def find(self, ids: Ids) -> tuple[Ints, Ints]:
+        """(number of the shard, row in it) of each id, int64 [samples]; -1 where there are no features of it."""
+        nowhere = np.full(len(ids), -1, np.int64)
+        low, high, shard, row = self._places
+        if not len(low) or not len(ids):
+            return nowhere, nowhere.copy()
+        at = np.searchsorted(low, ids[:, 0]).clip(max=len(low) - 1)
+        there = (low[at] == ids[:, 0]) & (high[at] == ids[:, 1]) & (ids[:, 0] != 0)
+        return np.where(there, shard[at], -1), np.where(there, row[at], -1)
+
+    def values(self, number: int) -> Values:
+        """The features of a shard, [samples, ...], memory-mapped; of bfloat16 their bits as uint16."""
+        name = self._names[number]
+        if name not in self._values:
+            shard = self._shards[name]
+            self._values[name] = np.memmap(
+                self._file(name), _NUMPY[shard.format], "r", offset=shard.offset, shape=shard.shape
+            )
+        return self._values[name]
+
+    def add(self, ids: Ids, values: Values, format: Format) -> str:
+        """Write a shard: values [samples, ...]; its name. Durable, with its manifest, once this returns."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = uuid.uuid4().hex
+        values = np.ascontiguousarray(values)
+        header = json.dumps({
+            "__metadata__": {"format": "pt"},
+            "features": {
+                "dtype": {"float32": "F32", "bfloat16": "BF16"}[format], "shape": list(values.shape),
+                "data_offsets": [0, values.nbytes],
+            },
+        }).encode()  # fmt: skip
+        header += b" " * (-len(header) % 64)
+        start = len(header).to_bytes(8, "little") + header
+        digest = hashlib.sha256(start)
+        digest.update(values.data if values.nbytes else b"")
+        partial = self.folder / f"{name}.partial"
+        with partial.open("wb") as file:
+            file.write(start)
+            file.write(values.data if values.nbytes else b"")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self._file(name))
+        raw = np.ascontiguousarray(ids, "<u8").tobytes()
+        manifest = {
+            "format": format, "shape": list(values.shape), "offset": len(start), "bytes": len(start) + values.nbytes,
+            "sha256": digest.hexdigest(), "ids": base64.b64encode(raw).decode(),
+            "ids_sha256": hashlib.sha256(raw).hexdigest(),
+        }  # fmt: skip
+        with partial.open("w") as text:
+            json.dump(manifest, text)
+            text.flush()
+            os.fsync(text.fileno())
+        os.replace(partial, self._manifest(name))
+        _sync(self.folder)
+        self._trusted.add(name)
+        return name
+
+    def damaged(self, numbers: Iterable[int]) -> list[str]:
+        """Which of these shards are not what was written, each looked at once, and those whose manifests are not.
+
+        They are removed. The numbers that `find` gave before are void where there is one.
+        """
+        names = [name for name in {self._names[number] for number in numbers} if name not in self._trusted]
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            broken = [name for name, whole in zip(names, pool.map(self._is_whole, names), strict=True) if not whole]
+        self._trusted |= set(names) - set(broken)
+        for name in (*broken, *self._broken):
+            self._manifest(name).unlink(missing_ok=True)
+            self._file(name).unlink(missing_ok=True)
+        found = [*broken, *self._broken]
+        self._broken = set()
+        self.forget(broken)
+        return found
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Count no more on shards that were removed, by another worker of the same job for one."""
+        for name in names:
+            self._shards.pop(name, None)
+            self._values.pop(name, None)
+        self._index()
+
+    def trust(self, names: Iterable[str]) -> None:
+        """These were looked at by another worker of the same job."""
+        self._trusted |= set(names)
+
+    def sweep(self) -> None:
+        """Remove what jobs that died have left."""
+        with contextlib.suppress(FileNotFoundError):
+            for file in self.folder.iterdir():
+                whole = file.suffix == ".json" or file.with_suffix(".json").exists()
+                with contextlib.suppress(FileNotFoundError):
+                    if not whole and time.time() - file.stat().st_mtime > _DEAD_S and file.name != _LOCK:
+                        file.unlink()
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[bool]:
+        """While this job computes features: whether it is the only one on this machine that does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
+            except BlockingIOError:
+                alone = False
+            except OSError:  # a file system without locks
+                alone = True
+            yield alone
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _manifest(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _read(self, name: str) -> Shard | None:
+        """The shard that a manifest describes; None where the manifest or its file is not whole."""
+        try:
+            found = json.loads(self._manifest(name).read_text())
+            raw = base64.b64decode(found["ids"], validate=True)
+            shape = tuple(int(size) for size in found["shape"])
+            shard = Shard(
+                name, str(found["sha256"]), int(found["bytes"]), int(found["offset"]), shape, found["format"],
+                np.frombuffer(raw, "<u8").reshape(-1, 2).astype(np.uint64),
+            )  # fmt: skip
+            num_values = int(np.prod(shape, dtype=np.int64)) * np.dtype(_NUMPY[shard.format]).itemsize
+            whole = (
+                hashlib.sha256(raw).hexdigest() == found["ids_sha256"]
+                and len(shard.ids) == shape[0]
+                and shard.num_bytes == shard.offset + num_values == self._file(name).stat().st_size
+            )
+        except FileNotFoundError:  # pruned meanwhile, or a manifest whose shard is gone
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            whole = False
+        if not whole:
+            self._broken.add(name)
+            return None
+        return shard
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            with self._file(name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == self._shards[name].sha256
+        except OSError:
+            return False
+
+
+_LOCK = ".lock"
+
+
+def _sync(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+# --- keys ---
+
+
+def family_folder(root: Path, name: str, key: Mapping[str, Any]) -> Path:
+    """The folder of all that has this key; made, with the key in it, if need be."""
+    text = json.dumps({"version": _VERSION, **key}, sort_keys=True, indent=1, ensure_ascii=False)
+    folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if not (folder / "key.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{uuid.uuid4().hex}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, folder / "key.json")
+    return folder
+
+
+def touch(folder: Path) -> None:
+    """Note that a set was used now: what was not used for longest is pruned first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".used").touch()
+
+
+# --- what a person asks about a store ---
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One set of a store."""
+
+    name: str
+    """<family>/<set>"""
+    key: Mapping[str, Any]
+    num_samples: int
+    num_shards: int
+    num_bytes: int
+    used: float
+    """Seconds since the epoch."""
+
+
+def listings(root: Path) -> list[Listing]:
+    """Every set of a store, the one used last first."""
+    found = []
+    for key_file in root.glob("*/key.json"):
+        try:
+            key = json.loads(key_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            key = {}
+        for folder in key_file.parent.iterdir():
+            if folder.is_dir():
+                found.append(_listing(folder, key if isinstance(key, dict) else {}))
+    return sorted(found, key=lambda one: -one.used)
+
+
+def _listing(folder: Path, key: Mapping[str, Any]) -> Listing:
+    features = FeatureSet(folder)
+    features.refresh()
+    ids = [shard.ids for shard in features._shards.values()]
+    num_samples = len(np.unique(np.concatenate(ids), axis=0)) if ids else 0
+    used = folder / ".used"
+    at = (used if used.exists() else folder).stat().st_mtime
+    name = f"{folder.parent.name}/{folder.name}"
+    return Listing(name, key, num_samples, len(ids), _size(folder), at)
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+def prune(root: Path, max_bytes: int) -> list[Listing]:
+    """Remove the sets that were not used for longest until the store takes `max_bytes` at most; what was removed.
+
+    A job that is using one of them computes again what it misses.
+    """
+    found = listings(root)
+    total, removed = sum(one.num_bytes for one in found), []
+    for one in reversed(found):
+        if total <= max_bytes:
+            break
+        folder = root / one.name
+        for manifest in folder.glob("*.json"):  # first, so that nobody counts on a shard that is going
+            manifest.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        total -= one.num_bytes
+        removed.append(one)
+        if not any(child.is_dir() for child in folder.parent.iterdir()):
+            shutil.rmtree(folder.parent, ignore_errors=True)
+    return removed
