@@ -26,16 +26,21 @@ def label_columns(spec: Data) -> tuple[str, ...]:
     return (spec.label_column,) if isinstance(spec.label_column, str) else spec.label_column
 
 
+def input_columns(spec: Data) -> tuple[str, ...]:
+    """The names of the columns that samples stand in, where the user gave them."""
+    return (spec.input_column,) if isinstance(spec.input_column, str) else spec.input_column or ()
+
+
 def find_inputs(columns: Sequence[str], spec: Data, sample: Sequence[SampleField], text: str) -> Sequence[str]:
     """The columns of the samples: one, or two of a pair of texts."""
-    given = (spec.input_column,) if isinstance(spec.input_column, str) else spec.input_column
-    if given is not None and len(given) > len(sample):
+    given = input_columns(spec)
+    if len(given) > len(sample):
         raise DataError(
             f"data.input_column names {len(given)} columns, and a sample has {len(sample)} at most",
             expected=" and ".join(field.name for field in sample),
         )
-    if given is not None:
-        wanted: list[tuple[str, ...]] = [tuple(given)]
+    if given:
+        wanted: list[tuple[str, ...]] = [given]
     elif sample[0].kind == "text":
         wanted = [columns for columns in _TEXT_COLUMNS if len(columns) <= len(sample)]
     else:

@@ -21,6 +21,7 @@ from orchestrator.errors import DataError
 from orchestrator.intake import Intake, Skip, digest64, numbers, take_in, view
 from orchestrator.locations import Location
 from orchestrator.modality import Modality, Profile
+from orchestrator.places import shown
 from orchestrator.plans import SPLITS, BackboneCard, DataSummary
 from orchestrator.rows import Origin, Source
 from orchestrator.samples import INDEX_FILE, ROWS_FILE, Rows, SampleWriter, write_index
@@ -30,6 +31,7 @@ from orchestrator.splits import balanced_subset, grouped, stratified
 
 Ints = npt.NDArray[np.int64]
 
+LEAVE_OUT = "leave such out, listed: data.on_bad_sample skip (--on-bad-sample skip)"
 _UNSPLIT = -1
 _NUM_BINS = 10
 
@@ -74,7 +76,7 @@ def _prepare(
         raise _bad(taken.skipped)
     if not len(taken):
         raise DataError(
-            f"{spec.path} holds no sample that can be used",
+            f"{shown(spec.path)} holds no sample that can be used",
             mend=_first(taken.skipped) and f"look at the first: {_first(taken.skipped)}",
         )
     table = _Table(taken, source, Rows(directory / ROWS_FILE, source.origins))
@@ -214,7 +216,7 @@ def _bad(skips: list[Skip]) -> DataError:
     return DataError(
         f"{_first(skips)}{more}",
         expected="samples that can all be used",
-        mend="mend or remove them, or leave them out, listed: --on-bad-sample skip",
+        mend=f"mend or remove them, or {LEAVE_OUT}",
     )
 
 
@@ -234,10 +236,10 @@ def _class_names(table: _Table, kept: Ints, spec: Data, task: TaskName) -> list[
             f"the class {empty[0]!r} has no usable sample", mend="remove its folder, or put samples into it"
         )
     if task == "multi-label" and not met:
-        raise DataError(f"{spec.path} holds no label at all", expected="labels in data.label_column")
+        raise DataError(f"{shown(spec.path)} holds no label at all", expected="labels in data.label_column")
     if len(met) < 2 and task == "single-label":
         raise DataError(
-            f"{spec.path} holds one class only: {met[0]!r}",
+            f"{shown(spec.path)} holds one class only: {met[0]!r}",
             expected="two classes or more",
             mend="add samples of another class; everything else can be a class too",
         )
@@ -275,7 +277,7 @@ def _targets(table: _Table, kept: Ints, names: Sequence[str], spec: Data, task: 
         raise DataError(
             f"{table.place(row)} has the label {strange!r}, which the model never learnt",
             expected="one of " + ", ".join(list(known)[:20]),
-            mend=f"take it out of {spec.path}",
+            mend=f"take it out of {shown(spec.path)}",
         )
     if task == "single-label":
         return labels
@@ -338,7 +340,8 @@ def _split(table: _Table, kept: Ints, labels: Ints, names: Sequence[str], num_cl
             wanted = 1 + sum(fraction > 0 for fraction in fractions)
             if mine.max() + 1 < wanted:
                 raise DataError(
-                    f"{spec.path} holds {mine.max() + 1} groups in {spec.group_column!r}, too few for {wanted} splits",
+                    f"{shown(spec.path)} holds {mine.max() + 1} groups in {spec.group_column!r}, "
+                    f"too few for {wanted} splits",
                     expected=f"{wanted} groups or more",
                 )
             split[chosen] = grouped(labels[chosen], mine, len(names), fractions, spec.seed)

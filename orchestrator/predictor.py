@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from orchestrator import data, hub, registry
+from orchestrator.data import LEAVE_OUT
 from orchestrator.errors import BadSampleError, DataError, RefusedError, TrainingError
 from orchestrator.features import SampleSource
 from orchestrator.loop import evaluate_batch
@@ -19,11 +20,12 @@ from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Collate, Modality
 from orchestrator.model import Network, freeze, set_mode
 from orchestrator.objective import Objective, make_objective
-from orchestrator.planning import num_cores, spilled
+from orchestrator.places import DATA_FOLDER, shown
+from orchestrator.planning import drafted, num_cores, spilled
 from orchestrator.plans import Plan
 from orchestrator.runs import SAMPLES, Run, open_run
 from orchestrator.samples import MAX_AT_ONCE, Samples
-from orchestrator.spec import Data, make_job
+from orchestrator.spec import Data
 from orchestrator.weights import read_tensors
 from orchestrator.worker import Worker, start_worker
 
@@ -95,12 +97,12 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
             try:
                 batch = source.batch(some, train=False)
             except TrainingError as error:
-                raise DataError(error.message, mend="mend or remove it, or --on-bad-sample skip") from None
+                raise DataError(error.message, mend=f"mend or remove it, or {LEAVE_OUT}") from None
             if batch is not None:
                 outputs = evaluate_batch(loaded.network.logits, batch.to(loaded.worker.device).inputs)
                 parts.append(loaded.objective.columns(batch.rows, outputs, batch.targets, len(rows)))
         if not parts:
-            raise DataError(f"{spec.path} holds no sample that can be read")
+            raise DataError(f"{shown(spec.path)} holds no sample that can be read")
         predictions = Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         return {
             "task": task,
@@ -113,7 +115,7 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
 def _data(labelled: str | Path | Data | Iterable[Any], folder: Path) -> Data:
     if isinstance(labelled, Data):
         return labelled
-    return make_job(backbone="-", **spilled({"data": labelled}, folder)).data
+    return spilled(drafted(None, {"backbone": "-", "data": labelled}), folder / DATA_FOLDER).job().data
 
 
 def _fields(modality: Modality) -> tuple[str, ...]:

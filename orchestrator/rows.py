@@ -26,6 +26,12 @@ class Origin:
     is_table: bool
     listed: bool = False
     """Whether its files were listed, so that they are there and their sizes are known."""
+    is_place: bool = True
+    """Whether the user knows it by its name; rows that a program gave have none."""
+
+    def row(self, number: int) -> str:
+        """A row of the table, as messages call it."""
+        return f"{self.text} row {number}" if self.is_place else f"row {number} of {self.text}"
 
 
 @dataclass(slots=True)

@@ -17,8 +17,6 @@ from orchestrator.plans import Plan
 
 SAMPLES = "samples"
 """The folder of a run that holds its sample table."""
-DATA_FOLDER = ".data"
-"""The folder of the storage that holds rows which came from a program, not from a place."""
 _OURS = frozenset(
     (
         "job.yaml", "plan.json", "samples", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl",

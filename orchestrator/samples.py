@@ -94,7 +94,7 @@ class Rows:
         """What the row is called in a message."""
         origin = self._origins[self._table.column("origin")[row].as_py()]
         number = self._table.column("number")[row].as_py()
-        return f"{origin.text} row {number}" if origin.is_table else os.path.join(origin.text, self.uri(row))
+        return origin.row(number) if origin.is_table else os.path.join(origin.text, self.uri(row))
 
 
 def write_index(
