@@ -7,6 +7,7 @@ has one outcome, which `docs/data.md` lists.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,11 @@ from orchestrator.splits import balanced_subset, grouped, stratified
 Ints = npt.NDArray[np.int64]
 
 LEAVE_OUT = "leave such out, listed: data.on_bad_sample skip (--on-bad-sample skip)"
+_MANY_NUMBERS = 20
+"""Classes whose names are numbers with fractions; above, it is doubtful that they are classes."""
+_FEW_A_NUMBER = 5
+"""Samples of such a class; below, it is hardly one."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _UNSPLIT = -1
 _NUM_BINS = 10
 
@@ -99,10 +105,8 @@ def _prepare(
         split = _split(table, kept, strata, kinds, len(names), spec)
         _REFUSALS[task](targets, split, names)
     notes = list(source.notes) + _leaks(table, kept, split)
-    if task == "multi-label" and max(taken.num_labels) < 2 and spec.label_separator is None:
-        notes.append(
-            "no sample has more than one label; if cells hold several, say what is between: data.label_separator"
-        )
+    if not classes:
+        notes += _doubtful_labels(taken, names, spec, task)
     if not classes and not (split == 2).any():
         has = (split == 1).any()
         notes.append(
@@ -189,7 +193,7 @@ def _drop_duplicates(table: _Table) -> Ints:
     out = np.zeros(len(uris), dtype=bool)
     for at in np.flatnonzero(~new & (uris[order] != 0)).tolist():
         mine, theirs = int(order[at]), int(order[first[at]])
-        if table.rows.uri(mine) != table.rows.uri(theirs):  # two names with one digest
+        if table.rows.file(mine) != table.rows.file(theirs):  # two files with one digest
             continue
         out[mine] = True
         _refuse_contradictions(table, mine, theirs)
@@ -246,6 +250,37 @@ def _class_names(table: _Table, kept: Ints, spec: Data, task: TaskName) -> list[
     if all(name.isdecimal() and name.isascii() for name in met):
         return sorted(met, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))
     return sorted(met)
+
+
+def _doubtful_labels(taken: Intake, names: Sequence[str], spec: Data, task: TaskName) -> list[str]:
+    """Notes on labels that may be meant otherwise. Raises `DataError` where they can hardly be meant so."""
+    if task == "single-label" and len(names) > _MANY_NUMBERS and all(map(_NUMBER.fullmatch, names)):
+        if sum(not float(name).is_integer() for name in names) < len(names) / 2:
+            return []
+        seen = f"the labels are {len(names)} different numbers with fractions, such as {', '.join(names[:3])}"
+        if len(taken) < _FEW_A_NUMBER * len(names):
+            raise DataError(
+                f"{seen}, and there are {len(taken)} samples",
+                expected=f"classes, with {_FEW_A_NUMBER} samples or more each where their names are such numbers",
+                mend="to learn numbers: task regression (--task regression)",
+            )
+        return [f"{seen}, each learnt as a class of its own; to learn numbers: task regression (--task regression)"]
+    if task != "multi-label" or max(taken.num_labels) > 1 or spec.label_separator is not None:
+        return []
+    if len(label_columns(spec)) > 1:
+        return []
+    counts = np.bincount(numbers(taken.label), minlength=len(taken.names)).tolist()
+    held = {mark: sum(n for name, n in zip(taken.names, counts, strict=True) if mark in name) for mark in ",;|"}
+    mark = max(held, key=held.__getitem__)
+    if held[mark] > sum(counts) / 2:
+        return [
+            f"{held[mark]} of {sum(counts)} cells hold {mark!r}, and each cell is learnt as one label; to cut them: "
+            f"data.label_separator {mark!r} (--label-separator {mark!r})"
+        ]
+    return [
+        "no sample has more than one label; if cells hold several, say what is between: data.label_separator "
+        "(--label-separator)"
+    ]
 
 
 def _label_numbers(taken: Intake, kept: Ints) -> tuple[Ints, Ints]:

@@ -75,6 +75,11 @@ class Run:
         return read_plan(self.path)
 
     @property
+    def is_earlier(self) -> bool:
+        """Whether an earlier version laid it out, which had its sample table elsewhere; its model is as today's."""
+        return (self.path / "samples.arrow").is_file()
+
+    @property
     def model(self) -> Path:
         """The Hugging Face directory."""
         return self.path / "model"

@@ -77,18 +77,23 @@ def open_source(spec: Data, sample: Sequence[SampleField], task: TaskName) -> So
     return source
 
 
-def columns_of(spec: Data) -> tuple[str, ...]:
-    """The columns that all tables of `spec.path` have; none where it is no table. Reads no row. Raises `DataError`."""
-    found, _ = _tables_of(spec.path, spec)
+def columns_of(spec: Data, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The columns that all tables of `spec.path` have, `wanted` ones looked for; none where it is no table.
+
+    Raises `DataError`.
+    """
+    found, _ = _tables_of(spec.path, spec.subset, wanted)
     return tuple(name for name in found[0].columns if all(name in one.columns for one in found)) if found else ()
 
 
 def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwise: int | None) -> None:
     """Put a place's rows behind those of the source: all of one `split`, or `otherwise` where they name none."""
     first = len(source.parts)
-    tables, notes = _tables_of(place, wanted.spec)
+    spec = wanted.spec
+    columns = (*label_columns(spec), *input_columns(spec), spec.group_column, spec.split_column)
+    tables, notes = _tables_of(place, spec.subset, [name for name in columns if name is not None])
     source.notes += notes
-    if any(table.split is not None for table in tables) or wanted.spec.split_column is not None:
+    if any(table.split is not None for table in tables) or spec.split_column is not None:
         source.ready_made = True
     for table in tables:
         named = replace(table, text=_ROWS[split or 0]) if is_spilled(place) else table
@@ -109,14 +114,12 @@ def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwi
     source.parts[first:] = [settled(part) for part in source.parts[first:]]
 
 
-def _tables_of(place: str, spec: Data) -> tuple[list[Table], list[str]]:
-    """(the tables of a place, notes); none where it is a folder of class folders."""
-    columns = [*label_columns(spec), *input_columns(spec), spec.group_column, spec.split_column]
-    named = [column for column in columns if column is not None]
+def _tables_of(place: str, subset: str | None, wanted: Sequence[str]) -> tuple[list[Table], list[str]]:
+    """(the tables of a place, notes); none where it is a folder of class folders. Looks for columns `wanted`."""
     if is_dataset(place):
         from orchestrator.hub_datasets import open_repository
 
-        return open_repository(place, spec.subset)
+        return open_repository(place, subset)
     here = _at(place)
     kind = here.kind() if isinstance(here, Location) else _kind(here)
     if kind == "missing":
@@ -131,7 +134,7 @@ def _tables_of(place: str, spec: Data) -> tuple[list[Table], list[str]]:
                 f"{place} is neither a folder nor a table",
                 expected="a folder of class folders, or a file ending in " + ", ".join(TABLE_SUFFIXES),
             )
-        return [open_table(here, named)], []
+        return [open_table(here, wanted)], []
     if isinstance(here, Path):
         from orchestrator.hub_datasets import is_saved, open_saved
 
@@ -140,9 +143,9 @@ def _tables_of(place: str, spec: Data) -> tuple[list[Table], list[str]]:
     files = {name: here / name if isinstance(here, Path) else here.join(name) for name in _table_names(here)}
     splits = {name: _split_of(name) for name in files}
     if not any(split is not None for split in splits.values()):
-        return [open_table(file, named) for file in files.values()], []
+        return [open_table(file, wanted) for file in files.values()], []
     chosen, notes = choose_splits(splits, place)
-    return [replace(open_table(files[name], named), split=split) for name, split in chosen.items()], notes
+    return [replace(open_table(files[name], wanted), split=split) for name, split in chosen.items()], notes
 
 
 def _open_folder(source: Source, place: str, wanted: _Wanted) -> None:

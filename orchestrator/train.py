@@ -164,6 +164,7 @@ def _refuse_inside_data(run: Run, job: Job) -> None:
 def _laid_out(run: Run, job: Job, looked: Looked, fresh: bool) -> Plan:
     """The run's plan: of an unfinished run the one that it began with, else a new one, with its sample table."""
     if (run.path / "plan.json").is_file() and not fresh:
+        _refuse_without_samples(run)
         _refuse_changes(run, prepare(job, looked)[0])
         return run.plan  # its threads and its schedule, whatever they would be now
     partial = run.path / f"{SAMPLES}.partial"
@@ -183,6 +184,16 @@ def _laid_out(run: Run, job: Job, looked: Looked, fresh: bool) -> Plan:
     for name, text in texts.items():  # plan.json, written last, says that the run is there
         write_file(run.path / name, text)
     return plan
+
+
+def _refuse_without_samples(run: Run) -> None:
+    """Raise `RefusedError` where there is no sample table to go on with, or not this version's."""
+    if run.is_earlier or not (run.finished or (run.path / SAMPLES).is_dir()):
+        why = "is of an earlier version" if run.is_earlier else "has lost its samples"
+        raise RefusedError(
+            "damaged", f"the run {run.path} {why}, and cannot be gone on with",
+            expected=f"its sample table in {SAMPLES}/", mend="start over with --fresh, or keep both: --name",
+        )  # fmt: skip
 
 
 def _refuse_changes(run: Run, plan: Plan) -> None:

@@ -370,3 +370,29 @@ def test_one_split_alone_is_ours_to_split(tmp_path: Path) -> None:
     (tmp_path / "tables").mkdir()
     jsonl(tmp_path / "tables" / "test.jsonl", texts(40))
     assert read(tmp_path / "tables").summary.num_samples == {"train": 32, "validation": 4, "test": 4}
+
+
+# --- labels that are hardly meant so ---
+
+
+def test_hundreds_of_fractions_are_no_classes(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": i / 4} for i in range(200)]
+    error = refusal(parquet(tmp_path / "t.parquet", rows))
+    assert "the labels are 200 different numbers with fractions" in error.message
+    assert "--task regression" in error.mend
+    assert not read(tmp_path / "t.parquet", task="regression").summary.notes
+    steps = [{"text": f"text {i}", "label": (i % 30) / 10} for i in range(300)]
+    (note,) = read(parquet(tmp_path / "u.parquet", steps)).summary.notes
+    assert "30 different numbers with fractions, such as 0, 0.1, 0.2, each learnt as a class of its own" in note
+    stars = [{"text": f"text {i}", "label": (i % 10) / 2} for i in range(100)]
+    assert not read(parquet(tmp_path / "v.parquet", stars)).summary.notes
+    years = [{"text": f"text {i}", "label": 1900 + i % 60} for i in range(600)]
+    assert not read(parquet(tmp_path / "w.parquet", years)).summary.notes
+
+
+@pytest.mark.parametrize("mark", [",", ";", "|"])
+def test_a_separator_that_most_cells_hold_is_named(tmp_path: Path, mark: str) -> None:
+    rows = [{"text": f"text {i}", "label": (f"a{mark}b", f"b{mark} c", "a")[i % 3]} for i in range(60)]
+    (note,) = read(jsonl(tmp_path / "t.jsonl", rows), task="multi-label").summary.notes
+    assert f"40 of 60 cells hold {mark!r}, and each cell is learnt as one label" in note
+    assert f"data.label_separator {mark!r} (--label-separator {mark!r})" in note
