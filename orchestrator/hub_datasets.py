@@ -19,14 +19,14 @@ from orchestrator.tables import BATCH_ROWS, Batch, Table
 
 def is_saved(path: Path) -> bool:
     """Whether a directory was written by `save_to_disk`."""
-    if (path / "dataset_dict.json").is_file():
+    if os.path.isfile(path / "dataset_dict.json"):  # not Path.is_file, which raises where one may not look
         return any(_is_saved_split(child) for child in path.iterdir())
     return _is_saved_split(path)
 
 
 def _is_saved_split(path: Path) -> bool:
     """A file state.json alone may be of anything."""
-    has = (path / "state.json").is_file()
+    has = os.path.isfile(path / "state.json")
     return has and ((path / "dataset_info.json").is_file() or any(path.glob("*.arrow")))
 
 
