@@ -61,7 +61,7 @@ def _modality_of(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
     for name, other in registry.available().items():
         first = other.sample[0]
         if first.name != sample[0].name and first.name in columns:
-            return f"if the data is {first.name}: --modality {name}; else name the column: data.input_column"
+            return f"if the data is {first.name}: modality {name} (--modality {name}); else name the column: data.input_column"
     return ""
 
 
@@ -124,7 +124,7 @@ def fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName) ->
     if isinstance(cell, list):
         raise DataError(
             f"{row.place} has a list of labels in {column!r}, and the task is single-label",
-            mend="set task to multi-label: --task multi-label",
+            mend="set task to multi-label (--task multi-label)",
         )
     text = label_text(cell)
     if text is None:
@@ -146,7 +146,7 @@ def _number(row: Row, cell: object, column: str) -> float:
     except (TypeError, ValueError):
         raise DataError(
             f"{row.place} has {cell!r} in {column!r}, and a regression target is a number",
-            mend="name a column of numbers, or leave --task regression out to learn classes",
+            mend="name a column of numbers, or leave task regression out (--task) to learn classes",
         ) from None
     if not abs(number) <= _LARGEST:  # NaN too
         row.problem = f"has {number} in {column!r}"

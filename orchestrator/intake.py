@@ -224,7 +224,8 @@ class _Looker:
                 raise DataError(
                     f"{row.place}: there is no file {row.uri[:60]!r}; this looks like a text",
                     expected=f"paths of {self._sample.name} files",
-                    mend="if the data is text: --modality text; else name the column of paths: data.input_column",
+                    mend="if the data is text: modality text (--modality text); else name the column of paths: "
+                    "data.input_column",
                 )
         if uri is None:
             # Never a matter of skipping: somebody wrote a path that reaches for other files.

@@ -192,7 +192,7 @@ def _refuse_without_samples(run: Run) -> None:
         why = "is of an earlier version" if run.is_earlier else "has lost its samples"
         raise RefusedError(
             "damaged", f"the run {run.path} {why}, and cannot be gone on with",
-            expected=f"its sample table in {SAMPLES}/", mend="start over with --fresh, or keep both: --name",
+            expected=f"its sample table in {SAMPLES}/", mend="start over with fresh (--fresh), or keep both: name (--name)",
         )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def _refuse_changes(run: Run, plan: Plan) -> None:
             raise ChangedError(
                 f"{what} of the run {run.path} has changed since it began" + _differences(what, old, plan),
                 expected=f"{what} as it was: {str(before)[:16]}",
-                mend="start over with --fresh, or keep both: --name",
+                mend="start over with fresh (--fresh), or keep both: name (--name)",
             )
 
 
