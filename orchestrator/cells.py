@@ -61,7 +61,10 @@ def _modality_of(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
     for name, other in registry.available().items():
         first = other.sample[0]
         if first.name != sample[0].name and first.name in columns:
-            return f"if the data is {first.name}: modality {name} (--modality {name}); else name the column: data.input_column"
+            return (
+                f"if the data is {first.name}: modality {name} (--modality {name}); "
+                "else name the column: data.input_column"
+            )
     return ""
 
 

@@ -106,7 +106,7 @@ def _walk_top(source: Source, root: Path | Location, top: str, sample: SampleFie
 def _other_modality(suffixes: set[str]) -> str:
     """Which modality takes such files, '' if none does."""
     found = [name for name, other in registry.available().items() if suffixes & set(other.sample[0].suffixes)]
-    return f"say what they are: modality {found[0]} (--modality {found[0]})" if found else ""
+    return f"say what they are: --modality {found[0]}" if found else ""
 
 
 def _walk(root: Path, folder: str, others: _Others) -> Iterator[Row]:

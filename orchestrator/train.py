@@ -192,7 +192,8 @@ def _refuse_without_samples(run: Run) -> None:
         why = "is of an earlier version" if run.is_earlier else "has lost its samples"
         raise RefusedError(
             "damaged", f"the run {run.path} {why}, and cannot be gone on with",
-            expected=f"its sample table in {SAMPLES}/", mend="start over with fresh (--fresh), or keep both: name (--name)",
+            expected=f"its sample table in {SAMPLES}/",
+            mend="start over with fresh (--fresh), or keep both: name (--name)",
         )  # fmt: skip
 
 
