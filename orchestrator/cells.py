@@ -26,16 +26,21 @@ def label_columns(spec: Data) -> tuple[str, ...]:
     return (spec.label_column,) if isinstance(spec.label_column, str) else spec.label_column
 
 
+def input_columns(spec: Data) -> tuple[str, ...]:
+    """The names of the columns that samples stand in, where the user gave them."""
+    return (spec.input_column,) if isinstance(spec.input_column, str) else spec.input_column or ()
+
+
 def find_inputs(columns: Sequence[str], spec: Data, sample: Sequence[SampleField], text: str) -> Sequence[str]:
     """The columns of the samples: one, or two of a pair of texts."""
-    given = (spec.input_column,) if isinstance(spec.input_column, str) else spec.input_column
-    if given is not None and len(given) > len(sample):
+    given = input_columns(spec)
+    if len(given) > len(sample):
         raise DataError(
             f"data.input_column names {len(given)} columns, and a sample has {len(sample)} at most",
             expected=" and ".join(field.name for field in sample),
         )
-    if given is not None:
-        wanted: list[tuple[str, ...]] = [tuple(given)]
+    if given:
+        wanted: list[tuple[str, ...]] = [given]
     elif sample[0].kind == "text":
         wanted = [columns for columns in _TEXT_COLUMNS if len(columns) <= len(sample)]
     else:
@@ -56,7 +61,10 @@ def _modality_of(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
     for name, other in registry.available().items():
         first = other.sample[0]
         if first.name != sample[0].name and first.name in columns:
-            return f"if the data is {first.name}: --modality {name}; else name the column: data.input_column"
+            return (
+                f"if the data is {first.name}: modality {name} (--modality {name}); "
+                "else name the column: data.input_column"
+            )
     return ""
 
 
@@ -119,7 +127,7 @@ def fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName) ->
     if isinstance(cell, list):
         raise DataError(
             f"{row.place} has a list of labels in {column!r}, and the task is single-label",
-            mend="set task to multi-label: --task multi-label",
+            mend="set task to multi-label (--task multi-label)",
         )
     text = label_text(cell)
     if text is None:
@@ -141,7 +149,7 @@ def _number(row: Row, cell: object, column: str) -> float:
     except (TypeError, ValueError):
         raise DataError(
             f"{row.place} has {cell!r} in {column!r}, and a regression target is a number",
-            mend="name a column of numbers, or leave --task regression out to learn classes",
+            mend="name a column of numbers, or leave task regression out (--task) to learn classes",
         ) from None
     if not abs(number) <= _LARGEST:  # NaN too
         row.problem = f"has {number} in {column!r}"

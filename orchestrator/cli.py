@@ -307,6 +307,8 @@ def evaluate(
             f"{figures['num_seen']} of these samples were in the run's own training or validation: "
             "the figures are better than on new data"
         )
+    for note in figures["notes"]:
+        out.print(note, markup=False, soft_wrap=True)
     if figures["task"] == "regression":
         rows = [[name, figure(one["mae"]), figure(one["r2"])] for name, one in figures["per_class"].items()]
         out.print(table(["target", "MAE", "R2"], rows, right=(1, 2)))

@@ -7,6 +7,7 @@ has one outcome, which `docs/data.md` lists.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from orchestrator.errors import DataError
 from orchestrator.intake import Intake, Skip, digest64, numbers, take_in, view
 from orchestrator.locations import Location
 from orchestrator.modality import Modality, Profile
+from orchestrator.places import shown
 from orchestrator.plans import SPLITS, BackboneCard, DataSummary
 from orchestrator.rows import Origin, Source
 from orchestrator.samples import INDEX_FILE, ROWS_FILE, Rows, SampleWriter, write_index
@@ -30,6 +32,12 @@ from orchestrator.splits import balanced_subset, grouped, stratified
 
 Ints = npt.NDArray[np.int64]
 
+LEAVE_OUT = "leave such out, listed: data.on_bad_sample skip (--on-bad-sample skip)"
+_MANY_NUMBERS = 20
+"""Classes whose names are numbers with fractions; above, it is doubtful that they are classes."""
+_FEW_A_NUMBER = 5
+"""Samples of such a class; below, it is hardly one."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _UNSPLIT = -1
 _NUM_BINS = 10
 
@@ -74,7 +82,7 @@ def _prepare(
         raise _bad(taken.skipped)
     if not len(taken):
         raise DataError(
-            f"{spec.path} holds no sample that can be used",
+            f"{shown(spec.path)} holds no sample that can be used",
             mend=_first(taken.skipped) and f"look at the first: {_first(taken.skipped)}",
         )
     table = _Table(taken, source, Rows(directory / ROWS_FILE, source.origins))
@@ -97,10 +105,8 @@ def _prepare(
         split = _split(table, kept, strata, kinds, len(names), spec)
         _REFUSALS[task](targets, split, names)
     notes = list(source.notes) + _leaks(table, kept, split)
-    if task == "multi-label" and max(taken.num_labels) < 2 and spec.label_separator is None:
-        notes.append(
-            "no sample has more than one label; if cells hold several, say what is between: data.label_separator"
-        )
+    if not classes:
+        notes += _doubtful_labels(taken, names, spec, task)
     if not classes and not (split == 2).any():
         has = (split == 1).any()
         notes.append(
@@ -191,7 +197,7 @@ def _drop_duplicates(table: _Table) -> Ints:
     out = np.zeros(len(uris), dtype=bool)
     for at in np.flatnonzero(~new & (uris[order] != 0)).tolist():
         mine, theirs = int(order[at]), int(order[first[at]])
-        if table.rows.uri(mine) != table.rows.uri(theirs):  # two names with one digest
+        if table.rows.file(mine) != table.rows.file(theirs):  # two files with one digest
             continue
         out[mine] = True
         _refuse_contradictions(table, mine, theirs)
@@ -218,7 +224,7 @@ def _bad(skips: list[Skip]) -> DataError:
     return DataError(
         f"{_first(skips)}{more}",
         expected="samples that can all be used",
-        mend="mend or remove them, or leave them out, listed: --on-bad-sample skip",
+        mend=f"mend or remove them, or {LEAVE_OUT}",
     )
 
 
@@ -238,16 +244,47 @@ def _class_names(table: _Table, kept: Ints, spec: Data, task: TaskName) -> list[
             f"the class {empty[0]!r} has no usable sample", mend="remove its folder, or put samples into it"
         )
     if task == "multi-label" and not met:
-        raise DataError(f"{spec.path} holds no label at all", expected="labels in data.label_column")
+        raise DataError(f"{shown(spec.path)} holds no label at all", expected="labels in data.label_column")
     if len(met) < 2 and task == "single-label":
         raise DataError(
-            f"{spec.path} holds one class only: {met[0]!r}",
+            f"{shown(spec.path)} holds one class only: {met[0]!r}",
             expected="two classes or more",
             mend="add samples of another class; everything else can be a class too",
         )
     if all(name.isdecimal() and name.isascii() for name in met):
         return sorted(met, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))
     return sorted(met)
+
+
+def _doubtful_labels(taken: Intake, names: Sequence[str], spec: Data, task: TaskName) -> list[str]:
+    """Notes on labels that may be meant otherwise. Raises `DataError` where they can hardly be meant so."""
+    if task == "single-label" and len(names) > _MANY_NUMBERS and all(map(_NUMBER.fullmatch, names)):
+        if sum(not float(name).is_integer() for name in names) < len(names) / 2:
+            return []
+        seen = f"the labels are {len(names)} different numbers with fractions, such as {', '.join(names[:3])}"
+        if len(taken) < _FEW_A_NUMBER * len(names):
+            raise DataError(
+                f"{seen}, and there are {len(taken)} samples",
+                expected=f"classes, with {_FEW_A_NUMBER} samples or more each where their names are such numbers",
+                mend="to learn numbers: task regression (--task regression)",
+            )
+        return [f"{seen}, each learnt as a class of its own; to learn numbers: task regression (--task regression)"]
+    if task != "multi-label" or max(taken.num_labels) > 1 or spec.label_separator is not None:
+        return []
+    if len(label_columns(spec)) > 1:
+        return []
+    counts = np.bincount(numbers(taken.label), minlength=len(taken.names)).tolist()
+    held = {mark: sum(n for name, n in zip(taken.names, counts, strict=True) if mark in name) for mark in ",;|"}
+    mark = max(held, key=held.__getitem__)
+    if held[mark] > sum(counts) / 2:
+        return [
+            f"{held[mark]} of {sum(counts)} cells hold {mark!r}, and each cell is learnt as one label; to cut them: "
+            f"data.label_separator {mark!r} (--label-separator {mark!r})"
+        ]
+    return [
+        "no sample has more than one label; if cells hold several, say what is between: data.label_separator "
+        "(--label-separator)"
+    ]
 
 
 def _label_numbers(taken: Intake, kept: Ints) -> tuple[Ints, Ints]:
@@ -279,7 +316,7 @@ def _targets(table: _Table, kept: Ints, names: Sequence[str], spec: Data, task: 
         raise DataError(
             f"{table.place(row)} has the label {strange!r}, which the model never learnt",
             expected="one of " + ", ".join(list(known)[:20]),
-            mend=f"take it out of {spec.path}",
+            mend=f"take it out of {shown(spec.path)}",
         )
     if task == "single-label":
         return labels
@@ -342,7 +379,8 @@ def _split(table: _Table, kept: Ints, labels: Ints, names: Sequence[str], num_cl
             wanted = 1 + sum(fraction > 0 for fraction in fractions)
             if mine.max() + 1 < wanted:
                 raise DataError(
-                    f"{spec.path} holds {mine.max() + 1} groups in {spec.group_column!r}, too few for {wanted} splits",
+                    f"{shown(spec.path)} holds {mine.max() + 1} groups in {spec.group_column!r}, "
+                    f"too few for {wanted} splits",
                     expected=f"{wanted} groups or more",
                 )
             split[chosen] = grouped(labels[chosen], mine, len(names), fractions, spec.seed)

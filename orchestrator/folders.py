@@ -14,7 +14,7 @@ from orchestrator.errors import DataError
 from orchestrator.locations import Location
 from orchestrator.modality import SampleField
 from orchestrator.places import SPLIT_NAMES
-from orchestrator.rows import Origin, Row, Source
+from orchestrator.rows import Origin, Row, Source, inside
 from orchestrator.tables import suffix_of
 
 _LITTER = {"thumbs.db", "desktop.ini", "icon\r"}
@@ -55,17 +55,22 @@ def open_folder(source: Source, root: Path | Location, sample: SampleField) -> N
             )
         if others.num:
             source.notes.append(f"{others.num} files that are no {sample.name}, not read: {', '.join(others.first)}")
+        if others.links:
+            shown = ", ".join(others.links[:3])
+            source.notes.append(f"{len(others.links)} linked folders below a class, not read: {shown}")
 
     source.parts.append(rows)
 
 
 @dataclass
 class _Others:
-    """Files of no use, counted."""
+    """Files and links of no use, counted."""
 
     num: int = 0
     first: list[str] = field(default_factory=list)
     suffixes: set[str] = field(default_factory=set)
+    links: list[str] = field(default_factory=list)
+    """Folders below a class that are links."""
 
     def add(self, uri: str) -> None:
         self.num += 1
@@ -84,7 +89,7 @@ def _walk_top(source: Source, root: Path | Location, top: str, sample: SampleFie
         if is_folder:
             label = unicodedata.normalize("NFC", name)
             source.classes.add(label)
-            walk = _walk(root, uri) if isinstance(root, Path) else _list(root, uri)
+            walk = _walk(root, uri, others) if isinstance(root, Path) else _list(root, uri)
             for row in walk:
                 if row.problem:
                     yield row
@@ -104,10 +109,14 @@ def _other_modality(suffixes: set[str]) -> str:
     return f"say what they are: --modality {found[0]}" if found else ""
 
 
-def _walk(root: Path, folder: str) -> Iterator[Row]:
-    """Every file below a folder of this machine, hidden ones left out."""
-    for directory, names, files in os.walk(root / folder):
+def _walk(root: Path, folder: str, others: _Others) -> Iterator[Row]:
+    """Every file below a folder of this machine, hidden ones left out; a folder that cannot be listed is a bad row."""
+    unreadable: list[OSError] = []
+    for directory, names, files in os.walk(root / folder, onerror=unreadable.append):
         names[:] = sorted(name for name in names if not name.startswith("."))
+        for name in names:
+            if os.path.islink(os.path.join(directory, name)):
+                others.links.append(_inside(root, os.path.relpath(os.path.join(directory, name), root)))
         for name in sorted(files):
             if name.startswith("."):
                 continue
@@ -117,6 +126,19 @@ def _walk(root: Path, folder: str) -> Iterator[Row]:
                 yield Row(shown, "", problem="its name is not in UTF-8")
                 continue
             yield Row(file, "", uri=os.path.relpath(file, root))
+    for error in unreadable:
+        yield Row(str(error.filename), "", problem=f"its files cannot be listed: {error.strerror}")
+
+
+def _inside(root: Path, link: str) -> str:
+    """The link. Raises `DataError` where it leads out of the data's root."""
+    found, why = inside(root.resolve(), link, {})
+    if found is None:
+        raise DataError(
+            f"{root / link}: the linked folder {why} {root}", expected="folders below the data's root",
+            mend="remove the link, or move the folder below it",
+        )  # fmt: skip
+    return link
 
 
 def _list(root: Location, folder: str) -> Iterator[Row]:
@@ -138,4 +160,10 @@ def children(folder: Path | Location) -> list[tuple[str, bool]]:
     """(name, whether it is a folder) of what lies directly in it, by name."""
     if isinstance(folder, Location):
         return folder.children()
-    return sorted((child.name, child.is_dir()) for child in folder.iterdir())
+    try:
+        return sorted((child.name, child.is_dir()) for child in folder.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be listed: {error.strerror}", expected="a folder that may be read",
+            mend="give yourself the right to read it",
+        ) from None  # fmt: skip

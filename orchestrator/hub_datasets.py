@@ -7,21 +7,27 @@ ClassLabel come as the names of their classes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import DataError, MissingExtraError, first_line
 from orchestrator.hub import asking, offline
-from orchestrator.places import SPLIT_NAMES, dataset_id
+from orchestrator.places import SPLIT_NAMES, choose_splits, dataset_id
 from orchestrator.tables import BATCH_ROWS, Batch, Table
-
-_MARKS = ("dataset_dict.json", "state.json")
 
 
 def is_saved(path: Path) -> bool:
     """Whether a directory was written by `save_to_disk`."""
-    return any((path / name).is_file() for name in _MARKS)
+    if os.path.isfile(path / "dataset_dict.json"):  # not Path.is_file, which raises where one may not look
+        return any(_is_saved_split(child) for child in path.iterdir())
+    return _is_saved_split(path)
+
+
+def _is_saved_split(path: Path) -> bool:
+    """A file state.json alone may be of anything."""
+    has = os.path.isfile(path / "state.json")
+    return has and ((path / "dataset_info.json").is_file() or any(path.glob("*.arrow")))
 
 
 def open_saved(path: Path) -> tuple[list[Table], list[str]]:
@@ -71,9 +77,21 @@ def open_repository(place: str, subset: str | None) -> tuple[list[Table], list[s
     return tables, [f"{name} at commit {commit}", *notes]
 
 
-def of_object(found: Any, text: str) -> list[Table]:
-    """The tables of a `datasets.Dataset` or `DatasetDict` that a program holds."""
-    return _tables(found, text, Path.cwd())[0]
+def splits_of(found: Any, text: str) -> list[tuple[int | None, Any]]:
+    """(split, data set) of a `DatasetDict` that a program holds. Raises `DataError`."""
+    chosen, _ = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in found}, text)
+    return [(split, found[name]) for name, split in chosen.items()]
+
+
+def rows_of(found: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows of a `Dataset` or `IterableDataset` that a program holds."""
+    if not found.features:  # of an iterable one that knows its columns only by its rows
+        yield from found
+        return
+    table = _table(found, "", Path(), None)
+    for batch in table.batches(table.columns):
+        for cells in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, cells, strict=True))
 
 
 def _library() -> Any:
@@ -95,15 +113,8 @@ def _unreadable(place: str, error: Exception) -> DataError:
 def _tables(found: Any, text: str, root: Path) -> tuple[list[Table], list[str]]:
     if not hasattr(found, "keys"):  # one Dataset
         return [_table(found, text, root, None)], []
-    splits = {name: SPLIT_NAMES.get(name.lower()) for name in found}
-    if len(splits) == 1:
-        return [_table(found[next(iter(splits))], text, root, None)], []  # whatever its name: ours to split
-    ignored = [name for name, split in splits.items() if split is None]
-    notes = [f"splits that are neither train, validation nor test, not read: {', '.join(ignored)}"] if ignored else []
-    tables = [_table(found[name], f"{text} {name}", root, split) for name, split in splits.items() if split is not None]
-    if not any(table.split == 0 for table in tables):
-        raise DataError(f"{text} has no train split: it has {', '.join(splits)}", expected="train, validation, test")
-    return tables, notes
+    chosen, notes = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in found}, text)
+    return [_table(found[name], f"{text} {name}", root, split) for name, split in chosen.items()], notes
 
 
 def _table(found: Any, text: str, root: Path, split: int | None) -> Table:

@@ -68,7 +68,7 @@ class Intake:
     origin: array[int] = field(default_factory=lambda: array("i"))
     num_bytes: array[int] = field(default_factory=lambda: array("q"))
     uri_id: array[int] = field(default_factory=lambda: array("Q"))
-    """Of the URI; 0 where the table holds the sample itself."""
+    """Of the file, whatever it is called; 0 where the table holds the sample itself."""
     label_id: array[int] = field(default_factory=lambda: array("Q"))
     content_id: array[int] = field(default_factory=lambda: array("Q"))
     """Of the content; 0 where it was not read."""
@@ -173,7 +173,7 @@ def _remember(taken: Intake, row: Row, look: _Look, task: TaskName) -> None:
     taken.split.append(_NO_SPLIT if row.split is None else row.split)
     taken.origin.append(row.origin)
     taken.num_bytes.append(look.num_bytes)
-    taken.uri_id.append(digest64(row.uri) if row.uri else 0)
+    taken.uri_id.append(digest64(row.file or row.uri) if row.uri else 0)
     taken.label_id.append(digest64(row.label))
     taken.content_id.append(look.content_id[0])
     taken.content_high.append(look.content_id[1])
@@ -215,12 +215,14 @@ class _Looker:
             shown: object = origin.root.text
         else:
             uri, why = inside(origin.root, row.uri, self._resolved)
+            row.file = "" if uri is None else why
             shown = origin.root
             if self._is_sentence(row.uri) and (uri is None or not os.path.isfile(origin.root / uri)):
                 raise DataError(
                     f"{row.place}: there is no file {row.uri[:60]!r}; this looks like a text",
                     expected=f"paths of {self._sample.name} files",
-                    mend="if the data is text: --modality text; else name the column of paths: data.input_column",
+                    mend="if the data is text: modality text (--modality text); else name the column of paths: "
+                    "data.input_column",
                 )
         if uri is None:
             # Never a matter of skipping: somebody wrote a path that reaches for other files.

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+
+from pydantic import BaseModel
+
+from orchestrator.errors import DataError
 
 _SCHEME = re.compile(r"[a-zA-Z][\w+.-]*://")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -12,6 +17,8 @@ _DATASETS = "hf://datasets/"
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
 SPLIT_KEYS = ("path", "validation", "test")
 """The settings of `data` that name a place, one a split."""
+DATA_FOLDER = ".data"
+"""The folder of the storage that holds rows which came from a program, not from a place."""
 SPLIT_NAMES: dict[str, int] = {
     "train": 0, "training": 0,
     "validation": 1, "valid": 1, "val": 1, "dev": 1,
@@ -27,6 +34,69 @@ def is_uri(place: str) -> bool:
 def whole(place: str) -> str:
     """The place from anywhere: an absolute path, or the URI without a slash at its end."""
     return place.rstrip("/") if is_uri(place) or is_dataset(place) else os.path.abspath(Path(place).expanduser())
+
+
+def library_of(value: object) -> str:
+    """The package that its type comes from."""
+    return type(value).__module__.split(".")[0]
+
+
+def is_rows(value: object) -> bool:
+    """Whether a program gave it in the place of a place."""
+    return value is not None and not isinstance(value, (str, Path))
+
+
+def as_settings(data: object) -> object:
+    """A job's `data` with rows alone put under the key that they have beside other settings.
+
+    Raises `DataError` for rows under the name of a split that is no key.
+    """
+    if not is_rows(data) or isinstance(data, BaseModel):
+        return data
+    if not isinstance(data, Mapping) or library_of(data) == "datasets":  # a DatasetDict is rows
+        return {"path": data}
+    for key, split in SPLIT_NAMES.items():
+        if key not in SPLIT_KEYS and is_rows(data.get(key)):
+            raise DataError(
+                f"data has the key {key!r}", expected=", ".join(SPLIT_KEYS),
+                mend=f"put the rows under {SPLIT_KEYS[split]!r}",
+            )  # fmt: skip
+    return data
+
+
+def holds_rows(data: object) -> bool:
+    """Whether rows are among a job's `data`; a number in the place of a path is a slip, not rows."""
+    found = [data.get(key) for key in SPLIT_KEYS] if isinstance(data, Mapping) else []
+    return any(is_rows(value) and not isinstance(value, (bool, int, float)) for value in found)
+
+
+def is_spilled(place: str) -> bool:
+    """Whether it holds rows that a program gave: nobody knows the file, and messages do not name it."""
+    return Path(place).parent.name == DATA_FOLDER and place.endswith(".parquet")
+
+
+def shown(place: str) -> str:
+    """The place as messages call it."""
+    return "the data" if is_spilled(place) else place
+
+
+def choose_splits(splits: Mapping[str, int | None], text: str) -> tuple[dict[str, int | None], list[str]]:
+    """({name: its split} of what is read, notes), of several tables and the splits that their names say.
+
+    What is all of one split is ours to split, whatever its name: then each split is None. Raises `DataError`.
+    """
+    named = {split for split in splits.values() if split is not None}
+    others = [name for name, split in splits.items() if split is None]
+    if len(splits) == 1 or (len(named) == 1 and not others):
+        return dict.fromkeys(splits), []
+    if 0 not in named:
+        raise DataError(
+            f"{text} has splits, and there is none for training: it has {', '.join(list(splits)[:5])}",
+            expected="train, beside validation or test",
+            mend="name the one to train on train, or give each by itself: data.path, data.validation, data.test",
+        )
+    notes = [f"beside train and no split, not read: {', '.join(others[:5])}"] if others else []
+    return {name: split for name, split in splits.items() if split is not None}, notes
 
 
 def is_dataset(place: str) -> bool:

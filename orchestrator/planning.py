@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from orchestrator import gate, hub, registry, weights
 from orchestrator.errors import RefusedError, missing_extra
 from orchestrator.modality import Fit, Modality, Profile
+from orchestrator.places import DATA_FOLDER, SPLIT_KEYS, as_settings, holds_rows, is_rows
 from orchestrator.plans import BackboneCard, BackboneRow, Plan
-from orchestrator.spec import Data, Job, TaskName, make_job
+from orchestrator.spec import Data, Draft, Job, TaskName, make_draft
 
 if TYPE_CHECKING:
     from orchestrator.data import Prepared
@@ -73,9 +72,10 @@ def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: A
 
     Takes what `finetune` takes. Raises `JobError` and `RefusedError`.
     """
+    draft = drafted(job, fields)
+    looked = look(without_rows(draft))  # before rows are written
     with TemporaryDirectory(prefix="orchestrator-") as folder:
-        made = make_job(job, **spilled(fields, Path(folder)))
-        return prepare(made, look(made))[0]
+        return prepare(spilled(draft, Path(folder) / DATA_FOLDER).job(), looked)[0]
 
 
 @dataclass(frozen=True)
@@ -120,24 +120,37 @@ def prepare(job: Job, looked: Looked, directory: Path | None = None) -> tuple[Pl
     return made, prepared
 
 
-def names_a_place(data: object) -> bool:
-    """Whether a job's `data` cannot hold rows: a path, a `Data`, or none given beside the job file's."""
-    return data is None or isinstance(data, (str, Path, BaseModel))
+def drafted(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
+    """What `finetune` and `plan` were asked for, rows that a program holds among it. Raises `JobError`."""
+    if isinstance(job, Mapping) and "data" in job:
+        job = {**job, "data": as_settings(job["data"])}
+    if "data" in fields:
+        fields = {**fields, "data": as_settings(fields["data"])}
+    return make_draft(job, fields)
 
 
-def spilled(fields: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """A job's fields with rows that a program holds written into `directory`; without any, the same fields.
+def without_rows(draft: Draft) -> Job:
+    """The draft's job, checked, with a dash where rows are. Raises `JobError`."""
+    data = draft.tree.get("data")
+    if not isinstance(data, Mapping) or not holds_rows(data):
+        return draft.job()
+    places = {key: "-" if key in SPLIT_KEYS and is_rows(value) else value for key, value in data.items()}
+    return replace(draft, tree={**draft.tree, "data": places}).job()
 
-    Raises `DataError`.
+
+def spilled(draft: Draft, directory: Path, new: list[Path] | None = None) -> Draft:
+    """The draft with rows that a program holds written into `directory`; without any, as it is.
+
+    Files that were not there before are added to `new`. Raises `DataError`.
     """
-    data = fields.get("data")
-    if names_a_place(data):
-        return dict(fields)
+    data = draft.tree.get("data")
+    if not holds_rows(data):
+        return draft
     try:
         from orchestrator.spill import spill_data
     except ModuleNotFoundError as error:
         raise missing_extra(error) or error from None
-    return {**fields, "data": spill_data(data, directory)}
+    return replace(draft, tree={**draft.tree, "data": spill_data(data, directory, new)})
 
 
 def num_cores() -> int:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from orchestrator import data, hub, registry
+from orchestrator.cells import input_columns, label_columns
+from orchestrator.data import LEAVE_OUT
 from orchestrator.errors import BadSampleError, DataError, RefusedError, TrainingError
 from orchestrator.features import SampleSource
 from orchestrator.loop import evaluate_batch
@@ -19,11 +21,13 @@ from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Collate, Modality
 from orchestrator.model import Network, freeze, set_mode
 from orchestrator.objective import Objective, make_objective
-from orchestrator.planning import num_cores, spilled
+from orchestrator.places import DATA_FOLDER, shown
+from orchestrator.planning import drafted, num_cores, spilled
 from orchestrator.plans import Plan
 from orchestrator.runs import SAMPLES, Run, open_run
 from orchestrator.samples import MAX_AT_ONCE, Samples
-from orchestrator.spec import Data, make_job
+from orchestrator.sources import columns_of
+from orchestrator.spec import Data
 from orchestrator.weights import read_tensors
 from orchestrator.worker import Worker, start_worker
 
@@ -75,7 +79,8 @@ def predict(run: Run | str | Path, inputs: Iterable[Input] | str | Path | bytes,
 def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any]) -> dict[str, Any]:
     """The figures of a finished run on labelled data, as in its results.json: a place, a `Data`, or rows.
 
-    All of the data counts, but where it comes with a test split: then that alone.
+    All of the data counts, but where it comes with a test split: then that alone. Columns that are not named are those
+    of the run, where the table has them.
 
     Raises `DataError` for a label that the model never learnt.
     """
@@ -83,7 +88,7 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
     task, classes = loaded.plan.job.task, loaded.plan.classes
     assert loaded.modality.decode is not None
     with TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=loaded.plan.threads_per_worker) as pool:
-        spec = _data(labelled, Path(folder))
+        spec, notes = _as_the_run(_data(labelled, Path(folder)), loaded.plan)
         prepared = data.prepare(spec, loaded.modality, loaded.plan.backbone, task, classes, Path(folder))
         samples = Samples(Path(folder), _fields(loaded.modality))
         source = SampleSource(samples, loaded.modality.decode, loaded.collate, spec.on_bad_sample == "skip", pool)
@@ -95,36 +100,74 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
             try:
                 batch = source.batch(some, train=False)
             except TrainingError as error:
-                raise DataError(error.message, mend="mend or remove it, or --on-bad-sample skip") from None
+                raise DataError(error.message, mend=f"mend or remove it, or {LEAVE_OUT}") from None
             if batch is not None:
                 outputs = evaluate_batch(loaded.network.logits, batch.to(loaded.worker.device).inputs)
                 parts.append(loaded.objective.columns(batch.rows, outputs, batch.targets, len(rows)))
         if not parts:
-            raise DataError(f"{spec.path} holds no sample that can be read")
+            raise DataError(f"{shown(spec.path)} holds no sample that can be read")
         predictions = Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        num_seen = _num_seen(loaded, samples)
+        if num_seen is None:
+            notes.append("the run has no sample table of this version: nothing tells whether it was trained on these")
         return {
             "task": task,
             **measure(task, predictions, classes),
-            "num_seen": _num_seen(loaded, samples),
+            "num_seen": num_seen,
             "num_skipped": len(prepared.skipped) + len(source.skipped),
+            "notes": notes,
         }
 
 
 def _data(labelled: str | Path | Data | Iterable[Any], folder: Path) -> Data:
     if isinstance(labelled, Data):
         return labelled
-    return make_job(backbone="-", **spilled({"data": labelled}, folder)).data
+    return spilled(drafted(None, {"backbone": "-", "data": labelled}), folder / DATA_FOLDER).job().data
 
 
 def _fields(modality: Modality) -> tuple[str, ...]:
     return tuple(field.name for field in modality.sample)
 
 
-def _num_seen(loaded: _Loaded, samples: Samples) -> int:
-    """How many of the samples the run itself was trained on, or its best epoch chosen by."""
+def _as_the_run(spec: Data, plan: Plan) -> tuple[Data, list[str]]:
+    """The data with what the user left open as the run had it, where its tables have that; and notes."""
+    run, named = plan.job.data, spec.model_fields_set
+    columns = columns_of(spec, [*input_columns(run), *label_columns(run)])
+    found: dict[str, Any] = {}
+    for key, names in (("input_column", input_columns(run)), ("label_column", label_columns(run))):
+        if key not in named and names and all(name in columns for name in names):
+            found[key] = getattr(run, key)
+    spec = spec.model_copy(update=found)
+    if plan.job.task == "multi-label" and columns and "label_separator" not in named and len(label_columns(spec)) == 1:
+        spec = spec.model_copy(update={"label_separator": run.label_separator})
+    return _in_order(spec, plan) if plan.job.task == "regression" else (spec, [])
+
+
+def _in_order(spec: Data, plan: Plan) -> tuple[Data, list[str]]:
+    """The data with its columns in the order of the run's targets; a note on those of another name.
+
+    Raises `DataError` where a target's own column stands in the place of another one.
+    """
+    names, targets = label_columns(spec), plan.classes
+    if sorted(names) == sorted(targets):
+        return spec.model_copy(update={"label_column": targets}), []
+    pairs = [(target, name) for target, name in zip(targets, names, strict=False) if target != name]
+    crossed = [(target, name) for target, name in pairs if name in targets]
+    if crossed:
+        raise DataError(
+            f"data.label_column names {', '.join(names)}: {crossed[0][1]!r} would be compared with what the model says "
+            f"of {crossed[0][0]!r}",
+            expected=f"a column for each target, in this order: {', '.join(targets)}",
+        )
+    return spec, [f"the target {target!r} is compared with the column {name!r}" for target, name in pairs]
+
+
+def _num_seen(loaded: _Loaded, samples: Samples) -> int | None:
+    """How many of the samples the run itself was trained on, or its best epoch chosen by; None if nothing tells."""
+    if not (loaded.run.path / SAMPLES).is_dir():
+        return None
     own = Samples(loaded.run.path / SAMPLES, _fields(loaded.modality))
-    used = {own.known_by(int(row)) for row in np.concatenate([own.rows("train"), own.rows("validation")])}
-    return sum(samples.known_by(row) in used for row in range(len(samples.targets)))
+    return samples.num_among(own, np.concatenate([own.rows("train"), own.rows("validation")]))
 
 
 def _load(run: Run | str | Path) -> _Loaded:

@@ -26,6 +26,12 @@ class Origin:
     is_table: bool
     listed: bool = False
     """Whether its files were listed, so that they are there and their sizes are known."""
+    is_place: bool = True
+    """Whether the user knows it by its name; rows that a program gave have none."""
+
+    def row(self, number: int) -> str:
+        """A row of the table, as messages call it."""
+        return f"{self.text} row {number}" if self.is_place else f"row {number} of {self.text}"
 
 
 @dataclass(slots=True)
@@ -41,6 +47,8 @@ class Row:
     """Of the row in its table, from 1; of a file 0."""
     uri: str = ""
     """Relative to the origin's root; '' where the table holds the bytes themselves."""
+    file: str = ""
+    """The same with its links resolved, '' in a store: of two names of one file."""
     content: bytes | None = None
     second: bytes | None = None
     """The second text of a pair."""
@@ -76,9 +84,10 @@ class Source:
 
 
 def inside(root: Path, uri: str, resolved: dict[str, str]) -> tuple[str | None, str]:
-    """(the file relative to `root`, '') or (None, why not): a path may not leave the data's root, links included.
+    """(the file relative to `root`, the same with its links resolved) or (None, why not).
 
-    `resolved` remembers directories, so that each is resolved once.
+    A path may not leave the data's root, links included. `resolved` remembers directories, so that each is resolved
+    once.
     """
     if is_uri(uri):
         return None, "lies in a store, outside of"
@@ -92,7 +101,8 @@ def inside(root: Path, uri: str, resolved: dict[str, str]) -> tuple[str | None, 
         real = os.path.realpath(real)
     if os.path.commonpath([str(root), real]) != str(root):
         return None, "leaves the data's root"
-    return os.path.relpath(file, root), ""
+    named, found = os.path.relpath(file, root), os.path.relpath(real, root)
+    return (found if named.startswith("..") else named), found  # the root itself may be named by a link
 
 
 def inside_store(root: Location, uri: str) -> tuple[str | None, str]:

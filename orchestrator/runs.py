@@ -17,8 +17,6 @@ from orchestrator.plans import Plan
 
 SAMPLES = "samples"
 """The folder of a run that holds its sample table."""
-DATA_FOLDER = ".data"
-"""The folder of the storage that holds rows which came from a program, not from a place."""
 _OURS = frozenset(
     (
         "job.yaml", "plan.json", "samples", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl",
@@ -75,6 +73,11 @@ class Run:
     def plan(self) -> Plan:
         """What it was decided to do."""
         return read_plan(self.path)
+
+    @property
+    def is_earlier(self) -> bool:
+        """Whether an earlier version laid it out, which had its sample table elsewhere; its model is as today's."""
+        return (self.path / "samples.arrow").is_file()
 
     @property
     def model(self) -> Path:

@@ -91,11 +91,16 @@ class Rows:
         """'' where the table holds the sample itself."""
         return str(self._table.column("uri")[row].as_py())
 
+    def file(self, row: int) -> str:
+        """The row's file, its links resolved."""
+        root = self._origins[self._table.column("origin")[row].as_py()].root
+        return os.path.realpath(root / self.uri(row)) if isinstance(root, Path) else root.join(self.uri(row)).text
+
     def place(self, row: int) -> str:
         """What the row is called in a message."""
         origin = self._origins[self._table.column("origin")[row].as_py()]
         number = self._table.column("number")[row].as_py()
-        return f"{origin.text} row {number}" if origin.is_table else os.path.join(origin.text, self.uri(row))
+        return origin.row(number) if origin.is_table else os.path.join(origin.text, self.uri(row))
 
 
 def write_index(
@@ -182,6 +187,22 @@ class Samples:
             fitting = int(np.searchsorted(np.cumsum(self.num_bytes[piece]), _BYTES_AT_ONCE, side="right"))
             yield piece[: max(1, fitting)]
             start += max(1, fitting)
+
+    def num_among(self, other: Samples, rows: Ints) -> int:
+        """How many of the samples are among those `rows` of the other table: the same file, or the same content.
+
+        What differs in size differs, and is not looked at: a file that has another size by now is another sample.
+        """
+        theirs = other._known_by(rows, self.num_bytes)
+        mine = self._known_by(np.arange(len(self.targets)), other.num_bytes[rows])
+        found = set(theirs)
+        return sum(one in found for one in mine)
+
+    def _known_by(self, rows: Ints, sizes: Ints) -> Iterator[str]:
+        """What the rows of such sizes are known by; of a store's files, whose sizes may be unknown, all are."""
+        in_store = np.array([is_uri(root) for root in self._roots])[self._origin.to_numpy()[self._row[rows]]]
+        for row in rows[in_store | np.isin(self.num_bytes[rows], sizes)].tolist():
+            yield self.known_by(row)
 
     def known_by(self, row: int) -> str:
         """What tells this sample from others: its file, or the digest of its content."""

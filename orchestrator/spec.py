@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,9 @@ class Data(_Part):
     validation: str | None = Field(None, description="the validation split, where it stands on its own")
     test: str | None = Field(None, description="the test split, where it stands on its own")
     root: str | None = Field(None, description="what a table's paths are relative to; default: its folder")
+    rows_root: str | None = Field(
+        None, description="the same for rows of a program, where other splits are places; default: as it runs"
+    )
     input_column: str | tuple[str, ...] | None = Field(
         None, description="a table's column of paths, bytes or texts; two columns for pairs of texts"
     )
@@ -65,7 +69,7 @@ class Data(_Part):
     seed: int = Field(0, ge=0, description="of the split")
     on_bad_sample: Literal["fail", "skip"] = Field("fail", description="what a broken sample does")
 
-    @field_validator("path", "validation", "test", "root")
+    @field_validator("path", "validation", "test", "root", "rows_root")
     @classmethod
     def _plain_paths(cls, place: str | None) -> str | None:
         """A file:// URI is the path: so that links and runs inside the data are looked at as everywhere here."""
@@ -186,7 +190,7 @@ class Job(_Part):
         """The same job with absolute paths: `photos`, `photos/` and `./photos` are one place."""
         places = {
             key: whole(place)
-            for key in ("path", "validation", "test", "root")
+            for key in ("path", "validation", "test", "root", "rows_root")
             if (place := getattr(self.data, key)) is not None
         }
         backbone = Path(self.backbone).expanduser()
@@ -211,6 +215,31 @@ def make_job(job: Job | Mapping[str, Any] | str | Path | None = None, /, **field
     A field is a top-level key (`method="full"`), a part (`training={"epochs": 3}`) that is merged into what
     is there, or a dotted key (`**{"training.epochs": 3}`). Raises `JobError` with the place of the fault.
     """
+    return make_draft(job, fields).job()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A job before it is checked: settings of whatever type, each where it belongs."""
+
+    tree: dict[str, Any]
+    source: str
+    """The YAML file, '' where there is none."""
+    lines: dict[str, int]
+    """Dotted key -> its line there."""
+
+    def job(self) -> Job:
+        """The checked job. Raises `JobError`."""
+        try:
+            made = Job.model_validate(self.tree)
+        except ValidationError as error:
+            raise _as_job_error(error, self.source, self.lines) from None
+        made._places.update({key: f"{self.source}:{line}: " for key, line in self.lines.items()})
+        return made
+
+
+def make_draft(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
+    """What `make_job` is asked for, unchecked; fields win. Raises `JobError` for what has no place."""
     lines: dict[str, int] = {}
     source = ""
     if job is None:
@@ -227,12 +256,7 @@ def make_job(job: Job | Mapping[str, Any] | str | Path | None = None, /, **field
     for key, value in fields.items():
         _put(base, key, value)
         lines.pop(key, None)
-    try:
-        made = Job.model_validate(base)
-    except ValidationError as error:
-        raise _as_job_error(error, source, lines) from None
-    made._places.update({key: f"{source}:{line}: " for key, line in lines.items()})
-    return made
+    return Draft(base, source, lines)
 
 
 def _put(tree: dict[str, Any], dotted: str, value: object) -> None:

@@ -26,7 +26,7 @@ _BLOCK_BYTES = 8 * 2**20
 BATCH_ROWS = 64
 """Of a table, so many rows are in memory at once."""
 _PEEKED_LINES = 100
-"""Of JSON lines, whose keys are the columns."""
+"""Of JSON lines, whose keys are the columns; all of them, where a column that is wanted is not in these."""
 
 Batch = dict[str, list[Any]]
 """Column -> its cells."""
@@ -52,12 +52,12 @@ def suffix_of(place: str) -> str:
     return os.path.splitext(place)[1].lower()
 
 
-def open_table(place: Path | Location) -> Table:
-    """The table in a file. Raises `DataError` where it is none."""
+def open_table(place: Path | Location, wanted: Sequence[str] = ()) -> Table:
+    """The table in a file, with the columns `wanted` if it has them anywhere. Raises `DataError` where it is none."""
     text = str(place) if isinstance(place, Path) else place.text
     columns, batches = _READERS[suffix_of(text)]
     with _readable(text):
-        names = columns(place)
+        names = columns(place, wanted)
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise DataError(f"{text} has two columns named {twice[0]!r}", mend="rename or remove one of them")
@@ -106,7 +106,7 @@ def _csv_reader(place: Path | Location, names: Sequence[str] = (), wanted: Seque
         )
 
 
-def _csv_columns(place: Path | Location) -> list[str]:
+def _csv_columns(place: Path | Location, _wanted: Sequence[str]) -> list[str]:
     with _csv_reader(place) as reader:
         return list(reader.schema.names)
 
@@ -125,7 +125,7 @@ def _cut(batch: Any) -> Iterator[Batch]:
 # --- Parquet ---
 
 
-def _parquet_columns(place: Path | Location) -> list[str]:
+def _parquet_columns(place: Path | Location, _wanted: Sequence[str]) -> list[str]:
     with _open(place) as file:
         return list(pyarrow.parquet.ParquetFile(file).schema_arrow.names)
 
@@ -159,10 +159,10 @@ def _lines(place: Path | Location) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _json_columns(place: Path | Location) -> list[str]:
+def _json_columns(place: Path | Location, wanted: Sequence[str]) -> list[str]:
     names: dict[str, None] = {}
     for number, row in enumerate(_lines(place)):
-        if number >= _PEEKED_LINES:
+        if number >= _PEEKED_LINES and all(name in names for name in wanted):
             break
         names |= dict.fromkeys(row)
     return list(names)
@@ -183,7 +183,7 @@ def _json_batches(place: Path | Location, _names: Sequence[str], wanted: Sequenc
 
 
 _Readers = tuple[
-    Callable[[Path | Location], list[str]],
+    Callable[[Path | Location, Sequence[str]], list[str]],
     Callable[[Path | Location, Sequence[str], Sequence[str]], Iterator[Batch]],
 ]
 _READERS: dict[str, _Readers] = {

@@ -33,11 +33,11 @@ from orchestrator.errors import (
     missing_extra,
 )
 from orchestrator.gate import run_name
-from orchestrator.places import is_dataset, is_uri
-from orchestrator.planning import Looked, look, names_a_place, prepare, spilled
+from orchestrator.places import DATA_FOLDER, is_dataset, is_spilled, is_uri
+from orchestrator.planning import Looked, drafted, look, prepare, spilled, without_rows
 from orchestrator.plans import Plan
-from orchestrator.runs import DATA_FOLDER, SAMPLES, Run, read_plan, write_file
-from orchestrator.spec import Job, make_job
+from orchestrator.runs import SAMPLES, Run, read_plan, write_file
+from orchestrator.spec import Draft, Job
 
 Events = Callable[[dict[str, Any]], None]
 _POLL_S = 0.2
@@ -87,21 +87,42 @@ def _start(
     if events is None:
         with progress() as show:
             return _start(job, fields, fresh, show)
-    if not names_a_place(fields.get("data")):
-        # Rows that the caller holds are written down once, on the storage, and are a table from then on.
-        storage = make_job(job, **{**fields, "data": "-", "backbone": "-"}).storage
-        fields = spilled(fields, Path(storage).expanduser() / DATA_FOLDER)
+    draft = drafted(job, fields)
+    known = without_rows(draft)
+    events({"kind": "phase", "text": "looking at backbone and data"})
+    looked = look(known)
+    # Rows that the caller holds are written down once, on the storage, and are a table from then on.
+    with _written(draft, Path(known.storage).expanduser()) as settled:
+        try:
+            return _run(settled, looked, fresh, events)
+        except InterruptedRunError as error:
+            if fresh:
+                error.mend = "the same command without --fresh goes on from there"
+            raise
+
+
+@contextlib.contextmanager
+def _written(draft: Draft, storage: Path) -> Iterator[Job]:
+    """The job with its rows on the storage. Refused, it leaves none there that no other run needs."""
+    new: list[Path] = []
+    was_there = storage.exists()
     try:
-        return _run(make_job(job, **fields), fresh, events)
-    except InterruptedRunError as error:
-        if fresh:
-            error.mend = "the same command without --fresh goes on from there"
+        yield spilled(draft, storage / DATA_FOLDER, new).job()
+    except RefusedError as error:
+        if error.reason == "busy":  # another process may be at the same rows
+            raise
+        jobs = "".join(file.read_text(encoding="utf-8") for file in storage.glob("*/job.yaml")) if new else ""
+        for file in new:
+            if str(file) not in jobs:
+                file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as long as they are empty
+            (storage / DATA_FOLDER).rmdir()
+            if not was_there:
+                storage.rmdir()
         raise
 
 
-def _run(job: Job, fresh: bool, events: Events) -> Run:
-    events({"kind": "phase", "text": "looking at backbone and data"})
-    looked = look(job)
+def _run(job: Job, looked: Looked, fresh: bool, events: Events) -> Run:
     run = Run(Path(job.storage).expanduser().absolute() / (job.name or run_name(job, looked.card)))
     _refuse_inside_data(run, job)
     with run.locked():
@@ -143,6 +164,7 @@ def _refuse_inside_data(run: Run, job: Job) -> None:
 def _laid_out(run: Run, job: Job, looked: Looked, fresh: bool) -> Plan:
     """The run's plan: of an unfinished run the one that it began with, else a new one, with its sample table."""
     if (run.path / "plan.json").is_file() and not fresh:
+        _refuse_without_samples(run)
         _refuse_changes(run, prepare(job, looked)[0])
         return run.plan  # its threads and its schedule, whatever they would be now
     partial = run.path / f"{SAMPLES}.partial"
@@ -164,6 +186,17 @@ def _laid_out(run: Run, job: Job, looked: Looked, fresh: bool) -> Plan:
     return plan
 
 
+def _refuse_without_samples(run: Run) -> None:
+    """Raise `RefusedError` where there is no sample table to go on with, or not this version's."""
+    if run.is_earlier or not (run.finished or (run.path / SAMPLES).is_dir()):
+        why = "is of an earlier version" if run.is_earlier else "has lost its samples"
+        raise RefusedError(
+            "damaged", f"the run {run.path} {why}, and cannot be gone on with",
+            expected=f"its sample table in {SAMPLES}/",
+            mend="start over with fresh (--fresh), or keep both: name (--name)",
+        )  # fmt: skip
+
+
 def _refuse_changes(run: Run, plan: Plan) -> None:
     """Raise `ChangedError` where the run began with another job, other data or another backbone."""
     old = read_plan(run.path)
@@ -176,7 +209,7 @@ def _refuse_changes(run: Run, plan: Plan) -> None:
             raise ChangedError(
                 f"{what} of the run {run.path} has changed since it began" + _differences(what, old, plan),
                 expected=f"{what} as it was: {str(before)[:16]}",
-                mend="start over with --fresh, or keep both: --name",
+                mend="start over with fresh (--fresh), or keep both: name (--name)",
             )
 
 
@@ -187,6 +220,8 @@ def _differences(what: str, old: Plan, new: Plan) -> str:
     if what != "the job":
         return ""
     before, now = (_flat(plan.job.model_dump(mode="json", exclude={"storage", "name"})) for plan in (old, new))
+    if any(is_spilled(str(now[key])) and before.get(key) != now[key] for key in now):
+        return ": the rows of the data are others"
     changes = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in now | before if before.get(key) != now.get(key)]
     return ": " + ", ".join(changes[:3])
 

@@ -420,3 +420,61 @@ def test_cells_that_no_library_expects(folder: Path, tmp_path: Path) -> None:
     spec = Data(path=str(huge), root=str(folder), label_column="y")
     with pytest.raises(DataError, match="row 5: has a number beyond all bounds"):
         prepare(spec, registry.get("image"), CARD, "regression")
+
+
+# --- links and folders that cannot be listed ---
+
+
+def test_linked_folders_below_a_class_are_counted_or_refused(folder: Path, tmp_path: Path) -> None:
+    put(folder / "cat" / "more" / "x.png", png(3))
+    os.symlink(folder / "cat" / "more", folder / "dog" / "same")
+    found = read(folder)
+    assert sum(found.summary.num_samples.values()) == 21
+    assert "1 linked folders below a class, not read: dog/same" in found.summary.notes
+    put(tmp_path / "outside" / "y.png", png(4))
+    os.symlink(tmp_path / "outside", folder / "dog" / "other")
+    for choice in ("fail", "skip"):
+        assert "dog/other: the linked folder leaves the data's root" in refusal(folder, on_bad_sample=choice).message
+
+
+def test_a_folder_that_cannot_be_listed_is_a_bad_sample(folder: Path) -> None:
+    """By its length, which stops root too; a folder without the right to read it fails in the same call."""
+    here = os.open(folder / "cat", os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=here)
+        inner = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    error = refusal(folder)
+    assert "its files cannot be listed: File name too long" in error.message
+    assert "--on-bad-sample skip" in error.mend
+    assert read(folder, on_bad_sample="skip").summary.num_skipped == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_nobody_may_read(folder: Path) -> None:
+    put(folder / "cat" / "more" / "x.png", png(3))
+    os.chmod(folder / "cat" / "more", 0)
+    assert "more: its files cannot be listed: Permission denied" in refusal(folder).message
+    os.chmod(folder, 0)
+    assert "cannot be listed: Permission denied" in refusal(folder).message
+    os.chmod(folder, 0o700)
+    os.chmod(folder / "cat" / "more", 0o700)
+
+
+def test_one_file_by_two_names_is_one(folder: Path, tmp_path: Path) -> None:
+    """Through a link to the root, and through one inside it."""
+    os.symlink(folder, tmp_path / "linked")
+    os.symlink(folder / "cat", folder / "kitten")
+    rows: list[dict[str, object]] = [
+        {"path": str(file.relative_to(folder)), "label": file.parent.name}
+        for file in sorted(folder.glob("[cd]*/*.png"))
+    ]
+    names = [str(tmp_path / "linked" / "cat" / "1.png"), str(folder / "cat" / "1.png"), "kitten/1.png"]
+    for root in (folder, tmp_path / "linked"):
+        more = [*rows, *({"path": name, "label": "cat"} for name in names)]
+        found = read(table(tmp_path / "t.csv", more), root=str(root))
+        assert found.summary.num_duplicates == 3
+        error = refusal(table(tmp_path / "u.csv", [*rows, {"path": names[0], "label": "dog"}]), root=str(root))
+        assert "cat/1.png has two labels" in error.message

@@ -323,3 +323,76 @@ def test_another_delimiter_is_named(tmp_path: Path, mark: str) -> None:
     error = refusal(file)
     assert "has no column 'label'" in error.message
     assert f"separated by {mark!r}" in error.mend
+
+
+# --- what lies beside, and what is not there ---
+
+
+def test_hidden_folders_beside_tables_and_the_marks_of_data_sets_beside_classes(tmp_path: Path) -> None:
+    (tmp_path / "tables" / ".ipynb_checkpoints").mkdir(parents=True)
+    jsonl(tmp_path / "tables" / "part-0.jsonl", texts(20))
+    assert sum(read(tmp_path / "tables").summary.num_samples.values()) == 20
+    for mark in ("state.json", "dataset_dict.json"):
+        for i in range(20):
+            file = tmp_path / mark / "ab"[i % 2] / f"{i}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"text {i}")
+        (tmp_path / mark / mark).write_text("{}")
+        assert read(tmp_path / mark).classes == ("a", "b")
+
+
+def test_a_subset_is_of_data_sets_of_the_hub(tmp_path: Path) -> None:
+    error = refusal(jsonl(tmp_path / "t.jsonl", texts()), subset="en")
+    assert "data.subset is 'en', and" in error.message
+    assert "t.jsonl is no data set of the Hub" in error.message
+
+
+def test_a_root_that_is_not_there(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "t.jsonl", [{"path": f"{i}.png", "label": i % 2} for i in range(20)])
+    for choice in ("fail", "skip"):
+        error = refusal(file, "image", root=str(tmp_path / "gone"), on_bad_sample=choice)
+        assert error.message == f"there is no folder {tmp_path / 'gone'} (data.root)"
+
+
+def test_a_key_that_json_lines_have_late_is_a_column(tmp_path: Path) -> None:
+    rows = texts(300)
+    late = [{"text": row["text"], **({"kind": row["label"]} if i > 150 else {})} for i, row in enumerate(rows)]
+    file = jsonl(tmp_path / "t.jsonl", late)
+    found = read(file, label_column="kind", on_bad_sample="skip")
+    assert sum(found.summary.num_samples.values()) == 149
+    assert found.summary.num_skipped == 151
+    error = refusal(file)
+    assert "has no column 'label'" in error.message
+    assert error.expected == "one of text, kind"  # all lines were looked at
+
+
+def test_one_split_alone_is_ours_to_split(tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    jsonl(tmp_path / "tables" / "test.jsonl", texts(40))
+    assert read(tmp_path / "tables").summary.num_samples == {"train": 32, "validation": 4, "test": 4}
+
+
+# --- labels that are hardly meant so ---
+
+
+def test_hundreds_of_fractions_are_no_classes(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": i / 4} for i in range(200)]
+    error = refusal(parquet(tmp_path / "t.parquet", rows))
+    assert "the labels are 200 different numbers with fractions" in error.message
+    assert "--task regression" in error.mend
+    assert not read(tmp_path / "t.parquet", task="regression").summary.notes
+    steps = [{"text": f"text {i}", "label": (i % 30) / 10} for i in range(300)]
+    (note,) = read(parquet(tmp_path / "u.parquet", steps)).summary.notes
+    assert "30 different numbers with fractions, such as 0, 0.1, 0.2, each learnt as a class of its own" in note
+    stars = [{"text": f"text {i}", "label": (i % 10) / 2} for i in range(100)]
+    assert not read(parquet(tmp_path / "v.parquet", stars)).summary.notes
+    years = [{"text": f"text {i}", "label": 1900 + i % 60} for i in range(600)]
+    assert not read(parquet(tmp_path / "w.parquet", years)).summary.notes
+
+
+@pytest.mark.parametrize("mark", [",", ";", "|"])
+def test_a_separator_that_most_cells_hold_is_named(tmp_path: Path, mark: str) -> None:
+    rows = [{"text": f"text {i}", "label": (f"a{mark}b", f"b{mark} c", "a")[i % 3]} for i in range(60)]
+    (note,) = read(jsonl(tmp_path / "t.jsonl", rows), task="multi-label").summary.notes
+    assert f"40 of 60 cells hold {mark!r}, and each cell is learnt as one label" in note
+    assert f"data.label_separator {mark!r} (--label-separator {mark!r})" in note

@@ -702,3 +702,79 @@ def test_after_an_interrupted_fresh_start_the_mend_is_without_fresh(tiny_resnet:
     notes: list[dict[str, Any]] = []
     orchestrator.finetune(**job, training={"epochs": 3}, events=notes.append)
     assert any("going on from step" in event.get("text", "") for event in notes)
+
+
+def test_a_run_of_an_earlier_layout(tiny_resnet: Path, flat_digits: Path) -> None:
+    """It had its sample table directly in the run: its model serves as any, but it cannot be gone on with."""
+    run = train(tiny_resnet, flat_digits, training={"epochs": 1})
+    (run.path / "samples" / "samples.arrow").rename(run.path / "samples.arrow")
+    (run.path / "samples" / "index.arrow").unlink()
+    (run.path / "samples").rmdir()
+    figures = orchestrator.evaluate(run, str(flat_digits))
+    assert figures["num_seen"] is None
+    assert "nothing tells whether it was trained on these" in figures["notes"][0]
+    assert orchestrator.plan(backbone=str(run.path), data=str(flat_digits)).backbone.kind == "run"
+    for leave in ("results.json", "samples.arrow"):
+        with pytest.raises(RefusedError, match="and cannot be gone on with") as caught:
+            train(tiny_resnet, flat_digits, training={"epochs": 1})
+        assert (caught.value.reason, "--fresh" in caught.value.mend) == ("damaged", True)
+        (run.path / leave).unlink()
+    assert train(tiny_resnet, flat_digits, training={"epochs": 1}, fresh=True).finished
+
+
+def test_evaluating_takes_columns_as_the_run_had_them(tmp_path: Path) -> None:
+    """Targets by their names, whatever their order; what is open as the run had it."""
+    from tests.tiny import make_bert
+
+    def table(name: str, **columns: str) -> Path:
+        lines = [{columns.get(key, key): value for key, value in row.items()} for row in rows]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path / name
+
+    rows: list[dict[str, Any]] = [{"words": f"rain {i}", "low": i, "high": 1000 + i} for i in range(100)]
+    job: dict[str, Any] = {"modality": "text", "training": {"epochs": 1}, "task": "regression"}
+    job["data.input_column"], job["data.label_column"] = "words", ["low", "high"]
+    backbone = make_bert(tmp_path / "bert")
+    run = train(backbone, table("t.jsonl"), **job)
+    open_ = orchestrator.evaluate(run, tmp_path / "t.jsonl")
+    assert (open_["num_seen"], open_["notes"]) == (90, [])
+    spec = orchestrator.spec.Data
+    turned = orchestrator.evaluate(run, spec(path=str(tmp_path / "t.jsonl"), label_column=("high", "low")))
+    assert turned["mae"] == open_["mae"]
+    other = table("o.jsonl", low="small", words="text")
+    found = orchestrator.evaluate(run, spec(path=str(other), label_column=("small", "high")))
+    assert (found["mae"], found["notes"]) == (open_["mae"], ["the target 'low' is compared with the column 'small'"])
+    with pytest.raises(DataError, match="'high' would be compared with what the model says of 'low'"):
+        orchestrator.evaluate(run, spec(path=str(other), label_column=("high", "small")))
+
+
+def test_evaluating_cuts_cells_as_the_run_did(tmp_path: Path) -> None:
+    from tests.tiny import make_bert
+
+    lines = "".join(f"rain {i};,{('a/b', 'b', 'a')[i % 3]}\n" for i in range(40))
+    (tmp_path / "t.csv").write_text("text,kinds\n" + lines)
+    job: dict[str, Any] = {"modality": "text", "training": {"epochs": 1}, "task": "multi-label"}
+    job["data.label_column"], job["data.label_separator"] = "kinds", "/"
+    run = train(make_bert(tmp_path / "bert"), tmp_path / "t.csv", **job)
+    assert run.plan.classes == ("a", "b")
+    assert orchestrator.evaluate(run, tmp_path / "t.csv")["num_samples"] == 40
+
+
+def test_what_a_run_has_seen_is_counted_by_files_and_contents_of_like_size(
+    tiny_resnet: Path, flat_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.samples import Samples
+
+    files = sorted(flat_digits.glob("[01]/*.png"))
+    held = [{"image": file.read_bytes(), "label": file.parent.name} for file in files]
+    run = orchestrator.finetune(
+        backbone=str(tiny_resnet), data=held, training={"epochs": 1}, events=silent, **{"data.test_fraction": 0}
+    )
+    read = []
+    whole = Samples.read
+    monkeypatch.setattr(Samples, "read", lambda self, row: (read.append(row), whole(self, row))[1])
+    one = held[3]["image"]
+    some = [held[3], {**held[3], "image": one + bytes(9)}, {**held[4], "image": one[:-1] + b"\0"}]
+    assert orchestrator.evaluate(run, some)["num_seen"] == 1
+    like = sum(len(row["image"]) == len(one) for row in held)
+    assert len(read) == 3 + 2 + like  # decoded; and of each side those of like size
