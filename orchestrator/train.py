@@ -100,7 +100,7 @@ def _start(
 
 
 def _run(job: Job, fresh: bool, events: Events) -> Run:
-    events({"kind": "phase", "text": "looking at backbone and data"})
+    events({"kind": "phase", "text": "looking at backbone and data", "task": job.task})
     looked = look(job)
     run = Run(Path(job.storage).expanduser().absolute() / (job.name or run_name(job, looked.card)))
     _refuse_inside_data(run, job)
