@@ -230,7 +230,7 @@ def run(arguments: list[str]) -> int:
             raise
         return _fail(refusal, as_json)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(InterruptedRunError("interrupted", mend="the same command goes on"), as_json)
+        return _fail(InterruptedRunError("stopped by Ctrl-C", mend="the same command goes on"), as_json)
 
 
 def _fail(error: OrchestratorError, as_json: bool) -> int:

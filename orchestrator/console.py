@@ -12,7 +12,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from orchestrator.errors import OrchestratorError
@@ -59,9 +59,9 @@ def progress() -> Iterator[Events]:
     bar = Progress(
         TextColumn("{task.description}", style="bold"),
         BarColumn(bar_width=None),
-        _Share(),
-        _Rate(),
-        TextColumn("{task.fields[status]}", style="green"),
+        _Share(table_column=Column(no_wrap=True)),
+        _Rate(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[status]}", style="green", table_column=Column(no_wrap=True)),
         console=err,
         transient=True,
         expand=True,
@@ -132,12 +132,15 @@ class _Plain:
 
 def show_error(error: OrchestratorError) -> None:
     """What happened, what was expected, and the mend."""
-    word = "refused" if error.exit_code == 2 else ("stopped" if error.exit_code == 130 else "failed")
-    err.print(Text(f"{word} ", style="bold red").append(f"({error.reason}) ", style="red").append(error.message))
+    if error.exit_code == 130:  # its reason and its message say the same
+        err.print(Text(error.message, style="bold red"))
+    else:
+        word = "refused" if error.exit_code == 2 else "failed"
+        err.print(Text.assemble((f"{word} ", "bold red"), (f"({error.reason}) ", "red"), error.message))
     if error.expected:
-        err.print(Text("expected ", style="bold").append(error.expected, style="default"))
+        err.print(Text.assemble(("expected ", "bold"), error.expected))
     if error.mend:
-        err.print(Text("mend     ", style="bold green").append(error.mend, style="default"))
+        err.print(Text.assemble(("mend     ", "bold green"), error.mend))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> Table:

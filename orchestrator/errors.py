@@ -17,6 +17,9 @@ OrchestratorError                 exit 1: it ran and failed
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 REASONS: dict[str, str] = {
     "usage": "the command or the job: an unknown key, a wrong type, an impossible value",
     "data": "the data: not found, unreadable, or labels that cannot be learnt from",
@@ -184,6 +187,13 @@ class InterruptedRunError(OrchestratorError):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(given: object, names: Iterable[str]) -> str:
+    """`did you mean head?`, '' where no name is like the one that was given."""
+    lower = {name.lower(): name for name in reversed(list(names))}
+    near = difflib.get_close_matches(str(given).lower(), lower, n=1)
+    return f"did you mean {lower[near[0]]}?" if near else ""
 
 
 EXTRA_LIBRARIES = frozenset(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import json
 import subprocess
 import sys
@@ -13,7 +15,8 @@ import pytest
 
 import orchestrator
 from orchestrator import cli as commands
-from orchestrator.console import middle
+from orchestrator.console import middle, progress, show_error, show_plan
+from orchestrator.errors import InterruptedRunError
 from orchestrator.flags import FLAGS, with_options
 from orchestrator.predictor import Prediction
 from orchestrator.spec import make_job
@@ -94,6 +97,24 @@ def test_a_refusal_names_flags_on_the_screen_and_settings_in_json(screen: Screen
     assert "data.num_train (--num-train) = 1: " in screen(*asked)[2]
 
 
+def test_an_interruption_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, shown in (
+        (InterruptedRunError("stopped by Ctrl-C", mend="the same command goes on"), "stopped by Ctrl-C"),
+        (InterruptedRunError("stopped at step 3 of 9", mend="the same command goes on"), "stopped at step 3 of 9"),
+    ):
+        show_error(error)
+        assert capsys.readouterr().err == f"{shown}\nmend     the same command goes on\n"
+
+
+def test_the_figure_of_an_epoch_is_the_one_that_chooses() -> None:
+    line = {"epoch": 1, "validation_accuracy": 0.1, "train_accuracy": 0.2, "validation_loss": 0.5, "train_loss": 0.6}
+    for task, shown in (("single-label", "acc 0.100"), ("multi-label", "loss 0.500"), ("regression", "loss 0.500")):
+        with progress() as show, contextlib.redirect_stderr(io.StringIO()) as screen:
+            show({"kind": "phase", "text": "looking", "task": task})
+            show({"kind": "advance", "num": 1, "epoch": line, "epochs": 1})
+        assert screen.getvalue() == f"looking\nepoch 1/1 {shown}\n"
+
+
 # --- what is not there ---
 
 
@@ -117,22 +138,35 @@ def test_a_storage_that_is_a_file(screen: Screen) -> None:
     assert screen("runs", "--storage", "nowhere")[:2] == (0, "there are no runs in nowhere\n")
 
 
+# --- plan ---
+
+
+def test_a_plan_says_what_is_known(tiny_resnet: Path, flat_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), settings={"size": 32})
+    show_plan(made)
+    shown = capsys.readouterr().out
+    assert "input       size 32 x 32, channels 3, augment none" in shown
+    assert "rate        0.003" in shown
+    assert "rates" not in shown
+    assert made.parameters is not None
+    unknown = made.parameters.model_copy(update={"head_known": False, "trained": 0, "gradients_bytes": 0})
+    show_plan(made.model_copy(update={"parameters": unknown}))
+    shown = capsys.readouterr().out
+    assert f"parameters  a new head trained, {unknown.frozen:,} frozen" in shown
+    assert "gradients" not in shown
+
+
 # --- runs ---
 
 
-def test_a_run_that_a_process_works_on_is_running(screen: Screen, tiny_resnet: Path, flat_digits: Path) -> None:
-    run = orchestrator.finetune(
-        backbone=str(tiny_resnet), data=str(flat_digits), training={"epochs": 1}, name="a", events=lambda _: None,
-        settings={"size": 32},
-    )  # fmt: skip
-    (run.path / "results.json").rename("kept")
-    assert [row["state"] for row in json.loads(screen("runs", "--json")[1])] == ["unfinished"]
+def test_a_run_that_a_process_works_on_is_running(screen: Screen, tmp_path: Path) -> None:
+    run = orchestrator.Run(tmp_path / "runs" / "a")
     with run.locked():
+        (run.path / "plan.json").touch()
         assert " running " in screen("runs")[1]
         code, _, err = screen("predict", "runs/a", "x.png")
         assert (code, "has not finished" in err) == (2, True)
-    Path("kept").rename(run.path / "results.json")
-    assert " finished " in screen("runs")[1]
+    assert [row["state"] for row in json.loads(screen("runs", "--json")[1])] == ["unfinished"]
 
 
 def test_listing_the_runs_does_not_stop_one_from_starting(tmp_path: Path) -> None:
