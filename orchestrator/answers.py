@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from orchestrator.registry import Listing
 
 
+_WIDEST_EXAMPLE = 16
+
+
 def finished(run: Run, as_json: bool) -> None:
     """The figures of a run, where its files are, and what to do with it next."""
     if as_json:
@@ -179,7 +182,7 @@ def plugins(found: Sequence[Listing], as_json: bool) -> None:
         return
     rows = []
     for one in found:
-        takes = one.modality.title if one.modality else "nothing: it is broken"
+        takes = one.modality.title if one.modality else "broken"
         if one.modality and not one.modality.trainable:
             takes += " (check only, no training yet)"
         rows.append([one.name, f"{one.distribution} {one.version}".strip(), takes, _families(one)])
@@ -193,7 +196,7 @@ def _families(one: Listing) -> str:
     if one.modality is None:
         return ""
     rules = one.modality.rules
-    names = list(rules.accepts)
+    names = sorted(rules.accepts, key=lambda name: len(name) > _WIDEST_EXAMPLE)  # longer ones are cut over two lines
     count = "1 type" if len(names) == 1 else f"{len(names)} types"
     timm = f", {len(rules.timm)} timm" if rules.timm else ""
     return f"{count}{timm}: {', '.join(names[:3])}" + (", …" if names[3:] else "")

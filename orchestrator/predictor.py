@@ -200,7 +200,7 @@ def _sample(one: Input, modality: Modality) -> dict[str, bytes]:
         return {modality.sample[0].name: one}
     if modality.sample[0].kind == "file":
         if os.path.isdir(str(one)):
-            raise BadSampleError(f"a folder without a file of {', '.join(modality.sample[0].suffixes)} in it")
+            raise BadSampleError(f"is a folder, and holds no file of {', '.join(modality.sample[0].suffixes)}")
         return {modality.sample[0].name: Path(str(one)).read_bytes()}
     texts = one if isinstance(one, tuple) else (str(one),)
     if len(texts) > len(modality.sample):
