@@ -17,8 +17,9 @@ OrchestratorError                 exit 1: it ran and failed
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 REASONS: dict[str, str] = {
     "usage": "the command or the job: an unknown key, a wrong type, an impossible value",
@@ -157,6 +158,20 @@ class ContractError(OrchestratorError):
         super().__init__(f"{field}: {found}", expected=expected, mend=mend)
         self.field = field
         self.found = found
+
+
+@contextlib.contextmanager
+def calling(field: str, what: str, expected: str = "") -> Iterator[None]:
+    """What the plugin raises becomes a `ContractError` of that field, with the trace behind it."""
+    try:
+        yield
+    except ContractError:
+        raise
+    except Exception as error:
+        raise ContractError(
+            field, f"{what} raises {type(error).__name__}: {error}", expected=expected,
+            mend=getattr(error, "mend", "") or "the trace above shows where",
+        ) from error  # fmt: skip
 
 
 class WeightsError(OrchestratorError):
