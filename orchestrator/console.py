@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.plans import FIGURES
+from orchestrator.plans import FIGURES, Parameters
 
 Events = Callable[[dict[str, Any]], None]
 
@@ -58,9 +59,9 @@ def progress() -> Iterator[Events]:
     bar = Progress(
         TextColumn("{task.description}", style="bold"),
         BarColumn(bar_width=None),
-        _Share(),
-        _Rate(),
-        TextColumn("{task.fields[status]}", style="green"),
+        _Share(table_column=Column(no_wrap=True)),
+        _Rate(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[status]}", style="green", table_column=Column(no_wrap=True)),
         console=err,
         transient=True,
         expand=True,
@@ -76,10 +77,12 @@ class _Bar:
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
         self._task: Any = None
+        self._learnt = ""
 
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
         if kind == "phase":
+            self._learnt = event.get("task", self._learnt)
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(
@@ -92,7 +95,7 @@ class _Bar:
         elif kind == "advance" and self._task is not None:
             self._bar.advance(self._task, event["num"])
             if "epoch" in event:
-                self._bar.update(self._task, status=_epoch_status(event))
+                self._bar.update(self._task, status=_epoch_status(event, self._learnt))
         elif kind == "note":
             self._bar.console.print(Text("  note ", style="yellow").append(event["text"], style="default"))
         elif kind == "done" and self._task is not None:
@@ -100,13 +103,13 @@ class _Bar:
             self._task = None
 
 
-def _epoch_status(event: Mapping[str, Any]) -> str:
+def _epoch_status(event: Mapping[str, Any], task: str) -> str:
     line = event["epoch"]
-    accuracy = line.get("validation_accuracy", line.get("train_accuracy"))
-    figure = (
-        f"loss {line.get('validation_loss', line['train_loss']):.3f}" if accuracy is None else f"acc {accuracy:.3f}"
-    )
-    return f"epoch {line['epoch']}/{event['epochs']} {figure}"
+    if task == "single-label":
+        shown = f"acc {line.get('validation_accuracy', line['train_accuracy']):.3f}"
+    else:  # what the best epoch is chosen by there
+        shown = f"loss {line.get('validation_loss', line['train_loss']):.3f}"
+    return f"epoch {line['epoch']}/{event['epochs']} {shown}"
 
 
 class _Plain:
@@ -114,25 +117,30 @@ class _Plain:
 
     def __init__(self) -> None:
         self._last = 0.0
+        self._learnt = ""
 
     def __call__(self, event: dict[str, Any]) -> None:
+        self._learnt = event.get("task", self._learnt)
         if event["kind"] in ("phase", "note"):
             err.print(escape(event["text"]), soft_wrap=True)
         elif "epoch" in event and (
             time.monotonic() - self._last > _PLAIN_EVERY_S or event["epoch"]["epoch"] == event["epochs"]
         ):
             self._last = time.monotonic()
-            err.print(escape(_epoch_status(event)))
+            err.print(escape(_epoch_status(event, self._learnt)))
 
 
 def show_error(error: OrchestratorError) -> None:
     """What happened, what was expected, and the mend."""
-    word = "refused" if error.exit_code == 2 else ("stopped" if error.exit_code == 130 else "failed")
-    err.print(Text(f"{word} ", style="bold red").append(f"({error.reason}) ", style="red").append(error.message))
+    if error.exit_code == 130:  # its reason and its message say the same
+        err.print(Text(error.message, style="bold red"))
+    else:
+        word = "refused" if error.exit_code == 2 else "failed"
+        err.print(Text.assemble((f"{word} ", "bold red"), (f"({error.reason}) ", "red"), error.message))
     if error.expected:
-        err.print(Text("expected ", style="bold").append(error.expected, style="default"))
+        err.print(Text.assemble(("expected ", "bold"), error.expected))
     if error.mend:
-        err.print(Text("mend     ", style="bold green").append(error.mend, style="default"))
+        err.print(Text.assemble(("mend     ", "bold green"), error.mend))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> Table:
@@ -158,16 +166,15 @@ def pairs(rows: Sequence[tuple[str, object]]) -> Table:
 def show_plan(plan: Any) -> None:
     """A Plan as a person reads it."""
     card, counts, schedule = plan.backbone, plan.data.num_samples, plan.schedule
-    commit = (card.commit or "").removeprefix("sha256:")[:12]
     rows: list[tuple[str, object]] = [
         ("run", plan.name),
-        ("backbone", f"{card.source} @ {commit} ({card.model_type}, {card.kind})"),
+        ("backbone", f"{card.source} @ {card.short_commit} ({card.model_type}, {card.kind})"),
         ("method", plan.job.method),
         ("task", plan.job.task),
         ("targets" if plan.job.task == "regression" else "classes", f"{len(plan.classes)}: {_some(plan.classes, 10)}"),
         ("samples", f"train {counts['train']}, validation {counts['validation']}, test {counts['test']}"),
         *_balance(plan),
-        ("input", ", ".join(f"{key} {value}" for key, value in plan.input.items())),
+        ("input", setting(plan.input)),
         *(("adapted", str(one)) for one in plan.adaptations),
         *(("warning", one) for one in plan.warnings),
         *(("note", one) for one in plan.data.notes),
@@ -175,24 +182,34 @@ def show_plan(plan: Any) -> None:
     if plan.data.num_duplicates or plan.data.num_skipped:
         rows.append(("left out", f"{plan.data.num_duplicates} duplicates, {plan.data.num_skipped} bad samples"))
     if plan.parameters is not None:
-        p = plan.parameters
-        rows += [
-            ("parameters", f"{p.trained:,} trained, {p.frozen:,} frozen" + ("" if p.head_known else " and a new head")),
-            ("memory", f"weights {_mb(p.weights_bytes)}, gradients {_mb(p.gradients_bytes)}, "
-                       f"optimizer {_mb(p.optimizer_bytes)}"),
-        ]  # fmt: skip
+        rows += _size(plan.parameters)
     rows += [
         ("training", f"{schedule.epochs} epochs x {schedule.steps_per_epoch} steps of {schedule.batch_size} samples"),
         ("optimizer", plan.job.training.optimizer),
         ("rates", f"body {schedule.learning_rate:g}, head {schedule.head_learning_rate:g}"),
+        ("rate", f"{schedule.head_learning_rate:g}"),
         ("BatchNorm", schedule.batch_norm),
         ("body runs", "once for each sample" if plan.features == "once" else "in every step"),
         ("workers", f"{plan.num_workers} x {plan.threads_per_worker} threads"
                     + (", on Ray" if plan.ray else ", in this process")),
     ]  # fmt: skip
-    if plan.job.method == "head":
-        rows = [row for row in rows if row[0] != "BatchNorm"]
-    out.print(pairs(rows))
+    # A frozen body has no rate of its own, and nothing else to decide.
+    left_out = ("rates", "BatchNorm") if plan.job.method == "head" else ("rate",)
+    out.print(pairs([row for row in rows if row[0] not in left_out]))
+
+
+def _size(p: Parameters) -> list[tuple[str, object]]:
+    """What is trained and what that takes; a head that the checkpoint does not hold has no number yet."""
+    if p.head_known:
+        trained, memory = f"{p.trained:,} trained" + (f", {p.frozen:,} frozen" if p.frozen else ""), ""
+    else:
+        trained = f"{p.trained:,} and a new head trained" if p.trained else f"a new head trained, {p.frozen:,} frozen"
+        memory = ", and what the new head takes"
+    sizes = [("weights", p.weights_bytes), ("gradients", p.gradients_bytes), ("optimizer", p.optimizer_bytes)]
+    return [
+        ("parameters", trained),
+        ("memory", ", ".join(f"{what} {_mb(size)}" for what, size in sizes if size) + memory),
+    ]
 
 
 def _balance(plan: Any) -> list[tuple[str, object]]:
@@ -207,6 +224,23 @@ def _balance(plan: Any) -> list[tuple[str, object]]:
     if plan.class_weights:
         weighed = f"; weighed {figure(min(plan.class_weights))} to {figure(max(plan.class_weights))} in the loss"
     return [("a class", _spread(plan.data.per_class["train"]) + " in train" + weighed)]
+
+
+def setting(given: Mapping[str, Any]) -> str:
+    """The resolved input settings on one line: `size 64 x 64, channels 3`."""
+    return ", ".join(
+        f"{key} {' x '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+        for key, value in given.items()
+    )
+
+
+def middle(text: str, width: int) -> str:
+    """The text on one line, its middle left out where it is wider than `width`: `recordings/a…b/left.wav`."""
+    text = " ".join(text.split())
+    if cell_len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return f"{set_cell_size(text, width - 1 - tail).rstrip()}…{set_cell_size(text[::-1], tail)[::-1].lstrip()}"
 
 
 def _some(names: Sequence[str], num: int) -> str:

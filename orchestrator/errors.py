@@ -17,6 +17,10 @@ OrchestratorError                 exit 1: it ran and failed
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+from collections.abc import Iterable, Iterator
+
 REASONS: dict[str, str] = {
     "usage": "the command or the job: an unknown key, a wrong type, an impossible value",
     "data": "the data: not found, unreadable, or labels that cannot be learnt from",
@@ -156,6 +160,20 @@ class ContractError(OrchestratorError):
         self.found = found
 
 
+@contextlib.contextmanager
+def calling(field: str, what: str, expected: str = "") -> Iterator[None]:
+    """What the plugin raises becomes a `ContractError` of that field, with the trace behind it."""
+    try:
+        yield
+    except ContractError:
+        raise
+    except Exception as error:
+        raise ContractError(
+            field, f"{what} raises {type(error).__name__}: {error}", expected=expected,
+            mend=getattr(error, "mend", "") or "the trace above shows where",
+        ) from error  # fmt: skip
+
+
 class WeightsError(OrchestratorError):
     """The weights do not fit the architecture that their own config.json describes."""
 
@@ -184,6 +202,13 @@ class InterruptedRunError(OrchestratorError):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(given: object, names: Iterable[str]) -> str:
+    """`did you mean head?`, '' where no name is like the one that was given."""
+    lower = {name.lower(): name for name in reversed(list(names))}
+    near = difflib.get_close_matches(str(given).lower(), lower, n=1)
+    return f"did you mean {lower[near[0]]}?" if near else ""
 
 
 EXTRA_LIBRARIES = frozenset(

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from orchestrator import registry
 from orchestrator.console import figure, interval
 from orchestrator.model import Network
 from orchestrator.plans import FIGURES, Plan
@@ -23,6 +24,16 @@ _PIPELINES = {
     "input_features": "audio-classification",
     "input_ids": "text-classification",
 }
+_PIPELINE = """\
+from transformers import pipeline
+
+classify = pipeline("{task}", model=".")
+classify({what})"""
+_OURS = """\
+import orchestrator  # with the plugin of the modality {modality}
+
+# The run that this directory lies in; on the command line: orchestrator predict runs/{run} {argument}
+orchestrator.predict("..", [{what}])"""
 
 
 def export(
@@ -49,14 +60,13 @@ def model_card(
     library: str = "transformers",
 ) -> str:
     """The model card: every field filled from what the run knows, none left blank."""
-    task = _PIPELINES.get(next(iter(plan.row.inputs), ""), plan.job.modality)
+    task = _PIPELINES.get(next(iter(plan.row.inputs), ""), "")
     split = "test" if "test" in results else "validation"
     figures, shown = results.get(split, {}), FIGURES[plan.job.task]
-    front: dict[str, Any] = {
-        "library_name": library,
-        "pipeline_tag": task,
-        "tags": ["transfer-learning", plan.job.method],
-    }
+    front: dict[str, Any] = {"library_name": library}
+    if task:
+        front["pipeline_tag"] = task
+    front["tags"] = ["transfer-learning", plan.job.method]
     if plan.backbone.repo_id and plan.weights == "pretrained":
         front["base_model"] = plan.backbone.repo_id
     license_name = lineage["backbone"].get("license")
@@ -69,7 +79,7 @@ def model_card(
                 "name": plan.name,
                 "results": [
                     {
-                        "task": {"type": task},
+                        "task": {"type": task or plan.job.modality},
                         "dataset": {"name": Path(plan.job.data.path).name, "type": "private", "split": split},
                         "metrics": metrics,
                     }
@@ -121,7 +131,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        *(usage or _pipeline(task)).splitlines(),
+        *(usage or _usage(plan, task if library == "transformers" else "")).splitlines(),
         "```",
         "",
         f"Trained with seed {plan.job.training.seed} for {plan.schedule.epochs} epochs, the best of which was "
@@ -131,16 +141,21 @@ def model_card(
     return "\n".join(lines)
 
 
-def _pipeline(task: str) -> str:
-    what = '"a text"' if task == "text-classification" else '"a file"'
-    return f'from transformers import pipeline\n\nclassify = pipeline("{task}", model=".")\nclassify({what})'
+def _usage(plan: Plan, task: str) -> str:
+    """Python that calls the model: through transformers where that has a pipeline for it, else through this package."""
+    if task:
+        return _PIPELINE.format(task=task, what='"a text"' if task == "text-classification" else '"a file"')
+    is_text = registry.get(plan.job.modality).sample[0].kind == "text"
+    what, argument = ('"a text"', '"A TEXT"...') if is_text else ('"a file"', "FILE...")
+    return _OURS.format(modality=plan.job.modality, run=plan.name, what=what, argument=argument)
 
 
 def _origin(plan: Plan, lineage: Mapping[str, Any]) -> str:
     source = escape(plan.backbone.source)
     commit = str(plan.backbone.commit or "")[:23]
     if plan.weights == "random":
-        return f"A `{plan.row.architecture}` trained from random weights; the architecture is that of {source}."
+        network = plan.row.architecture or plan.backbone.model_type
+        return f"A `{network}` trained from random weights; the architecture is that of {source}."
     trained = f"{lineage['trained_parameters']:,} parameters were trained, {lineage['frozen_parameters']:,} kept"
     return f"{source} at `{commit}` with a new last layer, method `{plan.job.method}`: {trained}."
 

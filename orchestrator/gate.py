@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -10,10 +9,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.errors import JobError, RefusedError
+from orchestrator.errors import JobError, RefusedError, did_you_mean
 from orchestrator.modality import BackboneRule, Fit, Modality, Profile
 from orchestrator.plans import BackboneCard, BackboneRow, DataSummary, Parameters, Plan, Schedule
-from orchestrator.spec import Job
+from orchestrator.spec import Job, nearest_value
 from orchestrator.weights import Tensors, require_weights
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -111,18 +110,18 @@ def parse_settings(
         place = ".".join(str(part) for part in fault["loc"])
         where = place_of(f"settings.{place}") if place_of else ""
         fields = modality.settings.model_fields
-        near = difflib.get_close_matches(place, list(fields), n=1)
         if fault["type"] == "extra_forbidden":
             raise JobError(
                 f"{where}unknown key settings.{place} for {modality.name}",
                 expected="one of " + ", ".join(fields) if fields else "no settings at all",
-                mend=f"did you mean {near[0]}?" if near else "",
+                mend=did_you_mean(place, fields),
             ) from None
         about = fields[str(fault["loc"][0])].description if fault["loc"] else ""
         message = str(fault["msg"]).removeprefix("Value error, ")
         raise JobError(
             f"{where}settings.{place} = {fault.get('input')!r}: {message[:1].lower()}{message[1:]}",
             expected=about or "",
+            mend=nearest_value(fault),
         ) from None
 
 
@@ -170,7 +169,10 @@ def make_plan(
     if not modality.trainable:
         raise not_built(modality)
     if job.task not in {task.name for task in modality.tasks}:
-        raise JobError(f"task = {job.task!r}", expected="one of " + ", ".join(t.name for t in modality.tasks))
+        raise JobError(
+            f"task = {job.task!r}, which {modality.name} has not",
+            expected="one of " + ", ".join(t.name for t in modality.tasks),
+        )
     if job.method != "scratch":
         require_weights(card)
     found = fit(card, row, modality, job.settings, profile)

@@ -56,6 +56,11 @@ class BackboneCard(_Plain):
     """Of the earlier run, where the backbone is one."""
 
     @property
+    def short_commit(self) -> str:
+        """The commit as people read it: twelve digits; '' where there is none."""
+        return (self.commit or "").removeprefix("sha256:")[:12]
+
+    @property
     def weight_files(self) -> tuple[str, ...]:
         """The safetensors files that hold the weights: the whole one, else its shards in order, else all there are."""
         found = sorted(f for f in self.files if f.endswith(".safetensors") and "/" not in f and "adapter" not in f)

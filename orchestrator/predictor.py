@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,10 +67,12 @@ class _Loaded:
 def predict(run: Run | str | Path, inputs: Iterable[Input] | str | Path | bytes, top: int = 3) -> list[Prediction]:
     """One Prediction for each input: the path of a file, or its bytes; of text the text itself, or a tuple of two.
 
-    An input that cannot be read gets a Prediction with its `problem`, and the others theirs.
+    A folder stands for all files of the modality's kind below it, in order. An input that cannot be read gets a
+    Prediction with its `problem`, and the others theirs.
     """
     loaded = _load(run)
-    asked: list[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
+    given: list[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
+    asked = [one for some in given for one in _files(some, loaded.modality)]
     found: list[Prediction] = []
     for start in range(0, len(asked), MAX_AT_ONCE):
         found += _predict_some(loaded, asked[start : start + MAX_AT_ONCE], top)
@@ -199,6 +202,16 @@ def _load(run: Run | str | Path) -> _Loaded:
     return _Loaded(run, plan, modality, network, make_objective(plan, network), modality.batch(plan, run.model), worker)
 
 
+def _files(one: Input, modality: Modality) -> list[Input]:
+    """The files of a folder that the modality reads; anything else, an empty folder too, as it is."""
+    first = modality.sample[0]
+    if first.kind != "file" or not isinstance(one, (str, Path)) or not os.path.isdir(one):
+        return [one]
+    found = [file for file in Path(one).rglob("*") if file.suffix.lower() in first.suffixes and file.is_file()]
+    below = [file for file in found if not any(part.startswith(".") for part in file.relative_to(one).parts)]
+    return [*sorted(below)] or [one]
+
+
 def _predict_some(loaded: _Loaded, asked: list[Input], top: int) -> list[Prediction]:
     decode = loaded.modality.decode
     assert decode is not None
@@ -229,6 +242,8 @@ def _sample(one: Input, modality: Modality) -> dict[str, bytes]:
     if isinstance(one, bytes):
         return {modality.sample[0].name: one}
     if modality.sample[0].kind == "file":
+        if os.path.isdir(str(one)):
+            raise BadSampleError(f"is a folder, and holds no file of {', '.join(modality.sample[0].suffixes)}")
         return {modality.sample[0].name: Path(str(one)).read_bytes()}
     texts = one if isinstance(one, tuple) else (str(one),)
     if len(texts) > len(modality.sample):

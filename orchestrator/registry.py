@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from pydantic import BaseModel
 
-from orchestrator.errors import PluginError
+from orchestrator.errors import PluginError, did_you_mean
 from orchestrator.modality import BackboneRules, Modality
 
 GROUP = "orchestrator.modalities"
@@ -66,7 +66,7 @@ def get(name: str) -> Modality:
         raise PluginError(
             f"there is no modality {name!r}",
             expected="one of " + ", ".join(names()),
-            mend="pip install the distribution that brings it, or correct the name",
+            mend=did_you_mean(name, names()) or "pip install the distribution that brings it, or correct the name",
         )
     if len(points) > 1:
         raise PluginError(

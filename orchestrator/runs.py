@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from orchestrator.plans import Plan
 
 SAMPLES = "samples"
 """The folder of a run that holds its sample table."""
+_LOOKED_AT_S = (0.01, 0.05, 0.2)
+"""Waits before a lock counts as held: who lists the runs holds one for an instant, to see whether it is free."""
 _OURS = frozenset(
     (
         "job.yaml", "plan.json", "samples", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl",
@@ -40,6 +43,31 @@ class Run:
     def finished(self) -> bool:
         """Whether the figures and the model are there; results.json is written last."""
         return (self.path / "results.json").is_file() and self.model.is_dir()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a process works on it now."""
+        try:
+            with (self.path / ".lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # never begun, or not ours to look at
+            return False
+        return False
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `unfinished` or, where its results cannot be understood, `damaged`."""
+        if self.busy:
+            return "running"
+        if not self.finished:
+            return "unfinished"
+        try:
+            _ = self.results
+        except RefusedError:
+            return "damaged"
+        return "finished"
 
     @property
     def results(self) -> dict[str, Any]:
@@ -122,15 +150,20 @@ class Run:
 
     @contextlib.contextmanager
     def _held(self, file: TextIO) -> Iterator[None]:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise RefusedError(
-                "busy",
-                f"process {file.read().strip() or '?'} is working on the run {self.path}",
-                mend="wait for it, or give this one another name: --name",
-            ) from None
+        for wait_s in (*_LOOKED_AT_S, None):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if wait_s is not None:
+                    time.sleep(wait_s)
+                    continue
+                file.seek(0)
+                raise RefusedError(
+                    "busy",
+                    f"process {file.read().strip() or '?'} is working on the run {self.path}",
+                    mend="wait for it, or give this one another name: --name",
+                ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -187,9 +220,18 @@ def open_run(path: str | Path) -> Run:
     return Run(place)
 
 
+def open_finished(path: str | Path) -> Run:
+    """The run of that directory, which has finished. Raises `RefusedError` where it has not, or is none."""
+    run = open_run(path)
+    _ = run.results
+    return run
+
+
 def list_runs(storage: str | Path) -> list[Run]:
-    """The runs below a storage directory, by name."""
+    """The runs below a storage directory, by name. Raises `RefusedError` where it is a file."""
     place = Path(storage).expanduser()
+    if place.exists() and not place.is_dir():
+        raise RefusedError("usage", f"{storage} is a file", expected="the directory that holds the runs")
     if not place.is_dir():
         return []
     return [Run(child) for child in sorted(place.iterdir()) if (child / "plan.json").is_file()]

@@ -152,8 +152,11 @@ class Samples:
         self.num_bytes: Ints = index.column("num_bytes").to_numpy()
         """int64 [samples]: of the first field; samples of like size are mostly of like length."""
         self._split: npt.NDArray[np.int8] = index.column("split").to_numpy()
-        self._contents = [index.column(name).to_numpy() for name in ("content_low", "content_high")]
-        self._marks: Marks = index.column("mark").to_numpy()
+        unknown = np.zeros(len(index), np.uint64)  # of runs that were planned before there was a feature store
+        self._contents, self._marks = [unknown, unknown], unknown
+        if "mark" in index.column_names:
+            self._contents = [index.column(name).to_numpy() for name in ("content_low", "content_high")]
+            self._marks = index.column("mark").to_numpy()
 
     def contents(self, rows: Ints) -> Ids:
         """What the content of each row is known by, (0, 0) where it was not read before the start."""

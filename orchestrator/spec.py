@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, did_you_mean
 from orchestrator.places import whole
 
 TaskName = Literal["single-label", "multi-label", "regression"]
@@ -303,9 +302,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except FileNotFoundError:
         raise JobError(f"there is no job file {path}", mend="check the path") from None
     except IsADirectoryError:
-        raise JobError(f"{path} is a directory, not a job file", expected="a YAML file") from None
+        raise JobError(f"{path} is a directory, not a job file", expected="a YAML file", mend=_meant(path)) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"{path} cannot be read: {error}", expected="a YAML file in UTF-8") from None
+        raise JobError(f"{path} cannot be read: {error}", expected="a YAML file in UTF-8", mend=_meant(path)) from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = yaml.safe_load(text)
@@ -313,12 +312,26 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or f"not readable as YAML: {error}"
-        raise JobError(f"{where}: {problem}", expected="a YAML file") from None
+        raise JobError(f"{where}: {problem}", expected="a YAML file", mend=_meant(path)) from None
     if not isinstance(value, dict):
-        raise JobError(f"{path} holds no settings", expected="a mapping such as 'backbone: microsoft/resnet-50'")
+        raise JobError(
+            f"{path} holds no settings", expected="a mapping such as 'backbone: microsoft/resnet-50'",
+            mend=_meant(path),
+        )  # fmt: skip
     lines: dict[str, int] = {}
     _note_lines(node, "", lines, path)
     return {str(key): item for key, item in value.items()}, lines
+
+
+def _meant(path: Path) -> str:
+    """What a file or a folder that is no job file was given for, as far as it tells; '' where it does not."""
+    if (path / "job.yaml").is_file():
+        return f"to go on with that run: {path / 'job.yaml'}; as the backbone of another: --backbone {path}"
+    if (path / "config.json").is_file():
+        return f"if it is the backbone: --backbone {path}"
+    if path.is_dir() or path.suffix.lower() in (".csv", ".tsv", ".parquet", ".jsonl"):
+        return f"if it is the data: --data {path}"
+    return ""
 
 
 def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int], path: Path) -> None:
@@ -344,11 +357,10 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
     given = fault.get("input")
     if fault["type"] == "extra_forbidden":
         names = _keys_beside(fault["loc"])
-        near = difflib.get_close_matches(str(fault["loc"][-1]), names, n=1)
         return JobError(
             f"{where}unknown key {place}{more}",
             expected="one of " + ", ".join(names),
-            mend=f"did you mean {near[0]}?" if near else "take it out, or use one of the keys above",
+            mend=did_you_mean(fault["loc"][-1], names) or "take it out, or use one of the keys above",
         )
     if fault["type"] == "missing":
         return JobError(f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]))
@@ -358,7 +370,14 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
     if fault["type"] == "string_type":
         message += "; put it in quotes"
     shown = "" if isinstance(given, dict) else f" = {given!r}"
-    return JobError(f"{where}{place}{shown}: {message[:1].lower()}{message[1:]}{more}")
+    return JobError(f"{where}{place}{shown}: {message[:1].lower()}{message[1:]}{more}", mend=nearest_value(fault))
+
+
+def nearest_value(fault: Mapping[str, Any]) -> str:
+    """The mend of a value that is none of those that there are, '' where nothing is like it; `fault` is pydantic's."""
+    if fault["type"] != "literal_error":
+        return ""
+    return did_you_mean(fault["input"], re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
 
 
 def _owner(loc: tuple[int | str, ...]) -> type[BaseModel]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from orchestrator import hub
-from orchestrator.errors import ContractError
-from orchestrator.modality import Collate, Modality
+from orchestrator.errors import ContractError, calling
+from orchestrator.modality import Modality
 from orchestrator.model import Network, freeze, make_optimizer, set_mode
 from orchestrator.objective import make_objective
 from orchestrator.planning import plan as make_plan
@@ -23,7 +22,8 @@ from orchestrator.plans import Plan
 from orchestrator.predictor import predict
 from orchestrator.runs import Run
 from orchestrator.spec import make_job
-from orchestrator.testing import Toys, calling
+from orchestrator.testing_batch import Trial, collated, logits_of
+from orchestrator.testing_samples import Toys
 from orchestrator.train import finetune
 from orchestrator.weights import fetch
 
@@ -34,42 +34,50 @@ _TOLERANCE = 1e-4
 """Between logits of the same weights: relative to the largest, or absolute where that is below 1."""
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """A plan, and what the plugin made of it."""
-
-    plan: Plan
-    directory: Path
-    network: Network
-    collate: Collate
-    decoded: Sequence[Any]
-    targets: Tensor
-
-
 def check_network(modality: Modality, backbone: Path, folder: Path, toys: Toys, settings: Mapping[str, Any]) -> None:
-    """Build, batch, step, export; then pretrain, where there are no weights, and fine-tune the head."""
-    task = modality.tasks[0].name
-    fields = {
-        "modality": modality.name, "settings": dict(settings), "storage": str(folder / "runs"), "task": task,
-        "data": {"path": str(_write(modality, toys, folder, task))}, "scaling": {"threads_per_worker": 1},
-        "training": {"epochs": _NUM_EPOCHS, "batch_size": _NUM_IN_BATCH, "learning_rate": 1e-2},
-    }  # fmt: skip
+    """Build, batch, step, export; pretrain, where there are no weights; and for every task fine-tune the head."""
     source = str(backbone)
-    if not hub.read_card(source).weight_files:
-        job = {**fields, "backbone": source, "method": "scratch", "name": "check-scratch"}
-        trial = _trial(modality, job, toys)
-        _check_steps(trial, modality)
-        _check_export(trial, modality, folder / "export-scratch")
-        source = str(_run("a job from random weights", job).path)
-    job = {**fields, "backbone": source, "method": "head", "name": "check-head"}
-    trial = _trial(modality, job, toys)
-    _check_steps(trial, modality)
-    _check_export(trial, modality, folder / "export")
-    run = _run("a job with a frozen body", job)
+    for task in (one.name for one in modality.tasks):
+        (folder / task).mkdir()
+        fields = {
+            "modality": modality.name, "settings": dict(settings), "storage": str(folder / task / "runs"),
+            "data": {"path": str(_write(modality, toys, folder / task, task))}, "task": task,
+            "training": {"epochs": _NUM_EPOCHS, "batch_size": _NUM_IN_BATCH, "learning_rate": 1e-2},
+            "scaling": {"threads_per_worker": 1},
+        }  # fmt: skip
+        with _named(task, modality):
+            if not hub.read_card(source).weight_files:
+                job = {**fields, "backbone": source, "method": "scratch", "name": "check-scratch"}
+                trial = _trial(modality, job, toys)
+                _check_steps(trial, modality)
+                _check_export(trial, modality, folder / "export-scratch")
+                source = str(_run("a job from random weights", job).path)
+            job = {**fields, "backbone": source, "method": "head", "name": "check-head"}
+            trial = _trial(modality, job, toys)
+            _check_steps(trial, modality)
+            _check_export(trial, modality, folder / task / "export")
+            _check_run(_run("a job with a frozen body", job), trial, modality, toys)
+
+
+@contextlib.contextmanager
+def _named(task: str, modality: Modality) -> Iterator[None]:
+    """What is found in one task of several says in which."""
+    try:
+        yield
+    except ContractError as error:
+        if len(modality.tasks) == 1:
+            raise
+        found = f"for the task {task}, {error.found}"
+        raise ContractError(error.field, found, expected=error.expected, mend=error.mend) from error
+
+
+def _check_run(run: Run, trial: Trial, modality: Modality, toys: Toys) -> None:
+    """A finished run has the body that it began with, and predicts."""
     _check_frozen(run, trial, modality)
     with calling("build", "predicting with the finished run"):
         (found,) = predict(run, [toys.samples[0][modality.sample[0].name]])
-    if found.problem or (task == "single-label" and found.label not in run.plan.classes):
+    single = run.plan.job.task == "single-label"
+    if found.problem or (single and found.label not in run.plan.classes):
         raise ContractError("decode", f"predicting for a toy sample gives {found.label!r} {found.problem!r}")
 
 
@@ -95,7 +103,7 @@ def _write(modality: Modality, toys: Toys, folder: Path, task: str) -> Path:
     return table
 
 
-def _trial(modality: Modality, job: Mapping[str, Any], toys: Toys) -> _Trial:
+def _trial(modality: Modality, job: Mapping[str, Any], toys: Toys) -> Trial:
     assert modality.build is not None
     assert modality.batch is not None
     with calling("fit", "planning a job on the toy samples"):
@@ -120,7 +128,7 @@ def _trial(modality: Modality, job: Mapping[str, Any], toys: Toys) -> _Trial:
     names = sorted(set(toys.labels))
     chosen = [i for name in names[:2] for i in [j for j, label in enumerate(toys.labels) if label == name][:4]]
     labels = [toys.labels[i] for i in chosen]
-    return _Trial(
+    return Trial(
         plan, directory, network, collate, [toys.decoded[i] for i in chosen],
         _targets(plan, labels, {name: float(i) for i, name in enumerate(names)}),
     )  # fmt: skip
@@ -131,81 +139,6 @@ def _targets(plan: Plan, labels: Sequence[str], numbers: Mapping[str, float]) ->
         return torch.tensor([[numbers[label]] for label in labels])
     index = torch.tensor([plan.classes.index(label) for label in labels])
     return index if plan.job.task == "single-label" else torch.nn.functional.one_hot(index, len(plan.classes)).float()
-
-
-def _collated(trial: _Trial, modality: Modality, train: bool) -> dict[str, Tensor]:
-    """The batch, held against what is declared, and against what the network takes."""
-    num, what = len(trial.decoded), f"collate(decoded, {train})"
-    with calling("batch", what), torch.random.fork_rng():
-        inputs = trial.collate(trial.decoded, train)
-    if not isinstance(inputs, Mapping) or not all(isinstance(value, Tensor) for value in inputs.values()):
-        raise ContractError("batch", f"{what} gives {_kinds(inputs)}", expected="{name: tensor}")
-    for key, value in inputs.items():
-        if value.ndim == 0 or len(value) != num:
-            raise ContractError(
-                "batch", f"{key!r} is {list(value.shape)} for {num} samples",
-                expected=f"[{num}, ...]: the batch comes first", mend="stack the samples",
-            )  # fmt: skip
-        if value.dtype == torch.float64 or (value.is_floating_point() and not bool(value.isfinite().all())):
-            problem = "float64, and weights are float32" if value.dtype == torch.float64 else "not finite"
-            raise ContractError("batch", f"{key!r} is {problem}", expected="finite float32, or integers")
-    first = modality.sample[0]
-    as_declared = [value for value in inputs.values() if str(value.dtype).removeprefix("torch.") == first.dtype]
-    if not as_declared:
-        raise ContractError(
-            "batch", f"gives {_kinds(inputs)}", expected=f"{first.dtype}, as the field {first.name!r} is declared",
-            mend="convert it, or declare what the network takes",
-        )  # fmt: skip
-    if not any(_fits(value, first.shape) for value in as_declared):
-        raise ContractError(
-            "batch", f"gives {_kinds(inputs)}", mend="correct the collate function or the declaration",
-            expected=f"[batch, {', '.join(map(str, first.shape))}], as the field {first.name!r} is declared",
-        )  # fmt: skip
-    _check_keys(trial.network, inputs)
-    return dict(inputs)
-
-
-def _kinds(inputs: Any) -> str:
-    if not isinstance(inputs, Mapping):
-        return f"a {type(inputs).__name__}"
-    shown = (
-        f"{key!r} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if isinstance(value, Tensor)
-        else f"{key!r} a {type(value).__name__}" for key, value in inputs.items()
-    )  # fmt: skip
-    return ", ".join(shown) or "nothing"
-
-
-def _fits(value: Tensor, shape: Sequence[int | str]) -> bool:
-    return value.ndim == len(shape) + 1 and all(
-        isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, value.shape[1:], strict=True)
-    )
-
-
-def _check_keys(network: Network, inputs: Mapping[str, Tensor]) -> None:
-    """The keys are parameters of `forward`; those that `parts` takes out are its own."""
-    taken = inspect.signature(network.module.forward).parameters
-    parts: Sequence[Mapping[str, Tensor]] = [inputs]
-    if network.parts is not None:
-        with calling("build", "Network.parts"):
-            parts = [part for _, part in network.parts(inputs)]
-    undeclared = sorted({key for part in parts for key in part} - set(taken))
-    if undeclared and not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
-        raise ContractError(
-            "batch", f"gives {undeclared[0]!r}, which the network's forward does not take",
-            expected="some of " + ", ".join(taken), mend="leave the key out, or name it as forward does",
-        )  # fmt: skip
-
-
-def _logits(trial: _Trial, inputs: Mapping[str, Tensor]) -> Tensor:
-    with calling("build", "calling the network with the batch"):
-        logits = trial.network.logits(inputs)
-    wanted = [len(trial.decoded), len(trial.plan.classes)]
-    if list(logits.shape) != wanted or not logits.is_floating_point():
-        raise ContractError(
-            "build", f"the network gives logits {str(logits.dtype).removeprefix('torch.')} {list(logits.shape)}",
-            expected=f"floating point {wanted}: [batch, classes]", mend="give the last layer len(plan.classes) outputs",
-        )  # fmt: skip
-    return logits
 
 
 def _state(network: Network) -> dict[str, Tensor]:
@@ -220,20 +153,20 @@ def _moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[st
     return [name for name, value in before.items() if name not in after or not torch.equal(value, after[name])]
 
 
-def _check_steps(trial: _Trial, modality: Modality) -> None:
+def _check_steps(trial: Trial, modality: Modality) -> None:
     """Some steps on one batch: the loss is finite, the head moves, and what is frozen stays as it was."""
     network, plan = trial.network, trial.plan
     freeze(network, plan)
     set_mode(network, plan, training=False)
-    inputs = _collated(trial, modality, train=False)
-    again = _collated(trial, modality, train=False)
+    inputs = collated(trial, modality, train=False)
+    again = collated(trial, modality, train=False)
     if set(again) != set(inputs) or any(not torch.equal(inputs[key], again[key]) for key in inputs):
         raise ContractError(
             "batch", "collate(decoded, False) gives something else the second time",
             expected="randomness in training alone: collate(decoded, True)",
         )  # fmt: skip
     with torch.no_grad():
-        logits = _logits(trial, inputs)
+        logits = logits_of(trial, inputs)
     if torch.equal(logits, logits[:1].expand_as(logits)):
         raise ContractError(
             "batch", "samples of both classes give the same logits: what is in them does not reach the network",
@@ -247,9 +180,9 @@ def _check_steps(trial: _Trial, modality: Modality) -> None:
         optimizer, _ = make_optimizer(network, plan)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"]
-        inputs = _collated(trial, modality, train=True)
+        inputs = collated(trial, modality, train=True)
         for _ in range(_NUM_STEPS):
-            total, weight = objective.loss(_logits(trial, inputs).float(), trial.targets)
+            total, weight = objective.loss(logits_of(trial, inputs).float(), trial.targets)
             loss = total / weight
             if not math.isfinite(loss.item()):
                 raise ContractError("build", f"the loss is {loss.item()}", expected="a finite loss on toy samples")
@@ -301,7 +234,7 @@ def _trained(modality: Modality, plan: Plan, directory: Path) -> Network:
     return network
 
 
-def _check_export(trial: _Trial, modality: Modality, folder: Path) -> None:
+def _check_export(trial: Trial, modality: Modality, folder: Path) -> None:
     """What `save` writes gives the same logits, by the collate function of the saved directory too."""
     assert modality.batch is not None
     set_mode(trial.network, trial.plan, training=False)
@@ -311,10 +244,10 @@ def _check_export(trial: _Trial, modality: Modality, folder: Path) -> None:
     again = _trained(modality, trial.plan, folder)
     with calling("batch", "making the collate function of the exported directory"):
         collate = modality.batch(trial.plan.model_copy(update={"backbone": hub.read_card(str(folder))}), folder)
-    saved = _Trial(trial.plan, folder, again, collate, trial.decoded, trial.targets)
+    saved = Trial(trial.plan, folder, again, collate, trial.decoded, trial.targets)
     with torch.no_grad():
-        ours = _logits(trial, _collated(trial, modality, train=False))
-        theirs = _logits(saved, _collated(saved, modality, train=False))
+        ours = logits_of(trial, collated(trial, modality, train=False))
+        theirs = logits_of(saved, collated(saved, modality, train=False))
     error = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1.0))
     if not error <= _TOLERANCE:
         raise ContractError(
@@ -329,7 +262,7 @@ def _run(what: str, job: Mapping[str, Any]) -> Run:
         return finetune(job, events=lambda _event: None)
 
 
-def _check_frozen(run: Run, trial: _Trial, modality: Modality) -> None:
+def _check_frozen(run: Run, trial: Trial, modality: Modality) -> None:
     """The body that the finished run exported is the one that it began with."""
     assert modality.build is not None
     with calling("build", "from the same weights again"):

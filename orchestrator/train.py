@@ -89,7 +89,7 @@ def _start(
             return _start(job, fields, fresh, show)
     draft = drafted(job, fields)
     known = without_rows(draft)
-    events({"kind": "phase", "text": "looking at backbone and data"})
+    events({"kind": "phase", "text": "looking at backbone and data", "task": known.task})
     looked = look(known)
     # Rows that the caller holds are written down once, on the storage, and are a table from then on.
     with _written(draft, Path(known.storage).expanduser()) as settled:
@@ -208,7 +208,7 @@ def _refuse_changes(run: Run, plan: Plan) -> None:
         if before != now:
             raise ChangedError(
                 f"{what} of the run {run.path} has changed since it began" + _differences(what, old, plan),
-                expected=f"{what} as it was: {str(before)[:16]}",
+                expected=f"{what} as it was: {str(before).removeprefix('sha256:')[:12]}",
                 mend="start over with fresh (--fresh), or keep both: name (--name)",
             )
 
@@ -216,7 +216,8 @@ def _refuse_changes(run: Run, plan: Plan) -> None:
 def _differences(what: str, old: Plan, new: Plan) -> str:
     """What changed, in words, as far as the plans tell."""
     if what == "the data":
-        return f": samples were {old.data.num_samples}, are {new.data.num_samples}"
+        were, are = (", ".join(f"{k} {n}" for k, n in one.data.num_samples.items()) for one in (old, new))
+        return f": samples were {were}, are {are}"
     if what != "the job":
         return ""
     before, now = (_flat(plan.job.model_dump(mode="json", exclude={"storage", "name"})) for plan in (old, new))

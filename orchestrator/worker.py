@@ -128,9 +128,10 @@ def seed_for(*what: int) -> None:
     """Seed torch's generators by what the numbers are for, for example (seed, step, shard)."""
     digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") % 2**63
-    # torch.manual_seed notes a stack trace for each kind of device that is not in use: 1.3 ms, longer than a head's step.
+    # torch.manual_seed notes a stack trace for each kind of device that is not in use: 1.3 ms, longer than the step of
+    # a head takes.
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
     elif torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)

@@ -156,6 +156,8 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
 
 def test_an_unknown_modality_and_unknown_settings(card_files: Files) -> None:
     assert "audio, image, text" in refusal("x/y", "smell").expected
+    assert "pip install" in refusal("x/y", "smell").mend
+    assert refusal("x/y", "imge").mend == "did you mean image?"
     directory = card_files(config=RESNET, preprocessor_config=PROCESSOR, **{"model.safetensors": b""})
     with pytest.raises(JobError, match=r"unknown key settings\.sise for image"):
         planning.inspect(str(directory), "image", None, {"sise": 3})

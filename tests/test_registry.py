@@ -36,7 +36,8 @@ def install(folder: Path, distribution: str, name: str, code: str) -> None:
 
 
 def plugins(cli: Cli, folder: Path, *arguments: str) -> CompletedProcess[str]:
-    return cli(*(arguments or ("plugins", "--json")), env={**os.environ, "PYTHONPATH": str(folder)})
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return cli(*(arguments or ("plugins", "--json")), env={**os.environ, "PYTHONPATH": path})
 
 
 def test_the_built_in_ones_are_found_and_loaded(cli: Cli) -> None:
@@ -76,7 +77,11 @@ def test_a_broken_plugin_is_listed_with_its_error(cli: Cli, tmp_path: Path, code
     rows = {row["name"]: row for row in json.loads(plugins(cli, tmp_path).stdout)}
     assert words in rows["smell"]["error"]
     assert rows["image"]["error"] is None
-    assert plugins(cli, tmp_path, "plugins").returncode == 0
+    shown = plugins(cli, tmp_path, "plugins")
+    assert shown.returncode == 0
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    below = shown.stdout.split("smell: ")[1]  # the whole error, in lines of their own
+    assert " ".join(below.split()) == rows["smell"]["error"]
     done = plugins(cli, tmp_path, "check", "x/y", "--modality", "smell", "--json")
     assert (done.returncode, json.loads(done.stdout)["reason"]) == (2, "plugin")
 

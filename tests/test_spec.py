@@ -95,6 +95,13 @@ def test_a_faulty_file_is_refused_with_its_place(
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "no job file" in refusal(tmp_path / "none.yaml").message
     assert "is a directory" in refusal(tmp_path).message
+    assert refusal(tmp_path).mend == f"if it is the data: --data {tmp_path}"
+    (tmp_path / "table.csv").write_text("path,label\na,b\n")
+    assert refusal(tmp_path / "table.csv").mend == f"if it is the data: --data {tmp_path}/table.csv"
+    (tmp_path / "config.json").touch()
+    assert refusal(tmp_path).mend == f"if it is the backbone: --backbone {tmp_path}"
+    (tmp_path / "job.yaml").touch()
+    assert refusal(tmp_path).mend.startswith(f"to go on with that run: {tmp_path}/job.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read" in refusal(tmp_path / "bytes.yaml").message
     assert "from a int" in refusal(3).message
@@ -115,6 +122,21 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 )
 def test_impossible_values(fields: dict[str, object], message: str) -> None:
     assert message in refusal({"backbone": "a/b", "data": "x"}, **fields).message
+
+
+@pytest.mark.parametrize(
+    ("fields", "mend"),
+    [
+        ({"method": "heads"}, "did you mean head?"),
+        ({"task": "Multilabel"}, "did you mean multi-label?"),
+        ({"data.on_bad_sample": "skipp"}, "did you mean skip?"),
+        ({"training.optimizer": "adam"}, "did you mean adamw?"),
+        ({"method": "xyz"}, ""),
+        ({"method": 3}, ""),
+    ],
+)
+def test_a_misspelt_value(fields: dict[str, object], mend: str) -> None:
+    assert refusal({"backbone": "a/b", "data": "x"}, **fields).mend == mend
 
 
 def test_a_setting_is_read_as_yaml() -> None:

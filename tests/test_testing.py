@@ -192,6 +192,13 @@ def test_backbones_that_are_shared_on_purpose() -> None:
     assert error.field == "decode"  # and so the rules have passed
 
 
+def test_every_task_that_is_declared_is_trained_for() -> None:
+    tasks = tuple(Task(name=name, title=name) for name in ("single-label", "multi-label", "regression"))
+    error = caught(dataclasses.replace(SENSOR, tasks=tasks, build=broken.build_wide_for_numbers))
+    assert error.field == "build"
+    assert "for the task regression, the network gives logits float32 [8, 9]" in str(error)
+
+
 def test_two_fields_and_an_optional_one() -> None:
     more = SampleField(name="place", kind="text", dtype="int64", shape=(), unit="")
     assert "lacks the field 'place'" in caught(dataclasses.replace(SENSOR, sample=(*SENSOR.sample, more))).message

@@ -68,6 +68,12 @@ def test_the_commands_of_the_page_do_what_it_says(installed: dict[str, str]) -> 
     for name in ("base", "pumps"):
         assert json.loads(Path(f"runs/{name}/results.json").read_text())["test"]["accuracy"] > 0.8
     assert json.loads(Path("runs/pumps/lineage.json").read_text())["features"] == "once"
+    card = Path("runs/pumps/model/README.md").read_text()
+    assert "pipeline" not in card
+    assert "orchestrator predict runs/pumps FILE..." in card
+    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    program = f"import os; os.chdir('runs/pumps/model')\n{code.replace('a file', '../../../pumps/left/0.npy')}"
+    subprocess.run([sys.executable, "-c", program], env=installed, check=True)
     assert "left" in next(out.stdout for command, out in done.items() if "predict" in command)
 
 

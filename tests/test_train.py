@@ -540,6 +540,17 @@ def test_predict_evaluate_and_pipeline_agree(tiny_vit: Path, digits: Path, cli: 
         assert one.label == theirs[0]["label"]
         scores = {entry["label"]: entry["score"] for entry in theirs}
         assert all(abs(scores[name] - score) < 1e-4 for name, score in one.top)
+    for place in ("photos/b/1.png", "photos/a.PNG", "photos/.hidden.png", "photos/.trash/1.png", "photos/notes.txt"):
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        Path(place).write_bytes(files[0].read_bytes())
+    below = orchestrator.predict(run, ["photos", files[0]])
+    assert [(one.input, one.label) for one in below] == [
+        (place, ours[0].label) for place in ("photos/a.PNG", "photos/b/1.png", str(files[0]))
+    ]
+    Path("empty").mkdir()
+    assert "is a folder, and holds no file of .png, .jpg" in orchestrator.predict(run, "empty")[0].problem
+    listed = cli("predict", run.path, "-", "--json", input=f"{files[0]}\n\n{files[1]}\r\n")
+    assert [row["input"] for row in json.loads(listed.stdout)] == [str(file) for file in files[:2]]
     wrong = Path("wrong.png")
     wrong.write_bytes(b"nothing")
     found = cli("predict", run.path, files[0], wrong, "gone.png", "--json")
