@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 """Between head(body(x)) and the whole network in float32, relative to the largest logit."""
 
 Form = Literal["chain", "mean"]
-Pick = Literal["", "first", "last", "mean"]
+Pick = Literal["", "first", "last", "end", "mean"]
 _GLUES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x, "relu": functional.relu, "tanh": torch.tanh, "gelu": functional.gelu,
     "mean": lambda x: x.flatten(2).mean(dim=-1),
@@ -42,7 +42,8 @@ class Cut:
     form: Form
     """chain: one after the other; mean: side by side, each on an input of its own, and their mean is the output."""
     pick: Pick = ""
-    """What of a sequence [batch, tokens, width] the head reads: the token, or the mean over the tokens."""
+    """What of a sequence [batch, tokens, width] the head reads: the first token, the last one that is no padding, the
+    one that stands last, or the mean over the tokens."""
     glue: str = ""
     widths: tuple[int, ...] = ()
     """mean: of each module's input."""
@@ -125,22 +126,19 @@ def _error(network: Network, cut: Cut, inputs: Inputs, whole: Tensor, scale: Ten
 
 def _candidates(network: Network, inputs: Inputs) -> Iterator[Cut]:
     """The cuts that the shapes allow, the likeliest first."""
-    names = network.head
-    try:
-        first = _inputs_of(network, names[:1], _a_part(network, inputs))[names[0]]
-    except (WeightsError, KeyError, AttributeError):
-        first = None
-    if first is not None and first.ndim == 3:
+    # A module that is never called (a pooler that this head does not read) is trained in vain, and cuts nothing.
+    reached = _reached(network, _a_part(network, inputs))
+    names = tuple(name for name in network.head if name in reached)
+    if not names:
+        return
+    first = reached[names[0]]
+    if first.ndim == 3:
         for pick in _PICKS_TRIED:
             yield Cut(names, "chain", pick)
-    if first is not None and not (first.ndim == 3 and _differ_in_length(network, inputs)):
+    if not (first.ndim == 3 and _differ_in_length(network, inputs)):
         yield Cut(names, "chain")
     if len(names) > 1:
-        try:
-            taken = _inputs_of(network, names, _a_part(network, inputs))
-        except (WeightsError, KeyError, AttributeError):
-            return
-        yield Cut(names, "mean", widths=tuple(taken[name].flatten(1).shape[1] for name in names))
+        yield Cut(names, "mean", widths=tuple(reached[name].flatten(1).shape[1] for name in names))
 
 
 def _glued(cut: Cut) -> Iterator[Cut]:
@@ -165,11 +163,21 @@ class _ReachedError(Exception):
 
 def _inputs_of(network: Network, names: tuple[str, ...], inputs: Inputs) -> dict[str, Tensor]:
     """The first argument of each of these modules while the network runs, up to the last of them."""
+    taken = _reached(network, inputs, names)
+    for name in names:
+        if name not in taken:
+            raise WeightsError(f"the model never called its head {name!r}")
+    return taken
+
+
+def _reached(network: Network, inputs: Inputs, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The first argument of these modules, or of all of the head, that are called while the network runs."""
+    names = names or network.head
     taken: dict[str, Tensor] = {}
 
     def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], more: dict[str, Any]) -> None:
-            taken[name] = args[0] if args else next(iter(more.values()))
+            taken.setdefault(name, args[0] if args else next(iter(more.values())))
             if len(taken) == len(names):
                 raise _ReachedError
 
@@ -178,14 +186,12 @@ def _inputs_of(network: Network, names: tuple[str, ...], inputs: Inputs) -> dict
     handles = [
         network.module.get_submodule(name).register_forward_pre_hook(look(name), with_kwargs=True) for name in names
     ]
-    try:
-        network.module(**inputs)
-    except _ReachedError:
-        return taken
-    finally:
+    with contextlib.ExitStack() as stack:
         for handle in handles:
-            handle.remove()
-    raise WeightsError(f"the model never called its head {next(name for name in names if name not in taken)!r}")
+            stack.callback(handle.remove)
+        with contextlib.suppress(_ReachedError):
+            network.module(**inputs)
+    return taken
 
 
 def _first(tokens: Tensor, _inputs: Inputs, _module: nn.Module) -> Tensor:
@@ -219,9 +225,10 @@ def _mean(tokens: Tensor, inputs: Inputs, module: nn.Module) -> Tensor:
 
 
 _PICKS: Mapping[str, Callable[[Tensor, Inputs, nn.Module], Tensor]] = {
-    "": lambda tokens, _inputs, _module: tokens, "first": _first, "last": _last, "mean": _mean
+    "": lambda tokens, _inputs, _module: tokens, "first": _first, "last": _last,
+    "end": lambda tokens, _inputs, _module: tokens[:, -1:], "mean": _mean,
 }  # fmt: skip
-_PICKS_TRIED: tuple[Pick, ...] = ("first", "last", "mean")
+_PICKS_TRIED: tuple[Pick, ...] = ("first", "last", "end", "mean")
 
 
 @contextlib.contextmanager
