@@ -48,6 +48,10 @@ def same_settings() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def silent(_event: object) -> None:
+    """Takes what a run tells, and shows nothing."""
+
+
 def in_turn(
     sides: dict[str, Callable[[int], Any]], repeats: int, say: Callable[[Any], str] = str
 ) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:

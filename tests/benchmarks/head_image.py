@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.harness import in_turn, middle, near, options, report, same_settings
+from tests.benchmarks.harness import in_turn, middle, near, options, report, same_settings, silent
 from tests.benchmarks.peers import BATCH_SIZE, DIGITS, files_of, frozen, image_collate, make_digits, train_with_hf
 
 GOAL, REPEATS = 15, 3
@@ -31,7 +31,7 @@ def ours(storage: str, epochs: int, seed: int, num_train: int | None = None, rat
         training={"epochs": epochs, "batch_size": BATCH_SIZE, "seed": seed, "learning_rate": rate},
         settings={"size": SIZE},
         storage=storage,
-        events=lambda event: None,
+        events=silent,
     )
     return {"accuracy": run.accuracy, "features_s": run.lineage.get("features_s"), "loop_s": run.results["seconds"]}
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.harness import in_turn, middle, near, options, report, same_settings
+from tests.benchmarks.harness import in_turn, middle, near, options, report, same_settings, silent
 from tests.benchmarks.peers import BATCH_SIZE, GLOSSES, frozen, glosses_of, make_glosses, mean_pool, train_with_hf
 
 GOAL, REPEATS = 40, 3
@@ -31,7 +31,7 @@ def ours(table: Path, storage: str, epochs: int, seed: int) -> dict[str, Any]:
         method="head",
         training={"epochs": epochs, "batch_size": BATCH_SIZE, "seed": seed, "learning_rate": RATE},
         storage=storage,
-        events=lambda event: None,
+        events=silent,
     )
     return {"accuracy": run.accuracy, "features_s": run.lineage.get("features_s"), "loop_s": run.results["seconds"]}
 

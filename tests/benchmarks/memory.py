@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.benchmarks import full
-from tests.benchmarks.harness import in_turn, middle, options, process, report, same_settings
+from tests.benchmarks.harness import in_turn, middle, options, process, report, same_settings, silent
 from tests.benchmarks.peers import BATCH_SIZE, DIGITS, make_digits
 
 GOAL_MORE_MB, GOAL_GROWTH, REPEATS = 350, 1.05, 3
@@ -51,7 +51,7 @@ def ours(method: str, data: Path, storage: str, size: int) -> None:
         training={"epochs": 1, "batch_size": BATCH_SIZE},
         settings={"size": size},
         storage=storage,
-        events=lambda event: None,
+        events=silent,
     )
 
 
