@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.planning import Checked
     from orchestrator.predictor import Prediction
     from orchestrator.registry import Listing
+    from orchestrator.store import Listing as FeatureListing
 
 
 _WIDEST_EXAMPLE = 16
@@ -225,3 +228,62 @@ def _short(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def features(found: Sequence[FeatureListing], storage: str, as_json: bool) -> None:
+    """The sets of features of a storage."""
+    if as_json:
+        _print([_as_dict(one) for one in found])
+        return
+    if not found:
+        out.print(f"there are no features in {storage}", markup=False)
+        return
+    cells = [[one.name, one.num_samples, _size(one.num_bytes), _when(one.used)] for one in found]
+    out.print(table(["features", "samples", "size", "used"], cells, right=(1, 2)))
+    out.print(f"{_size(sum(one.num_bytes for one in found))} in all; orchestrator features prune --max-size 50GB")
+
+
+def feature_set(one: FeatureListing, as_json: bool) -> None:
+    """What a set of features is of."""
+    if as_json:
+        _print(_as_dict(one))
+        return
+    key = one.key
+    inputs = key.get("input")
+    rows = [
+        ("features", one.name),
+        ("backbone", f"{key.get('backbone')} @ {str(key.get('commit')).removeprefix('sha256:')[:12]}"),
+        ("modality", key.get("modality")),
+        ("taken", key.get("cut")),
+        ("input", setting(inputs) if isinstance(inputs, dict) else ""),
+        ("samples", f"{one.num_samples} in {one.num_shards} shards, {_size(one.num_bytes)}"),
+        ("used", _when(one.used)),
+    ]
+    out.print(pairs(rows))
+
+
+def pruned(removed: Sequence[FeatureListing], left: Sequence[FeatureListing], as_json: bool) -> None:
+    """What was removed, and what is left."""
+    if as_json:
+        _print({"removed": [_as_dict(one) for one in removed], "left": [_as_dict(one) for one in left]})
+        return
+    for one in removed:
+        out.print(f"removed {one.name}, {_size(one.num_bytes)}", markup=False, soft_wrap=True)
+    out.print(f"{len(removed)} removed; {_size(sum(one.num_bytes for one in left))} left in {len(left)}")
+
+
+def _as_dict(one: FeatureListing) -> dict[str, Any]:
+    return {**dataclasses.asdict(one), "used": _when(one.used)}
+
+
+def _size(num_bytes: int) -> str:
+    """In the largest unit that leaves a digit before the point."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            break
+        num_bytes /= 1000  # type: ignore[assignment]
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")

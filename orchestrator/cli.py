@@ -44,7 +44,15 @@ def _before(
 
 @app.command()
 @takes()
-def finetune(fields: dict[str, Any], job: JobFile = None, fresh: Fresh = False, json_: Json = False) -> None:
+def finetune(
+    fields: dict[str, Any],
+    job: JobFile = None,
+    fresh: Fresh = False,
+    verify_content: Annotated[
+        bool, typer.Option("--verify-content", help="read all samples, to find out which features are stored already")
+    ] = False,
+    json_: Json = False,
+) -> None:
     """Train a backbone on your data. The same command again goes on with an unfinished run.
 
     orchestrator finetune --backbone microsoft/resnet-50 --data photos/
@@ -54,7 +62,7 @@ def finetune(fields: dict[str, Any], job: JobFile = None, fresh: Fresh = False, 
     from orchestrator import answers
     from orchestrator.train import finetune as run_finetune
 
-    answers.finished(run_finetune(job, fresh=fresh, **fields), json_)
+    answers.finished(run_finetune(job, fresh=fresh, verify_content=verify_content, **fields), json_)
 
 
 @app.command()
@@ -183,6 +191,47 @@ def plugins(
         answers.types(types, json_)
     else:
         answers.plugins(registry.listings(), json_)
+
+
+features = typer.Typer(help="What frozen bodies gave for samples, kept on the storage for later runs.")
+app.add_typer(features, name="features")
+Storage = Annotated[str, typer.Option(help="the directory of the runs")]
+
+
+@features.command("list")
+def list_features(storage: Storage = "runs", json_: Json = False) -> None:
+    """List the sets of features, the one used last first."""
+    from orchestrator import answers, store
+
+    answers.features(store.listings(store.of_storage(storage)), storage, json_)
+
+
+@features.command("show")
+def show_features(
+    name: Annotated[str, typer.Argument(help="as `features list` shows it; its beginning will do")],
+    storage: Storage = "runs",
+    json_: Json = False,
+) -> None:
+    """Show what a set of features is of."""
+    from orchestrator import answers, store
+
+    answers.feature_set(store.find_listing(store.of_storage(storage), name), json_)
+
+
+@features.command("prune")
+def prune_features(
+    max_size: Annotated[str, typer.Option(help="keep so much at most: 50GB, 500MB, 0")],
+    storage: Storage = "runs",
+    json_: Json = False,
+) -> None:
+    """Remove the sets that were not used for longest. A run that wants one of them computes it again.
+
+    orchestrator features prune --max-size 50GB
+    """
+    from orchestrator import answers, store
+
+    root, size = store.of_storage(storage), store.parse_size(max_size)
+    answers.pruned(store.prune(root, size), store.listings(root), json_)
 
 
 @app.command()

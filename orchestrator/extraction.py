@@ -55,6 +55,8 @@ class Extraction:
     """Called with the number of samples that were done."""
     note: Callable[[str], None]
     should_stop: Callable[[], bool]
+    verify: bool = False
+    """Read every sample to find out what its content is, whatever is remembered of its file."""
     num_computed: int = 0
     """Samples that went through the body, in this worker."""
     _new: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -102,6 +104,8 @@ class Extraction:
     def _known(self, rows: Ints) -> Ids:
         """The ids of the rows' contents, as far as they are known without reading: from the start, or from before."""
         samples = self.source.samples
+        if self.verify:
+            return np.zeros((len(rows), 2), np.uint64)
         ids = samples.contents(rows)
         open_ = np.flatnonzero(~known(ids))
         if len(open_):
@@ -127,7 +131,7 @@ class Extraction:
     def _remember(self, rows: Ints, ids: Ids) -> None:
         if self.worker.rank == 0:
             places, marks = self.source.samples.files(rows)
-            new = (marks != 0) & known(ids) & ~known(self.catalog.find(places, marks))
+            new = (marks != 0) & known(ids) & (self.catalog.find(places, marks) != ids).any(axis=1)
             self.catalog.add(places[new], marks[new], ids[new])
 
     # --- one worker's share ---

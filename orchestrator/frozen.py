@@ -45,9 +45,12 @@ class Once:
 
 def run_body_once(
     plan: Plan, run: Path, network: Network, modality: Modality, source: SampleSource, worker: Worker,
-    events: Events, should_stop: Callable[[], bool],
+    events: Events, should_stop: Callable[[], bool], verify: bool = False,
 ) -> tuple[Once | None, dict[str, Any]]:  # fmt: skip
-    """(features of all splits, what to note of them); None for the first where the body must run in every step."""
+    """(features of all splits, what to note of them); None for the first where the body must run in every step.
+
+    `verify`: every sample is read to find out what its content is, whatever is remembered of its file.
+    """
     samples = source.samples
     cut, error = _prove(network, source, samples, worker)
     if cut is None:
@@ -78,7 +81,7 @@ def run_body_once(
         body, source, worker, catalog, choice.format, modality.by_length, plan.job.training.seed,
         advance=lambda num: events({"kind": "advance", "num": num}),
         note=lambda text: events({"kind": "note", "text": text}),
-        should_stop=should_stop,
+        should_stop=should_stop, verify=verify,
     )  # fmt: skip
     plain = _set(family, choice.format)
     # One pass over all splits that samples are not changed in: one shard for a small job, not three.

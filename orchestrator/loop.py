@@ -96,7 +96,7 @@ def run_worker(config: Mapping[str, Any]) -> None:
     """Train as the plan says, and leave the finished run in its directory.
 
     `config`: the plan as JSON, the run's directory, `events` (called with what happens), `should_stop`
-    (asked after each step), and the modality itself where other processes could not look it up.
+    (asked after each step), `verify_content`, and the modality itself where other processes could not look it up.
     """
     started = time.monotonic()
     plan = Plan.model_validate_json(config["plan"])
@@ -105,7 +105,8 @@ def run_worker(config: Mapping[str, Any]) -> None:
     modality: Modality = config.get("modality") or registry.get(plan.job.modality)
     events: Events = config["events"] if worker.rank == 0 else _silence
     with ThreadPoolExecutor(max_workers=plan.threads_per_worker) as pool:
-        session = _prepare(plan, run, worker, modality, events, config["should_stop"], started, pool)
+        verify = bool(config.get("verify_content"))
+        session = _prepare(plan, run, worker, modality, events, config["should_stop"], started, pool, verify)
         _train(session)
         _finish(session)
 
@@ -119,7 +120,7 @@ def _silence(_event: dict[str, Any]) -> None:
 
 def _prepare(
     plan: Plan, run: Path, worker: Worker, modality: Modality, events: Events,
-    should_stop: Callable[[], bool], started: float, pool: ThreadPoolExecutor,
+    should_stop: Callable[[], bool], started: float, pool: ThreadPoolExecutor, verify: bool,
 ) -> Session:  # fmt: skip
     events({"kind": "phase", "text": "loading the backbone"})
     directory = _fetch(plan, worker)
@@ -147,7 +148,7 @@ def _prepare(
         should_stop=should_stop, started=started,
     )  # fmt: skip
     if plan.features == "once":
-        once, found = run_body_once(plan, run, network, modality, raw, worker, events, should_stop)
+        once, found = run_body_once(plan, run, network, modality, raw, worker, events, should_stop, verify)
         lineage |= found
         if once is not None:
             session.forward = once.forward

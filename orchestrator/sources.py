@@ -17,7 +17,7 @@ from orchestrator.cells import (
     input_columns,
     label_columns,
 )
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, did_you_mean
 from orchestrator.folders import children, open_folder
 from orchestrator.locations import Location, locate
 from orchestrator.modality import SampleField
@@ -201,7 +201,7 @@ def _open_table(source: Source, table: Table, wanted: _Wanted, is_place: bool) -
             raise DataError(
                 f"{text} has no column {column!r} (data.{setting})",
                 expected="one of " + ", ".join(table.columns),
-                mend=delimiter(table.columns, text),
+                mend=delimiter(table.columns, text) or did_you_mean(column, table.columns),
             )
     inputs = find_inputs(table.columns, spec, wanted.sample, text)
     given_root = spec.root if spec.root is not None or is_place else spec.rows_root

@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -32,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.contents import Ids, Marks
+from orchestrator.errors import JobError
 
 FOLDER = ".features"
 """Of a storage directory."""
@@ -285,6 +287,39 @@ def touch(folder: Path) -> None:
 
 
 # --- what a person asks about a store ---
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)")
+
+
+def of_storage(storage: str | Path) -> Path:
+    """The store of a storage directory. Raises `JobError` where the storage is no directory."""
+    place = Path(storage).expanduser()
+    if not place.is_dir():
+        what = "is a file" if place.exists() else "is not there"
+        raise JobError(f"the storage {storage} {what}", expected="the directory of the runs", mend="name it: --storage")
+    return place / FOLDER
+
+
+def parse_size(text: str) -> int:
+    """Bytes: of `50GB`, `1.5 TB`, `64MiB`, `0`. Raises `JobError`."""
+    found = _SIZE.fullmatch(text.strip().upper())
+    if found is None or found[2] not in _UNITS:
+        raise JobError(f"{text!r} is no size", expected="a number with a unit, such as 50GB, 500MB or 0")
+    return round(float(found[1]) * _UNITS[found[2]])
+
+
+def find_listing(root: Path, name: str) -> Listing:
+    """The one set whose name begins so. Raises `JobError` where there is none, or more than one."""
+    there = listings(root)
+    found = [one for one in there if one.name == name] or [one for one in there if one.name.startswith(name)]
+    if len(found) != 1:
+        which = "no set of features" if not found else f"{len(found)} sets of features"
+        names = ", ".join(one.name for one in (found or there)[:5])
+        raise JobError(f"there is {which} {name!r}" if not found else f"{which} begin with {name!r}",
+                       expected=names and f"one of {names}", mend="list them: orchestrator features list")  # fmt: skip
+    return found[0]
 
 
 @dataclass(frozen=True)

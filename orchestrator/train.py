@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,6 +51,7 @@ def finetune(
     /,
     *,
     fresh: bool = False,
+    verify_content: bool = False,
     events: Events | None = None,
     **fields: Any,
 ) -> Run:
@@ -58,12 +60,13 @@ def finetune(
     `job` is a Job, a dict or the path of a YAML file; `fields` are set on top of it: `method="full"`,
     `data="photos/"`, `training={"epochs": 3}` or `**{"training.epochs": 3}`. The same call again goes on
     with an unfinished run and returns a finished one; `fresh` starts over. `events` is called with what
-    happens; by default a progress bar shows it.
+    happens; by default a progress bar shows it. With `verify_content` every sample is read to find out whether there
+    are features of it, where by default a file of the same size and time of modification is taken to be the same.
 
     Raises `RefusedError` before anything is downloaded or scheduled, `TrainingError` when it failed, and
     `InterruptedRunError` after Ctrl-C, when the same call goes on.
     """
-    return _start(job, fields, fresh, events)
+    return _start(job, fields, _Asked(fresh, verify_content), events)
 
 
 def pretrain(
@@ -78,15 +81,23 @@ def pretrain(
 
     The run is a backbone for a later `finetune`.
     """
-    return _start(job, {**fields, "method": "scratch"}, fresh, events)
+    return _start(job, {**fields, "method": "scratch"}, _Asked(fresh), events)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of this call alone, and is no part of the job."""
+
+    fresh: bool
+    verify_content: bool = False
 
 
 def _start(
-    job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any], fresh: bool, events: Events | None
+    job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any], asked: _Asked, events: Events | None
 ) -> Run:
     if events is None:
         with progress() as show:
-            return _start(job, fields, fresh, show)
+            return _start(job, fields, asked, show)
     draft = drafted(job, fields)
     known = without_rows(draft)
     events({"kind": "phase", "text": "looking at backbone and data", "task": known.task})
@@ -94,9 +105,9 @@ def _start(
     # Rows that the caller holds are written down once, on the storage, and are a table from then on.
     with _written(draft, Path(known.storage).expanduser()) as settled:
         try:
-            return _run(settled, looked, fresh, events)
+            return _run(settled, looked, asked, events)
         except InterruptedRunError as error:
-            if fresh:
+            if asked.fresh:
                 error.mend = "the same command without --fresh goes on from there"
             raise
 
@@ -122,19 +133,21 @@ def _written(draft: Draft, storage: Path) -> Iterator[Job]:
         raise
 
 
-def _run(job: Job, looked: Looked, fresh: bool, events: Events) -> Run:
+def _run(job: Job, looked: Looked, asked: _Asked, events: Events) -> Run:
     run = Run(Path(job.storage).expanduser().absolute() / (job.name or run_name(job, looked.card)))
     _refuse_inside_data(run, job)
     with run.locked():
-        plan = _laid_out(run, job, looked, fresh)
+        plan = _laid_out(run, job, looked, asked.fresh)
         if run.finished:
             events({"kind": "done", "text": "finished already", "run": run})
             return run
         for line in (*plan.adaptations, *plan.warnings, *plan.data.notes):
             events({"kind": "note", "text": str(line)})
-        config = {"plan": plan.model_dump_json(), "run": str(run.path)}
+        config: dict[str, Any] = {
+            "plan": plan.model_dump_json(), "run": str(run.path), "verify_content": asked.verify_content
+        }  # fmt: skip
         if registry.is_registered(job.modality):
-            config["modality"] = registry.get(job.modality)  # type: ignore[assignment]
+            config["modality"] = registry.get(job.modality)
         with _errors_of_libraries(run, looked.plugin.extra):
             if plan.ray:
                 _on_ray(plan, config, events)
