@@ -99,7 +99,6 @@ def mean_pool(body: nn.Module, inputs: Any) -> torch.Tensor:
 
 def frozen(body: nn.Module, features: Callable[[nn.Module, Any], torch.Tensor], width: int, num: int) -> nn.Module:
     """A body in eval mode and without gradients, with one new layer; what Trainer can train."""
-    import torch
     from torch import nn
 
     class Frozen(nn.Module):
