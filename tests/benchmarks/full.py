@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import plain
-from tests.benchmarks.harness import options, paired, report, same_settings
+from tests.benchmarks.harness import options, paired, report, same_settings, silent
 from tests.benchmarks.peers import BATCH_SIZE, DIGITS, make_digits
 
 GOAL, GOAL_CPU, REPEATS = 0.90, 0.95, 15
@@ -82,9 +82,7 @@ class InTurn:
         return Stretch(wall, cpu, samples)
 
 
-def ours(
-    storage: str, epochs: int, data: Path = DIGITS / "data", size: int = SIZE, events: Any = lambda _: None
-) -> Any:
+def ours(storage: str, epochs: int, data: Path = DIGITS / "data", size: int = SIZE, events: Any = silent) -> Any:
     """Train everything through the public API; the run."""
     import orchestrator
 
