@@ -1,6 +1,6 @@
 """Recordings to try the plugin on: noise in three channels, and in the second one a sine, its frequency the class.
 
-python ../examples/third_party/make_data.py    # in a folder of your own: writes machines/ (180 of them) and pumps/ (120)
+python ../examples/third_party/make_data.py    # in a folder of your own: writes machines/ (180) and pumps/ (120)
 """
 
 from pathlib import Path
