@@ -21,6 +21,13 @@ from tests.hub_server import Hub, serve
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# Of several processes of tests each keeps to a core of its own, and so does all that it starts: threads beyond the
+# cores make everything many times slower.
+ALL_CORES = os.sched_getaffinity(0)
+_number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+if _number:
+    os.sched_setaffinity(0, {sorted(ALL_CORES)[int(_number) % len(ALL_CORES)]})
+
 # The client reads its environment when it is imported, so the Hub of the tests must be there before that.
 _stack = contextlib.ExitStack()
 _hub = _stack.enter_context(serve())

@@ -301,6 +301,18 @@ FLAC = encoded(tone(440, 0.5), form="FLAC")
         (encoded(tone(440, 0.1), 2_000_000), "claims a sample rate of 2000000 Hz"),
         (encoded(np.array([[0.1], [np.inf], [0.2]], np.float32), subtype="FLOAT"), "not finite"),
     ],
+    ids=[
+        "empty",
+        "text",
+        "header",
+        "cut",
+        "cut FLAC",
+        "no sample",
+        "NaN",
+        "loud",
+        "rate",
+        "infinite",
+    ],  # libsndfile writes the time
 )
 def test_what_cannot_be_read_says_why(content: bytes, problem: str) -> None:
     with pytest.raises(BadSampleError, match=problem):

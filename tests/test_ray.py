@@ -15,12 +15,22 @@ import torch
 
 import orchestrator
 from orchestrator.errors import RefusedError, TrainingError
+from tests.conftest import ALL_CORES
 from tests.test_train import LONG, Cli, same, silent, start, wait_for_checkpoint, weights_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420), pytest.mark.xdist_group("ray")]
 
 ONE_THREAD = {"threads_per_worker": 1}
 SHARDS = {"epochs": 3, "num_shards": 2, "batch_size": 40, "learning_rate": 0.003}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cores() -> Iterator[None]:
+    """Two workers want two cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, ALL_CORES)
+    yield
+    os.sched_setaffinity(0, before)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from orchestrator.gate import fit, match
 from orchestrator.model import Network, _head
 from orchestrator.plans import BackboneCard
 
+pytestmark = pytest.mark.xdist_group("survey")
+
 MODALITIES = ("image", "audio", "text")
 CUTS: dict[tuple[str, str], Cut | None] = {}
 """(type, kind of checkpoint) -> where it is cut into body and head; filled while the classes run."""

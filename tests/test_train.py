@@ -671,6 +671,7 @@ def test_an_interruption_before_the_first_step_is_said_and_leaves_nothing(tiny_r
     command = [
         sys.executable, "-c",
         "import signal, sys; from orchestrator import cli, intake;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a shell's background jobs ignore Ctrl-C
         "intake._remember = lambda *_: signal.raise_signal(signal.SIGINT);"  # in the main thread, as Ctrl-C comes
         "sys.exit(cli.run(sys.argv[1:]))",
         "finetune", "--backbone", str(tiny_resnet), "--data", str(digits), "--name", "early",
