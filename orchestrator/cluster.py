@@ -25,12 +25,18 @@ _PASSED_ON = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET")  # never a 
 
 @contextlib.contextmanager
 def joined(plan: Plan) -> Iterator[None]:
-    """Connected to the plan's cluster; one that was started here is stopped again, one that was there stays."""
+    """Connected to the plan's cluster.
+
+    One that is started here serves the later calls of this process too, as far as its cores suffice: a start takes some
+    3 s. Ray stops it when the process ends. One that was there is left again.
+    """
     address = plan.job.scaling.address
+    here = address in (None, "local")
+    if ray.is_initialized() and _started and (not here or _started[0] < _num_cpus(plan)):
+        _stop()
     if ray.is_initialized():
         yield
         return
-    here = address in (None, "local")
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     quiet: dict[str, Any] = {
         "log_to_driver": False,
@@ -41,10 +47,11 @@ def joined(plan: Plan) -> Iterator[None]:
         if here:
             ray.init(
                 address="local",
-                num_cpus=plan.num_workers * plan.threads_per_worker,
+                num_cpus=_num_cpus(plan),
                 include_dashboard=False,
                 **quiet,
             )
+            _started[:] = [_num_cpus(plan)]
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError) as error:
@@ -56,7 +63,21 @@ def joined(plan: Plan) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        if not here:
+            ray.shutdown()
+
+
+_started: list[int] = []
+"""The cores of the cluster that this process has started, if it has."""
+
+
+def _stop() -> None:
+    _started.clear()
+    ray.shutdown()
+
+
+def _num_cpus(plan: Plan) -> int:
+    return plan.num_workers * plan.threads_per_worker
 
 
 class _EventSink:

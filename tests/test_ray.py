@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,3 +155,24 @@ def test_one_ray_worker_is_this_process_bit_for_bit_killed_or_not(
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
     assert same(weights_of(uninterrupted), weights_of(orchestrator.open_run("runs/ray")))
+
+
+def test_one_start_of_ray_serves_all_calls_of_a_process(tiny_resnet: Path, flat_digits: Path) -> None:
+    script = """
+import sys, ray, orchestrator
+nodes = []
+for name, workers in (("one", 1), ("two", 1), ("both", 2)):
+    run = orchestrator.finetune(
+        backbone=sys.argv[1], data=sys.argv[2], name=name, training={"epochs": 1}, events=lambda _: None,
+        scaling={"num_workers": workers, "address": "local", "threads_per_worker": 1},
+    )
+    assert run.finished
+    nodes.append(ray.nodes()[0]["NodeID"])
+print(len(set(nodes)), nodes[0] == nodes[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_resnet), str(flat_digits)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["2", "True"]  # two workers want more cores than one had started it with
