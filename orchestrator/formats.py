@@ -64,7 +64,8 @@ def _choose(
     if asked == "fp32":
         return Choice("float32")
     before = _remembered(family)
-    if asked == "auto" and before is not None and num_missing(before.format) == 0:
+    may_be = before is not None and (asked == "auto" or before.format == "bfloat16")
+    if before is not None and may_be and num_missing(before.format) == 0:
         return before
     if asked == "auto" and (before == Choice("float32") or not has_bfloat16(worker.device)):
         return Choice("float32")

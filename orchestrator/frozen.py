@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
@@ -158,11 +159,12 @@ def code_digest(modality: Modality) -> str | None:
         return None
     files: set[Path] = set()
     for function in (modality.decode, modality.fit, modality.build, modality.batch):
+        what: Any = function
+        while isinstance(what, functools.partial):
+            what = what.func
         try:
-            file = Path(inspect.getfile(inspect.unwrap(function)))  # type: ignore[arg-type]  # a function, or a class
-        except TypeError:
-            file = Path(inspect.getfile(type(function)))
-        except OSError:
+            file = Path(inspect.getfile(inspect.unwrap(what) if inspect.isroutine(what) else type(what)))
+        except (TypeError, OSError):  # built in, or typed into an interpreter
             return None
         files |= set(file.parent.glob("*.py")) if (file.parent / "__init__.py").exists() else {file}
     digest = hashlib.sha256()

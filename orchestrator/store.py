@@ -372,7 +372,7 @@ def _size(folder: Path) -> int:
 def prune(root: Path, max_bytes: int) -> list[Listing]:
     """Remove the sets that were not used for longest until the store takes `max_bytes` at most; what was removed.
 
-    A job that is using one of them computes again what it misses.
+    One that a job is writing to is left. A job that reads one of them goes on, and computes it again the next time.
     """
     found = listings(root)
     total, removed = sum(one.num_bytes for one in found), []
@@ -380,6 +380,9 @@ def prune(root: Path, max_bytes: int) -> list[Listing]:
         if total <= max_bytes:
             break
         folder = root / one.name
+        with FeatureSet(folder).filling() as alone:
+            if not alone:
+                continue
         for manifest in folder.glob("*.json"):  # first, so that nobody counts on a shard that is going
             manifest.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
