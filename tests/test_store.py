@@ -150,9 +150,7 @@ def test_the_sets_used_last_are_kept(tmp_path: Path) -> None:
     assert [one.num_samples for one in found] == [100] * 3
     most = sum(one.num_bytes for one in found) - 1
     with FeatureSet(tmp_path / found[2].name).filling():  # a job is at work on it
-        assert [one.key["backbone"] for one in store.prune(tmp_path, sum(one.num_bytes for one in found) - 1)] == [
-            "new"
-        ]
+        assert [one.key["backbone"] for one in store.prune(tmp_path, most)] == ["new"]
     filled(store.family_folder(tmp_path, "new", {"backbone": "new"}) / "float32", *range(100))
     store.touch(tmp_path / found[1].name)
     found = store.listings(tmp_path)
