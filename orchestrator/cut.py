@@ -131,12 +131,13 @@ def _candidates(network: Network, inputs: Inputs) -> Iterator[Cut]:
     names = tuple(name for name in network.head if name in reached)
     if not names:
         return
-    first = reached[names[0]]
-    if first.ndim == 3:
-        for pick in _PICKS_TRIED:
-            yield Cut(names, "chain", pick)
-    if not (first.ndim == 3 and _differ_in_length(network, inputs)):
-        yield Cut(names, "chain")
+    for start in range(len(names)):  # nor does one whose output nobody reads (big_bird's pooler)
+        chain, first = names[start:], reached[names[start]]
+        if first.ndim == 3:
+            for pick in _PICKS_TRIED:
+                yield Cut(chain, "chain", pick)
+        if not (first.ndim == 3 and _differ_in_length(network, inputs)):
+            yield Cut(chain, "chain")
     if len(names) > 1:
         yield Cut(names, "mean", widths=tuple(reached[name].flatten(1).shape[1] for name in names))
 

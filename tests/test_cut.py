@@ -207,3 +207,15 @@ def test_a_module_that_is_never_called_cuts_nothing() -> None:
     cut, _ = find_cut(network(module, "pooler", "first", "second"), {"x": torch.randn(4, 6)})
     assert cut == Cut(("first", "second"), "chain", "", "relu")
     assert find_cut(network(module, "pooler"), {"x": torch.randn(4, 6)})[0] is None
+
+
+def test_a_module_that_nobody_reads_cuts_nothing() -> None:
+    class Unread(Two):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.pooler(self.body(x))
+            return super().forward(x)
+
+    module = Unread(torch.tanh)
+    module.pooler = nn.Linear(8, 8)
+    cut, _ = find_cut(network(module, "pooler", "first", "second"), {"x": torch.randn(4, 6)})
+    assert cut == Cut(("first", "second"), "chain", "", "tanh")
