@@ -101,7 +101,7 @@ def find_cut(network: Network, inputs: Inputs) -> tuple[Cut | None, float]:
     it starts with, would make a wrong cut look right.
     """
     best = (None, math.inf)
-    with torch.no_grad(), _drawn_large(network):
+    with torch.no_grad(), _drawn_large(*(network.module.get_submodule(name) for name in network.head)):
         whole = network.logits(inputs)
         scale = whole.abs().max().clamp(min=1e-6)
         for cut in _candidates(network, inputs):
@@ -126,20 +126,32 @@ def _error(network: Network, cut: Cut, inputs: Inputs, whole: Tensor, scale: Ten
 
 def _candidates(network: Network, inputs: Inputs) -> Iterator[Cut]:
     """The cuts that the shapes allow, the likeliest first."""
-    # A module that is never called (a pooler that this head does not read) is trained in vain, and cuts nothing.
     reached = _reached(network, _a_part(network, inputs))
     names = tuple(name for name in network.head if name in reached)
+    yield from _cuts(network, inputs, names, reached)
+    read = tuple(name for name in names if _is_read(network, inputs, name)) if len(names) > 1 else names
+    if read != names:
+        yield from _cuts(network, inputs, read, reached)
+
+
+def _cuts(network: Network, inputs: Inputs, names: tuple[str, ...], reached: Mapping[str, Tensor]) -> Iterator[Cut]:
     if not names:
         return
-    for start in range(len(names)):  # nor does one whose output nobody reads (big_bird's pooler)
-        chain, first = names[start:], reached[names[start]]
-        if first.ndim == 3:
-            for pick in _PICKS_TRIED:
-                yield Cut(chain, "chain", pick)
-        if not (first.ndim == 3 and _differ_in_length(network, inputs)):
-            yield Cut(chain, "chain")
+    first = reached[names[0]]
+    if first.ndim == 3:
+        for pick in _PICKS_TRIED:
+            yield Cut(names, "chain", pick)
+    if not (first.ndim == 3 and _differ_in_length(network, inputs)):
+        yield Cut(names, "chain")
     if len(names) > 1:
         yield Cut(names, "mean", widths=tuple(reached[name].flatten(1).shape[1] for name in names))
+
+
+def _is_read(network: Network, inputs: Inputs, name: str) -> bool:
+    """Whether the logits depend on a module at all (those of big_bird do not on its pooler, which is called)."""
+    before = network.logits(inputs)
+    with _drawn_large(network.module.get_submodule(name), seed=1):
+        return not torch.equal(before, network.logits(inputs))
 
 
 def _glued(cut: Cut) -> Iterator[Cut]:
@@ -233,11 +245,11 @@ _PICKS_TRIED: tuple[Pick, ...] = ("first", "last", "end", "mean")
 
 
 @contextlib.contextmanager
-def _drawn_large(network: Network) -> Iterator[None]:
-    """The head's parameters, and those that stand where it ends, as after long training; put back afterwards."""
-    parameters = {p for name in network.head for p in network.module.get_submodule(name).parameters()}
+def _drawn_large(*modules: nn.Module, seed: int = 0) -> Iterator[None]:
+    """With parameters as after long training; put back afterwards."""
+    parameters = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
     kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
-    source = torch.Generator().manual_seed(0)
+    source = torch.Generator().manual_seed(seed)
     try:
         for parameter, value in kept:
             noise = torch.randn(value.shape, generator=source).to(value)
