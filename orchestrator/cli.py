@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -253,6 +254,9 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run a command; its exit code."""
     as_json = "--json" in arguments
+    # OpenMP's threads wait for one another by spinning, which beside other work on the same cores makes torch several
+    # times slower. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if not arguments:
             app(["--help"], standalone_mode=False, prog_name="orchestrator")

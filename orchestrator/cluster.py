@@ -20,7 +20,12 @@ from orchestrator.plans import Plan
 
 _EVENT_EVERY_S = 0.1
 _STOP_EVERY_S = 0.5
-_PASSED_ON = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET")  # never a token: Ray shows these to all
+_PASSED_ON = (
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_DISABLE_XET",
+    "OMP_WAIT_POLICY",
+)  # never a token: Ray shows these to all
 
 
 @contextlib.contextmanager
@@ -38,10 +43,11 @@ def joined(plan: Plan) -> Iterator[None]:
         yield
         return
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the command line's own process
     quiet: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
-        "runtime_env": {"env_vars": environment} if environment else None,
+        "runtime_env": {"env_vars": environment},
     }
     try:
         if here:
