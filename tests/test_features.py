@@ -288,12 +288,12 @@ def test_stopped_while_the_body_ran_it_goes_on(
             signal.raise_signal(signal.SIGINT)
         return compute(*what)
 
-    monkeypatch.setattr(extraction, "compute", stopping)
-    with pytest.raises(InterruptedRunError):
-        train(tiny_resnet, digits, **HEAD, name="stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction, "compute", stopping)
+        with pytest.raises(InterruptedRunError):
+            train(tiny_resnet, digits, **HEAD, name="stopped")
     run = train(tiny_resnet, digits, **HEAD, name="stopped")
     assert computed(run) == 600 - 3 * 64
-    monkeypatch.undo()
     whole = train(tiny_resnet, digits, **HEAD, storage="elsewhere")
     assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(run).items())
 
