@@ -228,7 +228,7 @@ def test_a_plan_is_json_and_back(tiny_resnet: Path, flat_digits: Path) -> None:
     [
         ({"scaling": {"num_workers": 64}}, "64 workers x 1 threads are more than"),
         (
-            {"scaling": {"num_workers": 2, "threads_per_worker": 1}, "training": {"num_shards": 1}},
+            {"scaling": {"num_workers": 2, "address": "auto"}, "training": {"num_shards": 1}},
             "leaves workers idle",
         ),
         ({"training": {"batch_size": 2, "num_shards": 2}, "method": "full"}, "shards of 1"),

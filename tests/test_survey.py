@@ -342,7 +342,7 @@ def model_types() -> list[str]:
     return sorted(known - {"timm_wrapper"})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # not of the module: tests of others may come in between
 def right() -> dict[str, set[str]]:
     """Type -> the modalities that give it logits alone, by running it."""
     import torch
