@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.planning import Checked
     from orchestrator.predictor import Prediction
     from orchestrator.registry import Listing
-    from orchestrator.store import Listing as FeatureListing
+    from orchestrator.sets import Listing as FeatureListing
 
 
 _WIDEST_EXAMPLE = 16

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import CheckpointError
+from orchestrator.runs import sync
 
 NUM_KEPT = 2
 _MARKER = "COMMITTED"
@@ -56,10 +56,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     sums = {file.name: _digest(file) for file in sorted(place.iterdir())}
     (place / _MANIFEST).write_text(json.dumps(sums, indent=1))
     for file in place.iterdir():
-        _sync(file)
+        sync(file)
     (place / _MARKER).write_text(_digest(place / _MANIFEST))
-    _sync(place / _MARKER)
-    _sync(place)
+    sync(place / _MARKER)
+    sync(place)
     for old in sorted(folder.glob("step-*"))[:-NUM_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return place
@@ -114,14 +114,6 @@ def _load(place: Path) -> Checkpoint:
 def _digest(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def trained_tensors(module: nn.Module, moving: tuple[str, ...]) -> Tensors:

@@ -202,9 +202,9 @@ Storage = Annotated[str, typer.Option(help="the directory of the runs")]
 @features.command("list")
 def list_features(storage: Storage = "runs", json_: Json = False) -> None:
     """List the sets of features, the one used last first."""
-    from orchestrator import answers, store
+    from orchestrator import answers, sets
 
-    answers.features(store.listings(store.of_storage(storage)), storage, json_)
+    answers.features(sets.listings(sets.of_storage(storage)), storage, json_)
 
 
 @features.command("show")
@@ -214,9 +214,9 @@ def show_features(
     json_: Json = False,
 ) -> None:
     """Show what a set of features is of."""
-    from orchestrator import answers, store
+    from orchestrator import answers, sets
 
-    answers.feature_set(store.find_listing(store.of_storage(storage), name), json_)
+    answers.feature_set(sets.find_listing(sets.of_storage(storage), name), json_)
 
 
 @features.command("prune")
@@ -229,10 +229,10 @@ def prune_features(
 
     orchestrator features prune --max-size 50GB
     """
-    from orchestrator import answers, store
+    from orchestrator import answers, sets
 
-    root, size = store.of_storage(storage), store.parse_size(max_size)
-    answers.pruned(store.prune(root, size), store.listings(root), json_)
+    root, size = sets.of_storage(storage), sets.parse_size(max_size)
+    answers.pruned(sets.prune(root, size), sets.listings(root), json_)
 
 
 @app.command()

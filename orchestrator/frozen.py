@@ -25,7 +25,8 @@ from orchestrator.modality import Modality
 from orchestrator.model import Network
 from orchestrator.plans import SPLITS, Plan
 from orchestrator.samples import Samples
-from orchestrator.store import CONTENTS, FOLDER, FeatureSet, family_folder, touch
+from orchestrator.sets import CONTENTS, FOLDER, family_folder, touch
+from orchestrator.store import FeatureSet
 from orchestrator.worker import Worker, channels_last
 
 _NUM_PROOF_SAMPLES = 16

@@ -252,6 +252,15 @@ def write_file(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def sync(path: Path) -> None:
+    """Return once the file, or what a folder lists, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

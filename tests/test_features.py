@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import orchestrator
-from orchestrator import store
+from orchestrator import sets
 from orchestrator.errors import InterruptedRunError, JobError
 from tests.test_train import silent, train, weights_of
 
@@ -53,7 +53,7 @@ def test_later_jobs_read_what_an_earlier_one_computed(tiny_resnet: Path, digits:
 def test_another_input_is_another_set(tiny_resnet: Path, flat_digits: Path) -> None:
     runs = [train(tiny_resnet, flat_digits, **HEAD, settings={"size": size}) for size in (32, 24, 32)]
     assert [computed(run) for run in runs[:2]] == [300, 300]
-    assert len(store.listings(Path("runs") / store.FOLDER)) == 2
+    assert len(sets.listings(Path("runs") / sets.FOLDER)) == 2
 
 
 def test_data_that_grew_by_a_tenth_costs_a_tenth(tiny_resnet: Path, digits: Path, flat_digits: Path) -> None:
@@ -130,7 +130,7 @@ def test_views_are_kept(tiny_resnet: Path, flat_digits: Path) -> None:
     counts = runs[0].plan.data.num_samples
     held_back = counts["validation"] + counts["test"]
     assert [computed(run) for run in runs] == [2 * counts["train"] + held_back, counts["train"]]
-    names = {one.name.split("/")[1].split("-")[0:2][-1] for one in store.listings(Path("runs") / store.FOLDER)}
+    names = {one.name.split("/")[1].split("-")[0:2][-1] for one in sets.listings(Path("runs") / sets.FOLDER)}
     assert names == {"float32", "view"}
     plain = train(tiny_resnet, flat_digits, **HEAD)
     assert computed(plain) == counts["train"]  # what was held back is there: unchanged, whatever the training
@@ -172,7 +172,7 @@ def test_a_notebooks_modality_keeps_its_features_to_its_run(tiny_resnet: Path, f
     finally:
         registry.unregister(mine.name)
     assert [computed(run) for run in runs] == [300, 300]
-    assert not (Path("runs") / store.FOLDER).exists()
+    assert not (Path("runs") / sets.FOLDER).exists()
     assert not (runs[0].path / "features").exists()
 
 
@@ -255,7 +255,7 @@ def test_killed_at_ten_random_moments_it_goes_on_from_its_last_shard(tiny_resnet
     for name, tensor in weights_of(whole).items():
         assert torch.allclose(tensor, weights_of(run)[name], atol=1e-5), name
     assert run.results["test"]["confusion"] == whole.results["test"]["confusion"]
-    (listing,) = store.listings(Path("runs") / store.FOLDER)
+    (listing,) = sets.listings(Path("runs") / sets.FOLDER)
     assert listing.num_samples == 600
 
 

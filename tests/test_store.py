@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator import store
+from orchestrator import sets, store
 from orchestrator.contents import Catalog, Ids, content_id
 from orchestrator.store import FeatureSet
 
@@ -141,30 +141,30 @@ def test_only_one_fills_alone(tmp_path: Path) -> None:
 
 def test_the_sets_used_last_are_kept(tmp_path: Path) -> None:
     for number, name in enumerate(("old", "new", "newer")):
-        folder = store.family_folder(tmp_path, name, {"backbone": name}) / "float32"
+        folder = sets.family_folder(tmp_path, name, {"backbone": name}) / "float32"
         filled(folder, *range(100))
-        store.touch(folder)
+        sets.touch(folder)
         os.utime(folder / ".used", (number, number))
-    found = store.listings(tmp_path)
+    found = sets.listings(tmp_path)
     assert [one.key["backbone"] for one in found] == ["newer", "new", "old"]
     assert [one.num_samples for one in found] == [100] * 3
     most = sum(one.num_bytes for one in found) - 1
     with FeatureSet(tmp_path / found[2].name).filling():  # a job is at work on it
-        assert [one.key["backbone"] for one in store.prune(tmp_path, most)] == ["new"]
-    filled(store.family_folder(tmp_path, "new", {"backbone": "new"}) / "float32", *range(100))
-    store.touch(tmp_path / found[1].name)
-    found = store.listings(tmp_path)
-    removed = store.prune(tmp_path, sum(one.num_bytes for one in found) - 1)
+        assert [one.key["backbone"] for one in sets.prune(tmp_path, most)] == ["new"]
+    filled(sets.family_folder(tmp_path, "new", {"backbone": "new"}) / "float32", *range(100))
+    sets.touch(tmp_path / found[1].name)
+    found = sets.listings(tmp_path)
+    removed = sets.prune(tmp_path, sum(one.num_bytes for one in found) - 1)
     assert [one.key["backbone"] for one in removed] == ["old"]
-    assert {one.key["backbone"] for one in store.listings(tmp_path)} == {"newer", "new"}
-    assert len(store.prune(tmp_path, 0)) == 2
+    assert {one.key["backbone"] for one in sets.listings(tmp_path)} == {"newer", "new"}
+    assert len(sets.prune(tmp_path, 0)) == 2
     assert not list(tmp_path.iterdir())
 
 
 def test_another_key_is_another_folder(tmp_path: Path) -> None:
-    one = store.family_folder(tmp_path, "b", {"commit": "1", "input": {"size": [8, 8]}})
-    assert store.family_folder(tmp_path, "b", {"input": {"size": [8, 8]}, "commit": "1"}) == one
-    assert store.family_folder(tmp_path, "b", {"commit": "1", "input": {"size": [8, 16]}}) != one
+    one = sets.family_folder(tmp_path, "b", {"commit": "1", "input": {"size": [8, 8]}})
+    assert sets.family_folder(tmp_path, "b", {"input": {"size": [8, 8]}, "commit": "1"}) == one
+    assert sets.family_folder(tmp_path, "b", {"commit": "1", "input": {"size": [8, 16]}}) != one
 
 
 # --- what is remembered of files ---
