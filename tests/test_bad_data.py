@@ -22,6 +22,8 @@ import orchestrator
 from orchestrator import cli as commands
 from orchestrator import registry
 from orchestrator.errors import BadSampleError, DataError
+from orchestrator.modality import Profile
+from orchestrator.plans import BackboneCard
 from tests.tiny import make_bert, make_wav2vec2
 
 Cli = Callable[..., CompletedProcess[str]]
@@ -239,6 +241,32 @@ def test_an_ogg_file_that_ends_with_a_whole_page_is_a_shorter_recording() -> Non
     assert len(decode("audio", unmarked).samples) == len(decode("audio", content).samples)
     assert 0 < decode("audio", content[:last]).seconds < 20
     assert bad("audio", content[:-1]) == "is cut off: its last page is not whole"
+
+
+def test_recordings_that_do_not_say_where_they_end_are_counted_and_said() -> None:
+    """What was cut off between two OGG pages, and what was never marked, is used; and the user is told of it."""
+    ogg, mp3 = wave("OGG", 20), wave("MP3", 5)
+    nameless = mp3.replace(b"Xing", bytes(4)).replace(b"Info", bytes(4))
+    cut = ogg[: ogg.rfind(b"OggS")]
+    for whole, open_ended in ((ogg, cut), (mp3, nameless)):
+        assert decode("audio", whole).end_marked
+        assert not decode("audio", open_ended).end_marked
+    assert decode("audio", wave("WAV")).end_marked
+    audio = registry.get("audio")
+    card = BackboneCard(
+        source="b", kind="directory", name="b", model_type="wav2vec2", config={"conv_kernel": [10], "conv_stride": [5]},
+        preprocessor={"sampling_rate": 8000},
+    )  # fmt: skip
+    for contents, said in (
+        ((ogg, cut, mp3, mp3), "25% of the recordings carry no mark of their end"),
+        ((ogg, mp3), ""),
+    ):
+        assert audio.measure is not None
+        assert audio.fit is not None
+        profile = Profile.of(audio.measure(decode("audio", content), card) for content in contents)
+        fit = audio.fit(card, audio.rules.accepts["wav2vec2"], audio.settings(), profile)
+        assert any("no mark of their end" in one for one in fit.warnings) == bool(said)
+        assert not said or any(said in one for one in fit.warnings)
 
 
 def without_the_mark(content: bytes, last: int) -> bytes:

@@ -43,6 +43,7 @@ _OFTEN = 0.1  # of the recordings cropped: more is worth a warning
 _FRAMES_LOST = 4608  # of the header's, by which lossy formats round: four MP3 frames
 _MIN_FRAMES = 4  # of the convolutions: some families halve their number again
 _XING_WITHIN = 64  # bytes from the start of a frame
+_OGG_FLAGS, _OGG_LAST = 5, 4  # RFC 3533: the byte of a page's flags, and the flag of the last page
 _STREAMED = (0, 0xFFFFFFFF)  # RIFF sizes that say nothing
 CLAP = ("clap", "clap_audio_model")
 SPECTROGRAM = ("audio-spectrogram-transformer", "whisper", *CLAP)
@@ -76,6 +77,8 @@ class Recording:
     """Of the file."""
     encoding: str = ""
     """Container and bit depth or codec, in libsndfile's words: "WAV PCM_16", "OGG VORBIS"."""
+    end_marked: bool = True
+    """Whether the file says where it ends, so that one that was cut off would show."""
 
 
 def decode(sample: Sample) -> Recording:
@@ -111,7 +114,7 @@ def decode(sample: Sample) -> Recording:
     loudest = max(-low, high)
     if loudest > _LOUDEST:
         raise BadSampleError(f"holds a sample of {loudest:g}, and full scale is 1")
-    return Recording(samples, rate, frames / rate, channels, encoding)
+    return Recording(samples, rate, frames / rate, channels, encoding, _marks_its_end(content))
 
 
 def _read_mono(file: Any, wanted: int) -> npt.NDArray[np.float32]:
@@ -159,14 +162,28 @@ def _cut_off(content: bytes) -> str:
     return _cut_off_mp3(content)
 
 
-def _cut_off_mp3(content: bytes) -> str:
-    """By the Xing header, which most encoders write into the first frame: how many bytes there are from there on."""
+def _marks_its_end(content: bytes) -> bool:
+    """Whether the last OGG page is marked as the last, or an MP3 file says how long it is; all other formats do."""
+    if content[:4] == b"OggS":
+        page = content[content.rfind(b"OggS") :]
+        return len(page) > _OGG_FLAGS and bool(page[_OGG_FLAGS] & _OGG_LAST)
+    start, at = _find_xing(content)
+    return start < 0 or at >= 0
+
+
+def _find_xing(content: bytes) -> tuple[int, int]:
+    """(where the frames of an MP3 file start, where its Xing header is); -1 where there is none."""
     start = 0
     if content[:3] == b"ID3" and len(content) >= 10:  # a tag, its size in four times 7 bits
         start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0), strict=True))
     if content[start : start + 1] != b"\xff":
-        return ""
-    at = max(content.find(name, start, start + _XING_WITHIN) for name in (b"Xing", b"Info"))
+        return -1, -1
+    return start, max(content.find(name, start, start + _XING_WITHIN) for name in (b"Xing", b"Info"))
+
+
+def _cut_off_mp3(content: bytes) -> str:
+    """By the Xing header, which most encoders write into the first frame: how many bytes there are from there on."""
+    start, at = _find_xing(content)
     if at < 0 or len(content) < at + 16:
         return ""
     (flags,) = struct.unpack(">I", content[at + 4 : at + 8])
@@ -178,13 +195,14 @@ def _cut_off_mp3(content: bytes) -> str:
 
 
 def measure(recording: Recording, card: BackboneCard) -> Facts:  # noqa: ARG001  # measured without the backbone
-    """Rate in Hz, channels, seconds, and how it is encoded."""
-    return {
+    """Rate in Hz, channels, seconds, and how it is encoded; `end` where nothing marks it."""
+    facts: dict[str, int | float | str] = {
         "rate_hz": recording.rate_hz,
         "channels": recording.channels,
         "encoding": recording.encoding,
         "seconds": round(recording.seconds, 3),
     }
+    return facts if recording.end_marked else {**facts, "end": "not marked"}
 
 
 def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profile | None) -> Fit:  # noqa: ARG001
@@ -255,6 +273,12 @@ def _hold_against(
         short = profile.share(lambda one: one["seconds"] < fixed)
         if short:
             adaptations.append(Adaptation(what="pad", received=received, used=f"{fixed:g} s, {filling}", share=short))
+    open_ended = profile.share(lambda one: "end" in one)
+    if open_ended:
+        notes.append(
+            f"{open_ended:.0%} of the recordings carry no mark of their end (OGG without a last page, MP3 without a "
+            "length): if one of them was cut off, it is used as a shorter one"
+        )
     tiny = profile.share(lambda one: one["seconds"] * rate < shortest)
     if tiny:
         notes.append(
