@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, first_line
 from orchestrator.loop import run_worker
@@ -20,6 +20,7 @@ from orchestrator.plans import Plan
 
 _EVENT_EVERY_S = 0.1
 _STOP_EVERY_S = 0.5
+_EXCHANGE_TIMEOUT_S = 12 * 3600
 _PASSED_ON = (
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
@@ -126,6 +127,8 @@ def fit(plan: Plan, config: dict[str, Any]) -> Exception | None:
     trainer = TorchTrainer(
         _worker,
         train_loop_config=config,
+        # A worker that has run the body over its share waits for the others: half an hour, the default, may be short.
+        torch_config=TorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers,
             use_gpu=use_gpu,

@@ -116,6 +116,8 @@ def find_cut(network: Network, inputs: Inputs) -> tuple[Cut | None, float]:
 def _error(network: Network, cut: Cut, inputs: Inputs, whole: Tensor, scale: Tensor) -> float:
     try:
         found = Head(network, cut)({"features": Body(network, cut)(inputs)})
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError, ValueError, AttributeError, IndexError, AssertionError):
         return math.inf  # this module takes something else
     if not isinstance(found, Tensor) or found.shape != whole.shape:

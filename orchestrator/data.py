@@ -119,7 +119,7 @@ def _prepare(
     if keep:
         roots = [_text_of(origin) for origin in source.origins]
         contents = np.stack([view(taken.content_id), view(taken.content_high)], axis=1)[kept[used]]
-        marks = view(taken.stat_id)[kept[used]]
+        marks = np.where(view(taken.timed), view(taken.stat_id), np.uint64(0))[kept[used]]
         write_index(
             directory / INDEX_FILE, kept[used], targets[used], split[used], num_bytes[used], contents, marks, roots
         )

@@ -6,6 +6,7 @@ computed again, whatever dies. While one batch is in the body, the next is read 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,7 +75,10 @@ class Extraction:
         counted = False
         for _ in range(_MOST_ROUNDS):
             features.refresh(written)
-            missing = worker.gather(self._missing(features, rows, ids) if worker.rank == 0 else None)[0]
+            # What one worker sees on a shared file system another one may not see yet: rank 0's shards are named, and
+            # what any worker misses is missing.
+            features.refresh(worker.gather(features.names if worker.rank == 0 else None)[0])
+            missing = np.unique(np.concatenate(worker.gather(self._missing(features, rows, ids))))
             if not counted:
                 self.advance(len(rows) - len(missing))
                 counted = True
@@ -84,22 +88,28 @@ class Extraction:
                 ids = self._learn(rows, ids)
                 continue
             shard, at = features.find(ids)
-            used = np.unique(shard[shard >= 0])
-            broken = [name for part in worker.gather(features.damaged(used[worker.rank :: worker.num_workers].tolist()))
-                      for name in part]  # fmt: skip
+            used = {features.names[number] for number in np.unique(shard[shard >= 0]).tolist()}
+            everybodys = sorted(set().union(*worker.gather(used)))
+            broken = self._damaged(features, everybodys[worker.rank :: worker.num_workers])
             if not broken:
                 self._remember(rows, ids)
                 there = shard >= 0
-                values = [features.values(int(n)).view(np.ndarray) if n in used else _NOTHING
-                          for n in range(len(features.names))]  # fmt: skip
+                values = [features.values(number).view(np.ndarray) if name in used else _NOTHING
+                          for number, name in enumerate(features.names)]  # fmt: skip
                 return StoredView(rows[there], shard[there], at[there], values)
-            features.forget(broken)
             self.note(f"{len(broken)} stored shards of features were damaged: they are made again")
         raise TrainingError(
             f"the features in {features.folder} do not stay as they are written",
             expected="storage that keeps its bytes, and nobody who prunes it meanwhile",
             mend="look at that storage; the same command goes on",
         )
+
+    def _damaged(self, features: FeatureSet, names: list[str]) -> list[str]:
+        """Which shards any worker has found damaged, each looking at some; all forget them."""
+        numbers = [number for number, name in enumerate(features.names) if name in set(names)]
+        broken = [name for part in self.worker.gather(features.damaged(numbers)) for name in part]
+        features.forget(broken)
+        return broken
 
     def _known(self, rows: Ints) -> Ids:
         """The ids of the rows' contents, as far as they are known without reading: from the start, or from before."""
@@ -141,7 +151,9 @@ class Extraction:
         names: list[str] = []
         stopped = False
         features.sweep()
-        with features.filling() as alone:
+        # One lock a job: the other workers' shares are their own.
+        with features.filling() if self.worker.rank == 0 else contextlib.nullcontext(False) as lock:
+            alone = self.worker.gather(lock)[0]
             if self.by_length:
                 mine = self.source.samples.by_length(mine)
             batches = list(self.source.samples.batches(mine))
@@ -152,21 +164,22 @@ class Extraction:
             def load(some: Ints) -> _Loaded:
                 return self._load(features, some, ids[np.searchsorted(rows, some)], view)
 
-            for some, loaded in _ahead(load, batches):
-                self._new |= loaded.new
-                for inputs, kept in loaded.inputs or self._collated(loaded.found, view):
-                    waiting.add(loaded.ids[kept], self._features(inputs))
-                    self.num_computed += len(kept)
-                self.advance(len(some) * self.worker.num_workers)
-                now = time.monotonic()
-                if waiting.is_due(max(FLUSH_S, _FLUSH_SHARE * (now - started))):
+            try:
+                for some, loaded in _ahead(load, batches):
+                    self._new |= loaded.new
+                    for inputs, kept in loaded.inputs or self._collated(loaded.found, view):
+                        waiting.add(loaded.ids[kept], self._features(inputs))
+                        self.num_computed += len(kept)
+                    self.advance(len(some) * self.worker.num_workers)
+                    if waiting.is_due(max(FLUSH_S, _FLUSH_SHARE * (time.monotonic() - started))):
+                        names.append(waiting.write(features, self.format))
+                        features.refresh()  # what another job has done meanwhile need not be done here
+                    if self.should_stop():
+                        stopped = True
+                        break
+            finally:  # whatever ended it: what was computed is kept
+                if waiting.ids:
                     names.append(waiting.write(features, self.format))
-                    features.refresh()  # what another job has done meanwhile need not be done here
-                if self.should_stop():
-                    stopped = True
-                    break
-            if waiting.ids:
-                names.append(waiting.write(features, self.format))
         if any(self.worker.gather(stopped)):
             raise InterruptedRunError("stopped while the body ran", mend="the same command goes on")
         return names

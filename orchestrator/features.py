@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from orchestrator.contents import Ids
 from orchestrator.errors import BadSampleError, TrainingError
 from orchestrator.modality import Collate, Decode
 from orchestrator.model import Inputs
@@ -101,6 +100,8 @@ class StoredView:
 
     def batch(self, rows: Ints) -> tuple[Tensor, Ints]:
         """(features, float32 [samples, ...]; those of the rows that have any)."""
+        if not len(self.rows):
+            return torch.zeros(0, 1), rows[:0]
         at = np.searchsorted(self.rows, rows)
         there = (at < len(self.rows)) & (self.rows[np.minimum(at, len(self.rows) - 1)] == rows)
         if not there.all():
@@ -140,7 +141,6 @@ class FeatureSource:
 
 
 Source = SampleSource | FeatureSource
-IdsOfRows = tuple[Ints, Ids]
 
 
 def part_of(rows: Ints, number: int, num_parts: int) -> Ints:

@@ -67,12 +67,16 @@ def _choose(
     may_be = before is not None and (asked == "auto" or before.format == "bfloat16")
     if before is not None and may_be and num_missing(before.format) == 0:
         return before
-    if asked == "auto" and (before == Choice("float32") or not has_bfloat16(worker.device)):
+    if asked == "auto" and before is not None and before.format == "float32":
+        return before  # tried before: the same data must not change its format from one start to the next
+    if asked == "auto" and not has_bfloat16(worker.device):
         return Choice("float32")
     if asked == "auto" and num_missing("float32") <= _NUM_SAMPLES:  # the trial would cost more than it could gain
         return Choice("float32")
-    choice = _tried(asked, body, source, rows[:_NUM_SAMPLES], worker)
-    write_file(family / _FILE, json.dumps(asdict(choice)))
+    some = rows[:: max(1, len(rows) // _NUM_SAMPLES)][:_NUM_SAMPLES]  # of folders the first ones are of one class
+    choice = _tried("bf16" if before is not None else asked, body, source, some, worker)
+    if before is None:
+        write_file(family / _FILE, json.dumps(asdict(choice)))
     return choice
 
 
@@ -97,7 +101,8 @@ def _tried(asked: str, body: Body, source: SampleSource, rows: Ints, worker: Wor
             began = time.perf_counter()
             values[format] = as_float32(compute(body, inputs, format)).flatten(1)
             seconds[format] = time.perf_counter() - began
-        cosines.append(float(torch.cosine_similarity(values["float32"], values["bfloat16"], dim=1).min()))
+        cosine_of = torch.cosine_similarity(values["float32"], values["bfloat16"], dim=1)
+        cosines.append(float(cosine_of.nan_to_num(nan=-1.0).min()))
         gains.append(seconds["float32"] / seconds["bfloat16"])
     if not cosines:
         return Choice("float32")

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from orchestrator.worker import Worker, channels_last
 
 _NUM_PROOF_SAMPLES = 16
 _OF_RUN = "features"
+
+_LIBRARIES = ("torch", "transformers", "timm", "torchvision", "pillow", "soundfile", "soxr", "tokenizers")
+"""What decodes, prepares and computes: other versions may give other features."""
 
 Ints = npt.NDArray[np.int64]
 Events = Callable[[dict[str, Any]], None]
@@ -123,15 +127,17 @@ def _num_missing(folder: Path, samples: Samples, catalog: Catalog, rows: Ints) -
 
 
 def _prove(network: Network, source: SampleSource, samples: Samples, worker: Worker) -> tuple[Cut | None, float]:
-    """The cut, proved on training samples: the longest ones, and some at even distances."""
-    rows = samples.rows("train")
-    by_length = samples.by_length(rows)
-    half = _NUM_PROOF_SAMPLES // 2
-    chosen = np.unique(np.concatenate([by_length[-half:], rows[:: max(1, len(rows) // half)][:half]]))
-    batch = source.batch(chosen, train=False)
-    if batch is None:
-        return None, math.inf
-    return find_cut(network, channels_last(batch.to(worker.device).inputs))
+    """The cut, proved on the shortest samples, the longest ones, and some at even distances; one answer for all."""
+    found: tuple[Cut | None, float] = (None, math.inf)
+    if worker.rank == 0:
+        rows = np.concatenate([samples.rows(name) for name in SPLITS])
+        by_length, third = samples.by_length(rows), _NUM_PROOF_SAMPLES // 3
+        some = rows[:: max(1, len(rows) // third)][:third]
+        batch = source.batch(np.unique(np.concatenate([by_length[:third], by_length[-third:], some])), train=False)
+        if batch is not None:
+            found = find_cut(network, channels_last(batch.to(worker.device).inputs))
+    answer: tuple[Cut | None, float] = worker.gather(found)[0]
+    return answer
 
 
 # --- the key ---
@@ -142,15 +148,23 @@ def feature_key(plan: Plan, cut: Cut, code: str | None) -> dict[str, Any]:
     plain = {key: value for key, value in plan.input.items() if key not in plan.augmentation}
     settings = {key: value for key, value in plan.job.settings.items() if key not in plan.augmentation}
     return {
-        "backbone": plan.backbone.source, "commit": plan.backbone.commit, "modality": plan.job.modality,
+        "backbone": plan.backbone.name, "commit": plan.backbone.commit, "modality": plan.job.modality,
         "row": plan.row.model_dump(mode="json"), "cut": cut.point, "input": plain, "settings": settings, "code": code,
+        "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
     }  # fmt: skip
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def view_name(plan: Plan, number: int) -> str:
     """`view-0-1f2e3d4c`: of the number, the seed, and how samples are changed."""
-    how = {key: plan.input[key] for key in plan.augmentation if key in plan.input}
-    digest = hashlib.sha256(repr((sorted(how.items()), plan.job.training.seed)).encode()).hexdigest()[:8]
+    how = [(key, plan.input.get(key), plan.job.settings.get(key)) for key in sorted(plan.augmentation)]
+    digest = hashlib.sha256(repr((how, plan.job.training.seed)).encode()).hexdigest()[:8]
     return f"view-{number}-{digest}"
 
 
@@ -167,7 +181,7 @@ def code_digest(modality: Modality) -> str | None:
             file = Path(inspect.getfile(inspect.unwrap(what) if inspect.isroutine(what) else type(what)))
         except (TypeError, OSError):  # built in, or typed into an interpreter
             return None
-        files |= set(file.parent.glob("*.py")) if (file.parent / "__init__.py").exists() else {file}
+        files |= set(file.parent.rglob("*.py")) if (file.parent / "__init__.py").exists() else {file}
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

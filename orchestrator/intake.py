@@ -76,6 +76,8 @@ class Intake:
     """64 more bits of that, for what is kept longer than a job."""
     stat_id: array[int] = field(default_factory=lambda: array("Q"))
     """Of a file's size and time of modification; 0 where they are not known."""
+    timed: array[int] = field(default_factory=lambda: array("b"))
+    """Whether `stat_id` holds a time: some stores tell none, and then the same size is no sign of the same content."""
     skipped: list[Skip] = field(default_factory=list)
     facts: list[tuple[int, Facts]] = field(default_factory=list)
     """(row, what was measured on it)"""
@@ -178,6 +180,7 @@ def _remember(taken: Intake, row: Row, look: _Look, task: TaskName) -> None:
     taken.content_id.append(look.content_id[0])
     taken.content_high.append(look.content_id[1])
     taken.stat_id.append(look.stat_id)
+    taken.timed.append(look.timed)
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,7 @@ class _Look:
     """-1 where it is not known."""
     content_id: tuple[int, int] = (0, 0)
     stat_id: int = 0
+    timed: bool = False
     facts: Facts | None = None
 
 
@@ -254,6 +258,7 @@ class _Looker:
             num_bytes,
             content_id(content, row.second) if content is not None else (0, 0),
             digest64(*listed) if listed is not None else 0,
+            listed is not None and listed[1] > 0,
         )
         if not measured or content is None:
             return known
@@ -263,7 +268,7 @@ class _Looker:
         except BadSampleError as error:
             row.problem = error.message
             return known
-        return _Look(known.num_bytes, known.content_id, known.stat_id, facts)
+        return _Look(known.num_bytes, known.content_id, known.stat_id, known.timed, facts)
 
     def _fetch(self, row: Row, measured: bool) -> tuple[tuple[int, int] | None, bytes | None]:
         """(size and time, content where it is needed) of the row's file; sets its problem."""

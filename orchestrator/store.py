@@ -188,10 +188,6 @@ class FeatureSet:
             self._values.pop(name, None)
         self._index()
 
-    def trust(self, names: Iterable[str]) -> None:
-        """These were looked at by another worker of the same job."""
-        self._trusted |= set(names)
-
     def sweep(self) -> None:
         """Remove what jobs that died have left."""
         with contextlib.suppress(FileNotFoundError):
@@ -225,6 +221,8 @@ class FeatureSet:
         """The shard that a manifest describes; None where the manifest or its file is not whole."""
         try:
             found = json.loads(self._manifest(name).read_text())
+            if found["format"] not in _NUMPY:  # of a later version
+                return None
             raw = base64.b64decode(found["ids"], validate=True)
             shape = tuple(int(size) for size in found["shape"])
             shard = Shard(
@@ -237,9 +235,9 @@ class FeatureSet:
                 and len(shard.ids) == shape[0]
                 and shard.num_bytes == shard.offset + num_values == self._file(name).stat().st_size
             )
-        except FileNotFoundError:  # pruned meanwhile, or a manifest whose shard is gone
+        except OSError:  # pruned meanwhile, a manifest whose shard is gone, or storage that does not answer
             return None
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             whole = False
         if not whole:
             self._broken.add(name)
@@ -250,5 +248,5 @@ class FeatureSet:
         try:
             with self._file(name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest() == self._shards[name].sha256
-        except OSError:
+        except FileNotFoundError:  # pruned
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def start_worker(plan: Plan, local_rank: int = 0) -> Worker:
     torch.set_num_threads(plan.threads_per_worker)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, stored features too; who wants speed has bf16
+    _open_many_files()
     _keep_memory()
     grouped = dist.is_available() and dist.is_initialized()
     return Worker(
@@ -122,6 +125,13 @@ def _keep_memory() -> None:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(_M_MMAP_MAX, 0)
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _open_many_files() -> None:
+    """Raise the limit of open files to what may be: each shard of stored features is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def seed_for(*what: int) -> None:

@@ -94,7 +94,6 @@ def test_a_flipped_bit_is_found_and_the_shard_removed(tmp_path: Path, byte: int)
         lambda found: json.dumps(found)[:-20],
         lambda found: json.dumps([found]),
         lambda found: json.dumps({**found, "shape": [39, 2]}),
-        lambda found: json.dumps({**found, "format": "int8"}),
         lambda found: json.dumps({**found, "ids": "A" * 16 + found["ids"][16:]}),
         lambda found: json.dumps({**found, "ids": 5}),
         lambda found: json.dumps({**found, "offset": -8}),
