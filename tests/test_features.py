@@ -124,6 +124,38 @@ def test_a_file_is_not_read_again_to_find_out_what_it_is(
     assert one("fifth")[0] == 0
 
 
+def test_of_a_store_that_tells_no_times_nothing_is_remembered(
+    tiny_resnet: Path, flat_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the same size is no sign of the same content."""
+    import fsspec
+
+    from orchestrator import intake
+
+    monkeypatch.setattr(intake, "NUM_MEASURED_ALL", 8)
+    monkeypatch.setattr(intake, "NUM_MEASURED", 4)
+    place = fsspec.filesystem("memory")
+
+    def put(change: int) -> None:
+        for file in flat_digits.glob("*/*.png"):
+            content = bytearray(file.read_bytes())
+            content[-1] ^= change
+            place.pipe(f"/timeless/{file.parent.name}/{file.name}", bytes(content))
+
+    def one(name: str) -> int:
+        return computed(orchestrator.finetune(
+            backbone=str(tiny_resnet), data="memory://timeless", name=name, events=silent, **HEAD
+        ))  # fmt: skip
+
+    try:
+        put(0)
+        assert (one("first"), one("second")) == (300, 0)
+        put(1)
+        assert one("third") == 300
+    finally:
+        place.rm("/timeless", recursive=True)
+
+
 def test_views_are_kept(tiny_resnet: Path, flat_digits: Path) -> None:
     augmented = {**HEAD, "settings": {"augment": "light"}}
     runs = [train(tiny_resnet, flat_digits, **augmented, **{"training.views": views}) for views in (2, 3)]
@@ -327,3 +359,18 @@ def test_many_shards_are_read_as_one() -> None:
     assert kept.tolist() == [7, 1, 2]
     assert found.tolist() == [[12, 13], [20, 21], [4, 5]]
     assert view.batch(np.array([0, 9]))[1].tolist() == []
+    nothing = StoredView(rows[:0], rows[:0], rows[:0], [])
+    assert nothing.batch(np.array([0, 9]))[1].tolist() == []
+
+
+def test_views_differ_by_what_the_settings_alone_say(tiny_resnet: Path, flat_digits: Path) -> None:
+    from orchestrator.frozen import view_name
+
+    plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits))
+    weak, strong = (
+        plan.model_copy(update={
+            "augmentation": ("strength",), "job": plan.job.model_copy(update={"settings": {"strength": strength}})
+        })
+        for strength in (1, 9)
+    )  # fmt: skip
+    assert view_name(weak, 0) != view_name(strong, 0)

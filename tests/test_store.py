@@ -111,6 +111,18 @@ def test_a_broken_manifest_is_no_manifest(tmp_path: Path, change: object) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_read_or_understood_is_left_alone(tmp_path: Path) -> None:
+    """Storage that does not answer is no damage, and a later version may know other formats."""
+    name = filled(tmp_path, 1)
+    manifest = tmp_path / f"{name}.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": "int4"}))
+    (tmp_path / "unreadable.json").mkdir()  # reading it is an OSError
+    features = FeatureSet(tmp_path)
+    features.refresh()
+    assert (features.names, features.damaged([])) == ([], [])
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_cut_shard_is_none(tmp_path: Path) -> None:
     name = filled(tmp_path, 1, 2)
     file = tmp_path / f"{name}.safetensors"
