@@ -598,12 +598,12 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], run: Path, number: int = 1) -> None:
-    for _ in range(12000):
+    for _ in range(36000):
         if len(list(run.glob("checkpoints/step-*/COMMITTED"))) >= number:
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
-    raise AssertionError("no checkpoint in a minute")
+    raise AssertionError("no checkpoint in three minutes")
 
 
 @pytest.mark.slow
