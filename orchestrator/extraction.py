@@ -24,8 +24,9 @@ from orchestrator.cut import Body
 from orchestrator.errors import BadSampleError, InterruptedRunError, TrainingError
 from orchestrator.features import SampleSource, StoredView, part_of
 from orchestrator.model import Inputs
+from orchestrator.samples import Samples
 from orchestrator.store import FeatureSet, Format, Values
-from orchestrator.worker import Worker, channels_last, seed_for
+from orchestrator.worker import Worker, channels_last, on_device, seed_for
 
 FLUSH_S = 10.0
 """A shard is written at least so often, at first: what is lost when a job is killed."""
@@ -106,21 +107,17 @@ class Extraction:
 
     def _damaged(self, features: FeatureSet, names: list[str]) -> list[str]:
         """Which shards any worker has found damaged, each looking at some; all forget them."""
-        numbers = [number for number, name in enumerate(features.names) if name in set(names)]
+        mine = set(names)
+        numbers = [number for number, name in enumerate(features.names) if name in mine]
         broken = [name for part in self.worker.gather(features.damaged(numbers)) for name in part]
         features.forget(broken)
         return broken
 
     def _known(self, rows: Ints) -> Ids:
-        """The ids of the rows' contents, as far as they are known without reading: from the start, or from before."""
-        samples = self.source.samples
+        """The ids of the rows' contents, as far as they need not be read for it."""
         if self.verify:
             return np.zeros((len(rows), 2), np.uint64)
-        ids = samples.contents(rows)
-        open_ = np.flatnonzero(~known(ids))
-        if len(open_):
-            ids[open_] = self.catalog.find(*samples.files(rows[open_]))
-        return ids
+        return known_contents(self.source.samples, self.catalog, rows)
 
     def _missing(self, features: FeatureSet, rows: Ints, ids: Ids) -> Ints:
         shard, _ = features.find(ids)
@@ -238,9 +235,16 @@ class Extraction:
 
     def _features(self, inputs: Inputs) -> Values:
         """What the body gives, [samples, ...]: float32, or the bits of bfloat16."""
-        device = self.worker.device
-        on_device = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
-        return compute(self.body, on_device, self.format)
+        return compute(self.body, on_device(inputs, self.worker.device), self.format)
+
+
+def known_contents(samples: Samples, catalog: Catalog, rows: Ints) -> Ids:
+    """The ids of the rows' contents, as far as they are known without reading: from the start, or from before."""
+    ids = samples.contents(rows)
+    open_ = np.flatnonzero(~known(ids))
+    if len(open_):
+        ids[open_] = catalog.find(*samples.files(rows[open_]))
+    return ids
 
 
 _NOTHING: npt.NDArray[np.float32] = np.zeros((0, 1), np.float32)

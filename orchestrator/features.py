@@ -16,6 +16,7 @@ from orchestrator.modality import Collate, Decode
 from orchestrator.model import Inputs
 from orchestrator.samples import Samples
 from orchestrator.store import Values
+from orchestrator.worker import on_device
 
 Ints = npt.NDArray[np.int64]
 
@@ -33,8 +34,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.targets.to(device), self.rows)
+        return Batch(on_device(self.inputs, device), self.targets.to(device), self.rows)
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from orchestrator.cut import Body
 from orchestrator.extraction import compute
 from orchestrator.features import SampleSource, as_float32
-from orchestrator.runs import write_file
+from orchestrator.sets import write_shared
 from orchestrator.store import Format
 from orchestrator.worker import Worker
 
@@ -64,8 +64,7 @@ def _choose(
     if asked == "fp32":
         return Choice("float32")
     before = _remembered(family)
-    may_be = before is not None and (asked == "auto" or before.format == "bfloat16")
-    if before is not None and may_be and num_missing(before.format) == 0:
+    if before is not None and before.format == "bfloat16" and num_missing("bfloat16") == 0:
         return before
     if asked == "auto" and before is not None and before.format == "float32":
         return before  # tried before: the same data must not change its format from one start to the next
@@ -76,7 +75,7 @@ def _choose(
     some = rows[:: max(1, len(rows) // _NUM_SAMPLES)][:_NUM_SAMPLES]  # of folders the first ones are of one class
     choice = _tried("bf16" if before is not None else asked, body, source, some, worker)
     if before is None:
-        write_file(family / _FILE, json.dumps(asdict(choice)))
+        write_shared(family / _FILE, json.dumps(asdict(choice)))
     return choice
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator import registry
-from orchestrator.contents import Catalog, known
+from orchestrator.contents import Catalog
 from orchestrator.cut import Body, Cut, Head, find_cut
-from orchestrator.extraction import Extraction
+from orchestrator.extraction import Extraction, known_contents
 from orchestrator.features import FeatureSource, SampleSource
 from orchestrator.formats import choose
 from orchestrator.modality import Modality
@@ -119,11 +119,7 @@ def _num_missing(folder: Path, samples: Samples, catalog: Catalog, rows: Ints) -
     features.refresh()
     if not features.names:
         return len(rows)
-    ids = samples.contents(rows)
-    open_ = np.flatnonzero(~known(ids))
-    if len(open_):
-        ids[open_] = catalog.find(*samples.files(rows[open_]))
-    return int((features.find(ids)[0] < 0).sum())
+    return int((features.find(known_contents(samples, catalog, rows))[0] < 0).sum())
 
 
 def _prove(network: Network, source: SampleSource, samples: Samples, worker: Worker) -> tuple[Cut | None, float]:

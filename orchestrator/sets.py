@@ -30,10 +30,15 @@ def family_folder(root: Path, name: str, key: Mapping[str, Any]) -> Path:
     folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if not (folder / "key.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{uuid.uuid4().hex}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / "key.json")
+        write_shared(folder / "key.json", text)
     return folder
+
+
+def write_shared(file: Path, text: str) -> None:
+    """Write a file whole or not at all, whoever else writes it at this moment: each under a name of its own first."""
+    partial = file.with_name(f"{uuid.uuid4().hex}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
 
 
 def touch(folder: Path) -> None:
@@ -137,9 +142,9 @@ def prune(root: Path, max_bytes: int) -> list[Listing]:
         with FeatureSet(folder).filling() as alone:
             if not alone:
                 continue
-        for manifest in folder.glob("*.json"):  # first, so that nobody counts on a shard that is going
-            manifest.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+            for manifest in folder.glob("*.json"):  # first, so that nobody counts on a shard that is going
+                manifest.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
         total -= one.num_bytes
         removed.append(one)
         if not any(child.is_dir() for child in folder.parent.iterdir()):

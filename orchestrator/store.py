@@ -90,11 +90,11 @@ class FeatureSet:
         """Learn which shards there are by now: all of the folder, and those named, which its listing may lack yet."""
         with contextlib.suppress(FileNotFoundError):
             names = {*names, *(file.stem for file in self.folder.glob("*.json"))}
-        for name in sorted(set(names) - set(self._shards) - self._broken):
-            shard = self._read(name)
-            if shard is not None:
-                self._shards[name] = shard
-        self._index()
+        found = [self._read(name) for name in sorted(set(names) - set(self._shards) - self._broken)]
+        new = {shard.name: shard for shard in found if shard is not None}
+        if new:  # else the index stands: to sort the ids of all shards anew takes its time
+            self._shards |= new
+            self._index()
 
     def _index(self) -> None:
         self._names = sorted(self._shards)

@@ -147,6 +147,11 @@ def seed_for(*what: int) -> None:
         torch.mps.manual_seed(seed)
 
 
+def on_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same tensors there."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
 def channels_last(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Images in the memory format that convolutions are fastest with."""
     return {
