@@ -1,18 +1,17 @@
 """Run a frozen body over samples, each once, and keep what it gives in the feature store.
 
 A worker computes its share of what the store lacks and writes it down in shards, so that what was computed is never
-computed again, whatever dies. While one batch is in the body, the next is read and decoded.
+computed again, whatever dies. While some batches are in the body, the next are read and decoded (pipeline.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ from orchestrator.cut import Body
 from orchestrator.errors import BadSampleError, InterruptedRunError, TrainingError
 from orchestrator.features import SampleSource, StoredView, part_of
 from orchestrator.model import Inputs
+from orchestrator.pipeline import bodies_for, passed
 from orchestrator.samples import Samples
 from orchestrator.store import FeatureSet, Format, Values
 from orchestrator.worker import Worker, channels_last, on_device, seed_for
@@ -33,13 +33,10 @@ FLUSH_S = 10.0
 _FLUSH_SHARE = 0.02
 """Later this share of the time that was worked, so that long work does not end in thousands of shards."""
 _FLUSH_BYTES = 64 * 2**20
-_AHEAD = 2
 _MOST_ROUNDS = 5
 _VIEW = 3  # what a random number is for, beside those of the loop
 
 Ints = npt.NDArray[np.int64]
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 @dataclass
@@ -63,6 +60,8 @@ class Extraction:
     """Samples that went through the body, in this worker."""
     _new: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Row -> the id of its content, as it was read."""
+    _collating: threading.Lock = field(default_factory=threading.Lock)
+    """Tokenizers of transformers are for one thread at a time, and torch's random numbers are one sequence."""
 
     def run(self, features: FeatureSet, rows: Ints, view: int | None = None) -> StoredView:
         """The features of these rows, as they lie in the store; `view`: of so many random changes of the samples.
@@ -153,7 +152,8 @@ class Extraction:
             alone = self.worker.gather(lock)[0]
             if self.by_length:
                 mine = self.source.samples.by_length(mine)
-            batches = list(self.source.samples.batches(mine))
+            bodies = bodies_for(self.body, self.worker.device)
+            batches = list(self.source.samples.batches(mine, bodies.batch_size))
             if not alone:  # another job begins at the other end: so the two meet, and do not do the same
                 batches.reverse()
             waiting, started = _Waiting(), time.monotonic()
@@ -161,12 +161,15 @@ class Extraction:
             def load(some: Ints) -> _Loaded:
                 return self._load(features, some, ids[np.searchsorted(rows, some)], view)
 
+            def run(body: Body, loaded: _Loaded) -> list[tuple[Ids, Values]]:
+                return self._through(body, loaded, view)
+
             try:
-                for some, loaded in _ahead(load, batches):
+                for some, loaded, found in passed(batches, load, run, bodies):
                     self._new |= loaded.new
-                    for inputs, kept in loaded.inputs or self._collated(loaded.found, view):
-                        waiting.add(loaded.ids[kept], self._features(inputs))
-                        self.num_computed += len(kept)
+                    for computed, values in found:
+                        waiting.add(computed, values)
+                        self.num_computed += len(computed)
                     self.advance(len(some) * self.worker.num_workers)
                     if waiting.is_due(max(FLUSH_S, _FLUSH_SHARE * (time.monotonic() - started))):
                         names.append(waiting.write(features, self.format))
@@ -200,9 +203,13 @@ class Extraction:
         # The same content twice in a batch need not be computed twice; nor written.
         unique = list(dict(found).items())
         kept = np.array([key for key, _ in unique], np.uint64).reshape(-1, 2)
-        # On a CPU the body has all cores: a second set of OpenMP threads, for the collate function, cost it 11 %.
-        aside = self.worker.device.type != "cpu"
-        return _Loaded(new, kept, unique, self._collated(unique, view) if aside else [])
+        # On a CPU the bodies have all cores: another set of OpenMP threads, for the collate function, cost them 11 %.
+        if self.worker.device.type == "cpu":
+            return _Loaded(new, kept, unique, None)
+        collated = self._collated(unique, view)
+        if self.worker.device.type == "cuda":  # from pinned memory a copy goes beside the computing
+            collated = [({name: value.pin_memory() for name, value in inputs.items()}, at) for inputs, at in collated]
+        return _Loaded(new, kept, [], collated)
 
     def _look(self, features: FeatureSet, row: int) -> tuple[tuple[int, int] | None, object]:
         """(id of the content, the decoded sample); None for one whose features are there, or the error."""
@@ -233,9 +240,16 @@ class Extraction:
             for group in groups.values()
         ]  # fmt: skip
 
-    def _features(self, inputs: Inputs) -> Values:
-        """What the body gives, [samples, ...]: float32, or the bits of bfloat16."""
-        return compute(self.body, on_device(inputs, self.worker.device), self.format)
+    def _through(self, body: Body, loaded: _Loaded, view: int | None) -> list[tuple[Ids, Values]]:
+        """What the body gives for a batch: [(ids, [samples, ...] as float32 or the bits of bfloat16)]."""
+        collated = loaded.inputs
+        if collated is None:
+            with self._collating:
+                collated = self._collated(loaded.found, view)
+        return [
+            (loaded.ids[at], compute(body, on_device(inputs, self.worker.device), self.format))
+            for inputs, at in collated
+        ]
 
 
 def known_contents(samples: Samples, catalog: Catalog, rows: Ints) -> Ids:
@@ -275,8 +289,8 @@ class _Loaded:
     """Of those to compute."""
     found: list[tuple[tuple[int, int], Any]]
     """These, decoded."""
-    inputs: list[tuple[Inputs, Ints]]
-    """These as the body takes them, in pieces with the places of their samples in `ids`, if that is done already."""
+    inputs: list[tuple[Inputs, Ints]] | None
+    """These as the body takes them, in pieces with the places of their samples in `ids`; None if that is yet to do."""
 
 
 @dataclass
@@ -301,21 +315,3 @@ class _Waiting:
         name = features.add(np.concatenate(self.ids), np.concatenate(self.values), format)
         self.ids, self.values, self.num_bytes, self.since = [], [], 0, time.monotonic()
         return name
-
-
-def _ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
-    """Each item with what the function gives for it, computed in a thread while the one before is used."""
-    pending: deque[tuple[T, Future[U]]] = deque()
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        try:
-            for item in items:
-                pending.append((item, thread.submit(function, item)))
-                if len(pending) > _AHEAD:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
-                first, future = pending.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()

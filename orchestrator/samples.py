@@ -182,11 +182,11 @@ class Samples:
         """The rows with the shortest samples first, by their size in bytes."""
         return rows[np.argsort(self.num_bytes[rows], kind="stable")]
 
-    def batches(self, rows: Ints) -> Iterator[Ints]:
-        """The rows in pieces that are decoded at once: at most `MAX_AT_ONCE`, fewer where their files are large."""
+    def batches(self, rows: Ints, most: int | None = None) -> Iterator[Ints]:
+        """The rows in pieces that are decoded at once: `most` (or `MAX_AT_ONCE`), fewer where their files are large."""
         start = 0
         while start < len(rows):
-            piece = rows[start : start + MAX_AT_ONCE]
+            piece = rows[start : start + (most or MAX_AT_ONCE)]
             fitting = int(np.searchsorted(np.cumsum(self.num_bytes[piece]), _BYTES_AT_ONCE, side="right"))
             yield piece[: max(1, fitting)]
             start += max(1, fitting)

@@ -58,6 +58,8 @@ class Shard:
     """[samples, ...]"""
     format: Format
     ids: Ids
+    made: int
+    """Nanoseconds since 1970."""
 
 
 class FeatureSet:
@@ -97,7 +99,8 @@ class FeatureSet:
             self._index()
 
     def _index(self) -> None:
-        self._names = sorted(self._shards)
+        # Of a content that is there twice the older features count, for a job that goes on as for one that began.
+        self._names = sorted(self._shards, key=lambda name: (self._shards[name].made, name))
         shards = [self._shards[name] for name in self._names]
         ids = np.concatenate([shard.ids for shard in shards]) if shards else np.zeros((0, 2), np.uint64)
         order = np.argsort(ids[:, 0], kind="stable")
@@ -153,7 +156,7 @@ class FeatureSet:
         manifest = {
             "format": format, "shape": list(values.shape), "offset": len(start), "bytes": len(start) + values.nbytes,
             "sha256": digest.hexdigest(), "ids": base64.b64encode(raw).decode(),
-            "ids_sha256": hashlib.sha256(raw).hexdigest(),
+            "ids_sha256": hashlib.sha256(raw).hexdigest(), "made": time.time_ns(),
         }  # fmt: skip
         with partial.open("w") as text:
             json.dump(manifest, text)
@@ -228,6 +231,7 @@ class FeatureSet:
             shard = Shard(
                 name, str(found["sha256"]), int(found["bytes"]), int(found["offset"]), shape, found["format"],
                 np.frombuffer(raw, "<u8").reshape(-1, 2).astype(np.uint64),
+                int(found.get("made", 0)),
             )  # fmt: skip
             num_values = int(np.prod(shape, dtype=np.int64)) * np.dtype(_NUMPY[shard.format]).itemsize
             whole = (
