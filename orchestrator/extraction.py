@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from orchestrator.compiling import WORTH_S, Compiled, can_be_compiled, compiled, seconds_of
 from orchestrator.contents import Catalog, Ids, known
 from orchestrator.cut import Body
 from orchestrator.errors import BadSampleError, InterruptedRunError, TrainingError
 from orchestrator.features import SampleSource, StoredView, part_of
 from orchestrator.model import Inputs
-from orchestrator.pipeline import bodies_for, passed
+from orchestrator.pipeline import Bodies, bodies_for, passed, with_threads
 from orchestrator.samples import Samples
 from orchestrator.store import FeatureSet, Format, Values
 from orchestrator.worker import Worker, channels_last, on_device, seed_for
@@ -34,6 +35,8 @@ _FLUSH_SHARE = 0.02
 """Later this share of the time that was worked, so that long work does not end in thousands of shards."""
 _FLUSH_BYTES = 64 * 2**20
 _MOST_ROUNDS = 5
+_LEAST_BATCHES = 200
+"""Of fewer it is not even looked how long they take."""
 _VIEW = 3  # what a random number is for, beside those of the loop
 
 Ints = npt.NDArray[np.int64]
@@ -58,6 +61,8 @@ class Extraction:
     """Read every sample to find out what its content is, whatever is remembered of its file."""
     num_computed: int = 0
     """Samples that went through the body, in this worker."""
+    compiled: Compiled | None = None
+    """The body as machine code, where that pays back."""
     _new: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Row -> the id of its content, as it was read."""
     _collating: threading.Lock = field(default_factory=threading.Lock)
@@ -156,6 +161,7 @@ class Extraction:
             batches = list(self.source.samples.batches(mine, bodies.batch_size))
             if not alone:  # another job begins at the other end: so the two meet, and do not do the same
                 batches.reverse()
+            self._compile(features, bodies, batches, view)
             waiting, started = _Waiting(), time.monotonic()
 
             def load(some: Ints) -> _Loaded:
@@ -247,9 +253,30 @@ class Extraction:
             with self._collating:
                 collated = self._collated(loaded.found, view)
         return [
-            (loaded.ids[at], compute(body, on_device(inputs, self.worker.device), self.format))
+            (loaded.ids[at], compute(body, on_device(inputs, self.worker.device), self.format, self.compiled))
             for inputs, at in collated
         ]
+
+    def _compile(self, features: FeatureSet, bodies: Bodies, batches: Sequence[Ints], view: int | None) -> None:
+        """Make the body machine code, if the samples are so many that it pays back."""
+        if self.compiled is not None or len(batches) < _LEAST_BATCHES:
+            return
+        loaded = self._load(features, batches[0], np.zeros((len(batches[0]), 2), np.uint64), view)
+        for inputs, _ in loaded.inputs or self._collated(loaded.found, view):
+            inputs = channels_last(on_device(inputs, self.worker.device))
+            with with_threads(bodies.cores), number_format(inputs, self.format):
+                self.body(inputs)
+                expected = seconds_of(self.body, inputs) * len(batches) / len(bodies.copies)
+                if expected < WORTH_S or not can_be_compiled(inputs):
+                    return
+                self.note(f"the body would run for {expected / 60:.0f} min: it is compiled first")
+                found = compiled(self.body, inputs)
+            if isinstance(found, str):
+                self.note(f"it runs as it is, for compiled {found}")
+            else:
+                self.compiled = found
+                self.note(f"compiled, it is {found.gain:.2f} times as fast")
+            return
 
 
 def known_contents(samples: Samples, catalog: Catalog, rows: Ints) -> Ids:
@@ -264,11 +291,19 @@ def known_contents(samples: Samples, catalog: Catalog, rows: Ints) -> Ids:
 _NOTHING: npt.NDArray[np.float32] = np.zeros((0, 1), np.float32)
 
 
-def compute(body: Body, inputs: Inputs, format: Format) -> Values:
-    """The body's output, [samples, ...]: float32, or the bits of bfloat16, computed in it."""
+@contextlib.contextmanager
+def number_format(inputs: Inputs, format: Format) -> Iterator[None]:
+    """Compute in it, without gradients."""
     device = next(iter(inputs.values())).device
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=format == "bfloat16"):
-        found = body(channels_last(inputs))
+        yield
+
+
+def compute(body: Body, inputs: Inputs, format: Format, compiled: Compiled | None = None) -> Values:
+    """The body's output, [samples, ...]: float32, or the bits of bfloat16, computed in it."""
+    inputs = channels_last(inputs)
+    with number_format(inputs, format):
+        found = compiled(inputs) if compiled is not None and compiled.fits(inputs) else body(inputs)
     return as_values(found, format)
 
 

@@ -106,6 +106,8 @@ def run_body_once(
     }  # fmt: skip
     if choice.cosine is not None:
         found |= {"format_cosine": choice.cosine, "format_gain": choice.gain}
+    if extraction.compiled is not None:
+        found["compiled_gain"] = extraction.compiled.gain
     return Once(Head(network, cut), sources), found
 
 

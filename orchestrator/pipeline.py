@@ -89,9 +89,10 @@ def passed(
         finally:
             free.put(body)
 
-    threads, num = torch.get_num_threads(), len(bodies.copies)
+    num = len(bodies.copies)
     pending: deque[tuple[T, Future[U], Future[V]]] = deque()
     with (
+        with_threads(torch.get_num_threads()),  # MKL has one number for all threads
         ThreadPoolExecutor(1) as loader,
         ThreadPoolExecutor(num, initializer=torch.set_num_threads, initargs=(bodies.cores,)) as workers,
     ):
@@ -111,7 +112,17 @@ def passed(
             for _, _, working in pending:
                 with contextlib.suppress(BaseException):
                     working.result()
-            torch.set_num_threads(threads)  # MKL has one number for all threads
+
+
+@contextlib.contextmanager
+def with_threads(num: int) -> Iterator[None]:
+    """Torch set to so many threads, and back to what it was, whatever was set meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _first(pending: deque[tuple[T, Future[U], Future[V]]]) -> tuple[T, U, V]:
