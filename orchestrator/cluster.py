@@ -15,8 +15,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, first_line
-from orchestrator.loop import run_worker
 from orchestrator.plans import Plan
+from orchestrator.sink import EventSink
 
 _EVENT_EVERY_S = 0.1
 _STOP_EVERY_S = 0.5
@@ -87,23 +87,9 @@ def _num_cpus(plan: Plan) -> int:
     return plan.num_workers * plan.threads_per_worker
 
 
-class _EventSink:
-    """Where the workers put events, and the driver takes them from."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-
-    def put(self, event: dict[str, Any]) -> None:
-        self._events.append(event)
-
-    def take(self) -> list[dict[str, Any]]:
-        events, self._events = self._events, []
-        return events
-
-
 def event_sink() -> Any:
     """The handle of a new sink."""
-    return ray.remote(num_cpus=0)(_EventSink).remote()
+    return ray.remote(num_cpus=0)(EventSink).remote()
 
 
 def fit(plan: Plan, config: dict[str, Any]) -> Exception | None:
@@ -150,6 +136,8 @@ def fit(plan: Plan, config: dict[str, Any]) -> Exception | None:
 
 def _worker(config: dict[str, Any]) -> None:
     """One worker process. An error of ours goes to the driver at once: trying again would end the same."""
+    from orchestrator.loop import run_worker  # noqa: PLC0415  # for the worker alone: it is 2 s of imports
+
     sink, stop_file = config["sink"], Path(config["stop_file"])
     if stop_file.exists():  # restarted after such an error
         return
