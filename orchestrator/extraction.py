@@ -63,8 +63,8 @@ class Extraction:
     """Samples that went through the body, in this worker."""
     compiled: Compiled | None = None
     """The body as machine code, where that pays back."""
-    _new: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Row -> the id of its content, as it was read."""
+    _new: list[tuple[Ints, Ids]] = field(default_factory=list)
+    """(rows, the ids of their contents), as they were read."""
     _collating: threading.Lock = field(default_factory=threading.Lock)
     """Tokenizers of transformers are for one thread at a time, and torch's random numbers are one sequence."""
 
@@ -133,10 +133,9 @@ class Extraction:
         ids = ids.copy()
         for new, skipped in self.worker.gather((self._new, self.source.skipped)):
             self.source.skipped.update(skipped)
-            if new:
-                at = np.searchsorted(rows, np.fromiter(new, np.int64, len(new)))
-                ids[at] = np.array(list(new.values()), np.uint64)
-        self._new = {}
+            for some, found in new:
+                ids[np.searchsorted(rows, some)] = found
+        self._new = []
         return ids
 
     def _remember(self, rows: Ints, ids: Ids) -> None:
@@ -172,8 +171,9 @@ class Extraction:
 
             try:
                 for some, loaded, found in passed(batches, load, run, bodies):
-                    self._new |= loaded.new
+                    self._new.append(loaded.new)
                     for computed, values in found:
+                        _refuse_other_shape(features.shape or waiting.shape or values.shape[1:], values)
                         waiting.add(computed, values)
                         self.num_computed += len(computed)
                     self.advance(len(some) * self.worker.num_workers)
@@ -196,19 +196,20 @@ class Extraction:
         some = some[shard < 0]
         looked = list(zip(some.tolist(), self.source.pool.map(lambda row: self._look(features, row), some.tolist()),
                           strict=True))  # fmt: skip
-        new: dict[int, tuple[int, int]] = {}
+        read: dict[int, tuple[int, int]] = {}
         found: list[tuple[tuple[int, int], object]] = []
         for row, (key, decoded) in looked:
             if isinstance(decoded, BadSampleError):
                 self.source.leave_out(row, decoded)
                 continue
             assert key is not None
-            new[row] = key
+            read[row] = key
             if decoded is not None:
                 found.append((key, decoded))
         # The same content twice in a batch need not be computed twice; nor written.
         unique = list(dict(found).items())
         kept = np.array([key for key, _ in unique], np.uint64).reshape(-1, 2)
+        new = (np.fromiter(read, np.int64, len(read)), np.array(list(read.values()), np.uint64).reshape(-1, 2))
         # On a CPU the bodies have all cores: another set of OpenMP threads, for the collate function, cost them 11 %.
         if self.worker.device.type == "cpu":
             return _Loaded(new, kept, unique, None)
@@ -279,6 +280,16 @@ class Extraction:
             return
 
 
+def _refuse_other_shape(there: tuple[int, ...], values: Values) -> None:
+    if values.shape[1:] != there:
+        raise TrainingError(
+            f"the body gives features of the shape {list(values.shape[1:])} for some samples, and {list(there)} "
+            "for others",
+            expected="one shape, whatever the sample's size",
+            mend="prepare all to one size, or run the body in every step: --set training.features='every step'",
+        )
+
+
 def known_contents(samples: Samples, catalog: Catalog, rows: Ints) -> Ids:
     """The ids of the rows' contents, as far as they are known without reading: from the start, or from before."""
     ids = samples.contents(rows)
@@ -318,8 +329,8 @@ def as_values(features: Tensor, format: Format) -> Values:
 class _Loaded:
     """A batch on its way into the body."""
 
-    new: dict[int, tuple[int, int]]
-    """Row -> the id of its content."""
+    new: tuple[Ints, Ids]
+    """(rows, the ids of their contents)."""
     ids: Ids
     """Of those to compute."""
     found: list[tuple[tuple[int, int], Any]]
@@ -341,6 +352,10 @@ class _Waiting:
         self.ids.append(ids)
         self.values.append(values)
         self.num_bytes += values.nbytes
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        return self.values[0].shape[1:] if self.values else None
 
     def is_due(self, after_s: float) -> bool:
         late = time.monotonic() - self.since > after_s

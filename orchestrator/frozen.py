@@ -8,6 +8,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +27,7 @@ from orchestrator.modality import Modality
 from orchestrator.model import Network
 from orchestrator.plans import SPLITS, Plan
 from orchestrator.samples import Samples
-from orchestrator.sets import CONTENTS, FOLDER, family_folder, touch
+from orchestrator.sets import CONTENTS, FOLDER, family_folder, opened
 from orchestrator.store import FeatureSet
 from orchestrator.worker import Worker, channels_last
 
@@ -51,10 +52,11 @@ class Once:
 
 def run_body_once(
     plan: Plan, run: Path, network: Network, modality: Modality, source: SampleSource, worker: Worker,
-    events: Events, should_stop: Callable[[], bool], verify: bool = False,
+    events: Events, should_stop: Callable[[], bool], held: ExitStack, verify: bool = False,
 ) -> tuple[Once | None, dict[str, Any]]:  # fmt: skip
     """(features of all splits, what to note of them); None for the first where the body must run in every step.
 
+    `held` keeps the features from being pruned, until it is closed.
     `verify`: every sample is read to find out what its content is, whatever is remembered of its file.
     """
     samples = source.samples
@@ -70,7 +72,8 @@ def run_body_once(
     code = code_digest(modality)
     # What a notebook's cell computes, nobody can tell from what it computed before: kept for this run alone.
     root = run / _OF_RUN if code is None else run.parent / FOLDER
-    family = family_folder(root, plan.backbone.name, feature_key(plan, cut, code))
+    key = feature_key(plan, cut, code)
+    family = family_folder(root, plan.backbone.name, key)
     catalog = Catalog(root / CONTENTS)
     body = Body(network, cut)
     everything = np.concatenate([rows[name] for name in SPLITS])
@@ -89,15 +92,16 @@ def run_body_once(
         note=lambda text: events({"kind": "note", "text": text}),
         should_stop=should_stop, verify=verify,
     )  # fmt: skip
-    plain = _set(family, choice.format)
+    plain = held.enter_context(opened(family / choice.format, key))
     # One pass over all splits that samples are not changed in: one shard for a small job, not three.
     whole = everything if not plan.views else np.concatenate([rows["validation"], rows["test"]])
     stored = extraction.run(plain, np.sort(whole))
     sources = {name: FeatureSource(samples, [stored]) for name in SPLITS}
     if plan.views:
+        folders = [family / f"{choice.format}-{view_name(plan, number)}" for number in range(plan.views)]
         views = [
-            extraction.run(_set(family, f"{choice.format}-{view_name(plan, number)}"), rows["train"], number)
-            for number in range(plan.views)
+            extraction.run(held.enter_context(opened(folder, key)), rows["train"], number)
+            for number, folder in enumerate(folders)
         ]
         sources["train"] = FeatureSource(samples, views)
     found = {
@@ -109,11 +113,6 @@ def run_body_once(
     if extraction.compiled is not None:
         found["compiled_gain"] = extraction.compiled.gain
     return Once(Head(network, cut), sources), found
-
-
-def _set(family: Path, name: str) -> FeatureSet:
-    touch(family / name)
-    return FeatureSet(family / name)
 
 
 def _num_missing(folder: Path, samples: Samples, catalog: Catalog, rows: Ints) -> int:

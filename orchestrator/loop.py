@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,9 @@ def run_worker(config: Mapping[str, Any]) -> None:
     worker = start_worker(plan, int(config.get("local_rank", 0)))
     modality: Modality = config.get("modality") or registry.get(plan.job.modality)
     events: Events = config["events"] if worker.rank == 0 else _silence
-    with ThreadPoolExecutor(max_workers=plan.threads_per_worker) as pool:
+    with ExitStack() as held:
         verify = bool(config.get("verify_content"))
-        session = _prepare(plan, run, worker, modality, events, config["should_stop"], started, pool, verify)
+        session = _prepare(plan, run, worker, modality, events, config["should_stop"], started, held, verify)
         _train(session)
         _finish(session)
 
@@ -120,7 +121,7 @@ def _silence(_event: dict[str, Any]) -> None:
 
 def _prepare(
     plan: Plan, run: Path, worker: Worker, modality: Modality, events: Events,
-    should_stop: Callable[[], bool], started: float, pool: ThreadPoolExecutor, verify: bool,
+    should_stop: Callable[[], bool], started: float, held: ExitStack, verify: bool,
 ) -> Session:  # fmt: skip
     events({"kind": "phase", "text": "loading the backbone"})
     directory = _fetch(plan, worker)
@@ -137,7 +138,7 @@ def _prepare(
         modality.decode,
         modality.batch(plan, directory),
         skip=plan.job.data.on_bad_sample == "skip",
-        pool=pool,
+        pool=held.enter_context(ThreadPoolExecutor(max_workers=plan.threads_per_worker)),
     )
     set_mode(network, plan, training=False)
     lineage: dict[str, Any] = {"features": plan.features}
@@ -148,7 +149,7 @@ def _prepare(
         should_stop=should_stop, started=started,
     )  # fmt: skip
     if plan.features == "once":
-        once, found = run_body_once(plan, run, network, modality, raw, worker, events, should_stop, verify)
+        once, found = run_body_once(plan, run, network, modality, raw, worker, events, should_stop, held, verify)
         lineage |= found
         if once is not None:
             session.forward = once.forward

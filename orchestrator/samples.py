@@ -33,6 +33,7 @@ _BATCH_ROWS = 1024
 _BATCH_BYTES = 16 * 2**20
 MAX_AT_ONCE = 64
 _BYTES_AT_ONCE = 64 * 2**20
+_NAMES_AT_ONCE = 65_536
 """Of files, which are up to some ten times as large once they are decoded."""
 
 
@@ -164,15 +165,18 @@ class Samples:
 
     def files(self, rows: Ints) -> tuple[Marks, Marks]:
         """(what each row's file is known by, what its size and time of modification are), 0 for rows without one."""
-        at = self._row[rows]
         roots = [os.path.realpath(root) if not is_uri(root) else root for root in self._roots]
-        uris, origins = self._uri.take(at).to_pylist(), self._origin.take(at).to_pylist()
-        places = [
-            content_id(f"{roots[origin]}\0{uri}".encode())[0] if uri else 0
-            for uri, origin in zip(uris, origins, strict=True)
-        ]
-        marks = np.where([bool(uri) for uri in uris], self._marks[rows], 0)
-        return np.array(places, np.uint64), marks.astype(np.uint64)
+        places, marks = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
+        for start in range(0, len(rows), _NAMES_AT_ONCE):
+            some = rows[start : start + _NAMES_AT_ONCE]
+            at = self._row[some]
+            uris, origins = self._uri.take(at).to_pylist(), self._origin.take(at).to_pylist()
+            places[start : start + len(some)] = [
+                content_id(f"{roots[origin]}\0{uri}".encode())[0] if uri else 0
+                for uri, origin in zip(uris, origins, strict=True)
+            ]
+            marks[start : start + len(some)] = np.where([bool(uri) for uri in uris], self._marks[some], 0)
+        return places, marks
 
     def rows(self, split: str) -> Ints:
         """The samples of a split, int64, ascending."""

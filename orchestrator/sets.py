@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,16 @@ def write_shared(file: Path, text: str) -> None:
     partial = file.with_name(f"{uuid.uuid4().hex}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
+
+
+@contextlib.contextmanager
+def opened(folder: Path, key: Mapping[str, Any]) -> Iterator[FeatureSet]:
+    """A set of the family with that key, made if need be; nobody prunes it meanwhile."""
+    features = FeatureSet(folder)
+    with features.held():
+        touch(folder)
+        family_folder(folder.parent.parent, folder.parent.name.rpartition("-")[0], key)  # pruned just before, perhaps
+        yield features
 
 
 def touch(folder: Path) -> None:
@@ -131,7 +141,7 @@ def _size(folder: Path) -> int:
 def prune(root: Path, max_bytes: int) -> list[Listing]:
     """Remove the sets that were not used for longest until the store takes `max_bytes` at most; what was removed.
 
-    One that a job is writing to is left. A job that reads one of them goes on, and computes it again the next time.
+    One that a job on this machine writes or reads is left.
     """
     found = listings(root)
     total, removed = sum(one.num_bytes for one in found), []
@@ -139,14 +149,31 @@ def prune(root: Path, max_bytes: int) -> list[Listing]:
         if total <= max_bytes:
             break
         folder = root / one.name
-        with FeatureSet(folder).filling() as alone:
-            if not alone:
+        with FeatureSet(folder).pruning() as free:
+            if not free:
                 continue
             for manifest in folder.glob("*.json"):  # first, so that nobody counts on a shard that is going
                 manifest.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
         total -= one.num_bytes
         removed.append(one)
-        if not any(child.is_dir() for child in folder.parent.iterdir()):
-            shutil.rmtree(folder.parent, ignore_errors=True)
+        _remove_empty(folder.parent)
     return removed
+
+
+def _remove_empty(family: Path) -> None:
+    """Remove the folder of a family that has no set any more; what is noted of it stays where a job makes one now."""
+    try:
+        if any(child.is_dir() for child in family.iterdir()):
+            return
+        notes = {file: file.read_text(encoding="utf-8") for file in family.glob("*.json")}
+        for file in family.iterdir():
+            if not file.is_dir():
+                file.unlink(missing_ok=True)
+    except FileNotFoundError:  # somebody else prunes it as well
+        return
+    try:
+        family.rmdir()
+    except OSError:
+        for file, text in notes.items():
+            write_shared(file, text)

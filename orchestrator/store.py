@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ _NUMPY: Mapping[str, Any] = {"float32": np.float32, "bfloat16": np.uint16}
 _DEAD_S = 3600.0
 """What was begun so long ago, and has no manifest, is of a job that died."""
 _NUM_READERS = 4
-_LOCK = ".lock"
+_LOCK, _FILLING = ".lock", ".filling"
 
 Ints = npt.NDArray[np.int64]
 Values = npt.NDArray[Any]
@@ -81,6 +81,11 @@ class FeatureSet:
     def names(self) -> list[str]:
         """Of the shards, by the numbers that `find` gives."""
         return self._names
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Of one sample's features; None while there are none."""
+        return next((shard.shape[1:] for shard in self._shards.values()), None)
 
     @property
     def num_samples(self) -> int:
@@ -197,22 +202,38 @@ class FeatureSet:
             for file in self.folder.iterdir():
                 whole = file.suffix == ".json" or file.with_suffix(".json").exists()
                 with contextlib.suppress(FileNotFoundError):
-                    if not whole and time.time() - file.stat().st_mtime > _DEAD_S and file.name != _LOCK:
+                    if (
+                        not whole
+                        and time.time() - file.stat().st_mtime > _DEAD_S
+                        and file.name not in (_LOCK, _FILLING)
+                    ):
                         file.unlink()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While this job writes or reads the set: nobody on this machine prunes it."""
+        with contextlib.ExitStack() as stack:
+            while True:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((self.folder / _LOCK).open("a"))
+                _lock(file, fcntl.LOCK_SH)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), (self.folder / _LOCK).stat()):
+                        break  # else it was pruned between the two
+            yield
+
+    @contextlib.contextmanager
+    def pruning(self) -> Iterator[bool]:
+        """Whether nobody holds it; meanwhile nobody begins to."""
+        with (self.folder / _LOCK).open("a") as file:
+            yield _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     @contextlib.contextmanager
     def filling(self) -> Iterator[bool]:
         """While this job computes features: whether it is the only one on this machine that does."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / _LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                alone = True
-            except BlockingIOError:
-                alone = False
-            except OSError:  # a file system without locks
-                alone = True
-            yield alone
+        with (self.folder / _FILLING).open("a") as file:
+            yield _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -254,3 +275,14 @@ class FeatureSet:
                 return hashlib.file_digest(file, "sha256").hexdigest() == self._shards[name].sha256
         except FileNotFoundError:  # pruned
             return False
+
+
+def _lock(file: IO[str], how: int) -> bool:
+    """Whether the lock was got: always, on a file system without locks."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True

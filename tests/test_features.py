@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import orchestrator
 from orchestrator import sets
-from orchestrator.errors import InterruptedRunError, JobError
+from orchestrator.errors import InterruptedRunError, JobError, TrainingError
 from tests.test_train import silent, train, weights_of
 
 HEAD: dict[str, Any] = {"training": {"epochs": 3, "learning_rate": 3e-3}, "scaling": {"threads_per_worker": 1}}
@@ -330,6 +330,15 @@ def test_stopped_while_the_body_ran_it_goes_on(
     assert kept % 16 == 0  # whole batches, in their order
     whole = train(tiny_resnet, digits, **HEAD, storage="elsewhere")
     assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(run).items())
+
+
+def test_features_of_unlike_shape_are_refused() -> None:
+    from orchestrator import extraction
+
+    extraction._refuse_other_shape((3,), np.zeros((2, 3), np.float32))
+    with pytest.raises(TrainingError, match=r"the shape \[4\] for some samples, and \[3\] for others") as refused:
+        extraction._refuse_other_shape((3,), np.zeros((2, 4), np.float32))
+    assert "every step" in refused.value.mend
 
 
 def test_the_commands(tiny_resnet: Path, flat_digits: Path, cli: Callable[..., Any]) -> None:

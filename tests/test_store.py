@@ -160,7 +160,7 @@ def test_the_sets_used_last_are_kept(tmp_path: Path) -> None:
     assert [one.key["backbone"] for one in found] == ["newer", "new", "old"]
     assert [one.num_samples for one in found] == [100] * 3
     most = sum(one.num_bytes for one in found) - 1
-    with FeatureSet(tmp_path / found[2].name).filling():  # a job is at work on it
+    with FeatureSet(tmp_path / found[2].name).held():  # a job is at work on it
         assert [one.key["backbone"] for one in sets.prune(tmp_path, most)] == ["new"]
     filled(sets.family_folder(tmp_path, "new", {"backbone": "new"}) / "float32", *range(100))
     sets.touch(tmp_path / found[1].name)
@@ -170,6 +170,33 @@ def test_the_sets_used_last_are_kept(tmp_path: Path) -> None:
     assert {one.key["backbone"] for one in sets.listings(tmp_path)} == {"newer", "new"}
     assert len(sets.prune(tmp_path, 0)) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_set_is_held_by_many_and_pruned_by_none_of_them(tmp_path: Path) -> None:
+    key = {"backbone": "one"}
+    folder = sets.family_folder(tmp_path, "one", key) / "float32"
+    with sets.opened(folder, key) as first:
+        name = first.add(np.ones((1, 2), np.uint64), np.ones((1, 3), np.float32), "float32")
+        with sets.opened(folder, key) as second:
+            second.refresh()
+            assert sets.prune(tmp_path, 0) == []
+        assert sets.prune(tmp_path, 0) == []  # the first one still reads
+        assert second.names == [name]
+    assert len(sets.prune(tmp_path, 0)) == 1
+    with sets.opened(folder, key):  # what was pruned before it was opened is made again, and known by its key
+        (found,) = sets.listings(tmp_path)
+        assert found.key["backbone"] == "one"
+
+
+def test_of_one_content_in_two_shards_the_older_counts(tmp_path: Path) -> None:
+    ids = np.ones((1, 2), np.uint64)
+    values = [np.full((1, 3), number, np.float32) for number in range(8)]
+    for one in values:
+        FeatureSet(tmp_path).add(ids, one, "float32")
+        features = FeatureSet(tmp_path)
+        features.refresh()
+        shard, at = features.find(ids)
+        assert features.values(int(shard[0]))[at[0], 0] == 0
 
 
 def test_another_key_is_another_folder(tmp_path: Path) -> None:
