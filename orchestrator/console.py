@@ -105,11 +105,11 @@ class _Bar:
 
 def _epoch_status(event: Mapping[str, Any], task: str) -> str:
     line = event["epoch"]
-    if task == "single-label":
-        shown = f"acc {line.get('validation_accuracy', line['train_accuracy']):.3f}"
-    else:  # what the best epoch is chosen by there
-        shown = f"loss {line.get('validation_loss', line['train_loss']):.3f}"
-    return f"epoch {line['epoch']}/{event['epochs']} {shown}"
+    what, short = (
+        ("accuracy", "acc") if task == "single-label" else ("loss", "loss")
+    )  # what the best epoch is chosen by
+    split, shown = ("validation", "val") if f"validation_{what}" in line else ("train", "train")
+    return f"epoch {line['epoch']}/{event['epochs']} {shown} {short} {line[f'{split}_{what}']:.3f}"
 
 
 class _Plain:

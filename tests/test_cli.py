@@ -108,11 +108,17 @@ def test_an_interruption_is_said_once(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_figure_of_an_epoch_is_the_one_that_chooses() -> None:
     line = {"epoch": 1, "validation_accuracy": 0.1, "train_accuracy": 0.2, "validation_loss": 0.5, "train_loss": 0.6}
-    for task, shown in (("single-label", "acc 0.100"), ("multi-label", "loss 0.500"), ("regression", "loss 0.500")):
+    for task, shown in (
+        ("single-label", "val acc 0.100"), ("multi-label", "val loss 0.500"), ("regression", "val loss 0.500"),
+    ):  # fmt: skip
         with progress() as show, contextlib.redirect_stderr(io.StringIO()) as screen:
             show({"kind": "phase", "text": "looking", "task": task})
             show({"kind": "advance", "num": 1, "epoch": line, "epochs": 1})
         assert screen.getvalue() == f"looking\nepoch 1/1 {shown}\n"
+    with progress() as show, contextlib.redirect_stderr(io.StringIO()) as screen:  # no validation split
+        show({"kind": "phase", "text": "looking", "task": "single-label"})
+        show({"kind": "advance", "num": 1, "epoch": {"epoch": 1, "train_accuracy": 0.2, "train_loss": 1}, "epochs": 1})
+    assert "train acc 0.200" in screen.getvalue()
 
 
 # --- what is not there ---

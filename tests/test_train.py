@@ -35,7 +35,8 @@ def silent(_event: dict[str, Any]) -> None:
 
 def train(backbone: Path, data: Path, **fields: Any) -> orchestrator.Run:
     fields.setdefault("training", {"epochs": 2})
-    return orchestrator.finetune(backbone=str(backbone), data=str(data), events=silent, **fields)
+    fields.setdefault("events", silent)
+    return orchestrator.finetune(backbone=str(backbone), data=str(data), **fields)
 
 
 def weights_of(run: orchestrator.Run) -> dict[str, torch.Tensor]:
@@ -62,6 +63,28 @@ def test_frozen_is_frozen(backbone: str, request: pytest.FixtureRequest, digits:
     assert run.lineage["features"] == "once"
     assert run.lineage["split_error"] <= 1e-4
     assert all(name.startswith("classifier") for name in run.lineage["new_tensors"])
+
+
+def test_frozen_is_frozen_after_a_resume(tiny_resnet: Path, digits: Path) -> None:
+    options = {"training": {"epochs": 3, "learning_rate": 0.05, "checkpoint_every_steps": 2}}
+    asked: list[int] = []
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["kind"] == "advance" and event.get("epochs") and not asked:  # an epoch of the head is done
+            asked.append(1)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(InterruptedRunError):
+        train(tiny_resnet, digits, name="stopped", events=interrupt, **options)
+    notes: list[str] = []
+    run = train(
+        tiny_resnet, digits, name="stopped", events=lambda event: notes.append(str(event.get("text"))), **options
+    )
+    assert any("going on from step" in note for note in notes)
+    after = weights_of(run)
+    for name, tensor in load_file(tiny_resnet / "model.safetensors").items():
+        assert name.startswith("classifier") or torch.equal(after[name], tensor), name
+    assert same(after, weights_of(train(tiny_resnet, digits, name="whole", **options)))
 
 
 def test_full_moves_everything(tiny_resnet: Path, digits: Path) -> None:
