@@ -103,6 +103,12 @@ class _Bar:
             self._task = None
 
 
+def _body_runs(plan: Any) -> str:
+    if plan.features != "once":
+        return "in every step"
+    return "once for each sample" + (f"; kept in {plan.job.feature_store}" if plan.job.feature_store else "")
+
+
 def _epoch_status(event: Mapping[str, Any], task: str) -> str:
     line = event["epoch"]
     what, short = (
@@ -189,7 +195,7 @@ def show_plan(plan: Any) -> None:
         ("rates", f"body {schedule.learning_rate:g}, head {schedule.head_learning_rate:g}"),
         ("rate", f"{schedule.head_learning_rate:g}"),
         ("BatchNorm", schedule.batch_norm),
-        ("body runs", "once for each sample" if plan.features == "once" else "in every step"),
+        ("body runs", _body_runs(plan)),
         ("workers", f"{plan.num_workers} x {plan.threads_per_worker} threads"
                     + (", on Ray" if plan.ray else ", in this process")),
     ]  # fmt: skip

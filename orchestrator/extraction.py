@@ -98,6 +98,8 @@ class Extraction:
             broken = self._damaged(features, everybodys[worker.rank :: worker.num_workers])
             if not broken:
                 self._remember(rows, ids)
+                if worker.rank == 0:
+                    features.settle()
                 there = shard >= 0
                 values = [features.values(number).view(np.ndarray) if name in used else _NOTHING
                           for number, name in enumerate(features.names)]  # fmt: skip

@@ -70,6 +70,7 @@ FLAGS = (
     Flag("--workers", "scaling.num_workers", _WHERE, "more than one: processes on Ray", int),
     Flag("--address", "scaling.address", _WHERE, "a Ray cluster; 'local' starts one here"),
     Flag("--storage", "storage", _WHERE, "the directory of the runs [default: runs]"),
+    Flag("--feature-store", "feature_store", _WHERE, "s3://…: features of frozen bodies, for other machines too"),
 )  # fmt: skip
 _OPTIONS = {flag.setting: flag.option for flag in FLAGS if flag.setting} | {"data.path": "--data"}
 _DOTTED = "|".join(re.escape(setting) for setting in _OPTIONS if "." in setting)

@@ -28,7 +28,8 @@ LEAST_COSINE = 0.998
 _NUM_SAMPLES = 256
 _BATCH = 64
 _LEAST_GAIN = 1.1
-_FILE = "format.json"
+FORMAT_FILE = "format.json"
+"""Of a family: what was decided, for all later jobs."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -75,13 +76,13 @@ def _choose(
     some = rows[:: max(1, len(rows) // _NUM_SAMPLES)][:_NUM_SAMPLES]  # of folders the first ones are of one class
     choice = _tried("bf16" if before is not None else asked, body, source, some, worker)
     if before is None:
-        write_shared(family / _FILE, json.dumps(asdict(choice)))
+        write_shared(family / FORMAT_FILE, json.dumps(asdict(choice)))
     return choice
 
 
 def _remembered(family: Path) -> Choice | None:
     try:
-        found = Choice(**json.loads((family / _FILE).read_text(encoding="utf-8")))
+        found = Choice(**json.loads((family / FORMAT_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     return found if found.format in ("float32", "bfloat16") else None

@@ -7,8 +7,8 @@ import hashlib
 import inspect
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,12 +22,14 @@ from orchestrator.contents import Catalog
 from orchestrator.cut import Body, Cut, Head, find_cut
 from orchestrator.extraction import Extraction, known_contents
 from orchestrator.features import FeatureSource, SampleSource
-from orchestrator.formats import choose
+from orchestrator.formats import FORMAT_FILE, choose
+from orchestrator.locations import Location, cached
+from orchestrator.mirror import MirroredSet, share
 from orchestrator.modality import Modality
 from orchestrator.model import Network
 from orchestrator.plans import SPLITS, Plan
 from orchestrator.samples import Samples
-from orchestrator.sets import CONTENTS, FOLDER, family_folder, opened
+from orchestrator.sets import CONTENTS, FOLDER, KEY_FILE, family_folder, opened
 from orchestrator.store import FeatureSet
 from orchestrator.worker import Worker, channels_last
 
@@ -77,6 +79,8 @@ def run_body_once(
     catalog = Catalog(root / CONTENTS)
     body = Body(network, cut)
     everything = np.concatenate([rows[name] for name in SPLITS])
+    store = plan.job.feature_store if code is not None else None
+    kept = _Kept(family, key, store, lambda text: events({"kind": "note", "text": text}))
     choice = choose(
         plan.job.training.precision,
         body,
@@ -84,24 +88,25 @@ def run_body_once(
         rows["train"],
         worker,
         family,
-        lambda format: _num_missing(family / format, samples, catalog, everything),
+        lambda format: _num_missing(kept.set(format), samples, catalog, everything),
     )
+    kept.share(FORMAT_FILE)
     extraction = Extraction(
         body, source, worker, catalog, choice.format, modality.by_length, plan.job.training.seed,
         advance=lambda num: events({"kind": "advance", "num": num}),
         note=lambda text: events({"kind": "note", "text": text}),
         should_stop=should_stop, verify=verify,
     )  # fmt: skip
-    plain = held.enter_context(opened(family / choice.format, key))
+    plain = held.enter_context(kept.open(choice.format))
     # One pass over all splits that samples are not changed in: one shard for a small job, not three.
     whole = everything if not plan.views else np.concatenate([rows["validation"], rows["test"]])
     stored = extraction.run(plain, np.sort(whole))
     sources = {name: FeatureSource(samples, [stored]) for name in SPLITS}
     if plan.views:
-        folders = [family / f"{choice.format}-{view_name(plan, number)}" for number in range(plan.views)]
+        names = [f"{choice.format}-{view_name(plan, number)}" for number in range(plan.views)]
         views = [
-            extraction.run(held.enter_context(opened(folder, key)), rows["train"], number)
-            for number, folder in enumerate(folders)
+            extraction.run(held.enter_context(kept.open(name)), rows["train"], number)
+            for number, name in enumerate(names)
         ]
         sources["train"] = FeatureSource(samples, views)
     found = {
@@ -115,8 +120,42 @@ def run_body_once(
     return Once(Head(network, cut), sources), found
 
 
-def _num_missing(folder: Path, samples: Samples, catalog: Catalog, rows: Ints) -> int:
-    features = FeatureSet(folder)
+@dataclass(frozen=True)
+class _Kept:
+    """Where the features of a family are kept: in its folder on the storage, and in a store if the job names one."""
+
+    family: Path
+    key: Mapping[str, Any]
+    store: str | None
+    note: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.share(KEY_FILE)
+        self.share(FORMAT_FILE)  # what another machine has decided holds here too
+
+    def set(self, name: str) -> FeatureSet:
+        place = self._place()
+        if place is None:
+            return FeatureSet(self.family / name)
+        return MirroredSet(self.family / name, place.join(name), self.note)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[FeatureSet]:
+        """While it is used."""
+        with opened(self.set(name), self.key) as features:
+            yield features
+
+    def share(self, name: str) -> None:
+        """One of the family's notes, the same on all machines."""
+        place = self._place()
+        if place is not None:
+            share(self.family / name, place)
+
+    def _place(self) -> Location | None:
+        return cached(self.store).join(self.family.name) if self.store else None
+
+
+def _num_missing(features: FeatureSet, samples: Samples, catalog: Catalog, rows: Ints) -> int:
     features.refresh()
     if not features.names:
         return len(rows)

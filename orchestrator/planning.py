@@ -97,6 +97,8 @@ def look(job: Job) -> Looked:
         raise gate.not_built(plugin)
     if job.method != "scratch":
         weights.require_weights(card)
+    if job.feature_store is not None:
+        _require_store(job.feature_store)
     gate.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
     return Looked(plugin, card, row)
 
@@ -151,6 +153,19 @@ def spilled(draft: Draft, directory: Path, new: list[Path] | None = None) -> Dra
     except ModuleNotFoundError as error:
         raise missing_extra(error) or error from None
     return replace(draft, tree={**draft.tree, "data": spill_data(data, directory, new)})
+
+
+def _require_store(place: str) -> None:
+    """Raise `RefusedError` where the object store does not answer, or has no such bucket."""
+    from orchestrator.locations import Location, locate
+
+    store = locate(place)
+    bucket = store.path.strip("/").split("/")[0]
+    if store.kind() == "missing" and Location(bucket, store.fs, bucket).kind() == "missing":
+        raise RefusedError(
+            "offline", f"the feature store {place}: there is no {bucket!r}", expected="a bucket that is there",
+            mend="make it, or correct feature_store (--feature-store)",
+        )  # fmt: skip
 
 
 def num_cores() -> int:

@@ -20,6 +20,7 @@ from orchestrator.store import FeatureSet
 FOLDER = ".features"
 """Of a storage directory."""
 CONTENTS = "contents"
+KEY_FILE = "key.json"
 _VERSION = 1
 """Of what features are: raised when this package computes them otherwise than before."""
 
@@ -28,9 +29,9 @@ def family_folder(root: Path, name: str, key: Mapping[str, Any]) -> Path:
     """The folder of all that has this key; made, with the key in it, if need be."""
     text = json.dumps({"version": _VERSION, **key}, sort_keys=True, indent=1, ensure_ascii=False)
     folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    if not (folder / "key.json").is_file():
+    if not (folder / KEY_FILE).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_shared(folder / "key.json", text)
+        write_shared(folder / KEY_FILE, text)
     return folder
 
 
@@ -42,12 +43,12 @@ def write_shared(file: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, key: Mapping[str, Any]) -> Iterator[FeatureSet]:
+def opened(features: FeatureSet, key: Mapping[str, Any]) -> Iterator[FeatureSet]:
     """A set of the family with that key, made if need be; nobody prunes it meanwhile."""
-    features = FeatureSet(folder)
+    family = features.folder.parent
     with features.held():
-        touch(folder)
-        family_folder(folder.parent.parent, folder.parent.name.rpartition("-")[0], key)  # pruned just before, perhaps
+        touch(features.folder)
+        family_folder(family.parent, family.name.rpartition("-")[0], key)  # pruned just before, perhaps
         yield features
 
 
@@ -110,7 +111,7 @@ class Listing:
 def listings(root: Path) -> list[Listing]:
     """Every set of a store, the one used last first."""
     found = []
-    for key_file in root.glob("*/key.json"):
+    for key_file in root.glob(f"*/{KEY_FILE}"):
         try:
             key = json.loads(key_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):

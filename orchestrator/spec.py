@@ -135,6 +135,10 @@ class Scaling(_Part):
     max_failures: int = Field(2, ge=0, description="how often a dead worker group is restarted")
 
 
+PLACES = {"storage", "feature_store", "name"}
+"""Fields of a job that say where things are put, and nothing of what is learnt."""
+
+
 class Job(_Part):
     """All that a user asks for. Frozen; `orchestrator.plan` turns it into a Plan or refuses it."""
 
@@ -147,6 +151,10 @@ class Job(_Part):
     scaling: Scaling = Scaling()
     settings: dict[str, Any] = Field(default_factory=dict, description="the modality plugin's own settings")
     storage: str = Field("runs", description="the directory that holds the runs")
+    feature_store: str | None = Field(
+        None, description="a place such as s3://bucket/features where features of frozen bodies are kept as well, for "
+        "the jobs of other machines"
+    )  # fmt: skip
     name: str | None = Field(None, description="of the run; default: made from the job")
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -175,6 +183,13 @@ class Job(_Part):
             raise ValueError("storage is a directory, on this machine or shared by the cluster's nodes")
         return storage
 
+    @field_validator("feature_store")
+    @classmethod
+    def _in_a_store(cls, place: str | None) -> str | None:
+        if place is not None and "://" not in place:
+            raise ValueError("a URI such as s3://bucket/features; a directory is what storage is for")
+        return place
+
     @field_validator("data", mode="before")
     @classmethod
     def _path_alone(cls, data: object) -> object:
@@ -182,7 +197,7 @@ class Job(_Part):
 
     def digest(self) -> str:
         """Eight hex digits of what is to be learnt: all of the job but where its run is put."""
-        what = self.at_whole_paths().model_dump(mode="json", exclude={"storage", "name"})
+        what = self.at_whole_paths().model_dump(mode="json", exclude=PLACES)
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
     def at_whole_paths(self) -> Job:

@@ -37,7 +37,7 @@ Format = Literal["float32", "bfloat16"]
 _NUMPY: Mapping[str, Any] = {"float32": np.float32, "bfloat16": np.uint16}
 _DEAD_S = 3600.0
 """What was begun so long ago, and has no manifest, is of a job that died."""
-_NUM_READERS = 4
+NUM_READERS = 4
 _LOCK, _FILLING = ".lock", ".filling"
 
 Ints = npt.NDArray[np.int64]
@@ -60,6 +60,32 @@ class Shard:
     ids: Ids
     made: int
     """Nanoseconds since 1970."""
+
+    @staticmethod
+    def from_manifest(name: str, text: bytes) -> Shard | None:
+        """What a manifest says; None for a format of a later version. Raises `ValueError` where it is not whole."""
+        try:
+            found = json.loads(text)
+            if found["format"] not in _NUMPY:
+                return None
+            raw = base64.b64decode(found["ids"], validate=True)
+            ids = np.frombuffer(raw, "<u8").reshape(-1, 2).astype(np.uint64)
+            shape = tuple(int(size) for size in found["shape"])
+            shard = Shard(
+                name, str(found["sha256"]), int(found["bytes"]), int(found["offset"]), shape, found["format"], ids,
+                int(found.get("made", 0)),
+            )  # fmt: skip
+            num_values = int(np.prod(shape, dtype=np.int64)) * np.dtype(_NUMPY[shard.format]).itemsize
+            whole = (
+                hashlib.sha256(raw).hexdigest() == found["ids_sha256"]
+                and len(ids) == shape[0]
+                and shard.num_bytes == shard.offset + num_values
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the manifest {name} is not whole: {error!r}") from None
+        if not whole:
+            raise ValueError(f"the manifest {name} is not whole")
+        return shard
 
 
 class FeatureSet:
@@ -178,7 +204,7 @@ class FeatureSet:
         They are removed. The numbers that `find` gave before are void where there is one.
         """
         names = [name for name in {self._names[number] for number in numbers} if name not in self._trusted]
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
+        with ThreadPoolExecutor(NUM_READERS) as pool:
             broken = [name for name, whole in zip(names, pool.map(self._is_whole, names), strict=True) if not whole]
         self._trusted |= set(names) - set(broken)
         for name in (*broken, *self._broken):
@@ -195,6 +221,9 @@ class FeatureSet:
             self._shards.pop(name, None)
             self._values.pop(name, None)
         self._index()
+
+    def settle(self) -> None:
+        """Called once all is computed. A set on the storage alone has no more to do."""
 
     def sweep(self) -> None:
         """Remove what jobs that died have left."""
@@ -244,30 +273,18 @@ class FeatureSet:
     def _read(self, name: str) -> Shard | None:
         """The shard that a manifest describes; None where the manifest or its file is not whole."""
         try:
-            found = json.loads(self._manifest(name).read_text())
-            if found["format"] not in _NUMPY:  # of a later version
-                return None
-            raw = base64.b64decode(found["ids"], validate=True)
-            shape = tuple(int(size) for size in found["shape"])
-            shard = Shard(
-                name, str(found["sha256"]), int(found["bytes"]), int(found["offset"]), shape, found["format"],
-                np.frombuffer(raw, "<u8").reshape(-1, 2).astype(np.uint64),
-                int(found.get("made", 0)),
-            )  # fmt: skip
-            num_values = int(np.prod(shape, dtype=np.int64)) * np.dtype(_NUMPY[shard.format]).itemsize
-            whole = (
-                hashlib.sha256(raw).hexdigest() == found["ids_sha256"]
-                and len(shard.ids) == shape[0]
-                and shard.num_bytes == shard.offset + num_values == self._file(name).stat().st_size
-            )
+            text = self._manifest(name).read_bytes()
+            num_bytes = self._file(name).stat().st_size
         except OSError:  # pruned meanwhile, a manifest whose shard is gone, or storage that does not answer
             return None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            whole = False
-        if not whole:
-            self._broken.add(name)
-            return None
-        return shard
+        try:
+            shard = Shard.from_manifest(name, text)
+            if shard is None or shard.num_bytes == num_bytes:
+                return shard
+        except ValueError:
+            pass
+        self._broken.add(name)
+        return None
 
     def _is_whole(self, name: str) -> bool:
         try:

@@ -38,7 +38,7 @@ from orchestrator.places import DATA_FOLDER, is_dataset, is_spilled, is_uri
 from orchestrator.planning import Looked, drafted, look, prepare, spilled, without_rows
 from orchestrator.plans import Plan
 from orchestrator.runs import SAMPLES, Run, read_plan, write_file
-from orchestrator.spec import Draft, Job
+from orchestrator.spec import PLACES, Draft, Job
 
 Events = Callable[[dict[str, Any]], None]
 _POLL_S = 0.2
@@ -233,7 +233,7 @@ def _differences(what: str, old: Plan, new: Plan) -> str:
         return f": samples were {were}, are {are}"
     if what != "the job":
         return ""
-    before, now = (_flat(plan.job.model_dump(mode="json", exclude={"storage", "name"})) for plan in (old, new))
+    before, now = (_flat(plan.job.model_dump(mode="json", exclude=PLACES)) for plan in (old, new))
     if any(is_spilled(str(now[key])) and before.get(key) != now[key] for key in now):
         return ": the rows of the data are others"
     changes = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in now | before if before.get(key) != now.get(key)]

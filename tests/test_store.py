@@ -175,15 +175,17 @@ def test_the_sets_used_last_are_kept(tmp_path: Path) -> None:
 def test_a_set_is_held_by_many_and_pruned_by_none_of_them(tmp_path: Path) -> None:
     key = {"backbone": "one"}
     folder = sets.family_folder(tmp_path, "one", key) / "float32"
-    with sets.opened(folder, key) as first:
+    with sets.opened(FeatureSet(folder), key) as first:
         name = first.add(np.ones((1, 2), np.uint64), np.ones((1, 3), np.float32), "float32")
-        with sets.opened(folder, key) as second:
+        with sets.opened(FeatureSet(folder), key) as second:
             second.refresh()
             assert sets.prune(tmp_path, 0) == []
         assert sets.prune(tmp_path, 0) == []  # the first one still reads
         assert second.names == [name]
     assert len(sets.prune(tmp_path, 0)) == 1
-    with sets.opened(folder, key):  # what was pruned before it was opened is made again, and known by its key
+    with sets.opened(
+        FeatureSet(folder), key
+    ):  # what was pruned before it was opened is made again, and known by its key
         (found,) = sets.listings(tmp_path)
         assert found.key["backbone"] == "one"
 

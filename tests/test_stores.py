@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 import orchestrator
-from orchestrator import intake, locations, registry
+from orchestrator import intake, registry
 from orchestrator.data import Prepared, prepare
 from orchestrator.errors import BadSampleError, RefusedError
 from orchestrator.plans import BackboneCard
@@ -22,33 +21,6 @@ from orchestrator.spec import Data
 from tests.test_data import into, png
 
 CARD = BackboneCard(source="b", kind="directory", name="b")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An empty bucket, `s3://bucket`, as pyarrow's file system with a prefix of it."""
-    for key, value in {
-        "AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "something", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": server,
-    }.items():  # fmt: skip
-        monkeypatch.setenv(key, value)
-    locations.cached.cache_clear()
-    fs = pa.fs.S3FileSystem(endpoint_override=server, allow_bucket_creation=True, allow_bucket_deletion=True)
-    fs.create_dir("bucket")
-    yield pa.fs.SubTreeFileSystem("bucket", fs)
-    fs.delete_dir("bucket")
-    locations.cached.cache_clear()
 
 
 def put(store: Any, name: str, content: bytes) -> None:
