@@ -72,9 +72,11 @@ def compiled(body: Function, inputs: Inputs) -> Compiled | str:
     except Exception as error:  # a compiler that is not there, or a network that it cannot take: no loss
         return f"{type(error).__name__}: {first_line(error)}"
     expected = body(inputs)
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return f"it gave {found.dtype} {list(found.shape)} for {expected.dtype} {list(expected.shape)}"
     tolerance = TOLERANCE if expected.dtype == torch.float32 else _TOLERANCE_BF16
     wrong = (found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-6)
-    if found.shape != expected.shape or found.dtype != expected.dtype or not wrong <= tolerance:
+    if not wrong <= tolerance:
         return f"it gave something else (by {float(wrong):.1g} of the largest feature)"
     gain = seconds_of(body, inputs) / seconds_of(lambda _: function(*values), inputs)
     shapes = {name: inputs[name].shape for name in names}

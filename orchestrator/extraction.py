@@ -35,7 +35,7 @@ _FLUSH_SHARE = 0.02
 """Later this share of the time that was worked, so that long work does not end in thousands of shards."""
 _FLUSH_BYTES = 64 * 2**20
 _MOST_ROUNDS = 5
-_LEAST_BATCHES = 200
+_LEAST_BATCHES = 50
 """Of fewer it is not even looked how long they take."""
 _VIEW = 3  # what a random number is for, beside those of the loop
 
@@ -61,6 +61,8 @@ class Extraction:
     """Read every sample to find out what its content is, whatever is remembered of its file."""
     num_computed: int = 0
     """Samples that went through the body, in this worker."""
+    used: dict[str, list[str]] = field(default_factory=dict)
+    """Set -> the shards of it that were read."""
     compiled: Compiled | None = None
     """The body as machine code, where that pays back."""
     _new: list[tuple[Ints, Ids]] = field(default_factory=list)
@@ -78,6 +80,8 @@ class Extraction:
         ids = self._known(rows)
         written: list[str] = []
         counted = False
+        if worker.rank == 0:
+            features.bring(ids)
         for _ in range(_MOST_ROUNDS):
             features.refresh(written)
             # What one worker sees on a shared file system another one may not see yet: rank 0's shards are named, and
@@ -98,13 +102,15 @@ class Extraction:
             broken = self._damaged(features, everybodys[worker.rank :: worker.num_workers])
             if not broken:
                 self._remember(rows, ids)
-                if worker.rank == 0:
-                    features.settle()
+                features.settle(whole=worker.rank == 0)
                 there = shard >= 0
                 values = [features.values(number).view(np.ndarray) if name in used else _NOTHING
                           for number, name in enumerate(features.names)]  # fmt: skip
+                self.used[features.folder.name] = everybodys
                 return StoredView(rows[there], shard[there], at[there], values)
             self.note(f"{len(broken)} stored shards of features were damaged: they are made again")
+            if worker.rank == 0:
+                features.bring(ids)
         raise TrainingError(
             f"the features in {features.folder} do not stay as they are written",
             expected="storage that keeps its bytes, and nobody who prunes it meanwhile",
@@ -158,11 +164,12 @@ class Extraction:
             alone = self.worker.gather(lock)[0]
             if self.by_length:
                 mine = self.source.samples.by_length(mine)
-            bodies = bodies_for(self.body, self.worker.device)
-            batches = list(self.source.samples.batches(mine, bodies.batch_size))
+            # A sample is changed at random by torch's one generator: a body may draw from it as well (vit_mae does).
+            bodies = bodies_for(self.body, self.worker.device, most=1 if view is not None else None)
+            batches = list(self.source.samples.batches(mine, bodies.batch_size, len(bodies.copies)))
+            self._compile(features, bodies, batches, view)
             if not alone:  # another job begins at the other end: so the two meet, and do not do the same
                 batches.reverse()
-            self._compile(features, bodies, batches, view)
             waiting, started = _Waiting(), time.monotonic()
 
             def load(some: Ints) -> _Loaded:
@@ -216,7 +223,7 @@ class Extraction:
         if self.worker.device.type == "cpu":
             return _Loaded(new, kept, unique, None)
         collated = self._collated(unique, view)
-        if self.worker.device.type == "cuda":  # from pinned memory a copy goes beside the computing
+        if self.worker.device.type == "cuda":  # from pinned memory a copy need not be waited for
             collated = [({name: value.pin_memory() for name, value in inputs.items()}, at) for inputs, at in collated]
         return _Loaded(new, kept, [], collated)
 
@@ -262,16 +269,19 @@ class Extraction:
 
     def _compile(self, features: FeatureSet, bodies: Bodies, batches: Sequence[Ints], view: int | None) -> None:
         """Make the body machine code, if the samples are so many that it pays back."""
-        if self.compiled is not None or len(batches) < _LEAST_BATCHES:
+        whole = [batch for batch in batches if len(batch) == bodies.batch_size]
+        if self.compiled is not None or len(batches) < _LEAST_BATCHES or 2 * len(whole) < len(batches):
             return
-        loaded = self._load(features, batches[0], np.zeros((len(batches[0]), 2), np.uint64), view)
-        for inputs, _ in loaded.inputs or self._collated(loaded.found, view):
+        loaded = self._load(features, whole[0], np.zeros((len(whole[0]), 2), np.uint64), view)
+        for inputs, at in loaded.inputs or self._collated(loaded.found, view):
             inputs = channels_last(on_device(inputs, self.worker.device))
+            if len(at) < bodies.batch_size or not can_be_compiled(inputs):
+                return
             with with_threads(bodies.cores), number_format(inputs, self.format):
-                self.body(inputs)
-                expected = seconds_of(self.body, inputs) * len(batches) / len(bodies.copies)
-                if expected < WORTH_S or not can_be_compiled(inputs):
-                    return
+                for repeats in (1, 2):  # the first pass is slower than the others, and mostly tells enough
+                    expected = seconds_of(self.body, inputs, repeats) * len(batches) / len(bodies.copies)
+                    if expected < WORTH_S:
+                        return
                 self.note(f"the body would run for {expected / 60:.0f} min: it is compiled first")
                 found = compiled(self.body, inputs)
             if isinstance(found, str):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,30 @@ from orchestrator import registry
 from orchestrator.contents import Catalog
 from orchestrator.cut import Body, Cut, Head, find_cut
 from orchestrator.extraction import Extraction, known_contents
-from orchestrator.features import FeatureSource, SampleSource
-from orchestrator.formats import FORMAT_FILE, choose
+from orchestrator.features import FeatureSource, SampleSource, StoredView
+from orchestrator.formats import FORMAT_FILE, Choice, choose
 from orchestrator.locations import Location, cached
 from orchestrator.mirror import MirroredSet, share
 from orchestrator.modality import Modality
 from orchestrator.model import Network
 from orchestrator.plans import SPLITS, Plan
+from orchestrator.runs import write_file
 from orchestrator.samples import Samples
 from orchestrator.sets import CONTENTS, FOLDER, KEY_FILE, family_folder, opened
-from orchestrator.store import FeatureSet
+from orchestrator.store import FeatureSet, Format
 from orchestrator.worker import Worker, channels_last
 
 _NUM_PROOF_SAMPLES = 16
 _OF_RUN = "features"
+_USED = "features.json"
+"""Of a run: the number format and the shards that it reads."""
 
 _LIBRARIES = ("torch", "transformers", "timm", "torchvision", "pillow", "soundfile", "soxr", "tokenizers")
 """What decodes, prepares and computes: other versions may give other features."""
 
 Ints = npt.NDArray[np.int64]
 Events = Callable[[dict[str, Any]], None]
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -79,36 +84,41 @@ def run_body_once(
     catalog = Catalog(root / CONTENTS)
     body = Body(network, cut)
     everything = np.concatenate([rows[name] for name in SPLITS])
-    store = plan.job.feature_store if code is not None else None
-    kept = _Kept(family, key, store, lambda text: events({"kind": "note", "text": text}))
-    choice = choose(
-        plan.job.training.precision,
-        body,
-        source,
-        rows["train"],
-        worker,
-        family,
-        lambda format: _num_missing(kept.set(format), samples, catalog, everything),
-    )
-    kept.share(FORMAT_FILE)
+    note: Note = lambda text: events({"kind": "note", "text": text})  # noqa: E731
+    if plan.job.feature_store and code is None:
+        note("the plugin's code has no file that other machines could compare: the features stay in this run")
+    kept = _Kept(family, key, plan.job.feature_store if code is not None else None, note)
+    before: _Used | None = worker.gather(_Used.of(run) if worker.rank == 0 else None)[0]
+    if before is not None:  # a run that goes on reads what it began with, whatever there is by now
+        choice = Choice(before.format)
+    else:
+        choice = choose(
+            plan.job.training.precision, body, source, rows["train"], worker, family,
+            lambda format: _num_missing(kept.set(format), samples, catalog, everything),
+        )  # fmt: skip
+        kept.share(FORMAT_FILE)
     extraction = Extraction(
         body, source, worker, catalog, choice.format, modality.by_length, plan.job.training.seed,
         advance=lambda num: events({"kind": "advance", "num": num}),
-        note=lambda text: events({"kind": "note", "text": text}),
-        should_stop=should_stop, verify=verify,
+        note=note, should_stop=should_stop, verify=verify,
     )  # fmt: skip
-    plain = held.enter_context(kept.open(choice.format))
+
+    def run_over(name: str, rows: Ints, view: int | None = None) -> StoredView:
+        features = held.enter_context(kept.open(name))
+        if before is not None:
+            features.prefer(before.shards.get(name, ()))
+        return extraction.run(features, rows, view)
+
     # One pass over all splits that samples are not changed in: one shard for a small job, not three.
     whole = everything if not plan.views else np.concatenate([rows["validation"], rows["test"]])
-    stored = extraction.run(plain, np.sort(whole))
+    stored = run_over(choice.format, np.sort(whole))
     sources = {name: FeatureSource(samples, [stored]) for name in SPLITS}
     if plan.views:
         names = [f"{choice.format}-{view_name(plan, number)}" for number in range(plan.views)]
-        views = [
-            extraction.run(held.enter_context(kept.open(name)), rows["train"], number)
-            for number, name in enumerate(names)
-        ]
+        views = [run_over(name, rows["train"], number) for number, name in enumerate(names)]
         sources["train"] = FeatureSource(samples, views)
+    if worker.rank == 0 and before is None:
+        write_file(run / _USED, json.dumps({"format": choice.format, "shards": extraction.used}))
     found = {
         "features": "once", "cut": cut.point, "split_error": error, "format": choice.format,
         "features_s": time.monotonic() - started, "num_computed": sum(worker.gather(extraction.num_computed)),
@@ -121,23 +131,41 @@ def run_body_once(
 
 
 @dataclass(frozen=True)
+class _Used:
+    """What a run's features were read from, so that a run that goes on reads the same."""
+
+    format: Format
+    shards: Mapping[str, list[str]]
+    """Set -> names of its shards."""
+
+    @classmethod
+    def of(cls, run: Path) -> _Used | None:
+        try:
+            found = json.loads((run / _USED).read_text(encoding="utf-8"))
+            return cls(found["format"], {name: list(shards) for name, shards in found["shards"].items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+@dataclass(frozen=True)
 class _Kept:
     """Where the features of a family are kept: in its folder on the storage, and in a store if the job names one."""
 
     family: Path
     key: Mapping[str, Any]
     store: str | None
-    note: Callable[[str], None]
+    note: Note
+    sets: dict[str, FeatureSet] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.share(KEY_FILE)
         self.share(FORMAT_FILE)  # what another machine has decided holds here too
 
     def set(self, name: str) -> FeatureSet:
-        place = self._place()
-        if place is None:
-            return FeatureSet(self.family / name)
-        return MirroredSet(self.family / name, place.join(name), self.note)
+        place, folder = self._place(), self.family / name
+        if name not in self.sets:
+            self.sets[name] = FeatureSet(folder) if place is None else MirroredSet(folder, place.join(name), self.note)
+        return self.sets[name]
 
     @contextmanager
     def open(self, name: str) -> Iterator[FeatureSet]:
@@ -156,10 +184,9 @@ class _Kept:
 
 
 def _num_missing(features: FeatureSet, samples: Samples, catalog: Catalog, rows: Ints) -> int:
-    features.refresh()
-    if not features.names:
-        return len(rows)
-    return int((features.find(known_contents(samples, catalog, rows))[0] < 0).sum())
+    ids = known_contents(samples, catalog, rows)
+    features.bring(ids)
+    return int((features.find(ids)[0] < 0).sum())
 
 
 def _prove(network: Network, source: SampleSource, samples: Samples, worker: Worker) -> tuple[Cut | None, float]:

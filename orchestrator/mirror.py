@@ -1,37 +1,43 @@
 """A set of features that lies in an object store as well: what one machine has computed, no other one computes.
 
-The directory on the storage stays what is read from. Shards go to the store when they are written, and come from there
-when they are used; they are never changed, their names are never given twice, and a manifest goes last. So machines
-need not know of each other, and a store without locks or renaming will do.
+The directory on the storage stays what jobs read from. One worker of a job brings what the others will ask for; each
+sends what it has computed. Shards are never changed, their names are never given twice, and a manifest goes last. So
+machines need not know of each other, and a store without locks or renaming will do.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 
-from orchestrator.contents import Ids
-from orchestrator.errors import RefusedError, first_line
+from orchestrator.contents import Ids, known
+from orchestrator.errors import first_line
 from orchestrator.locations import Location
 from orchestrator.runs import sync
 from orchestrator.store import NUM_READERS, FeatureSet, Format, Shard, Values
 
-_FAILS = (OSError, pa.ArrowException)
 _BUFFER_BYTES = 8 * 2**20
+_WITHOUT_FOLDERS = ("s3", "gcs", "abfs")
+_SILENT_S = 300.0
+"""A store that did not answer is not asked for so long."""
+_WAITING = 2
+"""Shards on their way to the store, before the job waits for it."""
 
 
 class MirroredSet(FeatureSet):
     """A feature set whose shards are kept in `place` too.
 
-    A store that does not answer costs no features: they stand on the storage, `note` is told so once, and the next job
-    brings what is missing there.
+    A store that falls silent costs no features: they stand on the storage, `note` is told so once, and a later job
+    brings there what is missing.
     """
 
     def __init__(self, folder: Path, place: Location, note: Callable[[str], None]) -> None:
@@ -39,137 +45,157 @@ class MirroredSet(FeatureSet):
         self._place = place
         self._note = note
         self._there: set[str] = set()
-        """Shards that the store has."""
-        self._manifests: dict[str, bytes] = {}
-        """Of those that are not here."""
-        self._unusable: set[str] = set()
-        """Of a later version, or found damaged."""
-        self._silent = False
+        """Shards that the store has, as far as is known."""
+        self._passed_over: set[str] = set()
+        """Manifests of the store that are of no use: of a later version, or of what was found damaged or gone."""
+        self._sender: ThreadPoolExecutor | None = None
+        self._sending: list[Future[None]] = []
+        self._silent_until = 0.0
+        self._told = False
 
-    def refresh(self, names: Iterable[str] = ()) -> None:
-        super().refresh(names)
+    def bring(self, ids: Ids) -> None:
+        """Fetch the shards that hold any of these contents, where none is here; all of them where ids are not known."""
+        self.refresh()
+        if time.monotonic() < self._silent_until:
+            return
+        lacking = ids[self.find(ids)[0] < 0]
+        if not len(lacking):
+            return
+        everything = not known(lacking).all()
         try:
-            self._there = {name.removesuffix(".json") for name in self._listed() if name.endswith(".json")}
-            unknown = sorted(self._there - set(self._shards) - self._broken - self._unusable)
-            with ThreadPoolExecutor(NUM_READERS) as pool:
-                texts = list(pool.map(lambda name: self._place.join(f"{name}.json").read(), unknown))
-        except (RefusedError, *_FAILS) as error:
+            listed = {name.removesuffix(".json") for name in self._listed() if name.endswith(".json")}
+        except Exception as error:  # each store's library has errors of its own
             self._failed(error)
             return
-        for name, text in zip(unknown, texts, strict=True):
-            try:
-                shard = Shard.from_manifest(name, text)
-            except ValueError:  # a store that shows a file before it is written to its end
-                continue
-            if shard is None:
-                self._unusable.add(name)
-            else:
-                self._shards[name], self._manifests[name] = shard, text
-        if unknown:
-            self._index()
+        self._there |= listed & set(self._shards)
+        new = sorted(listed - set(self._shards) - self._passed_over)
+
+        def fetched(name: str) -> None:
+            found = self._manifest_of(name)
+            if found is not None and (everything or np.isin(found[0].ids[:, 0], lacking[:, 0]).any()):
+                self._fetch(*found)
+
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            list(pool.map(fetched, new))
+        self.refresh()
 
     def _listed(self) -> list[str]:
         selector = pa.fs.FileSelector(self._place.path, allow_not_found=True)
         return [info.base_name for info in self._place.fs.get_file_info(selector)]
 
-    def values(self, number: int) -> Values:
-        name = self.names[number]
-        if name in self._manifests and not self._fetch(name):
-            raise FileNotFoundError(f"{self._place.text}/{name}.safetensors")
-        return super().values(number)
+    def _manifest_of(self, name: str) -> tuple[Shard, bytes] | None:
+        try:
+            text = self._place.join(f"{name}.json").read()
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            self._failed(error)
+            return None
+        try:
+            shard = Shard.from_manifest(name, text)
+        except ValueError:  # a store that shows a file before it is written to its end
+            return None
+        if shard is None:
+            self._passed_over.add(name)
+            return None
+        return shard, text
 
-    def damaged(self, numbers: Iterable[int]) -> list[str]:
-        numbers = list(numbers)
-        wanted = [name for name in {self.names[number] for number in numbers} if name in self._manifests]
-        with ThreadPoolExecutor(NUM_READERS) as pool:
-            broken = [name for name, whole in zip(wanted, pool.map(self._fetch, wanted), strict=True) if not whole]
-        found = super().damaged(number for number in numbers if self.names[number] not in broken)
-        self.forget(broken)
-        return [*broken, *found]
+    def _fetch(self, shard: Shard, manifest: bytes) -> None:
+        """Bring a shard. One that is gone or damaged is taken out of the store."""
+        name, digest = shard.name, hashlib.sha256()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{uuid.uuid4().hex}.partial"
+        try:
+            with self._place.join(f"{name}.safetensors").stream(_BUFFER_BYTES) as source, partial.open("wb") as out:
+                while chunk := source.read(_BUFFER_BYTES):
+                    digest.update(chunk)
+                    out.write(chunk)
+            if digest.hexdigest() != shard.sha256:
+                self._note(f"a shard of features in {self._place.text} was damaged: it is made again")
+                self._remove(name)
+                return
+            partial.replace(self._file(name))
+            partial.write_bytes(manifest)
+            partial.replace(self._manifest(name))
+            sync(self.folder)
+            self._trusted.add(name)
+            self._there.add(name)
+        except FileNotFoundError:  # a store whose old files go, the manifest after its shard
+            self._remove(name)
+        except Exception as error:
+            self._failed(error)
+        finally:
+            partial.unlink(missing_ok=True)
 
-    def forget(self, names: Iterable[str]) -> None:
-        names = list(names)
-        for name in names:
-            self._manifests.pop(name, None)
-            self._unusable.add(name)  # a listing may show it for a while
-        super().forget(names)
+    def _remove(self, name: str) -> None:
+        """What is of no use, from the store: the manifest first."""
+        self._passed_over.add(name)  # a listing may show it for a while
+        for file in (f"{name}.json", f"{name}.safetensors"):
+            try:
+                self._place.fs.delete_file(self._place.join(file).path)
+            except Exception:  # somebody else has removed it, or this job may not
+                continue
 
     def add(self, ids: Ids, values: Values, format: Format) -> str:
         name = super().add(ids, values, format)
-        self._put(name)
+        self._send([name])
         return name
 
-    def settle(self) -> None:
-        """Bring to the store what it lacks: of earlier jobs without one, or from when it did not answer."""
-        for name in sorted(set(self._shards) - self._there - set(self._manifests)):
-            self._put(name)
+    def settle(self, whole: bool) -> None:
+        if whole:
+            self._send(sorted(set(self._shards) - self._there))
+        self._arrived(0)
+        if self._sender is not None:
+            self._sender.shutdown()
+            self._sender = None
+
+    def _send(self, names: list[str]) -> None:
+        """To the store, beside what this job computes meanwhile."""
+        for name in names:
+            if time.monotonic() < self._silent_until:
+                break
+            self._there.add(name)
+            self._sender = self._sender or ThreadPoolExecutor(1)
+            self._sending.append(self._sender.submit(self._put, name))
+            self._arrived(_WAITING)
+
+    def _arrived(self, most: int) -> None:
+        while len(self._sending) > most:
+            self._sending.pop(0).result()
 
     def _put(self, name: str) -> None:
         try:
             for file in (self._file(name), self._manifest(name)):
                 upload(file, self._place.join(file.name))
-        except _FAILS as error:
+        except Exception as error:
+            self._there.discard(name)
             self._failed(error)
-        else:
-            self._there.add(name)
-
-    def _fetch(self, name: str) -> bool:
-        """Bring a shard from the store, if it is not here by now; False where it is gone, or not what was written."""
-        shard, manifest = self._shards[name], self._manifests[name]
-        if not self._manifest(name).exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            digest, partial = hashlib.sha256(), self.folder / f"{uuid.uuid4().hex}.partial"
-            try:
-                with self._place.join(f"{name}.safetensors").stream(_BUFFER_BYTES) as source, partial.open("wb") as out:
-                    while chunk := source.read(_BUFFER_BYTES):
-                        digest.update(chunk)
-                        out.write(chunk)
-                if digest.hexdigest() != shard.sha256:
-                    self._remove(name)
-                    return False
-                partial.replace(self._file(name))
-                partial.write_bytes(manifest)
-                partial.replace(self._manifest(name))
-                sync(self.folder)
-            except _FAILS as error:
-                self._failed(error)
-                return False
-            finally:
-                partial.unlink(missing_ok=True)
-            self._trusted.add(name)
-        self._manifests.pop(name, None)
-        return True
-
-    def _remove(self, name: str) -> None:
-        """A damaged shard, from the store: the manifest first."""
-        for file in (f"{name}.json", f"{name}.safetensors"):
-            try:
-                self._place.fs.delete_file(self._place.join(file).path)
-            except _FAILS:  # somebody else has removed it
-                continue
 
     def _failed(self, error: Exception) -> None:
-        if not self._silent:
+        self._silent_until = time.monotonic() + _SILENT_S
+        if not self._told:
+            self._told = True
             self._note(f"{self._place.text} does not answer, the features stay on the storage: {first_line(error)}")
-        self._silent = True
 
 
 def upload(file: Path, place: Location) -> None:
-    """A file to a store. Raises `OSError` or pyarrow's errors."""
-    place.fs.create_dir(place.parent().path, recursive=True)
+    """A file to a store. Raises whatever the store's library raises."""
+    if place.fs.type_name not in _WITHOUT_FOLDERS:
+        place.fs.create_dir(place.parent().path, recursive=True)
     with file.open("rb") as source, place.fs.open_output_stream(place.path) as out:
         shutil.copyfileobj(source, out, _BUFFER_BYTES)
 
 
 def share(file: Path, place: Location) -> None:
-    """A small file that all machines should have alike: here from the store, or there from here; the store's wins."""
+    """A small file that all machines should have alike: where one of the two has it, the other gets it."""
     there = place.join(file.name)
     try:
-        if there.stat() is not None:
+        if file.exists():
+            if there.stat() is None:
+                upload(file, there)
+        elif there.stat() is not None:
             partial = file.with_name(f"{uuid.uuid4().hex}.partial")
             partial.write_bytes(there.read())
             partial.replace(file)
-        elif file.exists():
-            upload(file, there)
-    except (RefusedError, *_FAILS):
-        return  # the set of features says that the store does not answer
+    except Exception:  # the set of features says that the store does not answer
+        return

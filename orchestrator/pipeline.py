@@ -38,17 +38,22 @@ class Bodies:
 
     copies: Sequence[Body]
     cores: int
-    """Of each."""
+    """Of each, for what runs on the CPU."""
     batch_size: int
     """Of samples, at most."""
 
 
-def bodies_for(body: Body, device: torch.device, threads: int | None = None) -> Bodies:
-    """As many copies as serve this device; `threads`: the cores of this worker, by default what torch is set to."""
-    if device.type != "cpu":
-        return Bodies(_copies(body, _BODIES_OF_GPU if device.type == "cuda" else 1), 1, MAX_AT_ONCE)
+def bodies_for(body: Body, device: torch.device, threads: int | None = None, most: int | None = None) -> Bodies:
+    """As many copies as serve this device.
+
+    `threads`: the cores of this worker, by default what torch is set to; `most`: so many copies, whatever would serve.
+    """
     threads = threads or torch.get_num_threads()
-    copies = _copies(body, min(threads, _MOST_BODIES))
+    if device.type != "cpu":
+        num = min(most or _BODIES_OF_GPU, _BODIES_OF_GPU if device.type == "cuda" else 1)
+        return Bodies(_copies(body, num), threads, MAX_AT_ONCE)
+    nums = range(1, min(threads, most or _MOST_BODIES) + 1)
+    copies = _copies(body, max(nums, key=lambda num: (num * (threads // num), num)))  # the least cores left over
     cores = max(1, threads // len(copies))
     return Bodies(copies, cores, min(MAX_AT_ONCE, _BATCH_OF_CORE * cores))
 

@@ -160,8 +160,9 @@ def _require_store(place: str) -> None:
     from orchestrator.locations import Location, locate
 
     store = locate(place)
-    bucket = store.path.strip("/").split("/")[0]
-    if store.kind() == "missing" and Location(bucket, store.fs, bucket).kind() == "missing":
+    bucket = store.path.split("/")[0]
+    buckets = place.split("://")[0] in ("s3", "gs", "gcs")  # elsewhere a folder is made where there is none
+    if store.kind() == "missing" and buckets and Location(bucket, store.fs, bucket).kind() == "missing":
         raise RefusedError(
             "offline", f"the feature store {place}: there is no {bucket!r}", expected="a bucket that is there",
             mend="make it, or correct feature_store (--feature-store)",

@@ -23,7 +23,8 @@ _LOOKED_AT_S = (0.01, 0.05, 0.2)
 _OURS = frozenset(
     (
         "job.yaml", "plan.json", "samples", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl",
-        "results.json", "error.txt", "STOP", ".lock", "checkpoints", "features", "tensorboard", "model", ".ray",
+        "results.json", "error.txt", "STOP", ".lock", "checkpoints", "features",
+        "features.json", "tensorboard", "model", ".ray",
     )
 )  # fmt: skip
 

@@ -186,12 +186,15 @@ class Samples:
         """The rows with the shortest samples first, by their size in bytes."""
         return rows[np.argsort(self.num_bytes[rows], kind="stable")]
 
-    def batches(self, rows: Ints, most: int | None = None) -> Iterator[Ints]:
-        """The rows in pieces that are decoded at once: `most` (or `MAX_AT_ONCE`), fewer where their files are large."""
+    def batches(self, rows: Ints, most: int | None = None, beside: int = 1) -> Iterator[Ints]:
+        """The rows in pieces that are decoded at once: `most` (or `MAX_AT_ONCE`), fewer where their files are large.
+
+        `beside`: so many pieces are in memory side by side.
+        """
         start = 0
         while start < len(rows):
             piece = rows[start : start + (most or MAX_AT_ONCE)]
-            fitting = int(np.searchsorted(np.cumsum(self.num_bytes[piece]), _BYTES_AT_ONCE, side="right"))
+            fitting = int(np.searchsorted(np.cumsum(self.num_bytes[piece]), _BYTES_AT_ONCE // beside, side="right"))
             yield piece[: max(1, fitting)]
             start += max(1, fitting)
 

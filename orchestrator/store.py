@@ -102,6 +102,7 @@ class FeatureSet:
         self._trusted: set[str] = set()
         self._broken: set[str] = set()
         """Whose manifest is not what was written."""
+        self._preferred: set[str] = set()
 
     @property
     def names(self) -> list[str]:
@@ -130,8 +131,8 @@ class FeatureSet:
             self._index()
 
     def _index(self) -> None:
-        # Of a content that is there twice the older features count, for a job that goes on as for one that began.
-        self._names = sorted(self._shards, key=lambda name: (self._shards[name].made, name))
+        ages = {name: (name not in self._preferred, shard.made, name) for name, shard in self._shards.items()}
+        self._names = sorted(ages, key=lambda name: ages[name])
         shards = [self._shards[name] for name in self._names]
         ids = np.concatenate([shard.ids for shard in shards]) if shards else np.zeros((0, 2), np.uint64)
         order = np.argsort(ids[:, 0], kind="stable")
@@ -222,8 +223,17 @@ class FeatureSet:
             self._values.pop(name, None)
         self._index()
 
-    def settle(self) -> None:
-        """Called once all is computed. A set on the storage alone has no more to do."""
+    def bring(self, ids: Ids) -> None:  # noqa: ARG002  # of a set on the storage alone nothing lies elsewhere
+        """Called by one worker of a job before these contents are asked for: what lies elsewhere comes here."""
+        self.refresh()
+
+    def settle(self, whole: bool) -> None:
+        """Once this worker has computed its share, or, `whole`, once all is there: what has to lie elsewhere does."""
+
+    def prefer(self, names: Iterable[str]) -> None:
+        """Of a content that is there twice, the features in these shards count, and else the older ones."""
+        self._preferred = set(names)
+        self._index()
 
     def sweep(self) -> None:
         """Remove what jobs that died have left."""
@@ -244,7 +254,7 @@ class FeatureSet:
         with contextlib.ExitStack() as stack:
             while True:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context((self.folder / _LOCK).open("a"))
+                file = stack.enter_context((self.folder / _LOCK).open("a+"))  # NFS locks what may be read
                 _lock(file, fcntl.LOCK_SH)
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(file.fileno()), (self.folder / _LOCK).stat()):
@@ -253,8 +263,13 @@ class FeatureSet:
 
     @contextlib.contextmanager
     def pruning(self) -> Iterator[bool]:
-        """Whether nobody holds it; meanwhile nobody begins to."""
-        with (self.folder / _LOCK).open("a") as file:
+        """Whether it is there and nobody holds it; meanwhile nobody begins to."""
+        try:
+            file = (self.folder / _LOCK).open("a+")
+        except FileNotFoundError:
+            yield False
+            return
+        with file:
             yield _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     @contextlib.contextmanager

@@ -179,7 +179,9 @@ def _laid_out(run: Run, job: Job, looked: Looked, fresh: bool) -> Plan:
     if (run.path / "plan.json").is_file() and not fresh:
         _refuse_without_samples(run)
         _refuse_changes(run, prepare(job, looked)[0])
-        return run.plan  # its threads and its schedule, whatever they would be now
+        # Its threads and its schedule, whatever they would be now; but where features are kept besides may change.
+        began = run.plan.job.model_copy(update={"feature_store": job.feature_store})
+        return run.plan.model_copy(update={"job": began})
     partial = run.path / f"{SAMPLES}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

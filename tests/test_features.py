@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import orchestrator
 from orchestrator import sets
 from orchestrator.errors import InterruptedRunError, JobError, TrainingError
+from orchestrator.store import FeatureSet
 from tests.test_train import silent, train, weights_of
 
 HEAD: dict[str, Any] = {"training": {"epochs": 3, "learning_rate": 3e-3}, "scaling": {"threads_per_worker": 1}}
@@ -330,6 +331,34 @@ def test_stopped_while_the_body_ran_it_goes_on(
     assert kept % 16 == 0  # whole batches, in their order
     whole = train(tiny_resnet, digits, **HEAD, storage="elsewhere")
     assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(run).items())
+
+
+def test_a_run_that_goes_on_reads_what_it_began_with(
+    tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import loop, store
+
+    def stopped(_session: object) -> None:
+        raise InterruptedRunError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_train", stopped)
+        with pytest.raises(InterruptedRunError):
+            train(tiny_resnet, digits, **HEAD, name="stopped")
+    (folder,) = Path("runs").glob(".features/*/float32")
+    features = FeatureSet(folder)
+    features.refresh()
+    (shard,) = (store.Shard.from_manifest(file.stem, file.read_bytes()) for file in folder.glob("*.json"))
+    assert shard is not None
+    with monkeypatch.context() as patch:  # another job's shard, of before, with the same contents
+        patch.setattr(store.time, "time_ns", lambda: 1)
+        features.add(shard.ids, np.array(features.values(0)) + 1, "float32")
+    whole = train(tiny_resnet, digits, **HEAD, storage="elsewhere")
+    run = train(tiny_resnet, digits, **HEAD, name="stopped")
+    assert computed(run) == 0
+    assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(run).items())
+    other = train(tiny_resnet, digits, **HEAD, name="other")
+    assert not all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(other).items())
 
 
 def test_features_of_unlike_shape_are_refused() -> None:

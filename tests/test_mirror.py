@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import orchestrator
-from orchestrator.errors import JobError, RefusedError
+from orchestrator.errors import InterruptedRunError, JobError, RefusedError
 from orchestrator.locations import cached
 from orchestrator.mirror import MirroredSet
 from orchestrator.store import FeatureSet
@@ -73,6 +73,35 @@ def test_what_was_computed_before_there_was_a_store_is_brought_there(
     assert train(tiny_resnet, digits, "two").lineage["num_computed"] == 0
 
 
+def test_what_rots_here_is_brought_again(tiny_resnet: Path, digits: Path, bucket: Any) -> None:
+    one = train(tiny_resnet, digits, "one")
+    names = there(bucket)
+    (shard,) = Path("one").glob(".features/*/float32/*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-10] ^= 1
+    shard.write_bytes(bytes(content))
+    notes: list[str] = []
+    again = train(tiny_resnet, digits, "one", notes, name="again")
+    assert any("1 stored shards of features were damaged" in note for note in notes), notes
+    assert again.lineage["num_computed"] == 0
+    assert same_weights(one, again)
+    assert there(bucket) == names
+
+
+def test_the_store_of_a_run_that_goes_on_may_be_another_one(
+    tiny_resnet: Path, digits: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import loop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_train", lambda _: (_ for _ in ()).throw(InterruptedRunError("stopped")))
+        with pytest.raises(InterruptedRunError):
+            train(tiny_resnet, digits, "one", name="same", feature_store=None)
+    run = train(tiny_resnet, digits, "one", name="same")
+    assert run.lineage["num_computed"] == 0
+    assert any(name.endswith(".safetensors") for name in there(bucket))
+
+
 def test_a_damaged_shard_of_the_store_is_made_again(tiny_resnet: Path, digits: Path, bucket: Any) -> None:
     one = train(tiny_resnet, digits, "one")
     (shard,) = [name for name in there(bucket) if name.endswith(".safetensors")]
@@ -83,7 +112,8 @@ def test_a_damaged_shard_of_the_store_is_made_again(tiny_resnet: Path, digits: P
         out.write(bytes(content))
     notes: list[str] = []
     two = train(tiny_resnet, digits, "two", notes)
-    assert any("1 stored shards of features were damaged" in note for note in notes), notes
+    place = f"{PLACE}/{Path(shard).parent.relative_to('features')}"
+    assert f"a shard of features in {place} was damaged: it is made again" in notes
     assert two.lineage["num_computed"] == 600
     assert same_weights(one, two)
     assert shard not in there(bucket)
@@ -93,43 +123,86 @@ def test_a_damaged_shard_of_the_store_is_made_again(tiny_resnet: Path, digits: P
 @pytest.mark.usefixtures("bucket")
 def test_a_store_that_falls_silent_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    features = MirroredSet(tmp_path / "one", cached(PLACE).join("family/float32"), notes.append)
-    features.refresh()
+    place = cached(PLACE).join("family/float32")
+    features = MirroredSet(tmp_path / "one", place, notes.append)
     values = np.array([[1.0, 2.0]], np.float32)
+    tried: list[Path] = []
+
+    def fails(file: Path, _place: object) -> None:
+        tried.append(file)
+        raise OSError("timed out")
+
     with monkeypatch.context() as patch:
-        patch.setattr("orchestrator.mirror.upload", lambda *_: (_ for _ in ()).throw(OSError("timed out")))
-        features.add(ids_of(1), values, "float32")
-        features.add(ids_of(2), values, "float32")
+        patch.setattr("orchestrator.mirror.upload", fails)
+        for number in (1, 2, 3):
+            features.add(ids_of(number), values, "float32")
+            features.settle(whole=False)
+    assert len(tried) == 1  # it is left alone for a while
     assert notes == [f"{PLACE}/family/float32 does not answer, the features stay on the storage: timed out"]
     features.refresh()
-    assert (features.find(ids_of(1, 2))[0] >= 0).all()
-    features.settle()
-    other = MirroredSet(tmp_path / "two", cached(PLACE).join("family/float32"), notes.append)
-    other.refresh()
-    shard, at = other.find(ids_of(1, 2))
+    assert (features.find(ids_of(1, 2, 3))[0] >= 0).all()
+    again = MirroredSet(tmp_path / "one", place, notes.append)
+    again.bring(ids_of(1))
+    again.settle(whole=True)
+    other = MirroredSet(tmp_path / "two", place, notes.append)
+    other.bring(ids_of(1, 2, 3))
+    shard, at = other.find(ids_of(1, 2, 3))
     assert (shard >= 0).all()
     assert other.damaged(shard.tolist()) == []
     assert other.values(int(shard[0]))[at[0]].tolist() == [1.0, 2.0]
+    assert len(notes) == 1
     # What was brought here is a set of its own, without the store.
     alone = FeatureSet(tmp_path / "two")
     alone.refresh()
-    assert alone.num_samples == 2
+    assert alone.num_samples == 3
+
+
+def put(bucket: Any, name: str, content: bytes) -> None:
+    with bucket.open_output_stream(name) as out:
+        out.write(content)
+
+
+def written(folder: Path, *numbers: int) -> str:
+    """The name of a shard that is in the store."""
+    features = MirroredSet(folder, cached(PLACE).join("family/float32"), pytest.fail)
+    name = features.add(ids_of(*numbers), np.array([[n, n] for n in numbers], np.float32), "float32")
+    features.settle(whole=True)
+    return name
+
+
+def brought(folder: Path, *numbers: int, unknown: bool = False) -> list[str]:
+    """The shards that come here for these contents."""
+    features = MirroredSet(folder, cached(PLACE).join("family/float32"), pytest.fail)
+    features.bring(ids_of(*numbers) * (0 if unknown else 1))
+    return features.names
+
+
+def test_only_what_is_asked_for_is_brought(tmp_path: Path, bucket: Any) -> None:
+    one, two = written(tmp_path / "one", 1, 2), written(tmp_path / "one", 3)
+    assert len(there(bucket)) == 4
+    assert brought(tmp_path / "two", 2) == [one]
+    assert brought(tmp_path / "two", 4) == [one]
+    assert brought(tmp_path / "three", 3) == [two]
+    assert set(brought(tmp_path / "four", 9, unknown=True)) == {one, two}  # what they are is found when they are read
 
 
 def test_a_manifest_that_is_not_whole_is_passed_over(tmp_path: Path, bucket: Any) -> None:
-    place = cached(PLACE).join("family/float32")
-    writer = MirroredSet(tmp_path / "one", place, pytest.fail)
-    name = writer.add(ids_of(1), np.ones((1, 2), np.float32), "float32")
-    file = f"features/family/float32/{name}.json"
+    file = f"features/family/float32/{written(tmp_path / 'one', 1)}.json"
     with bucket.open_input_file(file) as stored:
         text = stored.read()
     for broken in (text[:50], b"", b"[]", text.replace(b'"float32"', b'"float8"')):
-        with bucket.open_output_stream(file) as out:
-            out.write(broken)
-        reader = MirroredSet(tmp_path / "two", place, pytest.fail)
-        reader.refresh()
-        assert reader.names == []
+        put(bucket, file, broken)
+        assert brought(tmp_path / "two", 1) == []
     assert bucket.get_file_info(file).type  # another version may know it
+    put(bucket, file, text)
+    assert len(brought(tmp_path / "two", 1)) == 1
+
+
+def test_a_manifest_whose_shard_is_gone_goes_too(tmp_path: Path, bucket: Any) -> None:
+    name = written(tmp_path / "one", 1)
+    bucket.delete_file(f"features/family/float32/{name}.safetensors")
+    assert brought(tmp_path / "two", 1) == []
+    assert there(bucket) == []
 
 
 @pytest.mark.usefixtures("bucket")
