@@ -7,27 +7,23 @@ computed again, whatever dies. While some batches are in the body, the next are 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from orchestrator.compiling import WORTH_S, Compiled, can_be_compiled, compiled, seconds_of
 from orchestrator.contents import Catalog, Ids, known
 from orchestrator.cut import Body
-from orchestrator.errors import BadSampleError, InterruptedRunError, TrainingError
+from orchestrator.errors import InterruptedRunError, TrainingError
 from orchestrator.features import SampleSource, StoredView, part_of
-from orchestrator.model import Inputs
+from orchestrator.loading import Loaded, Loading, number_format
 from orchestrator.pipeline import Bodies, bodies_for, passed, with_threads
 from orchestrator.samples import Samples
 from orchestrator.store import FeatureSet, Format, Values
-from orchestrator.worker import Worker, channels_last, on_device, seed_for
+from orchestrator.worker import Worker, channels_last, on_device
 
 FLUSH_S = 10.0
 """A shard is written at least so often, at first: what is lost when a job is killed."""
@@ -37,7 +33,6 @@ _FLUSH_BYTES = 64 * 2**20
 _MOST_ROUNDS = 5
 _LEAST_BATCHES = 50
 """Of fewer it is not even looked how long they take."""
-_VIEW = 3  # what a random number is for, beside those of the loop
 
 Ints = npt.NDArray[np.int64]
 
@@ -67,8 +62,6 @@ class Extraction:
     """The body as machine code, where that pays back."""
     _new: list[tuple[Ints, Ids]] = field(default_factory=list)
     """(rows, the ids of their contents), as they were read."""
-    _collating: threading.Lock = field(default_factory=threading.Lock)
-    """Tokenizers of transformers are for one thread at a time, and torch's random numbers are one sequence."""
 
     def run(self, features: FeatureSet, rows: Ints, view: int | None = None) -> StoredView:
         """The features of these rows, as they lie in the store; `view`: of so many random changes of the samples.
@@ -167,16 +160,17 @@ class Extraction:
             # A sample is changed at random by torch's one generator: a body may draw from it as well (vit_mae does).
             bodies = bodies_for(self.body, self.worker.device, most=1 if view is not None else None)
             batches = list(self.source.samples.batches(mine, bodies.batch_size, len(bodies.copies)))
-            self._compile(features, bodies, batches, view)
+            loading = Loading(self.source, features, self.worker.device, self.seed, view)
+            self._compile(loading, bodies, batches)
             if not alone:  # another job begins at the other end: so the two meet, and do not do the same
                 batches.reverse()
             waiting, started = _Waiting(), time.monotonic()
 
-            def load(some: Ints) -> _Loaded:
-                return self._load(features, some, ids[np.searchsorted(rows, some)], view)
+            def load(some: Ints) -> Loaded:
+                return loading.load(some, ids[np.searchsorted(rows, some)])
 
-            def run(body: Body, loaded: _Loaded) -> list[tuple[Ids, Values]]:
-                return self._through(body, loaded, view)
+            def run(body: Body, loaded: Loaded) -> list[tuple[Ids, Values]]:
+                return loading.through(body, loaded, self.format, self.compiled)
 
             try:
                 for some, loaded, found in passed(batches, load, run, bodies):
@@ -199,81 +193,13 @@ class Extraction:
             raise InterruptedRunError("stopped while the body ran", mend="the same command goes on")
         return names
 
-    def _load(self, features: FeatureSet, some: Ints, ids: Ids, view: int | None) -> _Loaded:
-        """What the body takes of a batch: read, held against the store, decoded, collated."""
-        shard, _ = features.find(ids)
-        some = some[shard < 0]
-        looked = list(zip(some.tolist(), self.source.pool.map(lambda row: self._look(features, row), some.tolist()),
-                          strict=True))  # fmt: skip
-        read: dict[int, tuple[int, int]] = {}
-        found: list[tuple[tuple[int, int], object]] = []
-        for row, (key, decoded) in looked:
-            if isinstance(decoded, BadSampleError):
-                self.source.leave_out(row, decoded)
-                continue
-            assert key is not None
-            read[row] = key
-            if decoded is not None:
-                found.append((key, decoded))
-        # The same content twice in a batch need not be computed twice; nor written.
-        unique = list(dict(found).items())
-        kept = np.array([key for key, _ in unique], np.uint64).reshape(-1, 2)
-        new = (np.fromiter(read, np.int64, len(read)), np.array(list(read.values()), np.uint64).reshape(-1, 2))
-        # On a CPU the bodies have all cores: another set of OpenMP threads, for the collate function, cost them 11 %.
-        if self.worker.device.type == "cpu":
-            return _Loaded(new, kept, unique, None)
-        collated = self._collated(unique, view)
-        if self.worker.device.type == "cuda":  # from pinned memory a copy need not be waited for
-            collated = [({name: value.pin_memory() for name, value in inputs.items()}, at) for inputs, at in collated]
-        return _Loaded(new, kept, [], collated)
-
-    def _look(self, features: FeatureSet, row: int) -> tuple[tuple[int, int] | None, object]:
-        """(id of the content, the decoded sample); None for one whose features are there, or the error."""
-        try:
-            sample = self.source.samples.read(row)
-            key = self.source.samples.id_of(sample)
-            if features.find(np.array([key], np.uint64))[0][0] >= 0:
-                return key, None
-            return key, self.source.decode(sample)
-        except BadSampleError as error:
-            return None, error
-
-    def _collated(self, found: Sequence[tuple[tuple[int, int], Any]], view: int | None) -> list[tuple[Inputs, Ints]]:
-        """[(inputs, which of `found` they are)]."""
-        if not found:
-            return []
-        if view is None:
-            return [(self.source.collate([decoded for _, decoded in found], False), np.arange(len(found)))]
-        # How a sample is changed depends on its content alone, not on those beside it: so it is the same for every job.
-        groups: dict[Any, list[tuple[int, Inputs]]] = {}
-        for i, (key, decoded) in enumerate(found):
-            seed_for(_VIEW, self.seed, view, *key)
-            one = self.source.collate([decoded], True)
-            groups.setdefault(tuple((name, value.shape) for name, value in one.items()), []).append((i, one))
-        return [
-            ({name: torch.cat([one[name] for _, one in group]) for name in group[0][1]},
-             np.array([i for i, _ in group]))
-            for group in groups.values()
-        ]  # fmt: skip
-
-    def _through(self, body: Body, loaded: _Loaded, view: int | None) -> list[tuple[Ids, Values]]:
-        """What the body gives for a batch: [(ids, [samples, ...] as float32 or the bits of bfloat16)]."""
-        collated = loaded.inputs
-        if collated is None:
-            with self._collating:
-                collated = self._collated(loaded.found, view)
-        return [
-            (loaded.ids[at], compute(body, on_device(inputs, self.worker.device), self.format, self.compiled))
-            for inputs, at in collated
-        ]
-
-    def _compile(self, features: FeatureSet, bodies: Bodies, batches: Sequence[Ints], view: int | None) -> None:
+    def _compile(self, loading: Loading, bodies: Bodies, batches: Sequence[Ints]) -> None:
         """Make the body machine code, if the samples are so many that it pays back."""
         whole = [batch for batch in batches if len(batch) == bodies.batch_size]
         if self.compiled is not None or len(batches) < _LEAST_BATCHES or 2 * len(whole) < len(batches):
             return
-        loaded = self._load(features, whole[0], np.zeros((len(whole[0]), 2), np.uint64), view)
-        for inputs, at in loaded.inputs or self._collated(loaded.found, view):
+        loaded = loading.load(whole[0], np.zeros((len(whole[0]), 2), np.uint64))
+        for inputs, at in loaded.inputs or loading.collated(loaded.found):
             inputs = channels_last(on_device(inputs, self.worker.device))
             if len(at) < bodies.batch_size or not can_be_compiled(inputs):
                 return
@@ -312,43 +238,6 @@ def known_contents(samples: Samples, catalog: Catalog, rows: Ints) -> Ids:
 
 
 _NOTHING: npt.NDArray[np.float32] = np.zeros((0, 1), np.float32)
-
-
-@contextlib.contextmanager
-def number_format(inputs: Inputs, format: Format) -> Iterator[None]:
-    """Compute in it, without gradients."""
-    device = next(iter(inputs.values())).device
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=format == "bfloat16"):
-        yield
-
-
-def compute(body: Body, inputs: Inputs, format: Format, compiled: Compiled | None = None) -> Values:
-    """The body's output, [samples, ...]: float32, or the bits of bfloat16, computed in it."""
-    inputs = channels_last(inputs)
-    with number_format(inputs, format):
-        found = compiled(inputs) if compiled is not None and compiled.fits(inputs) else body(inputs)
-    return as_values(found, format)
-
-
-def as_values(features: Tensor, format: Format) -> Values:
-    """A tensor as the store keeps it."""
-    if format == "bfloat16":
-        return features.to(torch.bfloat16).cpu().contiguous().view(torch.uint16).numpy()
-    return features.float().cpu().contiguous().numpy()
-
-
-@dataclass
-class _Loaded:
-    """A batch on its way into the body."""
-
-    new: tuple[Ints, Ids]
-    """(rows, the ids of their contents)."""
-    ids: Ids
-    """Of those to compute."""
-    found: list[tuple[tuple[int, int], Any]]
-    """These, decoded."""
-    inputs: list[tuple[Inputs, Ints]] | None
-    """These as the body takes them, in pieces with the places of their samples in `ids`; None if that is yet to do."""
 
 
 @dataclass

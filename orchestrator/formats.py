@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 
 from orchestrator.cut import Body
-from orchestrator.extraction import compute
 from orchestrator.features import SampleSource, as_float32
+from orchestrator.loading import compute
 from orchestrator.sets import write_shared
 from orchestrator.store import Format
 from orchestrator.worker import Worker

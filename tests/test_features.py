@@ -229,14 +229,14 @@ def test_unreadable_samples_are_left_out_once(tiny_resnet: Path, digits: Path, m
 # Each batch becomes a shard, and takes its time.
 SLOW = """
 import sys, time
-from orchestrator import extraction
+from orchestrator import extraction, loading
 import orchestrator, orchestrator.train, orchestrator.loop, orchestrator_image.network, ray.train.torch
 extraction.FLUSH_S = 0.0
-compute = extraction.compute
+compute = loading.compute
 def slowly(*what):
     time.sleep(0.08)
     return compute(*what)
-extraction.compute = slowly
+loading.compute = slowly
 def job(name, events):
     return orchestrator.finetune(
         backbone=sys.argv[1], data=sys.argv[2], name=name, events=events,
@@ -308,10 +308,10 @@ def test_two_jobs_at_once_share_the_work_and_end_right(tiny_resnet: Path, digits
 def test_stopped_while_the_body_ran_it_goes_on(
     tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import extraction
+    from orchestrator import loading
 
     asked: list[int] = []
-    compute = extraction.compute
+    compute = loading.compute
 
     def stopping(*what: Any) -> Any:
         import signal
@@ -322,7 +322,7 @@ def test_stopped_while_the_body_ran_it_goes_on(
         return compute(*what)
 
     with monkeypatch.context() as patch:
-        patch.setattr(extraction, "compute", stopping)
+        patch.setattr(loading, "compute", stopping)
         with pytest.raises(InterruptedRunError):
             train(tiny_resnet, digits, **HEAD, name="stopped")
     run = train(tiny_resnet, digits, **HEAD, name="stopped")
