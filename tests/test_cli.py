@@ -53,8 +53,9 @@ def test_every_flag_sets_its_setting(screen: Screen) -> None:
         )
     for flag in FLAGS:
         if flag.setting:
-            value: object = {int: 4, float: 0.5}.get(flag.kind, "head" if flag.option == "--method" else "skip")
-            fields = {"backbone": "b", "data": "d", flag.setting: "regression" if flag.option == "--task" else value}
+            words = {"--method": "head", "--task": "regression", "--feature-store": "s3://bucket/features"}
+            value: object = {int: 4, float: 0.5}.get(flag.kind, words.get(flag.option, "skip"))
+            fields = {"backbone": "b", "data": "d", flag.setting: value}
             assert make_job(**fields) != make_job(backbone="b", data="e"), flag  # a setting that the job knows
 
 
