@@ -18,7 +18,7 @@ import torch
 import orchestrator
 from orchestrator.errors import RefusedError, TrainingError
 from tests.conftest import ALL_CORES
-from tests.test_train import LONG, Cli, same, silent, start, wait_for_checkpoint, weights_of
+from tests.test_train import LONG, Cli, same, silent, start, weights_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420), pytest.mark.xdist_group("ray")]
 
@@ -140,21 +140,32 @@ def train_workers() -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_one_ray_worker_is_this_process_bit_for_bit_killed_or_not(
-    how: signal.Signals, uninterrupted: orchestrator.Run, tiny_resnet: Path, digits: Path, cli: Cli
+def test_one_ray_worker_is_this_process_bit_for_bit_interrupted_and_killed(
+    uninterrupted: orchestrator.Run, tiny_resnet: Path, digits: Path, cli: Cli
 ) -> None:
     command = ["finetune", "--backbone", tiny_resnet, "--data", digits, *LONG]
-    process = start(*command, "--name", "ray", "--address", "local")
-    wait_for_checkpoint(process, Path("runs/ray"))
-    process.send_signal(how)
-    _, stderr = process.communicate(timeout=90)
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), stderr
-    assert not Path("runs/ray/results.json").exists()
+    for how in (signal.SIGINT, signal.SIGKILL):
+        before = checkpoints()
+        process = start(*command, "--name", "ray", "--address", "local")
+        for _ in range(18000):
+            if checkpoints() - before:
+                break
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(how)
+        _, stderr = process.communicate(timeout=90)
+        assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), stderr
+        assert not Path("runs/ray/results.json").exists()
+        assert ("going on from step" in stderr) == bool(before)
     done = cli(*command, "--name", "ray", "--address", "local")
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
     assert same(weights_of(uninterrupted), weights_of(orchestrator.open_run("runs/ray")))
+
+
+def checkpoints() -> set[str]:
+    """Those of the run that are whole."""
+    return {file.parent.name for file in Path("runs/ray").glob("checkpoints/step-*/COMMITTED")}
 
 
 def test_one_start_of_ray_serves_all_calls_of_a_process(tiny_resnet: Path, flat_digits: Path) -> None:
