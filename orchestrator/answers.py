@@ -256,7 +256,8 @@ def feature_set(one: FeatureListing, as_json: bool) -> None:
         ("modality", key.get("modality")),
         ("taken", key.get("cut")),
         ("input", setting(inputs) if isinstance(inputs, dict) else ""),
-        ("samples", f"{one.num_samples} in {one.num_shards} shards, {_size(one.num_bytes)}"),
+        ("samples", one.num_samples),
+        ("shards", f"{one.num_shards}, {_size(one.num_bytes)}"),
         ("used", _when(one.used)),
     ]
     out.print(pairs(rows))
@@ -269,7 +270,7 @@ def pruned(removed: Sequence[FeatureListing], left: Sequence[FeatureListing], as
         return
     for one in removed:
         out.print(f"removed {one.name}, {_size(one.num_bytes)}", markup=False, soft_wrap=True)
-    out.print(f"{len(removed)} removed; {_size(sum(one.num_bytes for one in left))} left in {len(left)}")
+    out.print(f"{len(removed)} removed; {_size(sum(one.num_bytes for one in left))} in {len(left)} sets left")
 
 
 def _as_dict(one: FeatureListing) -> dict[str, Any]:

@@ -267,7 +267,8 @@ def run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except _UsageError as error:
         known = arguments[0] in {getattr(one.callback, "__name__", "") for one in app.registered_commands}
-        hint = f"orchestrator {arguments[0]} --help" if known else ""
+        words = arguments[:2] if arguments[0] == "features" else arguments[:1]
+        hint = f"orchestrator {' '.join(words)} --help" if known or words[1:] else ""
         message = getattr(error, "format_message", error.__str__)()
         return _fail(JobError(message, mend=hint or "orchestrator --help"), as_json)
     except OrchestratorError as error:

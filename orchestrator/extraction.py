@@ -84,6 +84,8 @@ class Extraction:
             if not counted:
                 self.advance(len(rows) - len(missing))
                 counted = True
+                if len(missing) < len(rows):
+                    self.note(f"features of {len(rows) - len(missing)} of {len(rows)} samples are stored already")
             if len(missing):
                 names = self._fill(features, part_of(missing, worker.rank, worker.num_workers), rows, ids, view)
                 written = [name for part in worker.gather(names) for name in part]
@@ -101,7 +103,7 @@ class Extraction:
                           for number, name in enumerate(features.names)]  # fmt: skip
                 self.used[features.folder.name] = everybodys
                 return StoredView(rows[there], shard[there], at[there], values)
-            self.note(f"{len(broken)} stored shards of features were damaged: they are made again")
+            self.note(f"stored features were damaged, and are replaced ({len(broken)} of {len(everybodys)} shards)")
             if worker.rank == 0:
                 features.bring(ids)
         raise TrainingError(
@@ -190,7 +192,8 @@ class Extraction:
                 if waiting.ids:
                     names.append(waiting.write(features, self.format))
         if any(self.worker.gather(stopped)):
-            raise InterruptedRunError("stopped while the body ran", mend="the same command goes on")
+            text = "stopped while the body ran; the features that it gave are kept"
+            raise InterruptedRunError(text, mend="the same command goes on")
         return names
 
     def _compile(self, loading: Loading, bodies: Bodies, batches: Sequence[Ints]) -> None:

@@ -141,7 +141,7 @@ def _asking(place: str) -> Iterator[None]:
         raise
     except (OSError, pa.ArrowException) as error:
         raise RefusedError(
-            "offline", f"{place} cannot be asked for: {first_line(error)}",
+            "offline", f"{place} does not answer: {first_line(error)}",
             expected="a store that answers, and credentials that it accepts",
             mend="check the connection, the endpoint (AWS_ENDPOINT_URL) and the credentials in the environment",
         ) from None  # fmt: skip

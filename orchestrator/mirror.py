@@ -175,7 +175,10 @@ class MirroredSet(FeatureSet):
         self._silent_until = time.monotonic() + _SILENT_S
         if not self._told:
             self._told = True
-            self._note(f"{self._place.text} does not answer, the features stay on the storage: {first_line(error)}")
+            self._note(
+                f"{self._place.text} does not answer: features stay on the storage, and a later job brings them there "
+                f"({first_line(error)})"
+            )
 
 
 def upload(file: Path, place: Location) -> None:

@@ -164,7 +164,7 @@ def _require_store(place: str) -> None:
     buckets = place.split("://")[0] in ("s3", "gs", "gcs")  # elsewhere a folder is made where there is none
     if store.kind() == "missing" and buckets and Location(bucket, store.fs, bucket).kind() == "missing":
         raise RefusedError(
-            "offline", f"the feature store {place}: there is no {bucket!r}", expected="a bucket that is there",
+            "not_found", f"the feature store {place}: there is no bucket {bucket!r}", expected="a bucket that is there",
             mend="make it, or correct feature_store (--feature-store)",
         )  # fmt: skip
 

@@ -77,8 +77,8 @@ def of_storage(storage: str | Path) -> Path:
 def parse_size(text: str) -> int:
     """Bytes: of `50GB`, `1.5 TB`, `64MiB`, `0`. Raises `JobError`."""
     found = _SIZE.fullmatch(text.strip().upper())
-    if found is None or found[2] not in _UNITS:
-        raise JobError(f"{text!r} is no size", expected="a number with a unit, such as 50GB, 500MB or 0")
+    if found is None or found[2] not in _UNITS or (not found[2] and float(found[1])):
+        raise JobError(f"{text!r} is no size", expected="a number with a unit, or 0", mend="say it like 50GB or 500MB")
     return round(float(found[1]) * _UNITS[found[2]])
 
 

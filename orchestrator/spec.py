@@ -186,8 +186,8 @@ class Job(_Part):
     @field_validator("feature_store")
     @classmethod
     def _in_a_store(cls, place: str | None) -> str | None:
-        if place is not None and "://" not in place:
-            raise ValueError("a URI such as s3://bucket/features; a directory is what storage is for")
+        if place is not None and not re.fullmatch(r"[a-zA-Z][\w+.-]*://.*[^/].*", place):
+            raise ValueError("is no place in a store, as s3://bucket/features is; for a directory there is storage")
         return place
 
     @field_validator("data", mode="before")

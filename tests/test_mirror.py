@@ -55,8 +55,10 @@ def test_another_machine_computes_nothing_again(tiny_resnet: Path, digits: Path,
     assert one.lineage["num_computed"] == 600
     names = there(bucket)
     assert [Path(name).suffix for name in names if "key.json" not in name] == [".json", ".safetensors"]
-    two = train(tiny_resnet, digits, "two")
+    notes: list[str] = []
+    two = train(tiny_resnet, digits, "two", notes)
     assert two.lineage["num_computed"] == 0
+    assert "features of 600 of 600 samples are stored already" in notes
     assert same_weights(one, two)
     assert there(bucket) == names
     keys = {file.read_text() for file in Path().glob("*/.features/*/key.json")}
@@ -82,7 +84,7 @@ def test_what_rots_here_is_brought_again(tiny_resnet: Path, digits: Path, bucket
     shard.write_bytes(bytes(content))
     notes: list[str] = []
     again = train(tiny_resnet, digits, "one", notes, name="again")
-    assert any("1 stored shards of features were damaged" in note for note in notes), notes
+    assert "stored features were damaged, and are replaced (1 of 1 shards)" in notes
     assert again.lineage["num_computed"] == 0
     assert same_weights(one, again)
     assert there(bucket) == names
@@ -138,7 +140,10 @@ def test_a_store_that_falls_silent_costs_nothing(tmp_path: Path, monkeypatch: py
             features.add(ids_of(number), values, "float32")
             features.settle(whole=False)
     assert len(tried) == 1  # it is left alone for a while
-    assert notes == [f"{PLACE}/family/float32 does not answer, the features stay on the storage: timed out"]
+    assert notes == [
+        f"{PLACE}/family/float32 does not answer: features stay on the storage, and a later job brings them there "
+        "(timed out)"
+    ]
     features.refresh()
     assert (features.find(ids_of(1, 2, 3))[0] >= 0).all()
     again = MirroredSet(tmp_path / "one", place, notes.append)
@@ -209,14 +214,16 @@ def test_a_manifest_whose_shard_is_gone_goes_too(tmp_path: Path, bucket: Any) ->
 def test_a_store_that_is_not_there_is_refused(
     tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    with pytest.raises(RefusedError, match="there is no 'buckett'"):
+    with pytest.raises(RefusedError, match="there is no bucket 'buckett'"):
         train(tiny_resnet, digits, "one", feature_store="s3://buckett/features")
-    with pytest.raises(JobError, match="a directory is what storage is for"):
+    with pytest.raises(JobError, match="for a directory there is storage"):
         train(tiny_resnet, digits, "one", feature_store="features")
+    with pytest.raises(JobError, match="is no place in a store"):
+        train(tiny_resnet, digits, "one", feature_store="s3://")
     assert not Path("one").exists()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     cached.cache_clear()
-    with pytest.raises(RefusedError, match="cannot be asked for"):
+    with pytest.raises(RefusedError, match="does not answer"):
         train(tiny_resnet, digits, "one")
 
 

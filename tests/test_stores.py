@@ -120,7 +120,7 @@ def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     error = refusal("s3://bucket/photos")
     assert error.reason == "offline"
-    assert "s3://bucket/photos cannot be asked for" in error.message
+    assert "s3://bucket/photos does not answer" in error.message
     assert "AWS_ENDPOINT_URL" in error.mend
 
 

@@ -168,7 +168,7 @@ def _hold_against(profile: Profile, height: int, width: int, mode: str) -> tuple
     if small:
         notes.append(
             f"{small:.0%} of the images are enlarged more than {_ENLARGED_TOO_FAR:g} times, to {width} x {height}: "
-            "a smaller settings.size is faster and loses nothing, if the backbone takes it"
+            "a smaller settings.size is faster, and often as good, if the backbone takes it"
         )
     return adaptations, notes
 
