@@ -251,6 +251,18 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
+def _command_of(arguments: list[str]) -> str:
+    """The command that was meant, as far as there is one: `orchestrator features prune`."""
+    words = ["orchestrator"]
+    command: Any = typer.main.get_command(app)
+    for word in arguments:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        words.append(word)
+    return " ".join(words)
+
+
 def run(arguments: list[str]) -> int:
     """Run a command; its exit code."""
     as_json = "--json" in arguments
@@ -266,11 +278,8 @@ def run(arguments: list[str]) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except _UsageError as error:
-        known = arguments[0] in {getattr(one.callback, "__name__", "") for one in app.registered_commands}
-        words = arguments[:2] if arguments[0] == "features" else arguments[:1]
-        hint = f"orchestrator {' '.join(words)} --help" if known or words[1:] else ""
         message = getattr(error, "format_message", error.__str__)()
-        return _fail(JobError(message, mend=hint or "orchestrator --help"), as_json)
+        return _fail(JobError(message, mend=f"{_command_of(arguments)} --help"), as_json)
     except OrchestratorError as error:
         return _fail(error, as_json)
     except BrokenPipeError:

@@ -111,9 +111,8 @@ def _body_runs(plan: Any) -> str:
 
 def _epoch_status(event: Mapping[str, Any], task: str) -> str:
     line = event["epoch"]
-    what, short = (
-        ("accuracy", "acc") if task == "single-label" else ("loss", "loss")
-    )  # what the best epoch is chosen by
+    # What the best epoch is chosen by.
+    what, short = ("accuracy", "acc") if task == "single-label" else ("loss", "loss")
     split, shown = ("validation", "val") if f"validation_{what}" in line else ("train", "train")
     return f"epoch {line['epoch']}/{event['epochs']} {shown} {short} {line[f'{split}_{what}']:.3f}"
 

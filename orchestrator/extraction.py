@@ -20,10 +20,11 @@ from orchestrator.cut import Body
 from orchestrator.errors import InterruptedRunError, TrainingError
 from orchestrator.features import SampleSource, StoredView, part_of
 from orchestrator.loading import Loaded, Loading, number_format
-from orchestrator.pipeline import Bodies, bodies_for, passed, with_threads
+from orchestrator.locks import filling
+from orchestrator.pipeline import Bodies, bodies_for, passed
 from orchestrator.samples import Samples
 from orchestrator.store import FeatureSet, Format, Values
-from orchestrator.worker import Worker, channels_last, on_device
+from orchestrator.worker import Worker, channels_last, on_device, with_threads
 
 FLUSH_S = 10.0
 """A shard is written at least so often, at first: what is lost when a job is killed."""
@@ -155,7 +156,7 @@ class Extraction:
         stopped = False
         features.sweep()
         # One lock a job: the other workers' shares are their own.
-        with features.filling() if self.worker.rank == 0 else contextlib.nullcontext(False) as lock:
+        with filling(features.folder) if self.worker.rank == 0 else contextlib.nullcontext(False) as lock:
             alone = self.worker.gather(lock)[0]
             if self.by_length:
                 mine = self.source.samples.by_length(mine)
@@ -202,23 +203,22 @@ class Extraction:
         if self.compiled is not None or len(batches) < _LEAST_BATCHES or 2 * len(whole) < len(batches):
             return
         loaded = loading.load(whole[0], np.zeros((len(whole[0]), 2), np.uint64))
-        for inputs, at in loaded.inputs or loading.collated(loaded.found):
-            inputs = channels_last(on_device(inputs, self.worker.device))
-            if len(at) < bodies.batch_size or not can_be_compiled(inputs):
-                return
-            with with_threads(bodies.cores), number_format(inputs, self.format):
-                for repeats in (1, 2):  # the first pass is slower than the others, and mostly tells enough
-                    expected = seconds_of(self.body, inputs, repeats) * len(batches) / len(bodies.copies)
-                    if expected < WORTH_S:
-                        return
-                self.note(f"the body would run for {expected / 60:.0f} min: it is compiled first")
-                found = compiled(self.body, inputs)
-            if isinstance(found, str):
-                self.note(f"it runs as it is, for compiled {found}")
-            else:
-                self.compiled = found
-                self.note(f"compiled, it is {found.gain:.2f} times as fast")
+        pieces = loaded.inputs or loading.collated(loaded.found)
+        if not pieces or len(pieces[0][1]) < bodies.batch_size or not can_be_compiled(pieces[0][0]):
             return
+        inputs = channels_last(on_device(pieces[0][0], self.worker.device))
+        with with_threads(bodies.cores), number_format(inputs, self.format):
+            for repeats in (1, 2):  # the first pass is slower than the others, and mostly tells enough
+                expected = seconds_of(self.body, inputs, repeats) * len(batches) / len(bodies.copies)
+                if expected < WORTH_S:
+                    return
+            self.note(f"the body would run for {expected / 60:.0f} min: it is compiled first")
+            found = compiled(self.body, inputs)
+        if isinstance(found, str):
+            self.note(f"it runs as it is, for compiled {found}")
+        else:
+            self.compiled = found
+            self.note(f"compiled, it is {found.gain:.2f} times as fast")
 
 
 def _refuse_other_shape(there: tuple[int, ...], values: Values) -> None:

@@ -8,8 +8,8 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -84,10 +84,13 @@ def run_body_once(
     catalog = Catalog(root / CONTENTS)
     body = Body(network, cut)
     everything = np.concatenate([rows[name] for name in SPLITS])
-    note: Note = lambda text: events({"kind": "note", "text": text})  # noqa: E731
+
+    def note(text: str) -> None:
+        events({"kind": "note", "text": text})
+
     if plan.job.feature_store and code is None:
         note("the plugin's code has no file that other machines could compare: the features stay in this run")
-    kept = _Kept(family, key, plan.job.feature_store if code is not None else None, note)
+    kept = _Kept(family, plan.job.feature_store if code is not None else None, note)
     before: _Used | None = worker.gather(_Used.of(run) if worker.rank == 0 else None)[0]
     if before is not None:  # a run that goes on reads what it began with, whatever there is by now
         choice = Choice(before.format)
@@ -104,7 +107,7 @@ def run_body_once(
     )  # fmt: skip
 
     def run_over(name: str, rows: Ints, view: int | None = None) -> StoredView:
-        features = held.enter_context(kept.open(name))
+        features = held.enter_context(opened(kept.set(name), key))
         if before is not None:
             features.prefer(before.shards.get(name, ()))
         return extraction.run(features, rows, view)
@@ -152,7 +155,6 @@ class _Kept:
     """Where the features of a family are kept: in its folder on the storage, and in a store if the job names one."""
 
     family: Path
-    key: Mapping[str, Any]
     store: str | None
     note: Note
     sets: dict[str, FeatureSet] = field(default_factory=dict)
@@ -167,12 +169,6 @@ class _Kept:
             self.sets[name] = FeatureSet(folder) if place is None else MirroredSet(folder, place.join(name), self.note)
         return self.sets[name]
 
-    @contextmanager
-    def open(self, name: str) -> Iterator[FeatureSet]:
-        """While it is used."""
-        with opened(self.set(name), self.key) as features:
-            yield features
-
     def share(self, name: str) -> None:
         """One of the family's notes, the same on all machines."""
         place = self._place()
@@ -185,6 +181,7 @@ class _Kept:
 
 def _num_missing(features: FeatureSet, samples: Samples, catalog: Catalog, rows: Ints) -> int:
     ids = known_contents(samples, catalog, rows)
+    features.refresh()
     features.bring(ids)
     return int((features.find(ids)[0] < 0).sum())
 

@@ -61,7 +61,7 @@ class Loading:
         """
         shard, _ = self.features.find(ids)
         some = some[shard < 0]
-        looked = list(zip(some.tolist(), self.source.pool.map(lambda row: self._look(row), some.tolist()),
+        looked = list(zip(some.tolist(), self.source.pool.map(self._look, some.tolist()),
                           strict=True))  # fmt: skip
         read: dict[int, tuple[int, int]] = {}
         found: list[tuple[tuple[int, int], object]] = []

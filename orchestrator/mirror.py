@@ -23,6 +23,7 @@ from orchestrator.contents import Ids, known
 from orchestrator.errors import first_line
 from orchestrator.locations import Location
 from orchestrator.runs import sync
+from orchestrator.sets import write_shared
 from orchestrator.store import NUM_READERS, FeatureSet, Format, Shard, Values
 
 _BUFFER_BYTES = 8 * 2**20
@@ -51,7 +52,7 @@ class MirroredSet(FeatureSet):
         self._sender: ThreadPoolExecutor | None = None
         self._sending: list[Future[None]] = []
         self._silent_until = 0.0
-        self._told = False
+        """0 as long as it has answered."""
 
     def bring(self, ids: Ids) -> None:
         """Fetch the shards that hold any of these contents, where none is here; all of them where ids are not known."""
@@ -115,8 +116,7 @@ class MirroredSet(FeatureSet):
                 self._remove(name)
                 return
             partial.replace(self._file(name))
-            partial.write_bytes(manifest)
-            partial.replace(self._manifest(name))
+            write_shared(self._manifest(name), manifest.decode())
             sync(self.folder)
             self._trusted.add(name)
             self._there.add(name)
@@ -172,9 +172,9 @@ class MirroredSet(FeatureSet):
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
+        told = bool(self._silent_until)
         self._silent_until = time.monotonic() + _SILENT_S
-        if not self._told:
-            self._told = True
+        if not told:
             self._note(
                 f"{self._place.text} does not answer: features stay on the storage, and a later job brings them there "
                 f"({first_line(error)})"
@@ -197,8 +197,6 @@ def share(file: Path, place: Location) -> None:
             if there.stat() is None:
                 upload(file, there)
         elif there.stat() is not None:
-            partial = file.with_name(f"{uuid.uuid4().hex}.partial")
-            partial.write_bytes(there.read())
-            partial.replace(file)
+            write_shared(file, there.read().decode())
     except Exception:  # the set of features says that the store does not answer
         return

@@ -20,6 +20,7 @@ import torch
 
 from orchestrator.cut import Body
 from orchestrator.samples import MAX_AT_ONCE
+from orchestrator.worker import with_threads
 
 _MOST_BODIES = 8
 """More would wait for Python's lock; each has several cores then."""
@@ -97,7 +98,7 @@ def passed(
     num = len(bodies.copies)
     pending: deque[tuple[T, Future[U], Future[V]]] = deque()
     with (
-        with_threads(torch.get_num_threads()),  # MKL has one number for all threads
+        with_threads(),  # MKL has one number for all threads
         ThreadPoolExecutor(1) as loader,
         ThreadPoolExecutor(num, initializer=torch.set_num_threads, initargs=(bodies.cores,)) as workers,
     ):
@@ -117,17 +118,6 @@ def passed(
             for _, _, working in pending:
                 with contextlib.suppress(BaseException):
                     working.result()
-
-
-@contextlib.contextmanager
-def with_threads(num: int) -> Iterator[None]:
-    """Torch set to so many threads, and back to what it was, whatever was set meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _first(pending: deque[tuple[T, Future[U], Future[V]]]) -> tuple[T, U, V]:

@@ -157,9 +157,9 @@ def spilled(draft: Draft, directory: Path, new: list[Path] | None = None) -> Dra
 
 def _require_store(place: str) -> None:
     """Raise `RefusedError` where the object store does not answer, or has no such bucket."""
-    from orchestrator.locations import Location, locate
+    from orchestrator.locations import Location, cached
 
-    store = locate(place)
+    store = cached(place)
     bucket = store.path.split("/")[0]
     buckets = place.split("://")[0] in ("s3", "gs", "gcs")  # elsewhere a folder is made where there is none
     if store.kind() == "missing" and buckets and Location(bucket, store.fs, bucket).kind() == "missing":

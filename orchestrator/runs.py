@@ -23,8 +23,8 @@ _LOOKED_AT_S = (0.01, 0.05, 0.2)
 _OURS = frozenset(
     (
         "job.yaml", "plan.json", "samples", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl",
-        "results.json", "error.txt", "STOP", ".lock", "checkpoints", "features",
-        "features.json", "tensorboard", "model", ".ray",
+        "results.json", "error.txt", "STOP", ".lock", "checkpoints", "features", "features.json", "tensorboard",
+        "model", ".ray",
     )
 )  # fmt: skip
 
@@ -145,7 +145,7 @@ class Run:
             except FileNotFoundError:  # another one gave up the run just now
                 continue
             with file, self._held(file):
-                if os.path.exists(file.name) and os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                if still_there(file):
                     yield
                     return
 
@@ -251,6 +251,14 @@ def write_file(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def still_there(file: TextIO) -> bool:
+    """Whether an open file is the one at its place: a lock on one that was removed meanwhile holds nobody off."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
 
 
 def sync(path: Path) -> None:

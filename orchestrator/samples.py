@@ -33,8 +33,8 @@ _BATCH_ROWS = 1024
 _BATCH_BYTES = 16 * 2**20
 MAX_AT_ONCE = 64
 _BYTES_AT_ONCE = 64 * 2**20
-_NAMES_AT_ONCE = 65_536
 """Of files, which are up to some ten times as large once they are decoded."""
+_NAMES_AT_ONCE = 65_536
 
 
 class SampleWriter:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator import locks
 from orchestrator.errors import JobError
 from orchestrator.store import FeatureSet
 
@@ -46,7 +47,7 @@ def write_shared(file: Path, text: str) -> None:
 def opened(features: FeatureSet, key: Mapping[str, Any]) -> Iterator[FeatureSet]:
     """A set of the family with that key, made if need be; nobody prunes it meanwhile."""
     family = features.folder.parent
-    with features.held():
+    with locks.held(features.folder):
         touch(features.folder)
         family_folder(family.parent, family.name.rpartition("-")[0], key)  # pruned just before, perhaps
         yield features
@@ -150,7 +151,7 @@ def prune(root: Path, max_bytes: int) -> list[Listing]:
         if total <= max_bytes:
             break
         folder = root / one.name
-        with FeatureSet(folder).pruning() as free:
+        with locks.pruning(folder) as free:
             if not free:
                 continue
             for manifest in folder.glob("*.json"):  # first, so that nobody counts on a shard that is going

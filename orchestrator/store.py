@@ -15,21 +15,21 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator import locks
 from orchestrator.contents import Ids, Marks
 from orchestrator.runs import sync
 
@@ -38,7 +38,6 @@ _NUMPY: Mapping[str, Any] = {"float32": np.float32, "bfloat16": np.uint16}
 _DEAD_S = 3600.0
 """What was begun so long ago, and has no manifest, is of a job that died."""
 NUM_READERS = 4
-_LOCK, _FILLING = ".lock", ".filling"
 
 Ints = npt.NDArray[np.int64]
 Values = npt.NDArray[Any]
@@ -131,9 +130,8 @@ class FeatureSet:
             self._index()
 
     def _index(self) -> None:
-        ages = {name: (name not in self._preferred, shard.made, name) for name, shard in self._shards.items()}
-        self._names = sorted(ages, key=lambda name: ages[name])
-        shards = [self._shards[name] for name in self._names]
+        shards = sorted(self._shards.values(), key=lambda one: (one.name not in self._preferred, one.made, one.name))
+        self._names = [shard.name for shard in shards]
         ids = np.concatenate([shard.ids for shard in shards]) if shards else np.zeros((0, 2), np.uint64)
         order = np.argsort(ids[:, 0], kind="stable")
         sizes = [len(shard.ids) for shard in shards]
@@ -223,9 +221,8 @@ class FeatureSet:
             self._values.pop(name, None)
         self._index()
 
-    def bring(self, ids: Ids) -> None:  # noqa: ARG002  # of a set on the storage alone nothing lies elsewhere
+    def bring(self, ids: Ids) -> None:  # of a set on the storage alone nothing lies elsewhere
         """Called by one worker of a job before these contents are asked for: what lies elsewhere comes here."""
-        self.refresh()
 
     def settle(self, whole: bool) -> None:
         """Once this worker has computed its share, or, `whole`, once all is there: what has to lie elsewhere does."""
@@ -239,45 +236,10 @@ class FeatureSet:
         """Remove what jobs that died have left."""
         with contextlib.suppress(FileNotFoundError):
             for file in self.folder.iterdir():
-                whole = file.suffix == ".json" or file.with_suffix(".json").exists()
+                kept = file.suffix == ".json" or file.name in locks.FILES or file.with_suffix(".json").exists()
                 with contextlib.suppress(FileNotFoundError):
-                    if (
-                        not whole
-                        and time.time() - file.stat().st_mtime > _DEAD_S
-                        and file.name not in (_LOCK, _FILLING)
-                    ):
+                    if not kept and time.time() - file.stat().st_mtime > _DEAD_S:
                         file.unlink()
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """While this job writes or reads the set: nobody on this machine prunes it."""
-        with contextlib.ExitStack() as stack:
-            while True:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context((self.folder / _LOCK).open("a+"))  # NFS locks what may be read
-                _lock(file, fcntl.LOCK_SH)
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(file.fileno()), (self.folder / _LOCK).stat()):
-                        break  # else it was pruned between the two
-            yield
-
-    @contextlib.contextmanager
-    def pruning(self) -> Iterator[bool]:
-        """Whether it is there and nobody holds it; meanwhile nobody begins to."""
-        try:
-            file = (self.folder / _LOCK).open("a+")
-        except FileNotFoundError:
-            yield False
-            return
-        with file:
-            yield _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    @contextlib.contextmanager
-    def filling(self) -> Iterator[bool]:
-        """While this job computes features: whether it is the only one on this machine that does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / _FILLING).open("a") as file:
-            yield _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -307,14 +269,3 @@ class FeatureSet:
                 return hashlib.file_digest(file, "sha256").hexdigest() == self._shards[name].sha256
         except FileNotFoundError:  # pruned
             return False
-
-
-def _lock(file: IO[str], how: int) -> bool:
-    """Whether the lock was got: always, on a file system without locks."""
-    try:
-        fcntl.flock(file, how)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -296,30 +296,19 @@ def _errors_of_libraries(run: Run, extra: str) -> Iterator[None]:
 def _in_process(config: dict[str, Any], events: Events) -> None:
     """Through Ray Train's local mode: the same loop, no cluster."""
     from orchestrator.loop import run_worker
+    from orchestrator.worker import with_threads
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray.train import ScalingConfig
         from ray.train.torch import TorchTrainer
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with _stop_on_signal() as should_stop, _threads_kept():
+    with _stop_on_signal() as should_stop, with_threads():
         TorchTrainer(
             run_worker,
             train_loop_config={**config, "events": events, "should_stop": should_stop},
             scaling_config=ScalingConfig(num_workers=0),
         ).fit()
-
-
-@contextlib.contextmanager
-def _threads_kept() -> Iterator[None]:
-    """The caller's number of threads is put back."""
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import ctypes
 import hashlib
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,17 @@ def start_worker(plan: Plan, local_rank: int = 0) -> Worker:
         num_workers=dist.get_world_size() if grouped else 1,
         device=_device(plan, local_rank),
     )
+
+
+@contextlib.contextmanager
+def with_threads(num: int | None = None) -> Iterator[None]:
+    """Torch set to so many threads, and back to what it was, whatever was set meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _device(plan: Plan, local_rank: int) -> torch.device:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator import sets, store
+from orchestrator import locks, sets, store
 from orchestrator.contents import Catalog, Ids, content_id
 from orchestrator.store import FeatureSet
 
@@ -144,9 +144,9 @@ def test_what_dead_jobs_left_is_swept_away(tmp_path: Path) -> None:
 
 
 def test_only_one_fills_alone(tmp_path: Path) -> None:
-    with FeatureSet(tmp_path).filling() as first, FeatureSet(tmp_path).filling() as second:
+    with locks.filling(tmp_path) as first, locks.filling(tmp_path) as second:
         assert (first, second) == (True, False)
-    with FeatureSet(tmp_path).filling() as third:
+    with locks.filling(tmp_path) as third:
         assert third
 
 
@@ -160,7 +160,7 @@ def test_the_sets_used_last_are_kept(tmp_path: Path) -> None:
     assert [one.key["backbone"] for one in found] == ["newer", "new", "old"]
     assert [one.num_samples for one in found] == [100] * 3
     most = sum(one.num_bytes for one in found) - 1
-    with FeatureSet(tmp_path / found[2].name).held():  # a job is at work on it
+    with locks.held(tmp_path / found[2].name):  # a job is at work on it
         assert [one.key["backbone"] for one in sets.prune(tmp_path, most)] == ["new"]
     filled(sets.family_folder(tmp_path, "new", {"backbone": "new"}) / "float32", *range(100))
     sets.touch(tmp_path / found[1].name)
