@@ -15,10 +15,10 @@ from orchestrator.plans import FIGURES
 from orchestrator.runs import Run
 
 if TYPE_CHECKING:
+    from orchestrator.inventory import Listing as FeatureListing
     from orchestrator.planning import Checked
     from orchestrator.predictor import Prediction
     from orchestrator.registry import Listing
-    from orchestrator.sets import Listing as FeatureListing
 
 
 _WIDEST_EXAMPLE = 16
@@ -230,13 +230,13 @@ def _short(path: Path) -> str:
         return str(path)
 
 
-def features(found: Sequence[FeatureListing], storage: str, as_json: bool) -> None:
-    """The sets of features of a storage."""
+def features(found: Sequence[FeatureListing], place: str, as_json: bool) -> None:
+    """The sets of features of a storage, or of an object store."""
     if as_json:
         _print([_as_dict(one) for one in found])
         return
     if not found:
-        out.print(f"there are no features in {storage}", markup=False)
+        out.print(f"there are no features in {place}", markup=False)
         return
     cells = [[one.name, one.num_samples, _size(one.num_bytes), _when(one.used)] for one in found]
     out.print(table(["features", "samples", "size", "used"], cells, right=(1, 2)))
@@ -254,7 +254,7 @@ def feature_set(one: FeatureListing, as_json: bool) -> None:
         ("features", one.name),
         ("backbone", f"{key.get('backbone')} @ {str(key.get('commit')).removeprefix('sha256:')[:12]}"),
         ("modality", key.get("modality")),
-        ("taken", key.get("cut")),
+        ("body ends", key.get("cut")),
         ("input", setting(inputs) if isinstance(inputs, dict) else ""),
         ("samples", one.num_samples),
         ("shards", f"{one.num_shards}, {_size(one.num_bytes)}"),
@@ -263,14 +263,18 @@ def feature_set(one: FeatureListing, as_json: bool) -> None:
     out.print(pairs(rows))
 
 
-def pruned(removed: Sequence[FeatureListing], left: Sequence[FeatureListing], as_json: bool) -> None:
-    """What was removed, and what is left."""
+def pruned(
+    removed: Sequence[FeatureListing], left: Sequence[FeatureListing], dry_run: bool, as_json: bool
+) -> None:  # fmt: skip
+    """What was removed, or would be, and what is left."""
     if as_json:
-        _print({"removed": [_as_dict(one) for one in removed], "left": [_as_dict(one) for one in left]})
+        _print({"removed": [_as_dict(one) for one in removed], "left": [_as_dict(one) for one in left],
+                "dry_run": dry_run})  # fmt: skip
         return
+    what = "would be removed" if dry_run else "removed"
     for one in removed:
-        out.print(f"removed {one.name}, {_size(one.num_bytes)}", markup=False, soft_wrap=True)
-    out.print(f"{len(removed)} removed; {_size(sum(one.num_bytes for one in left))} in {len(left)} sets left")
+        out.print(f"{what}: {one.name}, {_size(one.num_bytes)}, used {_when(one.used)}", markup=False, soft_wrap=True)
+    out.print(f"{len(removed)} {what}; {_size(sum(one.num_bytes for one in left))} in {len(left)} sets left")
 
 
 def _as_dict(one: FeatureListing) -> dict[str, Any]:

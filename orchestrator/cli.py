@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from orchestrator import feature_commands
 from orchestrator.errors import REASONS, InterruptedRunError, JobError, OrchestratorError, missing_extra
-from orchestrator.flags import takes, with_options
+from orchestrator.flags import Json, takes, with_options
 
 app = typer.Typer(
     add_completion=False,
@@ -27,7 +28,6 @@ app = typer.Typer(
 JobFile = Annotated[Path | None, typer.Argument(metavar="[JOB.yaml]", help="a job file; flags win over it")]
 FinishedRun = Annotated[Path, typer.Argument(help="the directory of a finished run")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="start over, removing what the run holds")]
-Json = Annotated[bool, typer.Option("--json", help="print the result, or the refusal, as JSON")]
 
 
 def _show_version(asked: bool) -> None:
@@ -194,45 +194,7 @@ def plugins(
         answers.plugins(registry.listings(), json_)
 
 
-features = typer.Typer(help="What frozen bodies gave for samples, kept on the storage for later runs.")
-app.add_typer(features, name="features")
-Storage = Annotated[str, typer.Option(help="the directory of the runs")]
-
-
-@features.command("list")
-def list_features(storage: Storage = "runs", json_: Json = False) -> None:
-    """List the sets of features, the one used last first."""
-    from orchestrator import answers, sets
-
-    answers.features(sets.listings(sets.of_storage(storage)), storage, json_)
-
-
-@features.command("show")
-def show_features(
-    name: Annotated[str, typer.Argument(help="as `features list` shows it; its beginning will do")],
-    storage: Storage = "runs",
-    json_: Json = False,
-) -> None:
-    """Show what a set of features is of."""
-    from orchestrator import answers, sets
-
-    answers.feature_set(sets.find_listing(sets.of_storage(storage), name), json_)
-
-
-@features.command("prune")
-def prune_features(
-    max_size: Annotated[str, typer.Option(help="keep so much at most: 50GB, 500MB, 0")],
-    storage: Storage = "runs",
-    json_: Json = False,
-) -> None:
-    """Remove the sets that were not used for longest. A run that wants one of them computes it again.
-
-    orchestrator features prune --max-size 50GB
-    """
-    from orchestrator import answers, sets
-
-    root, size = sets.of_storage(storage), sets.parse_size(max_size)
-    answers.pruned(sets.prune(root, size), sets.listings(root), json_)
+app.add_typer(feature_commands.app, name="features")
 
 
 @app.command()

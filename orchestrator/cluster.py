@@ -16,10 +16,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, first_line
 from orchestrator.plans import Plan
-from orchestrator.sink import EventSink
+from orchestrator.sink import EventSink, Line
 
-_EVENT_EVERY_S = 0.1
-_STOP_EVERY_S = 0.5
 _EXCHANGE_TIMEOUT_S = 12 * 3600
 _PASSED_ON = (
     "HF_ENDPOINT",
@@ -84,7 +82,7 @@ def _stop() -> None:
 
 
 def _num_cpus(plan: Plan) -> int:
-    return plan.num_workers * plan.threads_per_worker
+    return (plan.num_workers + plan.num_extractors) * plan.threads_per_worker
 
 
 def event_sink() -> Any:
@@ -94,31 +92,35 @@ def event_sink() -> Any:
 
 def fit(plan: Plan, config: dict[str, Any]) -> Exception | None:
     """Run the trainer to its end; what it failed with, None if it did not."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = plan.job.scaling.device != "cpu" and gpus >= plan.num_workers
+    num_workers, threads, extractors = plan.num_workers, plan.threads_per_worker, plan.num_extractors
+    who, least = f"{num_workers} workers", num_workers
+    if extractors:  # of them one that has a place is enough to go on
+        who, least = f"{num_workers} workers and 1 of {extractors} extractors", num_workers + 1
+    gpus, cpus = (ray.cluster_resources().get(kind, 0) for kind in ("GPU", "CPU"))
+    use_gpu = plan.job.scaling.device != "cpu" and gpus >= least
+    lower = "lower scaling.num_workers" + (" or leave out scaling.num_extractors" if extractors else "")
     if plan.job.scaling.device == "gpu" and not use_gpu:
         return RefusedError(
             "resources",
-            f"{plan.num_workers} workers want a GPU each, and the cluster has {gpus:g}",
-            mend="lower scaling.num_workers, or use device auto",
+            f"{who} want a GPU each, and the cluster has {gpus:g}",
+            mend=f"{lower}, or use device auto",
         )
-    needed, there = plan.num_workers * plan.threads_per_worker, ray.cluster_resources().get("CPU", 0)
-    if needed > there:
+    if least * threads > cpus:
         return RefusedError(
             "resources",
-            f"{plan.num_workers} workers x {plan.threads_per_worker} threads need {needed} CPUs, and the cluster "
-            f"has {there:g}",
-            mend="lower scaling.num_workers or scaling.threads_per_worker",
+            f"{who} x {threads} threads need {least * threads} CPUs, and the cluster has {cpus:g}",
+            mend=f"{lower}, or lower scaling.threads_per_worker",
         )
+    config = {**config, "num_extractors": extractors, "use_gpu": use_gpu}
     trainer = TorchTrainer(
         _worker,
         train_loop_config=config,
         # A worker that has run the body over its share waits for the others: half an hour, the default, may be short.
         torch_config=TorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=plan.num_workers,
+            num_workers=num_workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": plan.threads_per_worker},
+            resources_per_worker={"CPU": threads},
         ),
         run_config=RunConfig(
             name=f"{plan.name}-{int(time.time() * 1000):x}",
@@ -138,35 +140,22 @@ def _worker(config: dict[str, Any]) -> None:
     """One worker process. An error of ours goes to the driver at once: trying again would end the same."""
     from orchestrator.loop import run_worker  # noqa: PLC0415  # for the worker alone: it is 2 s of imports
 
-    sink, stop_file = config["sink"], Path(config["stop_file"])
-    if stop_file.exists():  # restarted after such an error
+    line = Line(config["sink"], Path(config["stop_file"]))
+    if line.stop_file.exists():  # restarted after such an error
         return
-    last = {"event": 0.0, "stop": 0.0}
-    pending = {"num": 0}
+    extractors = None
+    if config["num_extractors"]:
+        from orchestrator.extractors import Extractors  # noqa: PLC0415
 
-    def events(event: dict[str, Any]) -> None:
-        if event["kind"] == "advance" and "epoch" not in event:
-            pending["num"] += event["num"]
-            if time.monotonic() - last["event"] < _EVENT_EVERY_S:
-                return
-            event = {**event, "num": pending["num"]}
-        elif pending["num"]:
-            sink.put.remote({"kind": "advance", "num": pending["num"]})
-        pending["num"] = 0
-        last["event"] = time.monotonic()
-        sink.put.remote(event)
-
-    def should_stop() -> bool:
-        if time.monotonic() - last["stop"] < _STOP_EVERY_S:
-            return False
-        last["stop"] = time.monotonic()
-        return stop_file.exists()
-
-    context = ray.train.get_context()
+        extractors = Extractors(config, line, config["num_extractors"], config["use_gpu"])
+    config = {
+        **config, "events": line.tell, "should_stop": line.should_stop, "extractors": extractors,
+        "local_rank": ray.train.get_context().get_local_rank(),
+    }  # fmt: skip
     try:
-        run_worker({**config, "events": events, "should_stop": should_stop, "local_rank": context.get_local_rank()})
+        run_worker(config)
     except InterruptedRunError as error:  # all workers stop at the same step, so none is left waiting
-        ray.get(sink.put.remote({"kind": "error", "error": error}))
+        ray.get(line.sink.put.remote({"kind": "error", "error": error}))
     except OrchestratorError as error:
-        ray.get(sink.put.remote({"kind": "error", "error": error}))
+        ray.get(line.sink.put.remote({"kind": "error", "error": error}))
         raise

@@ -106,7 +106,8 @@ class _Bar:
 def _body_runs(plan: Any) -> str:
     if plan.features != "once":
         return "in every step"
-    return "once for each sample" + (f"; kept in {plan.job.feature_store}" if plan.job.feature_store else "")
+    where = f", in {plan.num_extractors} processes of Ray's" if plan.num_extractors else ""
+    return f"once for each sample{where}" + (f"; kept in {plan.job.feature_store}" if plan.job.feature_store else "")
 
 
 def _epoch_status(event: Mapping[str, Any], task: str) -> str:
@@ -123,16 +124,30 @@ class _Plain:
     def __init__(self) -> None:
         self._last = 0.0
         self._learnt = ""
+        self._phase: Mapping[str, Any] = {}
+        self._done = 0
 
     def __call__(self, event: dict[str, Any]) -> None:
         self._learnt = event.get("task", self._learnt)
         if event["kind"] in ("phase", "note"):
             err.print(escape(event["text"]), soft_wrap=True)
-        elif "epoch" in event and (
-            time.monotonic() - self._last > _PLAIN_EVERY_S or event["epoch"]["epoch"] == event["epochs"]
-        ):
-            self._last = time.monotonic()
-            err.print(escape(_epoch_status(event, self._learnt)))
+        if event["kind"] == "phase":
+            self._phase, self._done = event, event.get("done", 0)
+            self._last = time.monotonic() if event.get("unit") == "samples" else 0.0
+        elif event["kind"] == "advance":
+            self._done += event["num"]
+            line = self._line(event)
+            last = "epoch" in event and event["epoch"]["epoch"] == event["epochs"]
+            if line and (last or time.monotonic() - self._last > _PLAIN_EVERY_S):
+                self._last = time.monotonic()
+                err.print(escape(line))
+
+    def _line(self, event: Mapping[str, Any]) -> str:
+        """How far it is: by epochs, or by samples where there are no epochs."""
+        if "epoch" in event:
+            return _epoch_status(event, self._learnt)
+        total = self._phase.get("total")
+        return f"{self._done:,} of {total:,} samples" if total and self._phase.get("unit") == "samples" else ""
 
 
 def show_error(error: OrchestratorError) -> None:

@@ -1,15 +1,17 @@
 """Run a frozen body over samples, each once, and keep what it gives in the feature store.
 
 A worker computes its share of what the store lacks and writes it down in shards, so that what was computed is never
-computed again, whatever dies. While some batches are in the body, the next are read and decoded (pipeline.py).
+computed again, whatever dies. While some batches are in the body, the next are read and decoded (pipeline.py). Where
+the job has extractors, they do it instead, and one worker hands out the work (extractors.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +41,32 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass
+class Share:
+    """What came of some rows."""
+
+    names: list[str] = field(default_factory=list)
+    """Of the shards that were written."""
+    new: list[tuple[Ints, Ids]] = field(default_factory=list)
+    """(rows, the ids of their contents), as they were read."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Row -> why it could not be read."""
+    num_computed: int = 0
+    gain: float | None = None
+    """How many times as fast the compiled body is, where it was compiled."""
+    stopped: bool = False
+    """Somebody asked to stop before all was done."""
+
+
+class Elsewhere(Protocol):
+    """Other processes that compute what this one would."""
+
+    def __call__(
+        self, features: FeatureSet, rows: Ints, ids: Ids, view: int | None, backwards: bool
+    ) -> Iterable[Share]:
+        """All of these rows (ascending), with the ids of their contents as far as they are known; in pieces."""
+
+
+@dataclass
 class Extraction:
     """A body, and what it is run on."""
 
@@ -55,12 +83,16 @@ class Extraction:
     should_stop: Callable[[], bool]
     verify: bool = False
     """Read every sample to find out what its content is, whatever is remembered of its file."""
+    elsewhere: Elsewhere | None = None
+    """Processes that compute in the workers' stead."""
     num_computed: int = 0
-    """Samples that went through the body, in this worker."""
+    """Samples that went through the body, in this worker, or at its order."""
+    gain: float | None = None
     used: dict[str, list[str]] = field(default_factory=dict)
     """Set -> the shards of it that were read."""
-    compiled: Compiled | None = None
+    _compiled: Compiled | None = None
     """The body as machine code, where that pays back."""
+    _started: float = 0.0
     _new: list[tuple[Ints, Ids]] = field(default_factory=list)
     """(rows, the ids of their contents), as they were read."""
 
@@ -88,7 +120,7 @@ class Extraction:
                 if len(missing) < len(rows):
                     self.note(f"features of {len(rows) - len(missing)} of {len(rows)} samples are stored already")
             if len(missing):
-                names = self._fill(features, part_of(missing, worker.rank, worker.num_workers), rows, ids, view)
+                names = self._fill(features, missing, rows, ids, view)
                 written = [name for part in worker.gather(names) for name in part]
                 ids = self._learn(rows, ids)
                 continue
@@ -150,57 +182,83 @@ class Extraction:
 
     # --- one worker's share ---
 
-    def _fill(self, features: FeatureSet, mine: Ints, rows: Ints, ids: Ids, view: int | None) -> list[str]:
-        """Compute what is missing of `mine` and write it down; the names of the shards."""
+    def _fill(self, features: FeatureSet, missing: Ints, rows: Ints, ids: Ids, view: int | None) -> list[str]:
+        """Compute this worker's share of what is missing, or have all of it computed; the names of the shards."""
         names: list[str] = []
         stopped = False
+        rank, num_workers = self.worker.rank, self.worker.num_workers
         features.sweep()
         # One lock a job: the other workers' shares are their own.
-        with filling(features.folder) if self.worker.rank == 0 else contextlib.nullcontext(False) as lock:
-            alone = self.worker.gather(lock)[0]
-            if self.by_length:
-                mine = self.source.samples.by_length(mine)
-            # A sample is changed at random by torch's one generator: a body may draw from it as well (vit_mae does).
-            bodies = bodies_for(self.body, self.worker.device, most=1 if view is not None else None)
-            batches = list(self.source.samples.batches(mine, bodies.batch_size, len(bodies.copies)))
-            loading = Loading(self.source, features, self.worker.device, self.seed, view)
-            self._compile(loading, bodies, batches)
-            if not alone:  # another job begins at the other end: so the two meet, and do not do the same
-                batches.reverse()
-            waiting, started = _Waiting(), time.monotonic()
-
-            def load(some: Ints) -> Loaded:
-                return loading.load(some, ids[np.searchsorted(rows, some)])
-
-            def run(body: Body, loaded: Loaded) -> list[tuple[Ids, Values]]:
-                return loading.through(body, loaded, self.format, self.compiled)
-
-            try:
-                for some, loaded, found in passed(batches, load, run, bodies):
-                    self._new.append(loaded.new)
-                    for computed, values in found:
-                        _refuse_other_shape(features.shape or waiting.shape or values.shape[1:], values)
-                        waiting.add(computed, values)
-                        self.num_computed += len(computed)
-                    self.advance(len(some) * self.worker.num_workers)
-                    if waiting.is_due(max(FLUSH_S, _FLUSH_SHARE * (time.monotonic() - started))):
-                        names.append(waiting.write(features, self.format))
-                        features.refresh()  # what another job has done meanwhile need not be done here
-                    if self.should_stop():
-                        stopped = True
-                        break
-            finally:  # whatever ended it: what was computed is kept
-                if waiting.ids:
-                    names.append(waiting.write(features, self.format))
+        with filling(features.folder) if rank == 0 else contextlib.nullcontext(False) as lock:
+            # Where another job is at it this one begins at the other end: so the two meet, and do not do the same.
+            backwards = not self.worker.gather(lock)[0]
+            shares: Iterable[Share] = ()
+            if self.elsewhere is None:
+                mine = part_of(missing, rank, num_workers)
+                shares = [self.compute(features, mine, ids[np.searchsorted(rows, mine)], view, backwards)]
+            elif rank == 0:
+                shares = self.elsewhere(features, missing, ids[np.searchsorted(rows, missing)], view, backwards)
+            for share in shares:
+                names += share.names
+                self._new += share.new
+                self.source.skipped.update(share.skipped)
+                self.num_computed += share.num_computed
+                self.gain = share.gain or self.gain
+                stopped |= share.stopped
         if any(self.worker.gather(stopped)):
             text = "stopped while the body ran; the features that it gave are kept"
             raise InterruptedRunError(text, mend="the same command goes on")
         return names
 
-    def _compile(self, loading: Loading, bodies: Bodies, batches: Sequence[Ints]) -> None:
+    def compute(
+        self, features: FeatureSet, rows: Ints, ids: Ids, view: int | None, backwards: bool, times: float = 1.0
+    ) -> Share:
+        """Run the body over these rows (ascending), with the ids of their contents as far as they are known.
+
+        `times`: so many times as much is expected to come. Raises `TrainingError`; what was computed is kept.
+        """
+        share = Share()
+        self._started = self._started or time.monotonic()
+        ordered = self.source.samples.by_length(rows) if self.by_length else rows
+        # A sample is changed at random by torch's one generator: a body may draw from it as well (vit_mae does).
+        bodies = bodies_for(self.body, self.worker.device, most=1 if view is not None else None)
+        batches = list(self.source.samples.batches(ordered, bodies.batch_size, len(bodies.copies)))
+        loading = Loading(self.source, features, self.worker.device, self.seed, view)
+        self._compile(loading, bodies, batches, times)
+        if backwards:
+            batches.reverse()
+        waiting = _Waiting()
+
+        def load(some: Ints) -> Loaded:
+            return loading.load(some, ids[np.searchsorted(rows, some)])
+
+        def run(body: Body, loaded: Loaded) -> list[tuple[Ids, Values]]:
+            return loading.through(body, loaded, self.format, self._compiled)
+
+        try:
+            for some, loaded, found in passed(batches, load, run, bodies):
+                share.new.append(loaded.new)
+                for computed, values in found:
+                    _refuse_other_shape(features.shape or waiting.shape or values.shape[1:], values)
+                    waiting.add(computed, values)
+                    share.num_computed += len(computed)
+                self.advance(len(some) * self.worker.num_workers)
+                if waiting.is_due(max(FLUSH_S, _FLUSH_SHARE * (time.monotonic() - self._started))):
+                    share.names.append(waiting.write(features, self.format))
+                    features.refresh()  # what another job has done meanwhile need not be done here
+                if self.should_stop():
+                    share.stopped = True
+                    break
+        finally:  # whatever ended it: what was computed is kept
+            if waiting.ids:
+                share.names.append(waiting.write(features, self.format))
+        share.gain = self._compiled.gain if self._compiled is not None else None
+        return share
+
+    def _compile(self, loading: Loading, bodies: Bodies, batches: Sequence[Ints], times: float) -> None:
         """Make the body machine code, if the samples are so many that it pays back."""
         whole = [batch for batch in batches if len(batch) == bodies.batch_size]
-        if self.compiled is not None or len(batches) < _LEAST_BATCHES or 2 * len(whole) < len(batches):
+        if self._compiled is not None or len(batches) * times < _LEAST_BATCHES or 2 * len(whole) < len(batches):
             return
         loaded = loading.load(whole[0], np.zeros((len(whole[0]), 2), np.uint64))
         pieces = loaded.inputs or loading.collated(loaded.found)
@@ -209,7 +267,7 @@ class Extraction:
         inputs = channels_last(on_device(pieces[0][0], self.worker.device))
         with with_threads(bodies.cores), number_format(inputs, self.format):
             for repeats in (1, 2):  # the first pass is slower than the others, and mostly tells enough
-                expected = seconds_of(self.body, inputs, repeats) * len(batches) / len(bodies.copies)
+                expected = seconds_of(self.body, inputs, repeats) * times * len(batches) / len(bodies.copies)
                 if expected < WORTH_S:
                     return
             self.note(f"the body would run for {expected / 60:.0f} min: it is compiled first")
@@ -217,7 +275,7 @@ class Extraction:
         if isinstance(found, str):
             self.note(f"it runs as it is, for compiled {found}")
         else:
-            self.compiled = found
+            self._compiled = found
             self.note(f"compiled, it is {found.gain:.2f} times as fast")
 
 

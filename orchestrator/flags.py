@@ -18,6 +18,8 @@ _DATA = "Data"
 _TRAINING = "Training"
 _WHERE = "Where it runs"
 
+Json = Annotated[bool, typer.Option("--json", help="print the result, or the refusal, as JSON")]
+
 
 @dataclass(frozen=True)
 class Flag:

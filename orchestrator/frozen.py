@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from orchestrator import registry
 from orchestrator.contents import Catalog
 from orchestrator.cut import Body, Cut, Head, find_cut
-from orchestrator.extraction import Extraction, known_contents
+from orchestrator.extraction import Elsewhere, Extraction, known_contents
 from orchestrator.features import FeatureSource, SampleSource, StoredView
 from orchestrator.formats import FORMAT_FILE, Choice, choose
 from orchestrator.locations import Location, cached
@@ -49,6 +49,37 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Where the features of a frozen body are kept, and what they are: all that a process needs to compute more."""
+
+    cut: Cut
+    key: Mapping[str, Any]
+    family: Path
+    """The folder on the storage."""
+    store: str | None
+    """A place in an object store that has them too."""
+
+    def set(self, name: str, note: Note) -> FeatureSet:
+        """One of the family's sets."""
+        place, folder = self._place(), self.family / name
+        return FeatureSet(folder) if place is None else MirroredSet(folder, place.join(name), note)
+
+    def share(self, *names: str) -> None:
+        """These notes of the family, the same on all machines."""
+        place = self._place()
+        if place is not None:
+            for name in names:
+                share(self.family / name, place)
+
+    def _place(self) -> Location | None:
+        return cached(self.store).join(self.family.name) if self.store else None
+
+
+Extractors = Callable[[Kept, Format], Elsewhere]
+"""Makes what has other processes compute features."""
+
+
+@dataclass(frozen=True)
 class Once:
     """What the loop needs instead of the whole network and the samples."""
 
@@ -60,11 +91,13 @@ class Once:
 def run_body_once(
     plan: Plan, run: Path, network: Network, modality: Modality, source: SampleSource, worker: Worker,
     events: Events, should_stop: Callable[[], bool], held: ExitStack, verify: bool = False,
+    extractors: Extractors | None = None,
 ) -> tuple[Once | None, dict[str, Any]]:  # fmt: skip
     """(features of all splits, what to note of them); None for the first where the body must run in every step.
 
     `held` keeps the features from being pruned, until it is closed.
     `verify`: every sample is read to find out what its content is, whatever is remembered of its file.
+    `extractors`: what has other processes run the body.
     """
     samples = source.samples
     cut, error = _prove(network, source, samples, worker)
@@ -90,24 +123,27 @@ def run_body_once(
 
     if plan.job.feature_store and code is None:
         note("the plugin's code has no file that other machines could compare: the features stay in this run")
-    kept = _Kept(family, plan.job.feature_store if code is not None else None, note)
+    kept = Kept(cut, key, family, plan.job.feature_store if code is not None else None)
+    kept.share(KEY_FILE, FORMAT_FILE)  # what another machine has decided holds here too
+    set_of = functools.cache(lambda name: kept.set(name, note))
     before: _Used | None = worker.gather(_Used.of(run) if worker.rank == 0 else None)[0]
     if before is not None:  # a run that goes on reads what it began with, whatever there is by now
         choice = Choice(before.format)
     else:
         choice = choose(
             plan.job.training.precision, body, source, rows["train"], worker, family,
-            lambda format: _num_missing(kept.set(format), samples, catalog, everything),
+            lambda format: _num_missing(set_of(format), samples, catalog, everything),
         )  # fmt: skip
         kept.share(FORMAT_FILE)
     extraction = Extraction(
         body, source, worker, catalog, choice.format, modality.by_length, plan.job.training.seed,
         advance=lambda num: events({"kind": "advance", "num": num}),
         note=note, should_stop=should_stop, verify=verify,
+        elsewhere=extractors(kept, choice.format) if extractors is not None else None,
     )  # fmt: skip
 
     def run_over(name: str, rows: Ints, view: int | None = None) -> StoredView:
-        features = held.enter_context(opened(kept.set(name), key))
+        features = held.enter_context(opened(set_of(name), key))
         if before is not None:
             features.prefer(before.shards.get(name, ()))
         return extraction.run(features, rows, view)
@@ -128,8 +164,8 @@ def run_body_once(
     }  # fmt: skip
     if choice.cosine is not None:
         found |= {"format_cosine": choice.cosine, "format_gain": choice.gain}
-    if extraction.compiled is not None:
-        found["compiled_gain"] = extraction.compiled.gain
+    if extraction.gain is not None:
+        found["compiled_gain"] = extraction.gain
     return Once(Head(network, cut), sources), found
 
 
@@ -148,35 +184,6 @@ class _Used:
             return cls(found["format"], {name: list(shards) for name, shards in found["shards"].items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Where the features of a family are kept: in its folder on the storage, and in a store if the job names one."""
-
-    family: Path
-    store: str | None
-    note: Note
-    sets: dict[str, FeatureSet] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.share(KEY_FILE)
-        self.share(FORMAT_FILE)  # what another machine has decided holds here too
-
-    def set(self, name: str) -> FeatureSet:
-        place, folder = self._place(), self.family / name
-        if name not in self.sets:
-            self.sets[name] = FeatureSet(folder) if place is None else MirroredSet(folder, place.join(name), self.note)
-        return self.sets[name]
-
-    def share(self, name: str) -> None:
-        """One of the family's notes, the same on all machines."""
-        place = self._place()
-        if place is not None:
-            share(self.family / name, place)
-
-    def _place(self) -> Location | None:
-        return cached(self.store).join(self.family.name) if self.store else None
 
 
 def _num_missing(features: FeatureSet, samples: Samples, catalog: Catalog, rows: Ints) -> int:

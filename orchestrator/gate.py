@@ -176,25 +176,16 @@ def make_plan(
     if job.method != "scratch":
         require_weights(card)
     found = fit(card, row, modality, job.settings, profile)
-    own_cluster = job.scaling.address in (None, "local")
-    threads = job.scaling.threads_per_worker
-    if threads is None:
-        threads = max(1, num_cores // job.scaling.num_workers) if own_cluster else 1
-    if own_cluster and job.scaling.num_workers * threads > num_cores:
-        raise RefusedError(
-            "resources",
-            f"{job.scaling.num_workers} workers x {threads} threads are more than the {num_cores} cores here",
-            expected=f"at most {num_cores} in all; beyond the cores everything gets many times slower",
-            mend="lower scaling.num_workers, or name a cluster: scaling.address",
-        )
+    views = _views(job, found)
+    once = job.method == "head" and job.training.features == "once" and (views > 0 or not found.augmented)
+    num_extractors = (job.scaling.num_extractors or 0) if once else 0
+    threads = _threads(job, num_extractors, num_cores)
     if job.task == "regression" and (job.training.class_weights != "none" or job.training.label_smoothing):
         raise JobError(
             "training.class_weights and training.label_smoothing are for classes, and the task is regression",
             mend="leave them out",
         )
     schedule = _schedule(job, data.num_samples["train"])
-    views = _views(job, found)
-    once = job.method == "head" and job.training.features == "once" and (views > 0 or not found.augmented)
     return Plan(
         name=job.name or run_name(job, card),
         job=job.at_whole_paths(),
@@ -208,14 +199,44 @@ def make_plan(
         augmentation=tuple(found.augmentation),
         views=views,
         adaptations=tuple(found.adaptations),
-        warnings=tuple(found.warnings),
+        warnings=(*found.warnings, *_unused(job, once)),
         schedule=schedule,
         parameters=_parameters(job, row, tensors, len(classes)) if tensors else None,
         num_workers=job.scaling.num_workers,
+        num_extractors=num_extractors,
         threads_per_worker=threads,
         features="once" if once else "every step",
-        ray=job.scaling.num_workers > 1 or job.scaling.address is not None,
+        ray=job.scaling.num_workers > 1 or num_extractors > 0 or job.scaling.address is not None,
     )
+
+
+def _threads(job: Job, num_extractors: int, num_cores: int) -> int:
+    """Of each process. Raises `RefusedError` where they are more than this machine's cores, and it has to do."""
+    own_cluster = job.scaling.address in (None, "local")
+    num = job.scaling.num_workers + num_extractors
+    threads = job.scaling.threads_per_worker
+    if threads is None:
+        threads = max(1, num_cores // num) if own_cluster else 1
+    if own_cluster and num * threads > num_cores:
+        extractors = f" and {num_extractors} extractors" if num_extractors else ""
+        raise RefusedError(
+            "resources",
+            f"{job.scaling.num_workers} workers{extractors} x {threads} threads are more than the {num_cores} cores "
+            "here",
+            expected=f"at most {num_cores} in all; beyond the cores everything gets many times slower",
+            mend=f"lower scaling.num_{'extractors' if num_extractors else 'workers'}, or name a cluster: "
+            "scaling.address",
+        )
+    return threads
+
+
+def _unused(job: Job, once: bool) -> list[str]:
+    """What the job asks for that is for a frozen body alone, and there is none that runs once."""
+    asked = {"feature_store": job.feature_store, "scaling.num_extractors": job.scaling.num_extractors}
+    return [
+        f"{name} is not used: no features are kept where the body runs in every step"
+        for name, value in asked.items() if value is not None and not once
+    ]  # fmt: skip
 
 
 def _views(job: Job, found: Fit) -> int:

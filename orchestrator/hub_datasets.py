@@ -7,6 +7,7 @@ ClassLabel come as the names of their classes.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,10 @@ def open_repository(place: str, subset: str | None) -> tuple[list[Table], list[s
 
 
 def splits_of(found: Any, text: str) -> list[tuple[int | None, Any]]:
-    """(split, data set) of a `DatasetDict` that a program holds. Raises `DataError`."""
-    chosen, _ = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in found}, text)
+    """(split, data set) of a `DatasetDict` that a program holds, which is warned of others. Raises `DataError`."""
+    chosen, notes = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in found}, text)
+    for note in notes:
+        warnings.warn(f"{text}: {note}", stacklevel=2)
     return [(split, found[name]) for name, split in chosen.items()]
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
@@ -19,6 +21,8 @@ import pyarrow.fs
 from orchestrator.errors import DataError, RefusedError, first_line
 
 Kind = Literal["file", "directory", "missing"]
+_BUFFER_BYTES = 8 * 2**20
+_WITHOUT_FOLDERS = ("s3", "gcs", "abfs")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,30 @@ class Location:
             if info.type == pa.fs.FileType.File and not any(part.startswith(".") for part in uri.split("/")):
                 found.append(Found(uri, info.size, info.mtime_ns or 0))
         return sorted(found, key=lambda one: one.uri)
+
+    def names(self) -> list[str]:
+        """Of what lies directly in this folder; [] where there is no such folder. Raises `OSError`."""
+        infos = self.fs.get_file_info(pa.fs.FileSelector(self.path, allow_not_found=True))
+        return [info.base_name for info in infos]
+
+    def upload(self, file: Path) -> None:
+        """Write a local file's bytes here. Raises `OSError`."""
+        with file.open("rb") as source, self._new() as out:
+            shutil.copyfileobj(source, out, _BUFFER_BYTES)
+
+    def write(self, content: bytes) -> None:
+        """Write these bytes here. Raises `OSError`."""
+        with self._new() as out:
+            out.write(content)
+
+    def _new(self) -> BinaryIO:
+        if self.fs.type_name not in _WITHOUT_FOLDERS:
+            self.fs.create_dir(self.parent().path, recursive=True)
+        return self.fs.open_output_stream(self.path)  # type: ignore[no-any-return]
+
+    def delete(self) -> None:
+        """Remove the file. Raises `OSError`."""
+        self.fs.delete_file(self.path)
 
     def _list(self, recursive: bool) -> Sequence[Any]:
         with _asking(self.text):

@@ -13,7 +13,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from orchestrator import checkpoint as ckpt
 from orchestrator import registry
+from orchestrator.assembly import assembled
 from orchestrator.batchnorm import ShardStatistics
 from orchestrator.errors import InterruptedRunError, TrainingError
 from orchestrator.export import export
@@ -33,13 +33,12 @@ from orchestrator.features import FeatureSource, SampleSource, Source, part_of
 from orchestrator.frozen import run_body_once
 from orchestrator.metrics import Predictions, measure
 from orchestrator.modality import Modality
-from orchestrator.model import Inputs, Network, freeze, make_optimizer, set_mode
+from orchestrator.model import Inputs, Network, make_optimizer, set_mode
 from orchestrator.objective import Objective, fold, make_objective
 from orchestrator.plans import SPLITS, Plan
 from orchestrator.record import add_epoch, cut_metrics, write_lineage
-from orchestrator.runs import SAMPLES, write_file
+from orchestrator.runs import write_file
 from orchestrator.samples import Samples
-from orchestrator.weights import fetch
 from orchestrator.worker import Worker, autocast, channels_last, seed_for, start_worker
 
 _BUCKET_STEPS = 32
@@ -97,7 +96,8 @@ def run_worker(config: Mapping[str, Any]) -> None:
     """Train as the plan says, and leave the finished run in its directory.
 
     `config`: the plan as JSON, the run's directory, `events` (called with what happens), `should_stop`
-    (asked after each step), `verify_content`, and the modality itself where other processes could not look it up.
+    (asked after each step), `verify_content`, `extractors`, and the modality itself where other processes could not
+    look it up.
     """
     started = time.monotonic()
     plan = Plan.model_validate_json(config["plan"])
@@ -106,8 +106,7 @@ def run_worker(config: Mapping[str, Any]) -> None:
     modality: Modality = config.get("modality") or registry.get(plan.job.modality)
     events: Events = config["events"] if worker.rank == 0 else _silence
     with ExitStack() as held:
-        verify = bool(config.get("verify_content"))
-        session = _prepare(plan, run, worker, modality, events, config["should_stop"], started, held, verify)
+        session = _prepare(plan, run, worker, modality, {**config, "events": events}, started, held)
         _train(session)
         _finish(session)
 
@@ -120,27 +119,14 @@ def _silence(_event: dict[str, Any]) -> None:
 
 
 def _prepare(
-    plan: Plan, run: Path, worker: Worker, modality: Modality, events: Events,
-    should_stop: Callable[[], bool], started: float, held: ExitStack, verify: bool,
+    plan: Plan, run: Path, worker: Worker, modality: Modality, config: Mapping[str, Any], started: float,
+    held: ExitStack,
 ) -> Session:  # fmt: skip
+    events: Events = config["events"]
+    should_stop: Callable[[], bool] = config["should_stop"]
     events({"kind": "phase", "text": "loading the backbone"})
-    directory = _fetch(plan, worker)
-    assert modality.build is not None
-    assert modality.batch is not None
-    assert modality.decode is not None
-    network = modality.build(plan, directory)
-    freeze(network, plan)
-    network.module.to(worker.device)
-    network.module.to(memory_format=torch.channels_last)
-    samples = Samples(run / SAMPLES, tuple(field.name for field in modality.sample))
-    raw = SampleSource(
-        samples,
-        modality.decode,
-        modality.batch(plan, directory),
-        skip=plan.job.data.on_bad_sample == "skip",
-        pool=held.enter_context(ThreadPoolExecutor(max_workers=plan.threads_per_worker)),
-    )
-    set_mode(network, plan, training=False)
+    network, raw = assembled(plan, run, worker, modality, held)
+    samples = raw.samples
     lineage: dict[str, Any] = {"features": plan.features}
     session = Session(
         plan=plan, run=run, worker=worker, network=network, objective=make_objective(plan, network),
@@ -149,7 +135,10 @@ def _prepare(
         should_stop=should_stop, started=started,
     )  # fmt: skip
     if plan.features == "once":
-        once, found = run_body_once(plan, run, network, modality, raw, worker, events, should_stop, held, verify)
+        once, found = run_body_once(
+            plan, run, network, modality, raw, worker, events, should_stop, held,
+            verify=bool(config.get("verify_content")), extractors=config.get("extractors"),
+        )  # fmt: skip
         lineage |= found
         if once is not None:
             session.forward = once.forward
@@ -157,15 +146,6 @@ def _prepare(
     if worker.rank == 0:
         write_lineage(run, plan, network, worker, lineage)
     return session
-
-
-def _fetch(plan: Plan, worker: Worker) -> Path:
-    """The backbone's files; on each node one worker downloads, the others wait for it."""
-    with_weights = plan.weights != "random"
-    if worker.local_rank == 0:
-        fetch(plan.backbone, with_weights)
-    worker.wait()
-    return fetch(plan.backbone, with_weights)
 
 
 # --- the loop ---

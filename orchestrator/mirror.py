@@ -8,7 +8,6 @@ machines need not know of each other, and a store without locks or renaming will
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -16,8 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.fs
 
 from orchestrator.contents import Ids, known
 from orchestrator.errors import first_line
@@ -26,10 +23,13 @@ from orchestrator.runs import sync
 from orchestrator.sets import write_shared
 from orchestrator.store import NUM_READERS, FeatureSet, Format, Shard, Values
 
+USED = "used"
+"""Of a set in a store: written anew by each job that uses it."""
 _BUFFER_BYTES = 8 * 2**20
-_WITHOUT_FOLDERS = ("s3", "gcs", "abfs")
 _SILENT_S = 300.0
 """A store that did not answer is not asked for so long."""
+_MANY_UNKNOWN = 0.1
+"""Of the samples that features are lacking of."""
 _WAITING = 2
 """Shards on their way to the store, before the job waits for it."""
 
@@ -55,16 +55,17 @@ class MirroredSet(FeatureSet):
         """0 as long as it has answered."""
 
     def bring(self, ids: Ids) -> None:
-        """Fetch the shards that hold any of these contents, where none is here; all of them where ids are not known."""
+        """Fetch the shards that hold any of these contents, where none is here; all of them where few ids are known."""
         self.refresh()
         if time.monotonic() < self._silent_until:
             return
         lacking = ids[self.find(ids)[0] < 0]
         if not len(lacking):
             return
-        everything = not known(lacking).all()
+        # A sample that cannot be read is never known: for a few such nobody wants all that there is.
+        everything = (~known(lacking)).mean() > _MANY_UNKNOWN
         try:
-            listed = {name.removesuffix(".json") for name in self._listed() if name.endswith(".json")}
+            listed = self._listed()
         except Exception as error:  # each store's library has errors of its own
             self._failed(error)
             return
@@ -80,9 +81,8 @@ class MirroredSet(FeatureSet):
             list(pool.map(fetched, new))
         self.refresh()
 
-    def _listed(self) -> list[str]:
-        selector = pa.fs.FileSelector(self._place.path, allow_not_found=True)
-        return [info.base_name for info in self._place.fs.get_file_info(selector)]
+    def _listed(self) -> set[str]:
+        return {name.removesuffix(".json") for name in self._place.names() if name.endswith(".json")}
 
     def _manifest_of(self, name: str) -> tuple[Shard, bytes] | None:
         try:
@@ -132,7 +132,7 @@ class MirroredSet(FeatureSet):
         self._passed_over.add(name)  # a listing may show it for a while
         for file in (f"{name}.json", f"{name}.safetensors"):
             try:
-                self._place.fs.delete_file(self._place.join(file).path)
+                self._place.join(file).delete()
             except Exception:  # somebody else has removed it, or this job may not
                 continue
 
@@ -142,8 +142,14 @@ class MirroredSet(FeatureSet):
         return name
 
     def settle(self, whole: bool) -> None:
-        if whole:
-            self._send(sorted(set(self._shards) - self._there))
+        if whole and time.monotonic() >= self._silent_until:
+            try:
+                self._there |= self._listed()  # what other workers have sent
+                self._send(sorted(set(self._shards) - self._there))
+                if self._shards:
+                    self._place.join(USED).write(b"")  # its time tells what may be pruned
+            except Exception as error:
+                self._failed(error)
         self._arrived(0)
         if self._sender is not None:
             self._sender.shutdown()
@@ -166,7 +172,7 @@ class MirroredSet(FeatureSet):
     def _put(self, name: str) -> None:
         try:
             for file in (self._file(name), self._manifest(name)):
-                upload(file, self._place.join(file.name))
+                self._place.join(file.name).upload(file)
         except Exception as error:
             self._there.discard(name)
             self._failed(error)
@@ -181,21 +187,13 @@ class MirroredSet(FeatureSet):
             )
 
 
-def upload(file: Path, place: Location) -> None:
-    """A file to a store. Raises whatever the store's library raises."""
-    if place.fs.type_name not in _WITHOUT_FOLDERS:
-        place.fs.create_dir(place.parent().path, recursive=True)
-    with file.open("rb") as source, place.fs.open_output_stream(place.path) as out:
-        shutil.copyfileobj(source, out, _BUFFER_BYTES)
-
-
 def share(file: Path, place: Location) -> None:
     """A small file that all machines should have alike: where one of the two has it, the other gets it."""
     there = place.join(file.name)
     try:
         if file.exists():
             if there.stat() is None:
-                upload(file, there)
+                there.upload(file)
         elif there.stat() is not None:
             write_shared(file, there.read().decode())
     except Exception:  # the set of features says that the store does not answer

@@ -159,13 +159,18 @@ def _require_store(place: str) -> None:
     """Raise `RefusedError` where the object store does not answer, or has no such bucket."""
     from orchestrator.locations import Location, cached
 
-    store = cached(place)
+    mend = "correct feature_store (--feature-store)"
+    try:
+        store = cached(place)
+    except RefusedError as error:  # no such kind of store, or no library for it
+        raise RefusedError("usage" if error.reason == "data" else error.reason, f"feature_store: {error.message}",
+                           expected=error.expected, mend=error.mend or mend) from None  # fmt: skip
     bucket = store.path.split("/")[0]
     buckets = place.split("://")[0] in ("s3", "gs", "gcs")  # elsewhere a folder is made where there is none
     if store.kind() == "missing" and buckets and Location(bucket, store.fs, bucket).kind() == "missing":
         raise RefusedError(
             "not_found", f"the feature store {place}: there is no bucket {bucket!r}", expected="a bucket that is there",
-            mend="make it, or correct feature_store (--feature-store)",
+            mend=f"make it, or {mend}",
         )  # fmt: skip
 
 

@@ -175,7 +175,10 @@ class Plan(_Plain):
     schedule: Schedule
     parameters: Parameters | None = None
     num_workers: int = 1
+    num_extractors: int = 0
+    """Processes that run a frozen body in the workers' stead; 0: the workers run it."""
     threads_per_worker: int = 1
+    """And of each extractor."""
     features: Literal["once", "every step"]
     """Whether a frozen body runs once for each sample, or again in every step."""
     ray: bool = False

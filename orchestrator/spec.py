@@ -130,13 +130,21 @@ class Scaling(_Part):
     address: str | None = Field(
         None, description="a Ray cluster to join: its address, 'auto', or 'local' to start one here"
     )
+    num_extractors: int | None = Field(
+        None, ge=1, description="method head: processes on Ray that run the frozen body, before the workers train the "
+        "head; default: the workers run it"
+    )  # fmt: skip
     threads_per_worker: int | None = Field(None, ge=1, description="default: the cores over the workers")
     device: Literal["auto", "cpu", "gpu"] = "auto"
     max_failures: int = Field(2, ge=0, description="how often a dead worker group is restarted")
 
 
-PLACES = {"storage", "feature_store", "name"}
-"""Fields of a job that say where things are put, and nothing of what is learnt."""
+IN_A_STORE = r"[a-zA-Z][\w+.-]*://.*[^/].*"
+"""What a place in an object store looks like."""
+PLACES: Mapping[str, Any] = {
+    "storage": True, "feature_store": True, "name": True, "scaling": {"num_extractors": True},
+}  # fmt: skip
+"""Fields of a job that say where things are put, or where features are computed, and nothing of what is learnt."""
 
 
 class Job(_Part):
@@ -186,7 +194,7 @@ class Job(_Part):
     @field_validator("feature_store")
     @classmethod
     def _in_a_store(cls, place: str | None) -> str | None:
-        if place is not None and not re.fullmatch(r"[a-zA-Z][\w+.-]*://.*[^/].*", place):
+        if place is not None and not re.fullmatch(IN_A_STORE, place):
             raise ValueError("is no place in a store, as s3://bucket/features is; for a directory there is storage")
         return place
 
@@ -197,7 +205,7 @@ class Job(_Part):
 
     def digest(self) -> str:
         """Eight hex digits of what is to be learnt: all of the job but where its run is put."""
-        what = self.at_whole_paths().model_dump(mode="json", exclude=PLACES)
+        what = self.at_whole_paths().model_dump(mode="json", exclude=dict(PLACES))
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
     def at_whole_paths(self) -> Job:
@@ -389,7 +397,11 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
 
 
 def nearest_value(fault: Mapping[str, Any]) -> str:
-    """The mend of a value that is none of those that there are, '' where nothing is like it; `fault` is pydantic's."""
+    """The mend of a value that is not among those that there are, '' where none is known; `fault` is pydantic's."""
+    bounds = {"ge": "{} or more", "gt": "more than {}", "le": "{} or less", "lt": "less than {}"}
+    for key, words in bounds.items():
+        if key in fault.get("ctx", {}):
+            return words.format(fault["ctx"][key])
     if fault["type"] != "literal_error":
         return ""
     return did_you_mean(fault["input"], re.findall(r"'([^']*)'", fault["ctx"]["expected"]))

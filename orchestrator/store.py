@@ -17,6 +17,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 import uuid
@@ -60,6 +61,11 @@ class Shard:
     made: int
     """Nanoseconds since 1970."""
 
+    @property
+    def row_bytes(self) -> int:
+        """Of one sample's features."""
+        return math.prod(self.shape[1:]) * int(np.dtype(_NUMPY[self.format]).itemsize)
+
     @staticmethod
     def from_manifest(name: str, text: bytes) -> Shard | None:
         """What a manifest says; None for a format of a later version. Raises `ValueError` where it is not whole."""
@@ -74,11 +80,10 @@ class Shard:
                 name, str(found["sha256"]), int(found["bytes"]), int(found["offset"]), shape, found["format"], ids,
                 int(found.get("made", 0)),
             )  # fmt: skip
-            num_values = int(np.prod(shape, dtype=np.int64)) * np.dtype(_NUMPY[shard.format]).itemsize
             whole = (
                 hashlib.sha256(raw).hexdigest() == found["ids_sha256"]
                 and len(ids) == shape[0]
-                and shard.num_bytes == shard.offset + num_values
+                and shard.num_bytes == shard.offset + shape[0] * shard.row_bytes
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the manifest {name} is not whole: {error!r}") from None

@@ -139,6 +139,8 @@ def _run(job: Job, looked: Looked, asked: _Asked, events: Events) -> Run:
     with run.locked():
         plan = _laid_out(run, job, looked, asked.fresh)
         if run.finished:
+            text = "this run was finished before: these are its figures, nothing was trained (--fresh starts over)"
+            events({"kind": "note", "text": text})
             events({"kind": "done", "text": "finished already", "run": run})
             return run
         for line in (*plan.adaptations, *plan.warnings, *plan.data.notes):
@@ -178,10 +180,13 @@ def _laid_out(run: Run, job: Job, looked: Looked, fresh: bool) -> Plan:
     """The run's plan: of an unfinished run the one that it began with, else a new one, with its sample table."""
     if (run.path / "plan.json").is_file() and not fresh:
         _refuse_without_samples(run)
-        _refuse_changes(run, prepare(job, looked)[0])
-        # Its threads and its schedule, whatever they would be now; but where features are kept besides may change.
-        began = run.plan.job.model_copy(update={"feature_store": job.feature_store})
-        return run.plan.model_copy(update={"job": began})
+        plan = prepare(job, looked)[0]
+        _refuse_changes(run, plan)
+        # Its threads and its schedule, whatever they would be now. But where features are kept besides, and who
+        # computes them, may change.
+        scaling = run.plan.job.scaling.model_copy(update={"num_extractors": job.scaling.num_extractors})
+        began = run.plan.job.model_copy(update={"feature_store": job.feature_store, "scaling": scaling})
+        return run.plan.model_copy(update={"job": began, "num_extractors": plan.num_extractors, "ray": plan.ray})
     partial = run.path / f"{SAMPLES}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -235,7 +240,7 @@ def _differences(what: str, old: Plan, new: Plan) -> str:
         return f": samples were {were}, are {are}"
     if what != "the job":
         return ""
-    before, now = (_flat(plan.job.model_dump(mode="json", exclude=PLACES)) for plan in (old, new))
+    before, now = (_flat(plan.job.model_dump(mode="json", exclude=dict(PLACES))) for plan in (old, new))
     if any(is_spilled(str(now[key])) and before.get(key) != now[key] for key in now):
         return ": the rows of the data are others"
     changes = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in now | before if before.get(key) != now.get(key)]

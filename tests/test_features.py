@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import orchestrator
-from orchestrator import sets
+from orchestrator import inventory, sets
 from orchestrator.errors import InterruptedRunError, JobError, TrainingError
 from orchestrator.store import FeatureSet
 from tests.test_train import silent, train, weights_of
@@ -54,7 +54,7 @@ def test_later_jobs_read_what_an_earlier_one_computed(tiny_resnet: Path, digits:
 def test_another_input_is_another_set(tiny_resnet: Path, flat_digits: Path) -> None:
     runs = [train(tiny_resnet, flat_digits, **HEAD, settings={"size": size}) for size in (32, 24, 32)]
     assert [computed(run) for run in runs[:2]] == [300, 300]
-    assert len(sets.listings(Path("runs") / sets.FOLDER)) == 2
+    assert len(inventory.listings(Path("runs") / sets.FOLDER)) == 2
 
 
 def test_data_that_grew_by_a_tenth_costs_a_tenth(tiny_resnet: Path, digits: Path, flat_digits: Path) -> None:
@@ -163,7 +163,7 @@ def test_views_are_kept(tiny_resnet: Path, flat_digits: Path) -> None:
     counts = runs[0].plan.data.num_samples
     held_back = counts["validation"] + counts["test"]
     assert [computed(run) for run in runs] == [2 * counts["train"] + held_back, counts["train"]]
-    names = {one.name.split("/")[1].split("-")[0:2][-1] for one in sets.listings(Path("runs") / sets.FOLDER)}
+    names = {one.name.split("/")[1].split("-")[0:2][-1] for one in inventory.listings(Path("runs") / sets.FOLDER)}
     assert names == {"float32", "view"}
     plain = train(tiny_resnet, flat_digits, **HEAD)
     assert computed(plain) == counts["train"]  # what was held back is there: unchanged, whatever the training
@@ -288,7 +288,7 @@ def test_killed_at_ten_random_moments_it_goes_on_from_its_last_shard(tiny_resnet
     for name, tensor in weights_of(whole).items():
         assert torch.allclose(tensor, weights_of(run)[name], atol=1e-5), name
     assert run.results["test"]["confusion"] == whole.results["test"]["confusion"]
-    (listing,) = sets.listings(Path("runs") / sets.FOLDER)
+    (listing,) = inventory.listings(Path("runs") / sets.FOLDER)
     assert listing.num_samples == 600
 
 

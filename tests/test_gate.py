@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -227,6 +228,7 @@ def test_a_plan_is_json_and_back(tiny_resnet: Path, flat_digits: Path) -> None:
     ("fields", "words"),
     [
         ({"scaling": {"num_workers": 64}}, "64 workers x 1 threads are more than"),
+        ({"scaling": {"num_extractors": 64}}, "1 workers and 64 extractors x 1 threads are more than"),
         (
             {"scaling": {"num_workers": 2, "address": "auto"}, "training": {"num_shards": 1}},
             "leaves workers idle",
@@ -239,6 +241,24 @@ def test_what_cannot_be_scheduled(tiny_resnet: Path, flat_digits: Path, fields: 
     with pytest.raises(RefusedError) as caught:
         orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), **fields)
     assert words in str(caught.value)
+
+
+def test_what_is_for_a_frozen_body_alone_is_said_to_be_unused(tiny_resnet: Path, flat_digits: Path) -> None:
+    scaling = {"address": "auto", "num_extractors": 1}  # asked for at a cluster, which nobody joins here
+    job: dict[str, Any] = {
+        "backbone": str(tiny_resnet), "data": str(flat_digits), "feature_store": "memory://features", "scaling": scaling
+    }  # fmt: skip
+    head = orchestrator.plan(**job)
+    assert (head.ray, head.num_extractors) == (True, 1)
+    full = orchestrator.plan(**job, method="full")
+    assert full.num_extractors == 0
+    unused = [line.split(" is not used")[0] for line in full.warnings if line not in head.warnings]
+    assert unused == ["feature_store", "scaling.num_extractors"]
+    slow = orchestrator.plan(**job, training={"features": "every step"})
+    assert slow.warnings == full.warnings
+    # Who computes features, and where else they are kept, says nothing of what is learnt.
+    plain = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), scaling={"address": "auto"})
+    assert plain.job.digest() == head.job.digest()
 
 
 def test_a_broken_header_is_refused(card_files: Files, flat_digits: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ import pytest
 import torch
 
 import orchestrator
+from orchestrator import inventory
 from orchestrator.errors import InterruptedRunError, JobError, RefusedError
 from orchestrator.locations import cached
-from orchestrator.mirror import MirroredSet
+from orchestrator.mirror import USED, MirroredSet
 from orchestrator.store import FeatureSet
 from tests.test_store import ids_of
 from tests.test_train import weights_of
@@ -37,11 +41,11 @@ def train(backbone: Path, data: Path, machine: str, notes: list[str] | None = No
 
 
 def there(store: Any) -> list[str]:
-    """The files of the feature store."""
+    """The files of the feature store, but the mark of when a set was used last."""
     return sorted(
         info.path
         for info in store.get_file_info(pyarrow.fs.FileSelector("features", recursive=True))
-        if info.type == pyarrow.fs.FileType.File
+        if info.type == pyarrow.fs.FileType.File and info.base_name != USED
     )
 
 
@@ -135,7 +139,7 @@ def test_a_store_that_falls_silent_costs_nothing(tmp_path: Path, monkeypatch: py
         raise OSError("timed out")
 
     with monkeypatch.context() as patch:
-        patch.setattr("orchestrator.mirror.upload", fails)
+        patch.setattr("orchestrator.locations.Location.upload", fails)
         for number in (1, 2, 3):
             features.add(ids_of(number), values, "float32")
             features.settle(whole=False)
@@ -191,6 +195,16 @@ def test_only_what_is_asked_for_is_brought(tmp_path: Path, bucket: Any) -> None:
     assert set(brought(tmp_path / "four", 9, unknown=True)) == {one, two}  # what they are is found when they are read
 
 
+def test_for_a_few_that_nobody_knows_not_all_is_brought(tmp_path: Path, bucket: Any) -> None:
+    one, _ = written(tmp_path / "one", *range(15)), written(tmp_path / "one", 99)
+    assert len(there(bucket)) == 4
+    features = MirroredSet(tmp_path / "two", cached(PLACE).join("family/float32"), pytest.fail)
+    ids = ids_of(*range(16))
+    ids[15] = 0  # a sample that cannot be read
+    features.bring(ids)
+    assert features.names == [one]
+
+
 def test_a_manifest_that_is_not_whole_is_passed_over(tmp_path: Path, bucket: Any) -> None:
     file = f"features/family/float32/{written(tmp_path / 'one', 1)}.json"
     with bucket.open_input_file(file) as stored:
@@ -220,6 +234,10 @@ def test_a_store_that_is_not_there_is_refused(
         train(tiny_resnet, digits, "one", feature_store="features")
     with pytest.raises(JobError, match="is no place in a store"):
         train(tiny_resnet, digits, "one", feature_store="s3://")
+    with pytest.raises(RefusedError, match="feature_store: gs4://bucket/features is no place") as refused:
+        train(tiny_resnet, digits, "one", feature_store="gs4://bucket/features")
+    assert refused.value.reason == "usage"
+    assert "--feature-store" in refused.value.mend
     assert not Path("one").exists()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     cached.cache_clear()
@@ -233,3 +251,67 @@ def test_the_place_is_no_part_of_what_is_learnt(tiny_resnet: Path, digits: Path)
     assert train(tiny_resnet, digits, "one", name="same").path == run.path
     shutil.rmtree("one/.features")
     assert os.path.isdir("one/same")
+
+
+# --- what a person asks about it ---
+
+
+@pytest.fixture
+def two_sets(tiny_resnet: Path, digits: Path, bucket: Any) -> list[str]:  # noqa: ARG001  # where they lie
+    """Names of the sets of two backbones' features, the one used last first."""
+    train(tiny_resnet, digits, "one")
+    time.sleep(1.1)  # the store tells times in seconds
+    train(tiny_resnet, digits, "one", settings={"size": 48})
+    return [one.name for one in inventory.listings(inventory.of_store(PLACE))]
+
+
+def test_what_lies_in_a_store_is_listed_as_on_the_storage(two_sets: list[str]) -> None:
+    here = {one.name: one for one in inventory.listings(inventory.of_storage("one"))}
+    there = {one.name: one for one in inventory.listings(inventory.of_store(PLACE))}
+    assert set(two_sets) == set(here) == set(there)
+    for name, one in there.items():
+        assert (one.key, one.num_samples, one.num_shards) == (here[name].key, 600, here[name].num_shards)
+        assert abs(one.used - here[name].used) < 60
+    assert inventory.find_listing(inventory.of_store(PLACE), two_sets[0]).name == two_sets[0]
+
+
+def test_a_store_is_pruned_the_set_used_last_stays(
+    two_sets: list[str], tiny_resnet: Path, digits: Path, bucket: Any
+) -> None:
+    time.sleep(1.1)
+    again = train(tiny_resnet, digits, "two")  # of the older one: read, and so used last
+    assert again.lineage["num_computed"] == 0
+    store = inventory.of_store(PLACE)
+    names = there(bucket)
+    most = max(one.num_bytes for one in inventory.listings(store))
+    assert [one.name for one in inventory.prune(store, most, dry_run=True)] == [two_sets[0]]
+    assert there(bucket) == names
+    assert [one.name for one in inventory.prune(store, most)] == [two_sets[0]]
+    assert [one.name for one in inventory.listings(store)] == [two_sets[1]]
+    assert not [name for name in there(bucket) if two_sets[0].split("/")[0] in name]  # its key too
+    assert len(inventory.prune(store, 0)) == 1
+    assert there(bucket) == []
+    # What was pruned there is brought there again, from where it still is.
+    assert train(tiny_resnet, digits, "one", name="again").lineage["num_computed"] == 0
+    assert any(name.endswith(".safetensors") for name in there(bucket))
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_place_without_features_is_said() -> None:
+    with pytest.raises(JobError, match="no features at s3://bucket/none"):
+        inventory.of_store("s3://bucket/none")
+    with pytest.raises(JobError, match="no place in a store"):
+        inventory.of_store("bucket/none")
+
+
+def test_the_commands_look_there_too(two_sets: list[str], cli: Callable[..., Any]) -> None:
+    listed = cli("features", "list", "--feature-store", PLACE)
+    assert max(map(len, listed.stdout.splitlines())) <= 80
+    assert 0 < listed.stdout.index(two_sets[0][:30]) < listed.stdout.index(two_sets[1][:30])
+    assert "size 48 x 48" in cli("features", "show", two_sets[0], "--feature-store", PLACE).stdout
+    told = cli("features", "prune", "--max-size", "0", "--dry-run", "--feature-store", PLACE)
+    assert "2 would be removed" in told.stdout
+    assert len(json.loads(cli("features", "list", "--feature-store", PLACE, "--json").stdout)) == 2
+    assert "2 removed" in cli("features", "prune", "--max-size", "0", "--feature-store", PLACE).stdout
+    assert cli("features", "list", "--feature-store", PLACE).returncode == 2
+    assert cli("features", "list", "--feature-store", "bucket").returncode == 2

@@ -177,6 +177,23 @@ def test_the_body_is_the_checkpoints_and_the_head_stands_on_it(
         assert plan.parameters.frozen == counted + unused
 
 
+@pytest.mark.parametrize("model_type", sorted(TINY))
+def test_the_same_head_is_learnt_with_stored_features_and_without(
+    model_type: str, backbones: Callable[[str], tuple[Path, Any]], data: dict[str, Path], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    heads = []
+    for features in ("once", "every step"):
+        run = finetune(rows()[model_type][0], backbones(model_type)[0], data, tmp_path / features, features=features)
+        assert run.lineage["features"] == features
+        heads.append(load_file(run.model / "head.safetensors"))
+    assert set(heads[0]) == set(heads[1]) == {"weight", "bias"}
+    for name, tensor in heads[0].items():
+        torch.testing.assert_close(tensor, heads[1][name], atol=1e-5, rtol=0)
+
+
 def _pooled(model_type: str, tower: Any, batch: dict[str, Any]) -> Any:
     """The vector that the row names, of the network that was saved, without any code of ours."""
     if model_type == "vit_mae":
@@ -256,10 +273,12 @@ def test_a_run_is_served_by_its_cards_own_lines(
     assert orchestrator.predict(again, [file])[0].label in ours
 
 
-def finetune(modality: str, backbone: Path, data: dict[str, Path], storage: Path, **more: Any) -> orchestrator.Run:
+def finetune(
+    modality: str, backbone: Path, data: dict[str, Path], storage: Path, method: str = "head", **training: Any
+) -> orchestrator.Run:
     return orchestrator.finetune(
-        modality=modality, backbone=str(backbone), data=str(data[modality]), method=more.get("method", "head"),
-        training={"epochs": more.get("epochs", 2), "batch_size": 8}, scaling={"threads_per_worker": 1},
+        modality=modality, backbone=str(backbone), data=str(data[modality]), method=method,
+        training={"epochs": 2, "batch_size": 8, **training}, scaling={"threads_per_worker": 1},
         storage=str(storage), events=lambda _: None,
     )  # fmt: skip
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import orchestrator
 from orchestrator.errors import RefusedError, TrainingError
+from orchestrator.store import Shard
 from tests.conftest import ALL_CORES
 from tests.test_train import LONG, Cli, same, silent, start, weights_of
 
@@ -46,10 +50,13 @@ def _cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def train(backbone: Path, data: Path, workers: int, name: str, **fields: Any) -> orchestrator.Run:
-    scaling = {"num_workers": workers, **ONE_THREAD, **({"address": "auto"} if workers else {})}
-    if not workers:
-        scaling["num_workers"] = 1
+def train(
+    backbone: Path, data: Path, workers: int, name: str, extractors: int | None = None, **fields: Any
+) -> orchestrator.Run:  # fmt: skip
+    """In this process, where there are no `workers`."""
+    scaling = {"num_workers": workers or 1, "num_extractors": extractors, **ONE_THREAD}
+    if workers:
+        scaling["address"] = "auto"
     return orchestrator.finetune(
         backbone=str(backbone),
         data=str(data),
@@ -73,6 +80,42 @@ def test_two_workers_learn_what_one_does(tiny_resnet: Path, digits: Path, method
     assert two.lineage["features"] == one.lineage["features"]
     assert [line["epoch"] for line in two.metrics] == [1, 2, 3]
     assert two.results["test"]["num_samples"] == 200
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_an_extractor_that_dies_leaves_each_sample_computed_once(tiny_resnet: Path, digits: Path) -> None:
+    """One worker, and one process beside it that runs the body; that one is killed after its first shard."""
+    job: dict[str, Any] = {"method": "head", "training": SHARDS, "settings": {"size": 128}}
+    one = train(tiny_resnet, digits, 0, "one", **job)
+    killed: list[int] = []
+    watching = threading.Thread(target=lambda: killed.extend(kill_after_first_shard(Path("elsewhere/.features"))))
+    watching.start()
+    other = train(tiny_resnet, digits, 1, "other", 1, storage="elsewhere", **job)
+    watching.join()
+    assert len(killed) == 1
+    assert other.lineage["num_computed"] == 600
+    assert other.plan.num_extractors == 1
+    for name, tensor in weights_of(one).items():
+        assert torch.allclose(tensor, weights_of(other)[name], atol=1e-5), name
+    ids = [
+        Shard.from_manifest(file.stem, file.read_bytes()).ids for file in Path("elsewhere").rglob("float32/*.json")
+    ]  # fmt: skip
+    assert len(ids) > 1
+    assert len(np.unique(np.concatenate(ids), axis=0)) == sum(map(len, ids)) == 600
+
+
+def kill_after_first_shard(features: Path) -> list[int]:
+    """Kill -9 all processes that extract, once there is one shard; which they were."""
+    while not list(features.rglob("float32/*.json")):
+        time.sleep(0.01)
+    found = []
+    for title in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"Extractor" in title.read_bytes():
+                found.append(int(title.parent.name))
+    for process in found:
+        os.kill(process, signal.SIGKILL)
+    return found
 
 
 @pytest.mark.usefixtures("_cluster")
@@ -148,7 +191,8 @@ def test_one_ray_worker_is_this_process_bit_for_bit_interrupted_and_killed(
         before = checkpoints()
         process = start(*command, "--name", "ray", "--address", "local")
         for _ in range(18000):
-            if checkpoints() - before:
+            if new := checkpoints() - before:
+                assert not before or min(new) > max(before)  # it has gone on, and not begun again
                 break
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
@@ -156,7 +200,6 @@ def test_one_ray_worker_is_this_process_bit_for_bit_interrupted_and_killed(
         _, stderr = process.communicate(timeout=90)
         assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), stderr
         assert not Path("runs/ray/results.json").exists()
-        assert ("going on from step" in stderr) == bool(before)
     done = cli(*command, "--name", "ray", "--address", "local")
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator import locks, sets, store
+from orchestrator import inventory, locks, sets, store
 from orchestrator.contents import Catalog, Ids, content_id
 from orchestrator.store import FeatureSet
 
@@ -156,20 +158,40 @@ def test_the_sets_used_last_are_kept(tmp_path: Path) -> None:
         filled(folder, *range(100))
         sets.touch(folder)
         os.utime(folder / ".used", (number, number))
-    found = sets.listings(tmp_path)
+    found = inventory.listings(tmp_path)
     assert [one.key["backbone"] for one in found] == ["newer", "new", "old"]
     assert [one.num_samples for one in found] == [100] * 3
     most = sum(one.num_bytes for one in found) - 1
     with locks.held(tmp_path / found[2].name):  # a job is at work on it
-        assert [one.key["backbone"] for one in sets.prune(tmp_path, most)] == ["new"]
+        assert [one.key["backbone"] for one in inventory.prune(tmp_path, most)] == ["new"]
     filled(sets.family_folder(tmp_path, "new", {"backbone": "new"}) / "float32", *range(100))
     sets.touch(tmp_path / found[1].name)
-    found = sets.listings(tmp_path)
-    removed = sets.prune(tmp_path, sum(one.num_bytes for one in found) - 1)
+    found = inventory.listings(tmp_path)
+    removed = inventory.prune(tmp_path, sum(one.num_bytes for one in found) - 1)
     assert [one.key["backbone"] for one in removed] == ["old"]
-    assert {one.key["backbone"] for one in sets.listings(tmp_path)} == {"newer", "new"}
-    assert len(sets.prune(tmp_path, 0)) == 2
+    assert {one.key["backbone"] for one in inventory.listings(tmp_path)} == {"newer", "new"}
+    assert len(inventory.prune(tmp_path, 0)) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_set_that_is_pruned_at_the_moment_it_is_taken_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, lock, taken = tmp_path / "set", locks._lock, []
+
+    def pruned_first(file: TextIO, how: int) -> bool:
+        if not taken:
+            shutil.rmtree(folder)
+        taken.append(how)
+        return lock(file, how)
+
+    monkeypatch.setattr(locks, "_lock", pruned_first)
+    with locks.held(folder):
+        assert len(taken) == 2
+        with locks.pruning(folder) as free:
+            assert not free
+    with locks.pruning(folder) as free:
+        assert free
 
 
 def test_a_set_is_held_by_many_and_pruned_by_none_of_them(tmp_path: Path) -> None:
@@ -179,14 +201,14 @@ def test_a_set_is_held_by_many_and_pruned_by_none_of_them(tmp_path: Path) -> Non
         name = first.add(np.ones((1, 2), np.uint64), np.ones((1, 3), np.float32), "float32")
         with sets.opened(FeatureSet(folder), key) as second:
             second.refresh()
-            assert sets.prune(tmp_path, 0) == []
-        assert sets.prune(tmp_path, 0) == []  # the first one still reads
+            assert inventory.prune(tmp_path, 0) == []
+        assert inventory.prune(tmp_path, 0) == []  # the first one still reads
         assert second.names == [name]
-    assert len(sets.prune(tmp_path, 0)) == 1
+    assert len(inventory.prune(tmp_path, 0)) == 1
     with sets.opened(
         FeatureSet(folder), key
     ):  # what was pruned before it was opened is made again, and known by its key
-        (found,) = sets.listings(tmp_path)
+        (found,) = inventory.listings(tmp_path)
         assert found.key["backbone"] == "one"
 
 

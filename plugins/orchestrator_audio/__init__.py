@@ -153,7 +153,7 @@ def _cut_off(content: bytes) -> str:
     if content[:4] in (b"RIFF", b"FORM") and len(content) >= 8:
         (size,) = struct.unpack("<I" if content[:4] == b"RIFF" else ">I", content[4:8])
         missing = size not in _STREAMED and size > len(content) - 7  # a last padding byte is often left out
-        return f"{len(content)} of {size + 8} bytes" if missing else ""
+        return f"{len(content)} of the {size + 8} bytes that its header tells" if missing else ""
     if content[:4] == b"OggS":
         page = content[content.rfind(b"OggS") :]
         if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
