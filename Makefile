@@ -24,7 +24,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --dist loadgroup --ignore tests/test_ray.py
+	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --ignore tests/test_ray.py
 	$(BIN)/python -m pytest -q --durations=5 tests/test_ray.py  # wants all cores for itself
 
 test-fast: $(STAMP)

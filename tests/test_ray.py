@@ -24,7 +24,7 @@ from orchestrator.store import Shard
 from tests.conftest import ALL_CORES
 from tests.test_train import LONG, Cli, same, silent, start, weights_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 ONE_THREAD = {"threads_per_worker": 1}
 SHARDS = {"epochs": 3, "num_shards": 2, "batch_size": 40, "learning_rate": 0.003}
