@@ -40,6 +40,7 @@ _FEW_A_NUMBER = 5
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _UNSPLIT = -1
 _NUM_BINS = 10
+_ROWS_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,8 @@ def _prepare(
             if has
             else "nothing is held back: there will be no figures, and the last epoch counts"
         )
-    used = split != _UNSPLIT
-    num_bytes = numbers(taken.num_bytes)[kept].clip(0)
     if keep:
-        roots = [_text_of(origin) for origin in source.origins]
-        contents = np.stack([view(taken.content_id), view(taken.content_high)], axis=1)[kept[used]]
-        marks = np.where(view(taken.timed), view(taken.stat_id), np.uint64(0))[kept[used]]
-        write_index(
-            directory / INDEX_FILE, kept[used], targets[used], split[used], num_bytes[used], contents, marks, roots
-        )
+        _write_index(directory / INDEX_FILE, table, kept, targets, split)
     summary = DataSummary(
         fingerprint=_fingerprint(taken, kept, split),
         root=_text_of(source.origins[0]),
@@ -165,6 +159,18 @@ class _Table:
         return list(self.taken.groups)[self.taken.group[row]]
 
 
+def _write_index(file: Path, table: _Table, kept: Ints, targets: npt.NDArray[Any], split: Ints) -> None:
+    taken, used = table.taken, split != _UNSPLIT
+    some = slice(None) if used.all() else used  # a view, where nothing is left out
+    rows = kept[some]
+    timed, stats = (taken.whole(values)[rows] for values in (taken.timed, taken.stat_id))
+    write_index(
+        file, rows, targets[some], split[some], view(taken.num_bytes)[rows].clip(0),
+        (view(taken.content_id)[rows], view(taken.content_high)[rows]), np.where(timed, stats, np.uint64(0)),
+        [_text_of(origin) for origin in table.source.origins],
+    )  # fmt: skip
+
+
 def _text_of(origin: Origin) -> str:
     return origin.root.text if isinstance(origin.root, Location) else str(origin.root)
 
@@ -185,11 +191,11 @@ def _spread(targets: npt.NDArray[Any], task: TaskName) -> dict[str, Any]:
 def _drop_duplicates(table: _Table) -> Ints:
     """The rows to keep, int64: one a file. The same file with two labels is refused: one of them is wrong."""
     taken = table.taken
-    uris = view(taken.uri_id)
+    uris = taken.whole(taken.uri_id)
     if not uris.any():
         return np.arange(len(uris))
     roots = np.array([digest64(_text_of(origin)) for origin in table.source.origins], dtype=np.uint64)
-    keys = np.where(uris == 0, np.arange(len(uris), dtype=np.uint64), uris ^ roots[numbers(taken.origin)])
+    keys = np.where(uris == 0, np.arange(len(uris), dtype=np.uint64), uris ^ roots[taken.whole(taken.origin)])
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
@@ -206,8 +212,12 @@ def _drop_duplicates(table: _Table) -> Ints:
 
 def _refuse_contradictions(table: _Table, mine: int, theirs: int) -> None:
     taken, uri = table.taken, table.rows.uri(mine)
-    for what, ids, of in (("label", taken.label_id, table.labels), ("group", taken.group, table.group)):
-        if len(ids) and ids[mine] != ids[theirs]:
+    groups = taken.group
+    for what, differ, of in (
+        ("label", taken.label_key(mine) != taken.label_key(theirs), table.labels),
+        ("group", len(groups) and groups[mine] != groups[theirs], table.group),
+    ):
+        if differ:
             raise DataError(
                 f"{uri} has two {what}s: {of(theirs)!r} in {table.place(theirs)}, {of(mine)!r} in {table.place(mine)}",
                 mend=f"leave the row with the right {what}",
@@ -476,10 +486,14 @@ def _leaks(table: _Table, kept: Ints, split: Ints) -> list[str]:
 def _fingerprint(taken: Intake, kept: Ints, split: Ints) -> str:
     """Of every sample's URI, label, content and split, whatever their order."""
     mixed = np.zeros(len(kept), dtype=np.uint64)
-    for column in (view(taken.uri_id)[kept], view(taken.label_id)[kept], taken.known_by()[kept], split):
-        # Multiply and shift, as in splitmix64 (Steele et al. 2014): each row's columns become one number.
-        mixed += column.astype(np.uint64, copy=False)
-        mixed *= np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= mixed >> np.uint64(29)
+    columns = (taken.whole(taken.uri_id), taken.label_keys(), taken.known_by())
+    for start in range(0, len(kept), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        piece = mixed[some]
+        for column in (*(column[kept[some]] for column in columns), split[some]):
+            # Multiply and shift, as in splitmix64 (Steele et al. 2014): each row's columns become one number.
+            piece += column.astype(np.uint64, copy=False)
+            piece *= np.uint64(0x9E3779B97F4A7C15)
+            piece ^= piece >> np.uint64(29)
     mixed.sort()
     return hashlib.sha256(mixed.astype("<u8", copy=False).data).hexdigest()

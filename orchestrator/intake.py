@@ -53,7 +53,10 @@ class Skip:
 
 @dataclass
 class Intake:
-    """What is remembered of the rows that can be used, one entry a row in each array."""
+    """What is remembered of the rows that can be used, one entry a row in each array.
+
+    Arrays that say so stay empty as long as all of their entries would be 0; `whole` gives those too.
+    """
 
     label: array[Any] = field(default_factory=lambda: array("i"))
     """Single-label: the number of the name; multi-label: of all rows' names in turn; regression: floats."""
@@ -66,18 +69,21 @@ class Intake:
     groups: dict[str, int] = field(default_factory=dict)
     split: array[int] = field(default_factory=lambda: array("b"))
     origin: array[int] = field(default_factory=lambda: array("i"))
+    """May be empty."""
     num_bytes: array[int] = field(default_factory=lambda: array("q"))
     uri_id: array[int] = field(default_factory=lambda: array("Q"))
-    """Of the file, whatever it is called; 0 where the table holds the sample itself."""
+    """Of the file, whatever it is called; 0 where the table holds the sample itself. May be empty."""
     label_id: array[int] = field(default_factory=lambda: array("Q"))
+    """Single-label: of each name, by its number; else of each row."""
     content_id: array[int] = field(default_factory=lambda: array("Q"))
     """Of the content; 0 where it was not read."""
     content_high: array[int] = field(default_factory=lambda: array("Q"))
     """64 more bits of that, for what is kept longer than a job."""
     stat_id: array[int] = field(default_factory=lambda: array("Q"))
-    """Of a file's size and time of modification; 0 where they are not known."""
+    """Of a file's size and time of modification; 0 where they are not known. May be empty."""
     timed: array[int] = field(default_factory=lambda: array("b"))
-    """Whether `stat_id` holds a time: some stores tell none, and then the same size is no sign of the same content."""
+    """Whether `stat_id` holds a time: some stores tell none, and then the same size is no sign of the same content.
+    May be empty."""
     skipped: list[Skip] = field(default_factory=list)
     facts: list[tuple[int, Facts]] = field(default_factory=list)
     """(row, what was measured on it)"""
@@ -90,16 +96,32 @@ class Intake:
         step = _step(len(self))
         return Profile.of(facts for row, facts in self.facts if row % step == 0)
 
+    def whole(self, values: array[Any]) -> npt.NDArray[Any]:
+        """An array with an entry a row, one that is empty among them."""
+        return view(values) if len(values) else np.broadcast_to(np.zeros((), values.typecode), len(self))
+
+    def label_key(self, row: int) -> int:
+        """What tells a row's label, or labels, from others."""
+        return self.label_id[self.label[row] if self._by_name else row]
+
+    def label_keys(self) -> npt.NDArray[np.uint64]:
+        """Of all rows, uint64."""
+        return view(self.label_id)[view(self.label)] if self._by_name else view(self.label_id)
+
+    @property
+    def _by_name(self) -> bool:
+        return bool(self.names) and not self.num_labels
+
     def total_bytes(self) -> int:
         """Of all samples whose size is known."""
-        return int(np.maximum(numbers(self.num_bytes), 0).sum(dtype=np.int64))
+        return int(view(self.num_bytes).sum(where=view(self.num_bytes) > 0, dtype=np.int64))
 
     def known_by(self) -> npt.NDArray[np.uint64]:
         """What each sample is known by: its content, or, of much data, its file's size and time of modification."""
         content = view(self.content_id)
         if self.total_bytes() <= MAX_HASHED_BYTES and content.all():
             return content
-        return np.where(view(self.uri_id) == 0, content, view(self.stat_id))
+        return np.where(self.whole(self.uri_id) == 0, content, self.whole(self.stat_id))
 
     def contents(self) -> npt.NDArray[np.uint64]:
         """The content that `known_by` is of, 0 where it is of something else."""
@@ -163,6 +185,7 @@ def take_in(
 
 
 def _remember(taken: Intake, row: Row, look: _Look, task: TaskName) -> None:
+    at = len(taken)
     if task == "regression":
         taken.label.extend(row.label)
     else:
@@ -170,17 +193,26 @@ def _remember(taken: Intake, row: Row, look: _Look, task: TaskName) -> None:
         taken.label.extend([taken.names.setdefault(str(name), len(taken.names)) for name in labels])
         if task == "multi-label":
             taken.num_labels.append(len(labels))
+    if task != "single-label" or len(taken.names) > len(taken.label_id):
+        taken.label_id.append(digest64(row.label))
     if row.group is not None:
         taken.group.append(taken.groups.setdefault(row.group, len(taken.groups)))
     taken.split.append(_NO_SPLIT if row.split is None else row.split)
-    taken.origin.append(row.origin)
     taken.num_bytes.append(look.num_bytes)
-    taken.uri_id.append(digest64(row.file or row.uri) if row.uri else 0)
-    taken.label_id.append(digest64(row.label))
     taken.content_id.append(look.content_id[0])
     taken.content_high.append(look.content_id[1])
-    taken.stat_id.append(look.stat_id)
-    taken.timed.append(look.timed)
+    _put(taken.origin, row.origin, at)
+    _put(taken.uri_id, digest64(row.file or row.uri) if row.uri else 0, at)
+    _put(taken.stat_id, look.stat_id, at)
+    _put(taken.timed, look.timed, at)
+
+
+def _put(values: array[int], value: int, row: int) -> None:
+    """The entry of a row, in an array that stays empty as long as all are 0."""
+    if value and not values:
+        values.frombytes(bytes(row * values.itemsize))
+    if value or values:
+        values.append(value)
 
 
 @dataclass(frozen=True)

@@ -105,13 +105,13 @@ class Rows:
 
 
 def write_index(
-    file: Path, rows: Ints, targets: npt.NDArray[Any], split: Ints, num_bytes: Ints, contents: Ids, marks: Marks,
-    roots: Sequence[str],
+    file: Path, rows: Ints, targets: npt.NDArray[Any], split: Ints, num_bytes: Ints,
+    contents: tuple[Marks, Marks], marks: Marks, roots: Sequence[str],
 ) -> None:  # fmt: skip
     """Write `index.arrow`: which rows of `samples.arrow` are used, with their targets.
 
-    targets: int64 [rows], the class; else float32 [rows, classes]. contents and marks: what each row is known by, as
-    far as that is known. `roots`: of each origin.
+    targets: int64 [rows], the class; else float32 [rows, classes]. contents (lower and higher halves) and marks:
+    what each row is known by, as far as that is known. `roots`: of each origin.
     """
     if targets.ndim == 1:
         column = pa.array(targets, pa.int32())
@@ -123,8 +123,8 @@ def write_index(
             "target": column,
             "split": pa.array(split, pa.int8()),
             "num_bytes": pa.array(num_bytes, pa.int64()),
-            "content_low": pa.array(contents[:, 0], pa.uint64()),
-            "content_high": pa.array(contents[:, 1], pa.uint64()),
+            "content_low": pa.array(contents[0], pa.uint64()),
+            "content_high": pa.array(contents[1], pa.uint64()),
             "mark": pa.array(marks, pa.uint64()),
         }
     ).replace_schema_metadata({"roots": json.dumps(list(roots))})
