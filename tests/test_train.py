@@ -609,7 +609,7 @@ def test_evaluating_with_a_class_that_was_never_learnt(tiny_resnet: Path, digits
 
 LONG = (
     "--set", "training.checkpoint_every_steps=5", "--set", "scaling.threads_per_worker=1",
-    "--epochs", "25", "--method", "full", "--batch-size", "16",
+    "--epochs", "15", "--method", "full", "--batch-size", "16",
 )  # fmt: skip
 
 
@@ -645,7 +645,7 @@ def test_an_interrupted_run_ends_as_if_it_never_was(
     if how != signal.SIGKILL:
         assert "the same command goes on" in stderr
     steps = [int(p.parent.name[5:]) for p in Path("runs/cut").glob("checkpoints/step-*/COMMITTED")]
-    assert 0 < max(steps) < 25 * 23
+    assert 0 < max(steps) < 15 * 23
     done = cli(*command, "--name", "cut")
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
