@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.harness import in_turn, middle, near, options, report, same_settings, silent
+from tests.benchmarks.harness import options, report_heads, same_settings, silent
 from tests.benchmarks.peers import BATCH_SIZE, GLOSSES, frozen, glosses_of, make_glosses, mean_pool, train_with_hf
 
 GOAL, REPEATS = 40, 3
@@ -71,16 +71,7 @@ def main() -> None:
             "ours": lambda i: ours(table, f"{folder}/{i}", given.epochs, i),
             "peer": lambda i: peer(table, given.epochs, i),
         }
-        seconds, found = in_turn(sides, given.repeats)
-    ratio = middle([middle(seconds["peer"]) / middle(seconds["ours"])])
-    report(
-        "head-text",
-        [("HF Trainer's time over ours", ratio, GOAL, True)],
-        ours_s=seconds["ours"],
-        peer_s=seconds["peer"],
-        features_s=[one["features_s"] for one in found["ours"]],
-        accuracy=near(*([one["accuracy"] for one in found[side]] for side in ("ours", "peer"))),
-    )
+        report_heads("head-text", sides, given.repeats, GOAL)
 
 
 if __name__ == "__main__":
