@@ -82,7 +82,7 @@ def _stop() -> None:
 
 
 def _num_cpus(plan: Plan) -> int:
-    return (plan.num_workers + plan.num_extractors) * plan.threads_per_worker
+    return plan.num_workers * plan.threads_per_worker + plan.num_extractors * plan.extractor_threads
 
 
 def event_sink() -> Any:
@@ -93,22 +93,23 @@ def event_sink() -> Any:
 def fit(plan: Plan, config: dict[str, Any]) -> Exception | None:
     """Run the trainer to its end; what it failed with, None if it did not."""
     num_workers, threads, extractors = plan.num_workers, plan.threads_per_worker, plan.num_extractors
-    who, least = f"{num_workers} workers", num_workers
+    who, least, lower = f"{num_workers} workers", num_workers, "lower scaling.num_workers"
+    cores = num_workers * threads
     if extractors:  # of them one that has a place is enough to go on
-        who, least = f"{num_workers} workers and 1 of {extractors} extractors", num_workers + 1
+        who, least, lower = f"{who} and 1 of {extractors} extractors", least + 1, "leave out scaling.num_extractors"
+        cores += plan.extractor_threads
     gpus, cpus = (ray.cluster_resources().get(kind, 0) for kind in ("GPU", "CPU"))
-    use_gpu = plan.job.scaling.device != "cpu" and gpus >= least
-    lower = "lower scaling.num_workers" + (" or leave out scaling.num_extractors" if extractors else "")
-    if plan.job.scaling.device == "gpu" and not use_gpu:
+    use_gpu = plan.job.scaling.device != "cpu" and gpus >= num_workers
+    if (use_gpu or plan.job.scaling.device == "gpu") and gpus < least:
         return RefusedError(
             "resources",
             f"{who} want a GPU each, and the cluster has {gpus:g}",
-            mend=f"{lower}, or use device auto",
+            mend=f"{lower}, or use device cpu",
         )
-    if least * threads > cpus:
+    if cores > cpus:
         return RefusedError(
             "resources",
-            f"{who} x {threads} threads need {least * threads} CPUs, and the cluster has {cpus:g}",
+            f"{who} need {cores} CPUs ({threads} threads a worker), and the cluster has {cpus:g}",
             mend=f"{lower}, or lower scaling.threads_per_worker",
         )
     config = {**config, "num_extractors": extractors, "use_gpu": use_gpu}

@@ -34,6 +34,8 @@ _FLUSH_SHARE = 0.02
 """Later this share of the time that was worked, so that long work does not end in thousands of shards."""
 _FLUSH_BYTES = 64 * 2**20
 _MOST_ROUNDS = 5
+_LEAST_ELSEWHERE = 256
+"""Fewer samples are computed by the workers themselves, before other processes would have begun."""
 _LEAST_BATCHES = 50
 """Of fewer it is not even looked how long they take."""
 
@@ -61,9 +63,12 @@ class Elsewhere(Protocol):
     """Other processes that compute what this one would."""
 
     def __call__(
-        self, features: FeatureSet, rows: Ints, ids: Ids, view: int | None, backwards: bool
+        self, features: FeatureSet, rows: Ints, ids: Ids, sizes: Ints | None, view: int | None, backwards: bool
     ) -> Iterable[Share]:
-        """All of these rows (ascending), with the ids of their contents as far as they are known; in pieces."""
+        """All of these rows (ascending), with the ids of their contents as far as they are known; in pieces.
+
+        `sizes`: of their samples in bytes, where longer ones are more work.
+        """
 
 
 @dataclass
@@ -92,6 +97,7 @@ class Extraction:
     """Set -> the shards of it that were read."""
     _compiled: Compiled | None = None
     """The body as machine code, where that pays back."""
+    _compile_tried: bool = False
     _started: float = 0.0
     _new: list[tuple[Ints, Ids]] = field(default_factory=list)
     """(rows, the ids of their contents), as they were read."""
@@ -193,11 +199,12 @@ class Extraction:
             # Where another job is at it this one begins at the other end: so the two meet, and do not do the same.
             backwards = not self.worker.gather(lock)[0]
             shares: Iterable[Share] = ()
-            if self.elsewhere is None:
+            if self.elsewhere is None or len(missing) < _LEAST_ELSEWHERE:
                 mine = part_of(missing, rank, num_workers)
                 shares = [self.compute(features, mine, ids[np.searchsorted(rows, mine)], view, backwards)]
             elif rank == 0:
-                shares = self.elsewhere(features, missing, ids[np.searchsorted(rows, missing)], view, backwards)
+                sizes = self.source.samples.num_bytes[missing] if self.by_length else None
+                shares = self.elsewhere(features, missing, ids[np.searchsorted(rows, missing)], sizes, view, backwards)
             for share in shares:
                 names += share.names
                 self._new += share.new
@@ -211,11 +218,12 @@ class Extraction:
         return names
 
     def compute(
-        self, features: FeatureSet, rows: Ints, ids: Ids, view: int | None, backwards: bool, times: float = 1.0
+        self, features: FeatureSet, rows: Ints, ids: Ids, view: int | None, backwards: bool, to_come: int = 0
     ) -> Share:
         """Run the body over these rows (ascending), with the ids of their contents as far as they are known.
 
-        `times`: so many times as much is expected to come. Raises `TrainingError`; what was computed is kept.
+        `to_come`: so many rows, these included, are for this process yet, if they are more. Raises `TrainingError`;
+        what was computed is kept.
         """
         share = Share()
         self._started = self._started or time.monotonic()
@@ -224,7 +232,7 @@ class Extraction:
         bodies = bodies_for(self.body, self.worker.device, most=1 if view is not None else None)
         batches = list(self.source.samples.batches(ordered, bodies.batch_size, len(bodies.copies)))
         loading = Loading(self.source, features, self.worker.device, self.seed, view)
-        self._compile(loading, bodies, batches, times)
+        self._compile(loading, bodies, batches, max(1.0, to_come / max(1, len(rows))))
         if backwards:
             batches.reverse()
         waiting = _Waiting()
@@ -258,7 +266,7 @@ class Extraction:
     def _compile(self, loading: Loading, bodies: Bodies, batches: Sequence[Ints], times: float) -> None:
         """Make the body machine code, if the samples are so many that it pays back."""
         whole = [batch for batch in batches if len(batch) == bodies.batch_size]
-        if self._compiled is not None or len(batches) * times < _LEAST_BATCHES or 2 * len(whole) < len(batches):
+        if self._compile_tried or len(batches) * times < _LEAST_BATCHES or 2 * len(whole) < len(batches):
             return
         loaded = loading.load(whole[0], np.zeros((len(whole[0]), 2), np.uint64))
         pieces = loaded.inputs or loading.collated(loaded.found)
@@ -270,6 +278,7 @@ class Extraction:
                 expected = seconds_of(self.body, inputs, repeats) * times * len(batches) / len(bodies.copies)
                 if expected < WORTH_S:
                     return
+            self._compile_tried = True
             self.note(f"the body would run for {expected / 60:.0f} min: it is compiled first")
             found = compiled(self.body, inputs)
         if isinstance(found, str):

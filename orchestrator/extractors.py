@@ -3,6 +3,9 @@
 For where there is more hardware than the head, or what can be trained at once, needs: the pool works with those of its
 processes that have a place, and grows when nodes come. Each has the network for itself and writes shards into the same
 set of features. One that dies is started again by Ray and goes on from its last shard; the others do not notice.
+
+`Extractors` and `_Pool` are used in the worker of rank 0, which hands out the pieces; `Extractor` is a process of the
+pool.
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ import itertools
 import logging
 import math
 import pickle
+import queue
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,28 +31,29 @@ from orchestrator import registry
 from orchestrator.assembly import assembled
 from orchestrator.contents import Catalog, Ids
 from orchestrator.cut import Body
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, TrainingError, first_line
 from orchestrator.extraction import Extraction, Share
 from orchestrator.frozen import Kept
 from orchestrator.plans import Plan
-from orchestrator.runs import SAMPLES
-from orchestrator.samples import Samples
 from orchestrator.sets import CONTENTS, opened
 from orchestrator.sink import Line
 from orchestrator.store import FeatureSet, Format
 from orchestrator.worker import start_worker
 
 _PIECES_EACH = 4
-"""Of the samples, for each extractor at least: so that all end at about the same time."""
-_MOST_OF_PIECE = 16384
-"""Samples; what one that dies for good leaves to others."""
+"""For each extractor, where there are samples enough: so that all end at about the same time."""
+_LEAST_OF_PIECE, _MOST_OF_PIECE = 128, 16384
+"""Samples. The most is what has to be gone through again where one dies for good."""
+_ASK_EVERY_S = 0.5
+_STOP_GRACE_S = 20.0
+"""How long extractors may take to end their batches once somebody asked to stop."""
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Extractors:
-    """The pool of a job; see `frozen.Extractors`."""
+    """Makes the pools of a job; see `frozen.MakeElsewhere`."""
 
     config: Mapping[str, Any]
     """What its workers got."""
@@ -61,55 +68,91 @@ class Extractors:
 
 @dataclass(frozen=True)
 class _Pool:
-    """See `extraction.Elsewhere`."""
+    """See `extraction.Elsewhere`. It is started anew for each set of features."""
 
     of: Extractors
     kept: Kept
     format: Format
 
     def __call__(
-        self, features: FeatureSet, rows: Ints, ids: Ids, view: int | None, backwards: bool
+        self, features: FeatureSet, rows: Ints, ids: Ids, sizes: Ints | None, view: int | None, backwards: bool
     ) -> Iterator[Share]:
         """Compute all of these rows, each piece in one extractor. Raises what one of ours raised there."""
-        import ray.data  # noqa: PLC0415  # a second, for those jobs alone that want it
-
         plan = Plan.model_validate_json(self.of.config["plan"])
-        num_pieces = max(math.ceil(len(rows) / _MOST_OF_PIECE), min(_PIECES_EACH * self.of.num, len(rows)))
-        work = _Work(
-            self.of.config, self.of.line, self.kept, self.format, features.folder.name, view, backwards,
-            times=num_pieces / self.of.num,
-        )  # fmt: skip
-        # Pieces of like length where samples are batched by it; each goes through the body in an order of its own.
-        order = _by_length(self.of.config, plan, rows)
+        order, ends = pieces_of(len(rows), sizes, self.of.num)
+        work = _Work(self.of.config, self.of.line, self.kept, self.format, features.folder.name, view, backwards,
+                     self.of.num)  # fmt: skip
         todo = ray.put((rows[order], ids[order]))
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        ends = [len(rows) * number // num_pieces for number in range(num_pieces + 1)]
         pieces = [{"start": start, "stop": stop} for start, stop in itertools.pairwise(ends)]
-        done = ray.data.from_items(pieces, override_num_blocks=num_pieces).map(
-            Extractor,
-            fn_constructor_args=(work, [todo]),  # in a list: the reference itself, not what it stands for
-            compute=ray.data.ActorPoolStrategy(size=self.of.num, max_tasks_in_flight_per_actor=1),
-            num_cpus=plan.threads_per_worker,
-            num_gpus=1 if self.of.use_gpu else None,
-        )
-        for row in done.iter_rows():
-            found: Share | OrchestratorError = pickle.loads(row["found"])
-            if isinstance(found, OrchestratorError):
+        if backwards:
+            pieces.reverse()
+        answers: queue.SimpleQueue[Share | Exception | None] = queue.SimpleQueue()
+        # In a thread, which may wait for a place on the cluster as long as it takes.
+        threading.Thread(target=self._run, args=(plan, work, todo, pieces, answers), daemon=True).start()
+        asked_at = 0.0
+        while True:
+            try:
+                found = answers.get(timeout=_ASK_EVERY_S)
+            except queue.Empty:
+                asked_at = asked_at or (time.monotonic() if self.of.line.should_stop() else 0.0)
+                if asked_at and time.monotonic() - asked_at > _STOP_GRACE_S:
+                    yield Share(stopped=True)
+                    return
+                continue
+            if found is None:
+                return
+            if isinstance(found, Exception):
                 raise found
             yield found
 
+    def _run(
+        self, plan: Plan, work: _Work, todo: Any, pieces: list[dict[str, int]],
+        answers: queue.SimpleQueue[Share | Exception | None],
+    ) -> None:  # fmt: skip
+        try:
+            import ray.data  # noqa: PLC0415  # a second, for those jobs alone that want it
 
-def _by_length(config: Mapping[str, Any], plan: Plan, rows: Ints) -> Ints:
-    """The places of `rows` by the lengths of their samples, where the modality is batched by them."""
-    modality = config.get("modality") or registry.get(plan.job.modality)
-    if not modality.by_length:
-        return np.arange(len(rows))
-    samples = Samples(Path(config["run"]) / SAMPLES, tuple(field.name for field in modality.sample))
-    found: Ints = np.searchsorted(rows, samples.by_length(rows))
-    return found
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.print_on_execution_start = False
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            done = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map(
+                Extractor,
+                fn_constructor_args=(work, [todo]),  # in a list: the reference itself, not what it stands for
+                compute=ray.data.ActorPoolStrategy(size=min(self.of.num, len(pieces)), max_tasks_in_flight_per_actor=1),
+                num_cpus=plan.extractor_threads,
+                num_gpus=1 if self.of.use_gpu else None,
+                # Where a sample kills whoever decodes it, it would else be tried for ever.
+                max_task_retries=plan.job.scaling.max_failures,
+            )
+            for row in done.iter_rows():
+                answers.put(pickle.loads(row["found"]))
+            answers.put(None)
+        except ray.exceptions.RayError as error:
+            times = plan.job.scaling.max_failures + 1
+            answers.put(TrainingError(
+                f"an extractor did not do its piece of the samples, tried {times} times: {first_line(error)}",
+                expected="processes that live for some minutes at a time",
+                mend="look at its memory, and for a sample that ends whoever decodes it; the same command goes on, and "
+                "without scaling.num_extractors the workers run the body",
+            ))  # fmt: skip
+        except Exception as error:
+            answers.put(error)
+
+
+def pieces_of(num_rows: int, sizes: Ints | None, num_extractors: int) -> tuple[Ints, list[int]]:
+    """(an order of the rows, where its pieces end, 0 first): pieces of like work, the longest samples first.
+
+    `sizes` of the rows' samples, int64; None where they say nothing of the work.
+    """
+    num = max(1, math.ceil(num_rows / _MOST_OF_PIECE),
+              min(_PIECES_EACH * num_extractors, num_rows // _LEAST_OF_PIECE))  # fmt: skip
+    if sizes is None:
+        return np.arange(num_rows), [num_rows * number // num for number in range(num + 1)]
+    order = np.argsort(-sizes, kind="stable")
+    work = np.cumsum(sizes[order] + 1)  # a sample without a size is some work too
+    ends = np.searchsorted(work, work[-1] * np.arange(1, num) / num) + 1
+    return order, [0, *(end for end in np.unique(ends).tolist() if end < num_rows), num_rows]
 
 
 @dataclass(frozen=True)
@@ -124,8 +167,7 @@ class _Work:
     """Of the set."""
     view: int | None
     backwards: bool
-    times: float
-    """So many pieces are for one extractor."""
+    num_extractors: int
 
 
 class Extractor:
@@ -133,39 +175,56 @@ class Extractor:
 
     def __init__(self, work: _Work, todo: list[Any]) -> None:
         """`todo`: the reference to all (rows, ids) that are to be computed, of which a piece is a part."""
-        plan, run = Plan.model_validate_json(work.config["plan"]), Path(work.config["run"])
-        modality = work.config.get("modality") or registry.get(plan.job.modality)
         self._work = work
         self._rows, self._ids = ray.get(todo[0])
-        held = ExitStack()  # as long as this process lives
-        worker = start_worker(plan)
-        network, source = assembled(plan, run, worker, modality, held)
+        self._held = ExitStack()  # as long as this process lives
+        self._error: OrchestratorError | None = None
+        self._notes = False
+        try:
+            self._prepare()
+        except OrchestratorError as error:  # the driver's error, once there is somebody to tell it to
+            self._error = error
 
-        def note(text: str) -> None:
-            work.line.tell({"kind": "note", "text": text})
-
+    def _prepare(self) -> None:
+        work = self._work
+        plan = Plan.model_validate_json(work.config["plan"])
+        plan = plan.model_copy(update={"threads_per_worker": plan.extractor_threads})
+        modality = work.config.get("modality") or registry.get(plan.job.modality)
+        worker = start_worker(plan, use_gpu=work.config["use_gpu"])
+        network, source = assembled(plan, Path(work.config["run"]), worker, modality, self._held)
         self._extraction = Extraction(
             Body(network, work.kept.cut), source, worker, Catalog(work.kept.family.parent / CONTENTS), work.format,
             modality.by_length, plan.job.training.seed,
             advance=lambda num: work.line.tell({"kind": "advance", "num": num}),
-            note=note, should_stop=work.line.should_stop,
+            note=self._note, should_stop=work.line.should_stop,
         )  # fmt: skip
-        self._features = held.enter_context(opened(work.kept.set(work.name, note), work.kept.key))
-        self._held = held
+        self._features = self._held.enter_context(opened(work.kept.set(work.name, self._note), work.kept.key))
+
+    def _note(self, text: str) -> None:
+        if self._notes:  # all of them would say the same
+            self._work.line.tell({"kind": "note", "text": text})
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
         """{"found": a pickled `Share`, or the error that ends the job}."""
-        rows, ids = (some[piece["start"] : piece["stop"]] for some in (self._rows, self._ids))
-        order = np.argsort(rows)
         found: Share | OrchestratorError
         try:
-            self._features.refresh()  # one that died may have done a part of it
-            found = self._extraction.compute(
-                self._features, rows[order], ids[order], self._work.view, self._work.backwards, self._work.times
-            )
-            self._features.settle(whole=False)
-            found.skipped = dict(self._extraction.source.skipped)
+            found = self._error or self._compute(piece["start"], piece["stop"])
         except OrchestratorError as error:
             found = error
         self._work.line.flush()
         return {"found": pickle.dumps(found)}
+
+    def _compute(self, start: int, stop: int) -> Share:
+        work, rows, ids = self._work, self._rows[start:stop], self._ids[start:stop]
+        if work.line.should_stop():
+            return Share(stopped=True)
+        self._notes = start == 0
+        order = np.argsort(rows)
+        self._features.refresh()  # one that died may have done a part of it
+        to_come = start + len(rows) if work.backwards else len(self._rows) - start
+        found = self._extraction.compute(
+            self._features, rows[order], ids[order], work.view, work.backwards, to_come // work.num_extractors
+        )
+        self._features.settle(whole=False)
+        found.skipped = dict(self._extraction.source.skipped)
+        return found

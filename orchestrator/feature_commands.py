@@ -55,7 +55,7 @@ def prune_features(
 
     root, size = _features_at(storage, feature_store), inventory.parse_size(max_size)
     before = inventory.listings(root)
-    removed = inventory.prune(root, size, dry_run)
+    removed = inventory.prune(root, size, dry_run, before)
     gone = {one.name for one in removed}
     answers.pruned(removed, [one for one in before if one.name not in gone], dry_run, json_)
 

@@ -20,7 +20,7 @@ import torch
 from orchestrator.cut import Body
 from orchestrator.features import SampleSource, as_float32
 from orchestrator.loading import compute
-from orchestrator.sets import write_shared
+from orchestrator.sets import FORMAT_FILE, write_shared
 from orchestrator.store import Format
 from orchestrator.worker import Worker
 
@@ -28,8 +28,6 @@ LEAST_COSINE = 0.998
 _NUM_SAMPLES = 256
 _BATCH = 64
 _LEAST_GAIN = 1.1
-FORMAT_FILE = "format.json"
-"""Of a family: what was decided, for all later jobs."""
 
 Ints = npt.NDArray[np.int64]
 

@@ -23,7 +23,7 @@ from orchestrator.contents import Catalog
 from orchestrator.cut import Body, Cut, Head, find_cut
 from orchestrator.extraction import Elsewhere, Extraction, known_contents
 from orchestrator.features import FeatureSource, SampleSource, StoredView
-from orchestrator.formats import FORMAT_FILE, Choice, choose
+from orchestrator.formats import Choice, choose
 from orchestrator.locations import Location, cached
 from orchestrator.mirror import MirroredSet, share
 from orchestrator.modality import Modality
@@ -31,7 +31,7 @@ from orchestrator.model import Network
 from orchestrator.plans import SPLITS, Plan
 from orchestrator.runs import write_file
 from orchestrator.samples import Samples
-from orchestrator.sets import CONTENTS, FOLDER, KEY_FILE, family_folder, opened
+from orchestrator.sets import CONTENTS, FOLDER, FORMAT_FILE, KEY_FILE, family_folder, opened
 from orchestrator.store import FeatureSet, Format
 from orchestrator.worker import Worker, channels_last
 
@@ -75,7 +75,7 @@ class Kept:
         return cached(self.store).join(self.family.name) if self.store else None
 
 
-Extractors = Callable[[Kept, Format], Elsewhere]
+MakeElsewhere = Callable[[Kept, Format], Elsewhere]
 """Makes what has other processes compute features."""
 
 
@@ -91,7 +91,7 @@ class Once:
 def run_body_once(
     plan: Plan, run: Path, network: Network, modality: Modality, source: SampleSource, worker: Worker,
     events: Events, should_stop: Callable[[], bool], held: ExitStack, verify: bool = False,
-    extractors: Extractors | None = None,
+    extractors: MakeElsewhere | None = None,
 ) -> tuple[Once | None, dict[str, Any]]:  # fmt: skip
     """(features of all splits, what to note of them); None for the first where the body must run in every step.
 
@@ -156,6 +156,7 @@ def run_body_once(
         names = [f"{choice.format}-{view_name(plan, number)}" for number in range(plan.views)]
         views = [run_over(name, rows["train"], number) for number, name in enumerate(names)]
         sources["train"] = FeatureSource(samples, views)
+    kept.share(KEY_FILE, FORMAT_FILE)  # pruned meanwhile, perhaps
     if worker.rank == 0 and before is None:
         write_file(run / _USED, json.dumps({"format": choice.format, "shards": extraction.used}))
     found = {

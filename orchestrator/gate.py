@@ -179,7 +179,8 @@ def make_plan(
     views = _views(job, found)
     once = job.method == "head" and job.training.features == "once" and (views > 0 or not found.augmented)
     num_extractors = (job.scaling.num_extractors or 0) if once else 0
-    threads = _threads(job, num_extractors, num_cores)
+    threads = _threads(job, job.scaling.num_workers, "workers", num_cores)
+    extractor_threads = _threads(job, num_extractors, "extractors", num_cores)
     if job.task == "regression" and (job.training.class_weights != "none" or job.training.label_smoothing):
         raise JobError(
             "training.class_weights and training.label_smoothing are for classes, and the task is regression",
@@ -205,27 +206,27 @@ def make_plan(
         num_workers=job.scaling.num_workers,
         num_extractors=num_extractors,
         threads_per_worker=threads,
+        extractor_threads=extractor_threads,
         features="once" if once else "every step",
         ray=job.scaling.num_workers > 1 or num_extractors > 0 or job.scaling.address is not None,
     )
 
 
-def _threads(job: Job, num_extractors: int, num_cores: int) -> int:
-    """Of each process. Raises `RefusedError` where they are more than this machine's cores, and it has to do."""
+def _threads(job: Job, num: int, what: str, num_cores: int) -> int:
+    """Of each of `num` processes. Raises `RefusedError` where that is more than this machine's cores, and it has to do.
+
+    Extractors and workers count apart: while the ones work, the others wait.
+    """
     own_cluster = job.scaling.address in (None, "local")
-    num = job.scaling.num_workers + num_extractors
     threads = job.scaling.threads_per_worker
     if threads is None:
-        threads = max(1, num_cores // num) if own_cluster else 1
+        threads = max(1, num_cores // max(1, num)) if own_cluster else 1
     if own_cluster and num * threads > num_cores:
-        extractors = f" and {num_extractors} extractors" if num_extractors else ""
         raise RefusedError(
             "resources",
-            f"{job.scaling.num_workers} workers{extractors} x {threads} threads are more than the {num_cores} cores "
-            "here",
+            f"{num} {what} x {threads} threads are more than the {num_cores} cores here",
             expected=f"at most {num_cores} in all; beyond the cores everything gets many times slower",
-            mend=f"lower scaling.num_{'extractors' if num_extractors else 'workers'}, or name a cluster: "
-            "scaling.address",
+            mend=f"lower scaling.num_{what}, or name a cluster: scaling.address",
         )
     return threads
 

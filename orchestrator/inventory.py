@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any
 
 from orchestrator import locks
 from orchestrator.errors import JobError
-from orchestrator.locations import Found, Location, cached
-from orchestrator.sets import FOLDER, KEY_FILE, write_shared
+from orchestrator.locations import Found, Location, asking, cached
+from orchestrator.sets import FOLDER, FORMAT_FILE, KEY_FILE, USED, write_shared
 from orchestrator.spec import IN_A_STORE
 from orchestrator.store import NUM_READERS, FeatureSet, Shard
 
@@ -91,13 +91,13 @@ def listings(root: Root) -> list[Listing]:
     return sorted(found, key=lambda one: -one.used)
 
 
-def prune(root: Root, max_bytes: int, dry_run: bool = False) -> list[Listing]:
+def prune(root: Root, max_bytes: int, dry_run: bool = False, found: list[Listing] | None = None) -> list[Listing]:
     """Remove the sets that were not used for longest until all take `max_bytes` at most; what was removed.
 
     One that a job on this machine writes or reads is left, on a storage; jobs that read from an object store have
-    copies of their own. `dry_run`: only tell.
+    copies of their own. `dry_run`: only tell. `found`: the listings, where they are at hand.
     """
-    found = listings(root)
+    found = listings(root) if found is None else found
     total, removed = sum(one.num_bytes for one in found), []
     for one in reversed(found):
         if total <= max_bytes:
@@ -122,17 +122,17 @@ def prune(root: Root, max_bytes: int, dry_run: bool = False) -> list[Listing]:
 
 def _on_storage(root: Path) -> Iterable[Listing]:
     for key_file in root.glob(f"*/{KEY_FILE}"):
-        with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
-            key = _key(key_file.read_bytes())
-            for folder in key_file.parent.iterdir():
-                if folder.is_dir():
-                    yield _listing(folder, key)
+        key = _key(key_file.read_bytes)
+        for folder in key_file.parent.glob("*/"):
+            with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
+                yield _listing(folder, key)
 
 
-def _key(text: bytes) -> Mapping[str, Any]:
+def _key(read: Callable[[], bytes]) -> Mapping[str, Any]:
+    """What a family is of, {} where that cannot be read."""
     try:
-        found = json.loads(text)
-    except ValueError:
+        found = json.loads(read())
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -180,38 +180,34 @@ def _remove_empty(family: Path) -> None:
 
 # --- in an object store ---
 
+_OURS = re.compile(rf"[0-9a-f]{{32}}\.(json|safetensors)|{USED}")
+"""Files of a set. Whatever else lies there is somebody else's, and is left alone."""
+
 
 def _in_store(place: Location) -> list[Listing]:
     sets: dict[str, list[Found]] = {}
-    families = []
     for file in place.files():
         match file.uri.split("/"):
-            case [family, name]:
-                families += [family] if name == KEY_FILE else []
-            case [family, name, _]:
+            case [family, name, last] if _OURS.fullmatch(last):
                 sets.setdefault(f"{family}/{name}", []).append(file)
+    families = {name.split("/")[0] for name in sets}
+
+    def key(family: str) -> Mapping[str, Any]:
+        return _key(place.join(f"{family}/{KEY_FILE}").read)
+
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        keys = dict(zip(families, pool.map(lambda family: _key(_read(place, f"{family}/{KEY_FILE}")), families),
-                        strict=True))  # fmt: skip
-        ours = [name for name in sets if name.split("/")[0] in keys]
-        return list(pool.map(lambda name: _listing_in_store(place, name, sets[name], keys[name.split("/")[0]]), ours))
-
-
-def _read(place: Location, name: str) -> bytes:
-    try:
-        return place.join(name).read()
-    except FileNotFoundError:  # pruned meanwhile
-        return b""
+        keys = dict(zip(families, pool.map(key, families), strict=True))
+        return list(pool.map(lambda name: _listing_in_store(place, name, sets[name], keys[name.split("/")[0]]), sets))
 
 
 def _listing_in_store(place: Location, name: str, files: list[Found], key: Mapping[str, Any]) -> Listing:
     """From sizes and one manifest: to read all of them is 21 bytes a sample."""
-    manifests = {file.uri for file in files if file.uri.endswith(".json")}
-    shards = [file for file in files if file.uri.replace(".safetensors", ".json") in manifests - {file.uri}]
+    manifests = {file.uri.removesuffix(".json") for file in files if file.uri.endswith(".json")}
+    shards = [file for file in files if file.uri.removesuffix(".safetensors") in manifests]
     num_samples = 0
     for uri in sorted(manifests):
-        with contextlib.suppress(ValueError):
-            one = Shard.from_manifest(Path(uri).stem, _read(place, uri))
+        with contextlib.suppress(OSError, ValueError):  # pruned meanwhile, or not whole
+            one = Shard.from_manifest(Path(uri).name, place.join(f"{uri}.json").read())
             if one is not None:
                 num_samples = sum(round((file.size - one.offset) / one.row_bytes) for file in shards)
                 break
@@ -220,12 +216,22 @@ def _listing_in_store(place: Location, name: str, files: list[Found], key: Mappi
 
 
 def _remove_from_store(place: Location, name: str) -> None:
-    """A set, its manifests first, and with the last set of a family what is noted of it."""
+    """A set, its manifests first, and with the last set of a family what is noted of it.
+
+    Raises `RefusedError` where the store does not let it be removed.
+    """
     family = name.split("/")[0]
-    files = [file.uri for file in place.files() if file.uri.startswith(f"{family}/")]
-    mine = [uri for uri in files if uri.startswith(f"{name}/")]
-    if all(uri in mine or uri.count("/") == 1 for uri in files):
-        mine = files
-    for uri in sorted(mine, key=lambda uri: not uri.endswith(".json")):
-        with contextlib.suppress(FileNotFoundError):
+    files = [f"{family}/{file.uri}" for file in place.join(family).files()]
+    sets = [uri for uri in files if uri.count("/") == 2 and _OURS.fullmatch(uri.split("/")[2])]
+    mine = [uri for uri in sets if uri.startswith(f"{name}/")]
+    notes = [uri for uri in files if uri in (f"{family}/{KEY_FILE}", f"{family}/{FORMAT_FILE}")]
+
+    def delete(uri: str) -> None:
+        with asking(place.text), contextlib.suppress(FileNotFoundError):
             place.join(uri).delete()
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        list(pool.map(delete, [uri for uri in mine if uri.endswith(".json")]))
+        list(pool.map(delete, [uri for uri in mine if not uri.endswith(".json")]))
+        if len(mine) == len(sets):
+            list(pool.map(delete, notes))

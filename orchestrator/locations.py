@@ -48,7 +48,7 @@ class Location:
 
     def kind(self) -> Kind:
         """What is there. Raises `RefusedError` where the store cannot be asked."""
-        with _asking(self.text):
+        with asking(self.text):
             found = self.fs.get_file_info(self.path).type
         return {pa.fs.FileType.File: "file", pa.fs.FileType.Directory: "directory"}.get(found, "missing")  # type: ignore[return-value]
 
@@ -75,7 +75,7 @@ class Location:
 
     def stat(self) -> tuple[int, int] | None:
         """(bytes, time of modification in ns), None where there is no such file."""
-        with _asking(self.text):
+        with asking(self.text):
             (found,) = self.fs.get_file_info([self.path])
         return (found.size, found.mtime_ns or 0) if found.type == pa.fs.FileType.File else None
 
@@ -119,7 +119,7 @@ class Location:
         self.fs.delete_file(self.path)
 
     def _list(self, recursive: bool) -> Sequence[Any]:
-        with _asking(self.text):
+        with asking(self.text):
             return self.fs.get_file_info(pa.fs.FileSelector(self.path, recursive=recursive))  # type: ignore[no-any-return]
 
 
@@ -127,7 +127,7 @@ def locate(place: str) -> Location:
     """The location of a URI. Raises `RefusedError` where no installed library opens it."""
     scheme = place.split("://", 1)[0].lower()
     try:
-        with _asking(place):
+        with asking(place):
             return Location(place, *_open(place))
     except ImportError as error:
         raise RefusedError(
@@ -161,7 +161,7 @@ def cached(place: str) -> Location:
 
 
 @contextlib.contextmanager
-def _asking(place: str) -> Iterator[None]:
+def asking(place: str) -> Iterator[None]:
     """The store's errors become one of ours."""
     try:
         yield

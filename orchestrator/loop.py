@@ -102,7 +102,7 @@ def run_worker(config: Mapping[str, Any]) -> None:
     started = time.monotonic()
     plan = Plan.model_validate_json(config["plan"])
     run = Path(config["run"])
-    worker = start_worker(plan, int(config.get("local_rank", 0)))
+    worker = start_worker(plan, int(config.get("local_rank", 0)), bool(config.get("use_gpu", True)))
     modality: Modality = config.get("modality") or registry.get(plan.job.modality)
     events: Events = config["events"] if worker.rank == 0 else _silence
     with ExitStack() as held:

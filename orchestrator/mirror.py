@@ -7,6 +7,7 @@ machines need not know of each other, and a store without locks or renaming will
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 import uuid
@@ -20,11 +21,9 @@ from orchestrator.contents import Ids, known
 from orchestrator.errors import first_line
 from orchestrator.locations import Location
 from orchestrator.runs import sync
-from orchestrator.sets import write_shared
+from orchestrator.sets import USED, write_shared
 from orchestrator.store import NUM_READERS, FeatureSet, Format, Shard, Values
 
-USED = "used"
-"""Of a set in a store: written anew by each job that uses it."""
 _BUFFER_BYTES = 8 * 2**20
 _SILENT_S = 300.0
 """A store that did not answer is not asked for so long."""
@@ -146,10 +145,11 @@ class MirroredSet(FeatureSet):
             try:
                 self._there |= self._listed()  # what other workers have sent
                 self._send(sorted(set(self._shards) - self._there))
-                if self._shards:
-                    self._place.join(USED).write(b"")  # its time tells what may be pruned
             except Exception as error:
                 self._failed(error)
+            if self._shards:
+                with contextlib.suppress(Exception):  # a job that may only read; all else is there
+                    self._place.join(USED).write(b"")  # its time tells what may be pruned
         self._arrived(0)
         if self._sender is not None:
             self._sender.shutdown()

@@ -178,7 +178,7 @@ class Plan(_Plain):
     num_extractors: int = 0
     """Processes that run a frozen body in the workers' stead; 0: the workers run it."""
     threads_per_worker: int = 1
-    """And of each extractor."""
+    extractor_threads: int = 1
     features: Literal["once", "every step"]
     """Whether a frozen body runs once for each sample, or again in every step."""
     ray: bool = False

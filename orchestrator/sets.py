@@ -18,6 +18,10 @@ FOLDER = ".features"
 """Of a storage directory."""
 CONTENTS = "contents"
 KEY_FILE = "key.json"
+FORMAT_FILE = "format.json"
+"""Of a family: which number format was decided on, for all later jobs."""
+USED = "used"
+"""Of a set in an object store: written anew by each job that uses it."""
 _VERSION = 1
 """Of what features are: raised when this package computes them otherwise than before."""
 

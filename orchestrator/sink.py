@@ -37,6 +37,7 @@ class Line:
         self.stop_file = stop_file
         self._pending = 0
         self._told = self._asked = 0.0
+        self._stopping = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Line, (self.sink, self.stop_file)
@@ -61,8 +62,8 @@ class Line:
             self._pending = 0
 
     def should_stop(self) -> bool:
-        """Whether the driver wants all to stop; the file is looked for twice a second."""
-        if time.monotonic() - self._asked < _STOP_EVERY_S:
-            return False
-        self._asked = time.monotonic()
-        return self.stop_file.exists()
+        """Whether the driver wants all to stop; the file is looked for twice a second, until it is there."""
+        if not self._stopping and time.monotonic() - self._asked >= _STOP_EVERY_S:
+            self._asked = time.monotonic()
+            self._stopping = self.stop_file.exists()
+        return self._stopping

@@ -186,7 +186,8 @@ def _laid_out(run: Run, job: Job, looked: Looked, fresh: bool) -> Plan:
         # computes them, may change.
         scaling = run.plan.job.scaling.model_copy(update={"num_extractors": job.scaling.num_extractors})
         began = run.plan.job.model_copy(update={"feature_store": job.feature_store, "scaling": scaling})
-        return run.plan.model_copy(update={"job": began, "num_extractors": plan.num_extractors, "ray": plan.ray})
+        who = ("num_extractors", "extractor_threads", "ray")
+        return run.plan.model_copy(update={"job": began, **{name: getattr(plan, name) for name in who}})
     partial = run.path / f"{SAMPLES}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

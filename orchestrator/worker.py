@@ -80,8 +80,11 @@ def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:
     return buckets
 
 
-def start_worker(plan: Plan, local_rank: int = 0) -> Worker:
-    """This process as a worker: threads, memory allocator and device as the plan says."""
+def start_worker(plan: Plan, local_rank: int = 0, use_gpu: bool = True) -> Worker:
+    """This process as a worker: threads, memory allocator and device as the plan says.
+
+    Without `use_gpu` no CUDA device is taken, where Ray has given this process none and others may have them all.
+    """
     torch.set_num_threads(plan.threads_per_worker)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
@@ -93,7 +96,7 @@ def start_worker(plan: Plan, local_rank: int = 0) -> Worker:
         rank=dist.get_rank() if grouped else 0,
         local_rank=local_rank,
         num_workers=dist.get_world_size() if grouped else 1,
-        device=_device(plan, local_rank),
+        device=_device(plan, local_rank, use_gpu),
     )
 
 
@@ -108,14 +111,14 @@ def with_threads(num: int | None = None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _device(plan: Plan, local_rank: int) -> torch.device:
+def _device(plan: Plan, local_rank: int, use_gpu: bool) -> torch.device:
     wanted = plan.job.scaling.device
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "gpu" and found is None:
         raise RefusedError(
             "resources", "scaling.device = 'gpu', and torch finds none here", mend="use device auto or cpu"
         )
-    if wanted == "cpu" or found is None:
+    if wanted == "cpu" or found is None or (found.type == "cuda" and not use_gpu):
         return torch.device("cpu")
     if found.type == "cuda":
         # Ray shows each worker its own GPU as number 0; without Ray there is one worker.

@@ -228,7 +228,7 @@ def test_a_plan_is_json_and_back(tiny_resnet: Path, flat_digits: Path) -> None:
     ("fields", "words"),
     [
         ({"scaling": {"num_workers": 64}}, "64 workers x 1 threads are more than"),
-        ({"scaling": {"num_extractors": 64}}, "1 workers and 64 extractors x 1 threads are more than"),
+        ({"scaling": {"num_extractors": 64}}, "64 extractors x 1 threads are more than"),
         (
             {"scaling": {"num_workers": 2, "address": "auto"}, "training": {"num_shards": 1}},
             "leaves workers idle",

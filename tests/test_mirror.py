@@ -19,7 +19,8 @@ import orchestrator
 from orchestrator import inventory
 from orchestrator.errors import InterruptedRunError, JobError, RefusedError
 from orchestrator.locations import cached
-from orchestrator.mirror import USED, MirroredSet
+from orchestrator.mirror import MirroredSet
+from orchestrator.sets import USED
 from orchestrator.store import FeatureSet
 from tests.test_store import ids_of
 from tests.test_train import weights_of

@@ -177,7 +177,8 @@ def toys(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     import torch
 
     vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", None) or 96  # where any will do
+    named = [getattr(vision, name, None) for name in ("image_size", "input_size")]
+    size = next((one for one in named if isinstance(one, (int, list, tuple))), 96)  # where any will do
     size = min(size[0], 224) if isinstance(size, (list, tuple)) else size
     yield "image", {"pixel_values": torch.rand(2, getattr(vision, "num_channels", 3), size, size)}
     mels = getattr(config, "num_mel_bins", 80)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report_heads(name: str, sides: Mapping[str, Callable[[int], dict[str, Any]]], repeats: int, goal: float) -> None:
+def report_heads(name: str, sides: dict[str, Callable[[int], dict[str, Any]]], repeats: int, goal: float) -> None:
     """Run both sides of a new last layer in turn, and print how many times faster ours is, and the accuracies."""
     seconds, found = in_turn(sides, repeats)
     ratio = middle([middle(seconds["peer"]) / middle(seconds["ours"])])
