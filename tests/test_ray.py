@@ -21,7 +21,8 @@ import torch
 
 import orchestrator
 from orchestrator import registry
-from orchestrator.errors import RefusedError, TrainingError
+from orchestrator.contents import Ids
+from orchestrator.errors import InterruptedRunError, RefusedError, TrainingError
 from orchestrator.store import Shard
 from tests.conftest import ALL_CORES
 from tests.test_train import LONG, Cli, same, silent, start, weights_of
@@ -53,7 +54,7 @@ def _cluster() -> Iterator[None]:
 
 
 def train(
-    backbone: Path, data: Path, workers: int, name: str, extractors: int | None = None, **fields: Any
+    backbone: Path, data: Path | dict[str, Any], workers: int, name: str, extractors: int | None = None, **fields: Any
 ) -> orchestrator.Run:  # fmt: skip
     """In this process, where there are no `workers`."""
     scaling = {"num_workers": workers or 1, "num_extractors": extractors, **ONE_THREAD}
@@ -61,7 +62,7 @@ def train(
         scaling["address"] = "auto"
     return orchestrator.finetune(
         backbone=str(backbone),
-        data=str(data),
+        data=data if isinstance(data, dict) else str(data),
         scaling=scaling,
         name=name,
         events=fields.pop("events", silent),
@@ -94,25 +95,52 @@ def test_two_workers_learn_what_one_does(tiny_resnet: Path, digits: Path, method
 
 
 @pytest.mark.usefixtures("_cluster")
-def test_an_extractor_that_dies_leaves_each_sample_computed_once(tiny_resnet: Path, digits: Path) -> None:
-    """One worker, and one process beside it that runs the body; that one is killed after its first shard."""
+def test_extractors_are_killed_and_stopped_and_each_sample_is_computed_once(tiny_resnet: Path, digits: Path) -> None:
+    """One worker, and one process beside it that runs the body, over a file that breaks before it is reached."""
+    data, here = Path("data").absolute(), os.getpid()
+    shutil.copytree(digits, data)
+    victim = sorted(data.glob("train/7/*.png"))[0]
+    whole = victim.read_bytes()
+    rows = {"path": str(data), "on_bad_sample": "skip"}
     job: dict[str, Any] = {"method": "head", "training": SHARDS, "settings": {"size": 128}}
-    one = train(tiny_resnet, digits, 0, "one", **job)
+
+    def spoil(event: dict[str, Any]) -> None:
+        if event["kind"] == "phase" and event["text"] in ("loading the backbone", "starting workers"):
+            victim.write_bytes(b"nothing")
+
+    one = train(tiny_resnet, rows, 0, "one", **job, events=spoil)
     killed: list[int] = []
-    watching = threading.Thread(target=lambda: killed.extend(kill_after_first_shard(Path("elsewhere/.features"))))
-    watching.start()
-    other = train(tiny_resnet, digits, 1, "other", 1, storage="elsewhere", **job)
-    watching.join()
+
+    def kill_and_stop() -> None:
+        killed.extend(kill_after_first_shard(Path("elsewhere/.features")))
+        os.kill(here, signal.SIGINT)
+
+    for stopped in (True, False):
+        victim.write_bytes(whole)
+        if not stopped:
+            run = train(tiny_resnet, rows, 1, "other", 1, storage="elsewhere", **job, events=spoil)
+            continue
+        watching = threading.Thread(target=kill_and_stop)
+        watching.start()
+        with pytest.raises(InterruptedRunError, match="the features that it gave are kept"):
+            train(tiny_resnet, rows, 1, "other", 1, storage="elsewhere", **job, events=spoil)
+        watching.join()
+        kept = sum(map(len, stored(Path("elsewhere"))))
+        assert 0 < kept < 400
     assert len(killed) == 1
-    assert other.lineage["num_computed"] <= 600  # what died with its process counts for nobody
-    assert other.plan.num_extractors == 1
+    assert run.lineage["num_computed"] == 599 - kept
+    assert run.plan.num_extractors == 1
+    assert run.results["num_skipped"] == one.results["num_skipped"] == 1
     for name, tensor in weights_of(one).items():
-        assert torch.allclose(tensor, weights_of(other)[name], atol=1e-5), name
-    ids = [
-        Shard.from_manifest(file.stem, file.read_bytes()).ids for file in Path("elsewhere").rglob("float32/*.json")
-    ]  # fmt: skip
-    assert len(ids) > 1
-    assert len(np.unique(np.concatenate(ids), axis=0)) == sum(map(len, ids)) == 600
+        assert torch.allclose(tensor, weights_of(run)[name], atol=1e-5), name
+    ids = np.concatenate(stored(Path("elsewhere")))
+    assert len(np.unique(ids, axis=0)) == len(ids) == 599
+
+
+def stored(storage: Path) -> list[Ids]:
+    """The contents in each shard of features."""
+    shards = [Shard.from_manifest(file.stem, file.read_bytes()) for file in storage.rglob("float32/*.json")]
+    return [shard.ids for shard in shards if shard is not None]
 
 
 def kill_after_first_shard(features: Path) -> list[int]:
