@@ -10,6 +10,7 @@ pool.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -17,6 +18,7 @@ import pickle
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ from orchestrator.errors import OrchestratorError, TrainingError, first_line
 from orchestrator.extraction import Extraction, Share
 from orchestrator.frozen import Kept
 from orchestrator.plans import Plan
+from orchestrator.runs import ERROR_FILE, write_file
 from orchestrator.sets import CONTENTS, opened
 from orchestrator.sink import Line
 from orchestrator.store import FeatureSet, Format
@@ -182,8 +185,8 @@ class Extractor:
         self._notes = False
         try:
             self._prepare()
-        except OrchestratorError as error:  # the driver's error, once there is somebody to tell it to
-            self._error = error
+        except Exception as error:  # the driver's error, once there is somebody to tell it to
+            self._error = self._as_ours(error)
 
     def _prepare(self) -> None:
         work = self._work
@@ -209,10 +212,21 @@ class Extractor:
         found: Share | OrchestratorError
         try:
             found = self._error or self._compute(piece["start"], piece["stop"])
-        except OrchestratorError as error:
-            found = error
+        except Exception as error:
+            found = self._as_ours(error)
         self._work.line.flush()
         return {"found": pickle.dumps(found)}
+
+    def _as_ours(self, error: Exception) -> OrchestratorError:
+        """An error that the driver understands; of a library's the trace goes into the run."""
+        if isinstance(error, OrchestratorError):
+            return error
+        place = Path(self._work.config["run"]) / ERROR_FILE
+        with contextlib.suppress(OSError):
+            write_file(place, traceback.format_exc())
+        return TrainingError(
+            f"an extractor failed: {type(error).__name__}: {first_line(error)}", mend=f"the whole trace is in {place}"
+        )
 
     def _compute(self, start: int, stop: int) -> Share:
         work, rows, ids = self._work, self._rows[start:stop], self._ids[start:stop]

@@ -18,12 +18,14 @@ from orchestrator.plans import Plan
 
 SAMPLES = "samples"
 """The folder of a run that holds its sample table."""
+ERROR_FILE = "error.txt"
+"""The trace of what ended a run that failed."""
 _LOOKED_AT_S = (0.01, 0.05, 0.2)
 """Waits before a lock counts as held: who lists the runs holds one for an instant, to see whether it is free."""
 _OURS = frozenset(
     (
         "job.yaml", "plan.json", "samples", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl",
-        "results.json", "error.txt", "STOP", ".lock", "checkpoints", "features", "features.json", "tensorboard",
+        "results.json", ERROR_FILE, "STOP", ".lock", "checkpoints", "features", "features.json", "tensorboard",
         "model", ".ray",
     )
 )  # fmt: skip

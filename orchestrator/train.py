@@ -37,7 +37,7 @@ from orchestrator.gate import run_name
 from orchestrator.places import DATA_FOLDER, is_dataset, is_spilled, is_uri
 from orchestrator.planning import Looked, drafted, look, prepare, spilled, without_rows
 from orchestrator.plans import Plan
-from orchestrator.runs import SAMPLES, Run, read_plan, write_file
+from orchestrator.runs import ERROR_FILE, SAMPLES, Run, read_plan, write_file
 from orchestrator.spec import PLACES, Draft, Job
 
 Events = Callable[[dict[str, Any]], None]
@@ -289,10 +289,10 @@ def _errors_of_libraries(run: Run, extra: str) -> Iterator[None]:
         if refusal is not None:
             raise refusal from error
         with contextlib.suppress(OSError):  # the disk may be what is full
-            write_file(run.path / "error.txt", traceback.format_exc())
+            write_file(run.path / ERROR_FILE, traceback.format_exc())
         raise TrainingError(
             f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}",
-            mend=f"the whole trace is in {run.path / 'error.txt'}; the same command goes on from the last checkpoint",
+            mend=f"the whole trace is in {run.path / ERROR_FILE}; the same command goes on from the last checkpoint",
         ) from error
 
 
