@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator import locks
 from orchestrator.errors import JobError
-from orchestrator.locations import Found, Location, asking, cached
+from orchestrator.locations import Found, Location, asking, feature_store
 from orchestrator.sets import FOLDER, FORMAT_FILE, KEY_FILE, USED, write_shared
 from orchestrator.spec import IN_A_STORE
 from orchestrator.store import NUM_READERS, FeatureSet, Shard
@@ -44,7 +44,7 @@ def of_store(place: str) -> Location:
     if not re.fullmatch(IN_A_STORE, place):
         raise JobError(f"{place!r} is no place in a store", expected="a URI such as s3://bucket/features",
                        mend="for a directory there is --storage")  # fmt: skip
-    store = cached(place)
+    store = feature_store(place)
     if store.kind() != "directory":
         raise JobError(f"there are no features at {place}", mend="name the place that jobs were given: --feature-store")
     return store

@@ -160,6 +160,16 @@ def cached(place: str) -> Location:
     return locate(place)
 
 
+def feature_store(place: str) -> Location:
+    """The location of a job's `feature_store`. Raises `RefusedError` where no installed library opens it."""
+    try:
+        return cached(place)
+    except RefusedError as error:
+        raise RefusedError("usage" if error.reason == "data" else error.reason, f"feature_store: {error.message}",
+                           expected=error.expected,
+                           mend=error.mend or "correct feature_store (--feature-store)") from None  # fmt: skip
+
+
 @contextlib.contextmanager
 def asking(place: str) -> Iterator[None]:
     """The store's errors become one of ours."""

@@ -97,7 +97,7 @@ def look(job: Job) -> Looked:
         raise gate.not_built(plugin)
     if job.method != "scratch":
         weights.require_weights(card)
-    if job.feature_store is not None:
+    if job.feature_store is not None and job.method == "head" and job.training.features == "once":
         _require_store(job.feature_store)
     gate.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
     return Looked(plugin, card, row)
@@ -157,14 +157,10 @@ def spilled(draft: Draft, directory: Path, new: list[Path] | None = None) -> Dra
 
 def _require_store(place: str) -> None:
     """Raise `RefusedError` where the object store does not answer, or has no such bucket."""
-    from orchestrator.locations import Location, cached
+    from orchestrator.locations import Location, feature_store
 
     mend = "correct feature_store (--feature-store)"
-    try:
-        store = cached(place)
-    except RefusedError as error:  # no such kind of store, or no library for it
-        raise RefusedError("usage" if error.reason == "data" else error.reason, f"feature_store: {error.message}",
-                           expected=error.expected, mend=error.mend or mend) from None  # fmt: skip
+    store = feature_store(place)
     bucket = store.path.split("/")[0]
     buckets = place.split("://")[0] in ("s3", "gs", "gcs")  # elsewhere a folder is made where there is none
     if store.kind() == "missing" and buckets and Location(bucket, store.fs, bucket).kind() == "missing":

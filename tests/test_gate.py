@@ -254,6 +254,8 @@ def test_what_is_for_a_frozen_body_alone_is_said_to_be_unused(tiny_resnet: Path,
     assert full.num_extractors == 0
     unused = [line.split(" is not used")[0] for line in full.warnings if line not in head.warnings]
     assert unused == ["feature_store", "scaling.num_extractors"]
+    unasked = orchestrator.plan(**{**job, "feature_store": "xyz://nobody/opens/this"}, method="full")
+    assert unasked.warnings == full.warnings
     slow = orchestrator.plan(**job, training={"features": "every step"})
     assert slow.warnings == full.warnings
     # Who computes features, and where else they are kept, says nothing of what is learnt.

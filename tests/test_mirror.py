@@ -316,3 +316,4 @@ def test_the_commands_look_there_too(two_sets: list[str], cli: Callable[..., Any
     assert "2 removed" in cli("features", "prune", "--max-size", "0", "--feature-store", PLACE).stdout
     assert cli("features", "list", "--feature-store", "s3://bucket/none").returncode == 2
     assert cli("features", "list", "--feature-store", "bucket").returncode == 2
+    assert "(--feature-store)" in cli("features", "list", "--feature-store", "xyz://a/b").stderr
