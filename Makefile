@@ -24,8 +24,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --ignore tests/test_ray.py
-	$(BIN)/python -m pytest -q --durations=5 tests/test_ray.py  # wants all cores for itself
+	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --ignore tests/distributed/test_ray.py
+	$(BIN)/python -m pytest -q --durations=5 tests/distributed/test_ray.py  # wants all cores for itself
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"

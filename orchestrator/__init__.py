@@ -17,37 +17,37 @@ from orchestrator.errors import missing_extra
 if TYPE_CHECKING:
     from orchestrator.errors import OrchestratorError as OrchestratorError
     from orchestrator.errors import RefusedError as RefusedError
-    from orchestrator.modality import Modality as Modality
-    from orchestrator.planning import check as check
-    from orchestrator.planning import plan as plan
-    from orchestrator.plans import BackboneCard as BackboneCard
-    from orchestrator.plans import Plan as Plan
+    from orchestrator.gate.planning import check as check
+    from orchestrator.gate.planning import plan as plan
+    from orchestrator.job.plans import BackboneCard as BackboneCard
+    from orchestrator.job.plans import Plan as Plan
+    from orchestrator.job.runs import Run as Run
+    from orchestrator.job.runs import open_run as open_run
+    from orchestrator.job.spec import Job as Job
+    from orchestrator.modality.contract import Modality as Modality
+    from orchestrator.modality.registry import register as register
     from orchestrator.predictor import evaluate as evaluate
     from orchestrator.predictor import predict as predict
-    from orchestrator.registry import register as register
-    from orchestrator.runs import Run as Run
-    from orchestrator.runs import open_run as open_run
-    from orchestrator.spec import Job as Job
     from orchestrator.train import finetune as finetune
     from orchestrator.train import pretrain as pretrain
 
 # No module may have the name of a public function: importing `orchestrator.x` would replace `orchestrator.x()`.
 _HOMES = {
-    "BackboneCard": "plans",
-    "Job": "spec",
-    "Modality": "modality",
+    "BackboneCard": "job.plans",
+    "Job": "job.spec",
+    "Modality": "modality.contract",
     "OrchestratorError": "errors",
-    "Plan": "plans",
+    "Plan": "job.plans",
     "RefusedError": "errors",
-    "Run": "runs",
-    "check": "planning",
+    "Run": "job.runs",
+    "check": "gate.planning",
     "evaluate": "predictor",
     "finetune": "train",
-    "open_run": "runs",
-    "plan": "planning",
+    "open_run": "job.runs",
+    "plan": "gate.planning",
     "predict": "predictor",
     "pretrain": "train",
-    "register": "registry",
+    "register": "modality.registry",
 }
 
 __all__ = sorted(_HOMES)  # one list of names, not two

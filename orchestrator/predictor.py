@@ -12,25 +12,27 @@ from typing import Any
 
 import torch
 
-from orchestrator import data, hub, registry
-from orchestrator.cells import input_columns, label_columns
-from orchestrator.data import LEAVE_OUT
+from orchestrator.backbone import cards as hub
+from orchestrator.backbone.weights import read_tensors
+from orchestrator.data import prepare as data
+from orchestrator.data.cells import input_columns, label_columns
+from orchestrator.data.prepare import LEAVE_OUT
+from orchestrator.data.samples import MAX_AT_ONCE, Samples
+from orchestrator.data.sources import columns_of
 from orchestrator.errors import BadSampleError, DataError, RefusedError, TrainingError
-from orchestrator.features import SampleSource
-from orchestrator.loop import evaluate_batch
-from orchestrator.metrics import Predictions, measure
-from orchestrator.modality import Collate, Modality
-from orchestrator.model import Network, freeze, set_mode
-from orchestrator.objective import Objective, make_objective
-from orchestrator.places import DATA_FOLDER, shown
-from orchestrator.planning import drafted, num_cores, spilled
-from orchestrator.plans import Plan
-from orchestrator.runs import SAMPLES, Run, open_run
-from orchestrator.samples import MAX_AT_ONCE, Samples
-from orchestrator.sources import columns_of
-from orchestrator.spec import Data
-from orchestrator.weights import read_tensors
-from orchestrator.worker import Worker, start_worker
+from orchestrator.features.sources import SampleSource
+from orchestrator.gate.planning import drafted, num_cores, spilled
+from orchestrator.job.places import DATA_FOLDER, shown
+from orchestrator.job.plans import Plan
+from orchestrator.job.runs import SAMPLES, Run, open_run
+from orchestrator.job.spec import Data
+from orchestrator.modality import registry
+from orchestrator.modality.contract import Collate, Modality
+from orchestrator.network.model import Network, freeze, set_mode
+from orchestrator.network.worker import Worker, start_worker
+from orchestrator.training.loop import evaluate_batch
+from orchestrator.training.metrics import Predictions, measure
+from orchestrator.training.objective import Objective, make_objective
 
 import numpy as np  # isort: skip
 

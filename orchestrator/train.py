@@ -20,9 +20,7 @@ from typing import Any
 
 from pydantic_core import PydanticSerializationError
 
-from orchestrator import registry
-from orchestrator.console import progress
-from orchestrator.data import Prepared
+from orchestrator.data.prepare import Prepared
 from orchestrator.errors import (
     ChangedError,
     DataError,
@@ -33,12 +31,14 @@ from orchestrator.errors import (
     first_line,
     missing_extra,
 )
-from orchestrator.gate import run_name
-from orchestrator.places import DATA_FOLDER, is_dataset, is_spilled, is_uri
-from orchestrator.planning import Looked, drafted, look, prepare, spilled, without_rows
-from orchestrator.plans import Plan
-from orchestrator.runs import ERROR_FILE, SAMPLES, Run, read_plan, write_file
-from orchestrator.spec import PLACES, Draft, Job
+from orchestrator.gate.decide import run_name
+from orchestrator.gate.planning import Looked, drafted, look, prepare, spilled, without_rows
+from orchestrator.job.places import DATA_FOLDER, is_dataset, is_spilled, is_uri
+from orchestrator.job.plans import Plan
+from orchestrator.job.runs import ERROR_FILE, SAMPLES, Run, read_plan, write_file
+from orchestrator.job.spec import PLACES, Draft, Job
+from orchestrator.modality import registry
+from orchestrator.terminal.console import progress
 
 Events = Callable[[dict[str, Any]], None]
 _POLL_S = 0.2
@@ -301,8 +301,8 @@ def _errors_of_libraries(run: Run, extra: str) -> Iterator[None]:
 
 def _in_process(config: dict[str, Any], events: Events) -> None:
     """Through Ray Train's local mode: the same loop, no cluster."""
-    from orchestrator.loop import run_worker
-    from orchestrator.worker import with_threads
+    from orchestrator.network.worker import with_threads
+    from orchestrator.training.loop import run_worker
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -350,7 +350,7 @@ def _on_ray(plan: Plan, config: dict[str, Any], events: Events) -> None:
         warnings.simplefilter("ignore")
         import ray
 
-        from orchestrator import cluster
+        from orchestrator.distributed import cluster
     stop_file = Path(config["run"]) / _STOP_FILE
     stop_file.unlink(missing_ok=True)
     events({"kind": "phase", "text": "starting workers"})

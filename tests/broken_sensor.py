@@ -11,8 +11,8 @@ from orchestrator_sensor import batch, build, decode, fit, toy  # type: ignore[i
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from orchestrator.errors import BadSampleError, RefusedError
-from orchestrator.modality import Fit
-from orchestrator.plans import BackboneRow
+from orchestrator.job.plans import BackboneRow
+from orchestrator.modality.contract import Fit
 
 _number = itertools.count()
 

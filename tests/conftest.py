@@ -175,7 +175,7 @@ def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "orchestrator.cli", *(str(one) for one in arguments)],
+            [sys.executable, "-m", "orchestrator.terminal.cli", *(str(one) for one in arguments)],
             capture_output=True, text=True, timeout=240, check=False, **more,
         )  # fmt: skip
 
@@ -200,7 +200,7 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.fs
 
-    from orchestrator import locations
+    from orchestrator.data import locations
 
     for key, value in {
         "AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "something", "AWS_DEFAULT_REGION": "us-east-1",

@@ -25,8 +25,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 import orchestrator
-from orchestrator.console import out, progress, show_results, table
-from orchestrator.metrics import wilson
+from orchestrator.terminal.console import out, progress, show_results, table
+from orchestrator.training.metrics import wilson
 
 HERE = Path(__file__).parent
 SHADES = " .:-=+*#%@"

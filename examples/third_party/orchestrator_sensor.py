@@ -7,8 +7,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from orchestrator.errors import BadSampleError, RefusedError
-from orchestrator.modality import BackboneRules, Fit, Modality, SampleField, Task
-from orchestrator.plans import BackboneRow
+from orchestrator.job.plans import BackboneRow
+from orchestrator.modality.contract import BackboneRules, Fit, Modality, SampleField, Task
 
 
 class Settings(BaseModel, extra="forbid"):
@@ -33,7 +33,7 @@ def fit(card, row, settings, profile):
     return Fit(input={"channels": channels, "width": width, "steps": settings.steps})
 
 def build(plan, directory):
-    from orchestrator.model import build_module, nn
+    from orchestrator.network.model import build_module, nn
     c, w = plan.input["channels"], plan.input["width"]
     return build_module(plan, directory, head="8", make=lambda: nn.Sequential(
         nn.Conv1d(c, w, 7, 2), nn.BatchNorm1d(w), nn.ReLU(), nn.Conv1d(w, w, 5, 2), nn.BatchNorm1d(w), nn.ReLU(),

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError
-from orchestrator.modality import (
+from orchestrator.job.plans import Adaptation, BackboneCard, BackboneRow, Plan
+from orchestrator.modality.contract import (
     BackboneRules,
     Facts,
     Fit,
@@ -23,14 +24,13 @@ from orchestrator.modality import (
     SampleField,
     Task,
 )
-from orchestrator.plans import Adaptation, BackboneCard, BackboneRow, Plan
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from orchestrator.modality import Collate
-    from orchestrator.model import Network
+    from orchestrator.modality.contract import Collate
+    from orchestrator.network.model import Network
 
 MAX_SECONDS_READ = 600
 """Of a longer recording only the beginning is read, so that one of 3 hours takes no more memory."""

@@ -13,9 +13,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from orchestrator.model import Inputs, Network, build_transformers
-from orchestrator.plans import Plan
-from orchestrator.pooled import build_pooled
+from orchestrator.job.plans import Plan
+from orchestrator.network.model import Inputs, Network, build_transformers
+from orchestrator.network.pooled import build_pooled
 from orchestrator_audio import SPECTROGRAM, Recording
 
 Waveform = npt.NDArray[np.float32]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError
-from orchestrator.modality import (
+from orchestrator.job.plans import Adaptation, BackboneCard, BackboneRow, Plan
+from orchestrator.modality.contract import (
     BackboneRules,
     Facts,
     Fit,
@@ -25,13 +26,12 @@ from orchestrator.modality import (
     SampleField,
     Task,
 )
-from orchestrator.plans import Adaptation, BackboneCard, BackboneRow, Plan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from orchestrator.modality import Collate
-    from orchestrator.model import Network
+    from orchestrator.modality.contract import Collate
+    from orchestrator.network.model import Network
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ENLARGED_TOO_FAR = 3.0

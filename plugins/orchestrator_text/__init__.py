@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orchestrator.backbone.cards import metadata_file
 from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError
-from orchestrator.hub import metadata_file
-from orchestrator.modality import (
+from orchestrator.job.plans import Adaptation, BackboneCard, BackboneRow, Plan
+from orchestrator.modality.contract import (
     BackboneRules,
     Facts,
     Fit,
@@ -23,11 +24,10 @@ from orchestrator.modality import (
     SampleField,
     Task,
 )
-from orchestrator.plans import Adaptation, BackboneCard, BackboneRow, Plan
 
 if TYPE_CHECKING:
-    from orchestrator.modality import Collate
-    from orchestrator.model import Network
+    from orchestrator.modality.contract import Collate
+    from orchestrator.network.model import Network
 
 _DEFAULT_TOKENS = 512
 _FEW_NULS = 0.2  # of the characters

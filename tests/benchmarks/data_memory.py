@@ -36,7 +36,7 @@ def write(kind: str, num_rows: int, file: Path) -> None:
             table = pa.table({"text": [" ".join(words[i] for i in row) for row in chosen], "label": labels})
         else:
             # Every image other bytes: noise behind a real header is what a JPEG of a camera is like.
-            from tests.test_data import png
+            from tests.data.test_prepare import png
 
             head = png(7)
             cells = [head + random.bytes(3000) for _ in range(1000)]
@@ -49,10 +49,10 @@ def write(kind: str, num_rows: int, file: Path) -> None:
 
 def measure(kind: str, file: str) -> None:
     """In a process of its own: read the data as a job does, and print the peak in bytes."""
-    from orchestrator import registry
-    from orchestrator.data import prepare
-    from orchestrator.plans import BackboneCard
-    from orchestrator.spec import Data
+    from orchestrator.data.prepare import prepare
+    from orchestrator.job.plans import BackboneCard
+    from orchestrator.job.spec import Data
+    from orchestrator.modality import registry
 
     with tempfile.TemporaryDirectory(dir=Path(file).parent) as folder:
         card = BackboneCard(source="b", kind="directory", name="b")

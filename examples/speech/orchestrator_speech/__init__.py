@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import orchestrator_audio
 from orchestrator.errors import RefusedError
-from orchestrator.modality import BackboneRules, Fit, Profile
-from orchestrator.plans import BackboneCard, BackboneRow, Plan
+from orchestrator.job.plans import BackboneCard, BackboneRow, Plan
+from orchestrator.modality.contract import BackboneRules, Fit, Profile
 
 if TYPE_CHECKING:
-    from orchestrator.modality import Collate
-    from orchestrator.model import Network
+    from orchestrator.modality.contract import Collate
+    from orchestrator.network.model import Network
 
 OURS = {
     name: BackboneRow(architecture=architecture, inputs=("input_values", "lengths"), head=("classifier",))

@@ -1,0 +1,169 @@
+"""A folder with a folder a class -> rows, one a file; ready-made splits where it has train/, validation/ and test/."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.data.locations import Location
+from orchestrator.data.rows import Origin, Row, Source, inside
+from orchestrator.data.tables import suffix_of
+from orchestrator.errors import DataError
+from orchestrator.job.places import SPLIT_NAMES
+from orchestrator.modality import registry
+from orchestrator.modality.contract import SampleField
+
+_LITTER = {"thumbs.db", "desktop.ini", "icon\r"}
+
+
+def open_folder(source: Source, root: Path | Location, sample: SampleField) -> None:
+    """Put the folder's rows behind those of the source."""
+    text = str(root) if isinstance(root, Path) else root.text
+    resolved = root.resolve() if isinstance(root, Path) else root
+    origin = source.add(Origin(text, resolved, is_table=False, listed=isinstance(root, Location)))
+    folders = [name for name, is_folder in children(root) if is_folder and not name.startswith(".")]
+    splits = {name: SPLIT_NAMES.get(name.lower()) for name in folders}
+    if 0 in splits.values():
+        source.ready_made = True
+        ignored = [name for name, split in splits.items() if split is None]
+        if ignored:
+            source.notes.append(f"folders beside train/ that are no split, not read: {', '.join(ignored)}")
+        tops: list[tuple[str, int | None]] = [(name, split) for name, split in splits.items() if split is not None]
+    elif folders and all(split is not None for split in splits.values()):
+        raise DataError(f"{text} has no train/ folder", expected="train/ beside " + folders[0] + "/")
+    else:
+        tops = [("", None)]
+
+    def rows() -> Iterator[Row]:
+        others = _Others()
+        num = 0
+        for top, split in tops:
+            for row in _walk_top(source, root, top, sample, others):
+                row.origin, row.split = origin, split
+                num += 1
+                yield row
+        if not num:
+            seen = f"; it holds {others.num} other files, such as {others.first[0]}" if others.num else ""
+            raise DataError(
+                f"{text} holds no {sample.name} files in class folders{seen}",
+                expected=f"one folder a class, with files ending in {', '.join(sample.suffixes)}",
+                mend=_other_modality(others.suffixes),
+            )
+        if others.num:
+            source.notes.append(f"{others.num} files that are no {sample.name}, not read: {', '.join(others.first)}")
+        if others.links:
+            shown = ", ".join(others.links[:3])
+            source.notes.append(f"{len(others.links)} linked folders below a class, not read: {shown}")
+
+    source.parts.append(rows)
+
+
+@dataclass
+class _Others:
+    """Files and links of no use, counted."""
+
+    num: int = 0
+    first: list[str] = field(default_factory=list)
+    suffixes: set[str] = field(default_factory=set)
+    links: list[str] = field(default_factory=list)
+    """Folders below a class that are links."""
+
+    def add(self, uri: str) -> None:
+        self.num += 1
+        self.suffixes.add(suffix_of(uri))
+        if len(self.first) < 3:
+            self.first.append(uri)
+
+
+def _walk_top(source: Source, root: Path | Location, top: str, sample: SampleField, others: _Others) -> Iterator[Row]:
+    """The rows below one split's folder ('' where the whole is one)."""
+    here = root if not top else root / top if isinstance(root, Path) else root.join(top)
+    for name, is_folder in children(here):
+        uri = posixpath.join(top, name)
+        if name.startswith("."):
+            continue
+        if is_folder:
+            label = unicodedata.normalize("NFC", name)
+            source.classes.add(label)
+            walk = _walk(root, uri, others) if isinstance(root, Path) else _list(root, uri)
+            for row in walk:
+                if row.problem:
+                    yield row
+                elif suffix_of(row.uri) in sample.suffixes:
+                    row.label = label
+                    yield row
+                elif posixpath.basename(row.uri).lower() not in _LITTER:
+                    others.add(row.uri)
+        elif suffix_of(name) in sample.suffixes:
+            place = str(root / uri) if isinstance(root, Path) else root.join(uri).text
+            yield Row(place, "", uri=uri, problem="has no label: it lies beside the class folders")
+
+
+def _other_modality(suffixes: set[str]) -> str:
+    """Which modality takes such files, '' if none does."""
+    found = [name for name, other in registry.available().items() if suffixes & set(other.sample[0].suffixes)]
+    return f"say what they are: --modality {found[0]}" if found else ""
+
+
+def _walk(root: Path, folder: str, others: _Others) -> Iterator[Row]:
+    """Every file below a folder of this machine, hidden ones left out; a folder that cannot be listed is a bad row."""
+    unreadable: list[OSError] = []
+    for directory, names, files in os.walk(root / folder, onerror=unreadable.append):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        for name in names:
+            if os.path.islink(os.path.join(directory, name)):
+                others.links.append(_inside(root, os.path.relpath(os.path.join(directory, name), root)))
+        for name in sorted(files):
+            if name.startswith("."):
+                continue
+            file = os.path.join(directory, name)
+            if not _is_text(file):
+                shown = os.fsencode(file).decode("utf-8", "backslashreplace")
+                yield Row(shown, "", problem="its name is not in UTF-8")
+                continue
+            yield Row(file, "", uri=os.path.relpath(file, root))
+    for error in unreadable:
+        yield Row(str(error.filename), "", problem=f"its files cannot be listed: {error.strerror}")
+
+
+def _inside(root: Path, link: str) -> str:
+    """The link. Raises `DataError` where it leads out of the data's root."""
+    found, why = inside(root.resolve(), link, {})
+    if found is None:
+        raise DataError(
+            f"{root / link}: the linked folder {why} {root}", expected="folders below the data's root",
+            mend="remove the link, or move the folder below it",
+        )  # fmt: skip
+    return link
+
+
+def _list(root: Location, folder: str) -> Iterator[Row]:
+    for found in root.join(folder).files():
+        uri = posixpath.join(folder, found.uri)
+        yield Row(root.join(uri).text, "", uri=uri, stat=(found.size, found.modified_ns))
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can be written down; POSIX allows any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def children(folder: Path | Location) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder) of what lies directly in it, by name."""
+    if isinstance(folder, Location):
+        return folder.children()
+    try:
+        return sorted((child.name, child.is_dir()) for child in folder.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be listed: {error.strerror}", expected="a folder that may be read",
+            mend="give yourself the right to read it",
+        ) from None  # fmt: skip

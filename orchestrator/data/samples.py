@@ -1,0 +1,257 @@
+"""The sample table of a run on disk: written in one pass, memory-mapped when it is read.
+
+`samples.arrow` holds what each row of the source is (its URI, or its bytes and texts); `index.arrow` says which rows
+are used, with their targets and splits. So nothing that is large is copied or held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from orchestrator.data.contents import Ids, Marks, content_id
+from orchestrator.data.locations import cached
+from orchestrator.data.rows import Origin, Row
+from orchestrator.errors import BadSampleError
+from orchestrator.job.places import is_uri
+from orchestrator.job.plans import SPLITS
+from orchestrator.modality.contract import Sample
+
+Ints = npt.NDArray[np.int64]
+
+ROWS_FILE, INDEX_FILE = "samples.arrow", "index.arrow"
+_BATCH_ROWS = 1024
+_BATCH_BYTES = 16 * 2**20
+MAX_AT_ONCE = 64
+_BYTES_AT_ONCE = 64 * 2**20
+"""Of files, which are up to some ten times as large once they are decoded."""
+_NAMES_AT_ONCE = 65_536
+
+
+class SampleWriter:
+    """Rows of a source -> `samples.arrow`, a batch at a time."""
+
+    def __init__(self, file: Path, fields: Sequence[str], with_content: bool) -> None:
+        """`fields` of a sample; without content, only what messages need is kept."""
+        self._fields = fields if with_content else ()
+        columns = {"uri": pa.large_string(), "origin": pa.int32(), "number": pa.int64()}
+        self._schema = pa.schema(columns | {name: pa.large_binary() for name in self._fields})
+        self._sink = pa.OSFile(str(file), "wb")
+        self._writer = pa.ipc.new_file(self._sink, self._schema)
+        self._rows: list[Row] = []
+        self._bytes = 0
+
+    def add(self, row: Row) -> None:
+        """The next row."""
+        self._rows.append(row)
+        self._bytes += len(row.content or b"") if self._fields else 0
+        if len(self._rows) >= _BATCH_ROWS or self._bytes >= _BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows, self._rows, self._bytes = self._rows, [], 0
+        parts: list[list[bytes | None]] = [[row.content for row in rows], [row.second for row in rows]]
+        columns = [
+            pa.array([row.uri for row in rows], pa.large_string()),
+            pa.array([row.origin for row in rows], pa.int32()),
+            pa.array([row.number for row in rows], pa.int64()),
+            *(pa.array(part, pa.large_binary()) for part in parts[: len(self._fields)]),
+        ]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+
+    def __enter__(self) -> SampleWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._rows:
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+
+
+class Rows:
+    """What `samples.arrow` says of single rows, for messages; it is opened when it is first asked."""
+
+    def __init__(self, file: Path, origins: Sequence[Origin]) -> None:
+        self._file, self._origins = file, origins
+
+    @cached_property
+    def _table(self) -> Any:
+        return _mapped(self._file)
+
+    def uri(self, row: int) -> str:
+        """'' where the table holds the sample itself."""
+        return str(self._table.column("uri")[row].as_py())
+
+    def file(self, row: int) -> str:
+        """The row's file, its links resolved."""
+        root = self._origins[self._table.column("origin")[row].as_py()].root
+        return os.path.realpath(root / self.uri(row)) if isinstance(root, Path) else root.join(self.uri(row)).text
+
+    def place(self, row: int) -> str:
+        """What the row is called in a message."""
+        origin = self._origins[self._table.column("origin")[row].as_py()]
+        number = self._table.column("number")[row].as_py()
+        return origin.row(number) if origin.is_table else os.path.join(origin.text, self.uri(row))
+
+
+def write_index(
+    file: Path, rows: Ints, targets: npt.NDArray[Any], split: Ints, num_bytes: Ints,
+    contents: tuple[Marks, Marks], marks: Marks, roots: Sequence[str],
+) -> None:  # fmt: skip
+    """Write `index.arrow`: which rows of `samples.arrow` are used, with their targets.
+
+    targets: int64 [rows], the class; else float32 [rows, classes]. contents (lower and higher halves) and marks:
+    what each row is known by, as far as that is known. `roots`: of each origin.
+    """
+    if targets.ndim == 1:
+        column = pa.array(targets, pa.int32())
+    else:
+        column = pa.FixedSizeListArray.from_arrays(pa.array(targets.ravel(), pa.float32()), targets.shape[1])
+    table = pa.table(
+        {
+            "row": pa.array(rows, pa.int64()),
+            "target": column,
+            "split": pa.array(split, pa.int8()),
+            "num_bytes": pa.array(num_bytes, pa.int64()),
+            "content_low": pa.array(contents[0], pa.uint64()),
+            "content_high": pa.array(contents[1], pa.uint64()),
+            "mark": pa.array(marks, pa.uint64()),
+        }
+    ).replace_schema_metadata({"roots": json.dumps(list(roots))})
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+class Samples:
+    """The sample table of a run; a sample's bytes are read when asked for."""
+
+    def __init__(self, directory: Path, fields: tuple[str, ...]) -> None:
+        table = _mapped(directory / ROWS_FILE)
+        index = _mapped(directory / INDEX_FILE)
+        self._roots: list[str] = json.loads(index.schema.metadata[b"roots"])
+        self._uri, self._origin, self._number = (table.column(name) for name in ("uri", "origin", "number"))
+        self._content = {name: table.column(name) for name in fields if name in table.column_names}
+        self._fields, self._first = fields, fields[0]
+        self._row: Ints = index.column("row").to_numpy()
+        target = index.column("target").combine_chunks()
+        self.targets: npt.NDArray[Any]
+        """int64 [samples], the class; multi-label and regression: float32 [samples, classes]."""
+        if pa.types.is_fixed_size_list(target.type):
+            self.targets = target.flatten().to_numpy().reshape(len(target), -1)
+        else:
+            self.targets = target.to_numpy().astype(np.int64)
+        self.num_bytes: Ints = index.column("num_bytes").to_numpy()
+        """int64 [samples]: of the first field; samples of like size are mostly of like length."""
+        self._split: npt.NDArray[np.int8] = index.column("split").to_numpy()
+        unknown = np.zeros(len(index), np.uint64)  # of runs that were planned before there was a feature store
+        self._contents, self._marks = [unknown, unknown], unknown
+        if "mark" in index.column_names:
+            self._contents = [index.column(name).to_numpy() for name in ("content_low", "content_high")]
+            self._marks = index.column("mark").to_numpy()
+
+    def contents(self, rows: Ints) -> Ids:
+        """What the content of each row is known by, (0, 0) where it was not read before the start."""
+        return np.stack([column[rows] for column in self._contents], axis=1)
+
+    def files(self, rows: Ints) -> tuple[Marks, Marks]:
+        """(what each row's file is known by, what its size and time of modification are), 0 for rows without one."""
+        roots = [os.path.realpath(root) if not is_uri(root) else root for root in self._roots]
+        places, marks = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
+        for start in range(0, len(rows), _NAMES_AT_ONCE):
+            some = rows[start : start + _NAMES_AT_ONCE]
+            at = self._row[some]
+            uris, origins = self._uri.take(at).to_pylist(), self._origin.take(at).to_pylist()
+            places[start : start + len(some)] = [
+                content_id(f"{roots[origin]}\0{uri}".encode())[0] if uri else 0
+                for uri, origin in zip(uris, origins, strict=True)
+            ]
+            marks[start : start + len(some)] = np.where([bool(uri) for uri in uris], self._marks[some], 0)
+        return places, marks
+
+    def rows(self, split: str) -> Ints:
+        """The samples of a split, int64, ascending."""
+        return np.flatnonzero(self._split == SPLITS.index(split))
+
+    def by_length(self, rows: Ints) -> Ints:
+        """The rows with the shortest samples first, by their size in bytes."""
+        return rows[np.argsort(self.num_bytes[rows], kind="stable")]
+
+    def batches(self, rows: Ints, most: int | None = None, beside: int = 1) -> Iterator[Ints]:
+        """The rows in pieces that are decoded at once: `most` (or `MAX_AT_ONCE`), fewer where their files are large.
+
+        `beside`: so many pieces are in memory side by side.
+        """
+        start = 0
+        while start < len(rows):
+            piece = rows[start : start + (most or MAX_AT_ONCE)]
+            fitting = int(np.searchsorted(np.cumsum(self.num_bytes[piece]), _BYTES_AT_ONCE // beside, side="right"))
+            yield piece[: max(1, fitting)]
+            start += max(1, fitting)
+
+    def num_among(self, other: Samples, rows: Ints) -> int:
+        """How many of the samples are among those `rows` of the other table: the same file, or the same content.
+
+        What differs in size differs, and is not looked at: a file that has another size by now is another sample.
+        """
+        theirs = other._known_by(rows, self.num_bytes)
+        mine = self._known_by(np.arange(len(self.targets)), other.num_bytes[rows])
+        found = set(theirs)
+        return sum(one in found for one in mine)
+
+    def _known_by(self, rows: Ints, sizes: Ints) -> Iterator[str]:
+        """What the rows of such sizes are known by; of a store's files, whose sizes may be unknown, all are."""
+        in_store = np.array([is_uri(root) for root in self._roots])[self._origin.to_numpy()[self._row[rows]]]
+        for row in rows[in_store | np.isin(self.num_bytes[rows], sizes)].tolist():
+            yield self.known_by(row)
+
+    def known_by(self, row: int) -> str:
+        """What tells this sample from others: its file, or the digest of its content."""
+        if self._uri[int(self._row[row])].as_py():
+            place = self.place(row)
+            return place if is_uri(place) else os.path.realpath(place)
+        return hashlib.sha256(repr(sorted(self.read(row).items())).encode()).hexdigest()
+
+    def place(self, row: int) -> str:
+        """What the sample is called in a message: its file, or its row in the table."""
+        at = int(self._row[row])
+        uri: str = self._uri[at].as_py()
+        if not uri:
+            return f"table row {self._number[at].as_py()}"
+        return os.path.join(self._roots[self._origin[at].as_py()], uri)
+
+    def read(self, row: int) -> Sample:
+        """{field: its bytes} of one sample. Raises `BadSampleError` where they cannot be read."""
+        at = int(self._row[row])
+        sample = {name: column[at].as_py() for name, column in self._content.items() if column[at].is_valid}
+        if self._first not in sample:
+            sample[self._first] = _read(self._roots[self._origin[at].as_py()], self._uri[at].as_py())
+        return sample
+
+    def id_of(self, sample: Sample) -> tuple[int, int]:
+        """What the content of a sample that was read is known by."""
+        first, *more = (sample[name] for name in self._fields if name in sample)
+        return content_id(first, more[0] if more else None)
+
+
+def _mapped(file: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+
+
+def _read(root: str, uri: str) -> bytes:
+    try:
+        if is_uri(root):
+            return cached(root).join(uri).read()
+        with open(os.path.join(root, uri), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadSampleError(f"cannot be read: {error.strerror or error}") from None

@@ -1,0 +1,251 @@
+"""A job's data -> its source: folders, tables and data sets opened, their rows read one after the other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator.data.cells import (
+    delimiter,
+    fill_file,
+    fill_label,
+    fill_side,
+    fill_text,
+    find_inputs,
+    input_columns,
+    label_columns,
+)
+from orchestrator.data.folders import children, open_folder
+from orchestrator.data.locations import Location, locate
+from orchestrator.data.rows import Origin, Row, Source
+from orchestrator.data.tables import Table, open_table, suffix_of
+from orchestrator.errors import DataError, did_you_mean
+from orchestrator.job.places import (
+    SPLIT_KEYS,
+    SPLIT_NAMES,
+    TABLE_SUFFIXES,
+    choose_splits,
+    is_dataset,
+    is_spilled,
+    is_uri,
+    shown,
+)
+from orchestrator.job.spec import Data, TaskName
+from orchestrator.modality.contract import SampleField
+
+_ROWS = ("the data", "the validation data", "the test data")
+"""What the rows of a program are called, by their split."""
+_SHARD = re.compile(r"-\d+-of-\d+$")
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What rows are read for."""
+
+    spec: Data
+    sample: Sequence[SampleField]
+    task: TaskName
+
+
+def open_source(spec: Data, sample: Sequence[SampleField], task: TaskName) -> Source:
+    """The source of `spec.path`, with `spec.validation` and `spec.test` behind it. Reads no row yet."""
+    if task == "single-label" and len(label_columns(spec)) > 1:
+        raise DataError(
+            f"data.label_column names {len(label_columns(spec))} columns, and the task is single-label",
+            mend="set task to multi-label or regression (--task), or name one column",
+        )
+    if spec.label_separator is not None and (task != "multi-label" or len(label_columns(spec)) > 1):
+        raise DataError(
+            "data.label_separator is for several labels in one cell",
+            expected="task multi-label and one label column",
+            mend="set task to multi-label (--task), or leave the separator out",
+        )
+    places = {split: place for split, key in enumerate(SPLIT_KEYS) if (place := getattr(spec, key)) is not None}
+    if spec.subset is not None and not any(map(is_dataset, places.values())):
+        raise DataError(
+            f"data.subset is {spec.subset!r}, and {shown(spec.path)} is no data set of the Hub",
+            expected="a data set of the Hub that has several subsets, org/name",
+            mend="leave data.subset out",
+        )
+    source, wanted = Source(), _Wanted(spec, sample, task)
+    alone = len(places) == 1
+    source.ready_made = not alone
+    for split, place in places.items():
+        _add(source, place, wanted, split or None, None if alone or split else 0)
+    return source
+
+
+def columns_of(spec: Data, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The columns that all tables of `spec.path` have, `wanted` ones looked for; none where it is no table.
+
+    Raises `DataError`.
+    """
+    found, _ = _tables_of(spec.path, spec.subset, wanted)
+    return tuple(name for name in found[0].columns if all(name in one.columns for one in found)) if found else ()
+
+
+def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwise: int | None) -> None:
+    """Put a place's rows behind those of the source: all of one `split`, or `otherwise` where they name none."""
+    first = len(source.parts)
+    spec = wanted.spec
+    columns = (*label_columns(spec), *input_columns(spec), spec.group_column, spec.split_column)
+    tables, notes = _tables_of(place, spec.subset, [name for name in columns if name is not None])
+    source.notes += notes
+    if any(table.split is not None for table in tables) or spec.split_column is not None:
+        source.ready_made = True
+    for table in tables:
+        named = replace(table, text=_ROWS[split or 0]) if is_spilled(place) else table
+        _open_table(source, named, wanted, is_place=not is_spilled(place))
+    if not tables:
+        _open_folder(source, place, wanted)
+
+    def settled(part: Callable[[], Iterator[Row]]) -> Callable[[], Iterator[Row]]:
+        def rows() -> Iterator[Row]:
+            for row in part():
+                if split is not None and row.split:
+                    raise DataError(f"{shown(place)} is split itself", expected="the samples of one split")
+                row.split = split if split is not None else otherwise if row.split is None else row.split
+                yield row
+
+        return rows
+
+    source.parts[first:] = [settled(part) for part in source.parts[first:]]
+
+
+def _tables_of(place: str, subset: str | None, wanted: Sequence[str]) -> tuple[list[Table], list[str]]:
+    """(the tables of a place, notes); none where it is a folder of class folders. Looks for columns `wanted`."""
+    if is_dataset(place):
+        from orchestrator.data.hub_datasets import open_repository
+
+        return open_repository(place, subset)
+    here = _at(place)
+    kind = here.kind() if isinstance(here, Location) else _kind(here)
+    if kind == "missing":
+        raise DataError(
+            f"there is no {place}",
+            expected="a folder of class folders, a .csv, .parquet or .jsonl table, or a data set of the Hub (org/name)",
+            mend="check the path; a store is named by its URI, such as s3://bucket/folder",
+        )
+    if kind == "file":
+        if suffix_of(place) not in TABLE_SUFFIXES:
+            raise DataError(
+                f"{place} is neither a folder nor a table",
+                expected="a folder of class folders, or a file ending in " + ", ".join(TABLE_SUFFIXES),
+            )
+        return [open_table(here, wanted)], []
+    if isinstance(here, Path):
+        from orchestrator.data.hub_datasets import is_saved, open_saved
+
+        if is_saved(here):
+            return open_saved(here)
+    files = {name: here / name if isinstance(here, Path) else here.join(name) for name in _table_names(here)}
+    splits = {name: _split_of(name) for name in files}
+    if not any(split is not None for split in splits.values()):
+        return [open_table(file, wanted) for file in files.values()], []
+    chosen, notes = choose_splits(splits, place)
+    return [replace(open_table(files[name], wanted), split=split) for name, split in chosen.items()], notes
+
+
+def _open_folder(source: Source, place: str, wanted: _Wanted) -> None:
+    """Put the rows of a folder of class folders behind those of the source."""
+    if wanted.task != "single-label":
+        raise DataError(
+            f"{place} is a folder, where a sample has one class, and the task is {wanted.task}",
+            expected="a .csv, .parquet or .jsonl table",
+            mend="write a table with the columns path and label",
+        )
+    for setting in ("group_column", "split_column", "input_column"):
+        if getattr(wanted.spec, setting):
+            raise DataError(
+                f"data.{setting} names a column, and {place} is a folder",
+                expected="a .csv, .parquet or .jsonl table with that column",
+                mend="write a table with the columns path, label and " + str(getattr(wanted.spec, setting)),
+            )
+    open_folder(source, _at(place), wanted.sample[0])
+
+
+def _at(place: str) -> Path | Location:
+    return locate(place) if is_uri(place) else Path(place).expanduser()
+
+
+def _kind(path: Path) -> str:
+    return "directory" if path.is_dir() else "file" if path.exists() else "missing"
+
+
+def _table_names(folder: Path | Location) -> list[str]:
+    """The files of a table that is a folder of files, as Spark and Ray write it; [] where it is none.
+
+    Every file must be a table of one kind, and there is no folder beside them; hidden ones do not count.
+    """
+    found = [(name, is_folder) for name, is_folder in children(folder) if not name.startswith(".")]
+    files = [name for name, is_folder in found if not is_folder and not name.startswith("_")]
+    if any(is_folder for _, is_folder in found) or len({suffix_of(name) for name in files}) != 1:
+        return []
+    return files if suffix_of(files[0]) in TABLE_SUFFIXES else []
+
+
+def _split_of(name: str) -> int | None:
+    """Of a part of a folder of tables, by its name: train.csv, test-00000-of-00001.parquet."""
+    return SPLIT_NAMES.get(_SHARD.sub("", name.split(".")[0].lower()))
+
+
+def _open_table(source: Source, table: Table, wanted: _Wanted, is_place: bool) -> None:
+    spec, text = wanted.spec, table.text
+    labelled = label_columns(spec)
+    given = [("label_column", column) for column in labelled]
+    given += [(setting, getattr(spec, setting)) for setting in ("group_column", "split_column")]
+    for setting, column in given:
+        if column is not None and column not in table.columns:
+            raise DataError(
+                f"{text} has no column {column!r} (data.{setting})",
+                expected="one of " + ", ".join(table.columns),
+                mend=delimiter(table.columns, text) or did_you_mean(column, table.columns),
+            )
+    inputs = find_inputs(table.columns, spec, wanted.sample, text)
+    given_root = spec.root if spec.root is not None or is_place else spec.rows_root
+    root = table.root if given_root is None else _at(given_root)
+    root = root.resolve() if isinstance(root, Path) else root
+    is_nowhere = given_root is not None and isinstance(root, Path) and not root.is_dir()
+    number = source.add(Origin(text, root, is_table=True, is_place=is_place))
+    origin = source.origins[number]
+    note = "the column 'split' is not used; if it says train, validation or test: data.split_column"
+    if "split" in table.columns and spec.split_column is None and note not in source.notes:
+        source.notes.append(note)
+    if wanted.task == "multi-label" and len(labelled) > 1:
+        source.classes |= set(labelled)
+    extra = [column for column in (spec.group_column, spec.split_column) if column is not None]
+
+    def rows() -> Iterator[Row]:
+        at = 0
+        for batch in table.batches([*inputs, *labelled, *extra]):
+            nothing = [None] * len(batch[inputs[0]])
+            cells = zip(
+                batch[inputs[0]],
+                batch[inputs[1]] if len(inputs) > 1 else nothing,
+                zip(*(batch[column] for column in labelled), strict=True),
+                batch[spec.group_column] if spec.group_column else nothing,
+                batch[spec.split_column] if spec.split_column else nothing,
+                strict=True,
+            )
+            for value, second, label, group, split in cells:
+                at += 1
+                row = Row(origin.row(at), "", number, at, split=table.split)
+                if wanted.sample[0].kind == "text":
+                    fill_text(row, value, second, len(inputs) > 1)
+                else:
+                    fill_file(row, value)
+                if row.uri and is_nowhere:
+                    raise DataError(
+                        f"there is no folder {given_root} (data.root)",
+                        expected="the folder that paths are relative to",
+                        mend="correct it, or leave it out: then paths are relative to the table's folder",
+                    )
+                if not row.problem:
+                    fill_label(row, label, spec, wanted.task)
+                if not row.problem:
+                    fill_side(row, group, split, spec)
+                yield row
+
+    source.parts.append(rows)

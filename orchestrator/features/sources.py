@@ -1,0 +1,148 @@
+"""What the loop trains on: samples that are decoded in every step, or features that a frozen body gave once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from orchestrator.data.samples import Samples
+from orchestrator.errors import BadSampleError, TrainingError
+from orchestrator.modality.contract import Collate, Decode
+from orchestrator.network.model import Inputs
+from orchestrator.network.worker import on_device
+from orchestrator.store.shards import Values
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass
+class Batch:
+    """What one forward pass takes. Samples that could not be read are not in it."""
+
+    inputs: Inputs
+    targets: Tensor
+    """int64 [samples], the class; multi-label and regression: float32 [samples, classes]."""
+    rows: Ints
+    """Of the sample table, int64 [samples]."""
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        return Batch(on_device(self.inputs, device), self.targets.to(device), self.rows)
+
+
+@dataclass
+class SampleSource:
+    """Samples, read, decoded and collated when they are asked for."""
+
+    samples: Samples
+    decode: Decode
+    collate: Collate
+    skip: bool
+    """Whether a sample that cannot be read is left out, or ends the run."""
+    pool: ThreadPoolExecutor
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Row -> why it was left out."""
+
+    def batch(self, rows: Ints, train: bool) -> Batch | None:
+        """The rows that can be read, None if there is none. Raises `TrainingError` unless `skip`."""
+        decoded, kept = self.decoded(rows)
+        return Batch(self.collate(decoded, train), self.targets(kept), kept) if decoded else None
+
+    def targets(self, rows: Ints) -> Tensor:
+        """Of these rows."""
+        return torch.from_numpy(self.samples.targets[rows])
+
+    def decoded(self, rows: Ints) -> tuple[list[object], Ints]:
+        """(the samples in memory, the rows that could be read). Raises `TrainingError` unless `skip`."""
+        decoded, kept = [], []
+        for row, one in zip(rows.tolist(), self.pool.map(self._decode, rows.tolist()), strict=True):
+            if isinstance(one, BadSampleError):
+                self.leave_out(row, one)
+                continue
+            decoded.append(one)
+            kept.append(row)
+        return decoded, np.array(kept, dtype=np.int64)
+
+    def leave_out(self, row: int, error: BadSampleError) -> None:
+        """Note a row that cannot be read; raises `TrainingError` unless `skip`."""
+        if not self.skip:
+            raise TrainingError(
+                f"{self.samples.place(row)}: {error.message}",
+                expected="samples that can all be read",
+                mend="mend or remove it and start with --fresh, or leave such out: --on-bad-sample skip",
+            )
+        self.skipped[row] = error.message
+
+    def _decode(self, row: int) -> object:
+        try:
+            return self.decode(self.samples.read(row))
+        except BadSampleError as error:
+            return error
+
+
+@dataclass(frozen=True)
+class StoredView:
+    """Features of some rows, where they lie in the shards of a feature set."""
+
+    rows: Ints
+    """Ascending."""
+    shard: Ints
+    at: Ints
+    values: Sequence[Values]
+    """Of each shard, memory-mapped."""
+
+    def batch(self, rows: Ints) -> tuple[Tensor, Ints]:
+        """(features, float32 [samples, ...]; those of the rows that have any)."""
+        if not len(self.rows):
+            return torch.zeros(0, 1), rows[:0]
+        at = np.searchsorted(self.rows, rows)
+        there = (at < len(self.rows)) & (self.rows[np.minimum(at, len(self.rows) - 1)] == rows)
+        if not there.all():
+            rows, at = rows[there], at[there]
+        shard, at = self.shard[at], self.at[at]
+        numbers = np.unique(shard)
+        if len(numbers) == 1:
+            return as_float32(self.values[numbers[0]][at]), rows
+        first = self.values[numbers[0]] if len(numbers) else np.zeros((0, 1), np.float32)
+        found = np.empty((len(rows), *first.shape[1:]), first.dtype)
+        for number in numbers:
+            here = shard == number
+            found[here] = self.values[number][at[here]]
+        return as_float32(found), rows
+
+
+def as_float32(values: Values) -> Tensor:
+    """float32 of what a shard holds: float32, or the bits of bfloat16."""
+    found = torch.from_numpy(np.ascontiguousarray(values))
+    return found if found.dtype == torch.float32 else found.view(torch.bfloat16).float()
+
+
+@dataclass
+class FeatureSource:
+    """Features of a split, one view or several: an epoch's are those of one view, and then of the next."""
+
+    samples: Samples
+    views: Sequence[StoredView]
+    epoch: int = 0
+
+    def batch(self, rows: Ints, train: bool) -> Batch | None:  # noqa: ARG002  # as SampleSource's
+        """The rows that have features, None if there is none."""
+        features, rows = self.views[self.epoch % len(self.views)].batch(rows)
+        if not len(rows):
+            return None
+        return Batch({"features": features}, torch.from_numpy(self.samples.targets[rows]), rows)
+
+
+Source = SampleSource | FeatureSource
+
+
+def part_of(rows: Ints, number: int, num_parts: int) -> Ints:
+    """One of `num_parts` pieces whose lengths differ by one at most."""
+    return rows[number * len(rows) // num_parts : (number + 1) * len(rows) // num_parts]

@@ -1,0 +1,198 @@
+"""What can be said before anything runs: whether a backbone fits, and what a job would do. Without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.backbone import cards as hub
+from orchestrator.backbone import weights
+from orchestrator.errors import RefusedError, missing_extra
+from orchestrator.gate import decide as gate
+from orchestrator.job.places import DATA_FOLDER, SPLIT_KEYS, as_settings, holds_rows, is_rows
+from orchestrator.job.plans import BackboneCard, BackboneRow, Plan
+from orchestrator.job.spec import Data, Draft, Job, TaskName, make_draft
+from orchestrator.modality import registry
+from orchestrator.modality.contract import Fit, Modality, Profile
+
+if TYPE_CHECKING:
+    from orchestrator.data.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A backbone that the gate lets through."""
+
+    card: BackboneCard
+    row: BackboneRow
+    fit: Fit | None
+    """None where the modality is declared only."""
+    profile: Profile | None
+
+
+def check(
+    backbone: str,
+    modality: str,
+    data: str | Data | None = None,
+    settings: Mapping[str, Any] | None = None,
+    task: TaskName = "single-label",
+) -> BackboneCard:
+    """The backbone's card, if it fits the modality (and the data). Raises `RefusedError` with the mend.
+
+    Reads metadata only: no weight byte, neither torch nor ray.
+    """
+    return inspect(backbone, modality, data, settings, task).card
+
+
+def inspect(
+    backbone: str,
+    modality: str,
+    data: str | Data | None = None,
+    settings: Mapping[str, Any] | None = None,
+    task: TaskName = "single-label",
+) -> Checked:
+    """`check`, with the row that matched and how the data would be adapted."""
+    plugin = registry.get(modality)
+    card = hub.read_card(backbone)
+    row = _match(card, plugin)
+    weights.require_weights(card)
+    profile = None
+    if data is not None:
+        if not plugin.trainable:
+            raise gate.not_built(plugin)
+        spec = data if isinstance(data, Data) else Data(path=str(data))
+        profile = _prepare(spec, plugin, card, task).profile
+    fit = gate.fit(card, row, plugin, settings or {}, profile) if plugin.fit is not None else None
+    return Checked(card, row, fit, profile)
+
+
+def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: Any) -> Plan:
+    """The Plan of a job: what would happen, with nothing run and no weight downloaded.
+
+    Takes what `finetune` takes. Raises `JobError` and `RefusedError`.
+    """
+    draft = drafted(job, fields)
+    looked = look(without_rows(draft))  # before rows are written
+    with TemporaryDirectory(prefix="orchestrator-") as folder:
+        return prepare(spilled(draft, Path(folder) / DATA_FOLDER).job(), looked)[0]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What is known of a job before its data is read."""
+
+    plugin: Modality
+    card: BackboneCard
+    row: BackboneRow
+
+
+def look(job: Job) -> Looked:
+    """Whether the job's backbone fits its modality and method. Raises `RefusedError`; reads metadata only."""
+    plugin = registry.get(job.modality)
+    gate.parse_settings(plugin, job.settings, job.place_of)
+    card = hub.read_card(job.backbone)
+    row = _match(card, plugin)
+    if not plugin.trainable:
+        raise gate.not_built(plugin)
+    if job.method != "scratch":
+        weights.require_weights(card)
+    if job.feature_store is not None and job.method == "head" and job.training.features == "once":
+        _require_store(job.feature_store)
+    gate.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
+    return Looked(plugin, card, row)
+
+
+def prepare(job: Job, looked: Looked, directory: Path | None = None) -> tuple[Plan, Prepared]:
+    """The Plan, and what was found in the data; the sample table is written into `directory`, if there is one."""
+    card = looked.card
+    prepared = _prepare(job.data, looked.plugin, card, job.task, directory)
+    tensors = weights.read_tensors(card) if card.weight_files else None
+    made = gate.make_plan(
+        job,
+        looked.plugin,
+        weights.with_digest(card),
+        looked.row,
+        tensors,
+        prepared.classes,
+        prepared.summary,
+        prepared.profile,
+        num_cores(),
+    )
+    return made, prepared
+
+
+def drafted(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
+    """What `finetune` and `plan` were asked for, rows that a program holds among it. Raises `JobError`."""
+    if isinstance(job, Mapping) and "data" in job:
+        job = {**job, "data": as_settings(job["data"])}
+    if "data" in fields:
+        fields = {**fields, "data": as_settings(fields["data"])}
+    return make_draft(job, fields)
+
+
+def without_rows(draft: Draft) -> Job:
+    """The draft's job, checked, with a dash where rows are. Raises `JobError`."""
+    data = draft.tree.get("data")
+    if not isinstance(data, Mapping) or not holds_rows(data):
+        return draft.job()
+    places = {key: "-" if key in SPLIT_KEYS and is_rows(value) else value for key, value in data.items()}
+    return replace(draft, tree={**draft.tree, "data": places}).job()
+
+
+def spilled(draft: Draft, directory: Path, new: list[Path] | None = None) -> Draft:
+    """The draft with rows that a program holds written into `directory`; without any, as it is.
+
+    Files that were not there before are added to `new`. Raises `DataError`.
+    """
+    data = draft.tree.get("data")
+    if not holds_rows(data):
+        return draft
+    try:
+        from orchestrator.data.spill import spill_data
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) or error from None
+    return replace(draft, tree={**draft.tree, "data": spill_data(data, directory, new)})
+
+
+def _require_store(place: str) -> None:
+    """Raise `RefusedError` where the object store does not answer, or has no such bucket."""
+    from orchestrator.data.locations import Location, feature_store
+
+    mend = "correct feature_store (--feature-store)"
+    store = feature_store(place)
+    bucket = store.path.split("/")[0]
+    buckets = place.split("://")[0] in ("s3", "gs", "gcs")  # elsewhere a folder is made where there is none
+    if store.kind() == "missing" and buckets and Location(bucket, store.fs, bucket).kind() == "missing":
+        raise RefusedError(
+            "not_found", f"the feature store {place}: there is no bucket {bucket!r}", expected="a bucket that is there",
+            mend=f"make it, or {mend}",
+        )  # fmt: skip
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
+    known = {plugin.name: plugin}
+    try:
+        return gate.match(card, plugin, known)
+    except RefusedError as error:
+        if error.reason != "unknown_type":
+            raise
+    return gate.match(card, plugin, registry.available())  # only a refusal asks what the others take
+
+
+def _prepare(
+    spec: Data, plugin: Modality, card: BackboneCard, task: TaskName, directory: Path | None = None
+) -> Prepared:
+    try:
+        from orchestrator.data.prepare import prepare as prepare_data
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, plugin.extra) or error from None
+    return prepare_data(spec, plugin, card, task, directory=directory)

@@ -1,0 +1,185 @@
+"""The plain data that travels from the gate to the workers: what a backbone is, and the Plan.
+
+All of it is JSON, never pickle. A Plan holds what can be known before the job runs; what only the running
+job can know goes into its `lineage.json`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.job.spec import Job
+
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+SPLITS = ("train", "validation", "test")
+FIGURES: dict[str, tuple[tuple[str, str], ...]] = {
+    "single-label": (("accuracy", "accuracy"), ("macro F1", "macro_f1"), ("AUROC", "auroc")),
+    "multi-label": (("average precision", "average_precision"), ("macro F1", "macro_f1"), ("AUROC", "auroc")),
+    "regression": (("MAE", "mae"), ("R2", "r2"), ("RMSE", "rmse")),
+}
+"""Task -> (title, key in the results) of what is shown, the one that counts first."""
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BackboneCard(_Plain):
+    """What the metadata files of a backbone say. No weight byte was read to make it."""
+
+    source: str
+    """As the user wrote it."""
+    kind: Literal["hub", "directory", "run"]
+    name: str
+    """Short, for a run's name."""
+    repo_id: str | None = None
+    commit: str | None = None
+    """The full commit sha; for a directory the digest of its files, known once a plan is made."""
+    path: str | None = None
+    """The directory, where it is one."""
+    library: Literal["transformers", "timm", ""] = ""
+    model_type: str = ""
+    """`config.model_type`, or the timm architecture."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    preprocessor: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] | None = None
+    """tokenizer_config.json"""
+    modules: tuple[dict[str, Any], ...] = ()
+    """Of a repository in the layout of sentence-transformers: [{"type": "Pooling", "config": {...}}, ...]."""
+    files: dict[str, int] = Field(default_factory=dict)
+    """Name -> bytes (-1 where the server does not tell)."""
+    lineage: dict[str, Any] | None = None
+    """Of the earlier run, where the backbone is one."""
+
+    @property
+    def short_commit(self) -> str:
+        """The commit as people read it: twelve digits; '' where there is none."""
+        return (self.commit or "").removeprefix("sha256:")[:12]
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """The safetensors files that hold the weights: the whole one, else its shards in order, else all there are."""
+        found = sorted(f for f in self.files if f.endswith(".safetensors") and "/" not in f and "adapter" not in f)
+        if "model.safetensors" in found:
+            return ("model.safetensors",)
+        return tuple([f for f in found if _SHARD.fullmatch(f)] or found)
+
+
+class BackboneRow(_Plain):
+    """One known model type: how the model is called and where its head is."""
+
+    architecture: str = ""
+    """The class in transformers, or the timm architecture."""
+    inputs: tuple[str, ...] = ()
+    """What `forward` takes."""
+    head: tuple[str, ...] = ()
+    """The modules whose shape depends on the number of classes, in forward order."""
+    may_be_new: tuple[str, ...] = ()
+    """Modules outside the base model that a checkpoint of another task does not hold; then they are head too."""
+    pool: Literal["", "first", "mean", "pooler", "summary"] = ""
+    """Where transformers has no head for the type, ours stands on the body's `last_hidden_state`, its first
+    token or the mean over its tokens; or on its `pooler_output` or `summary`."""
+    part: str = ""
+    """The part of a larger model's config that describes this body (`vision_config`), where it is a part."""
+    prefix: str = ""
+    """What the names of the body's tensors begin with in the checkpoint of a larger model (`vision_model.`)."""
+    size: Literal["any", "fixed", "larger", "patches"] = "any"
+    """Whether the input's size can be chosen: freely, not at all, not below the backbone's own, or in whole
+    patches."""
+
+
+class Adaptation(_Plain):
+    """One thing that is done to the input so that it becomes what the backbone was trained on."""
+
+    what: str
+    received: str
+    used: str
+    share: float = 1.0
+    """Of the measured samples that it touches."""
+
+    def __str__(self) -> str:
+        touched = "" if self.share >= 1 else f" ({self.share:.0%} of samples)"
+        return f"{self.what}: {self.received} -> {self.used}{touched}"
+
+
+class Schedule(_Plain):
+    """`Training` with every default resolved."""
+
+    epochs: int
+    batch_size: int
+    num_shards: int
+    learning_rate: float
+    head_learning_rate: float
+    batch_norm: Literal["train", "frozen"]
+    steps_per_epoch: int
+    num_steps: int
+
+
+class Parameters(_Plain):
+    """Counts from the safetensors header."""
+
+    head_known: bool
+    """False where the checkpoint holds no head: how wide the new one is, only the built model tells."""
+    total: int
+    trained: int
+    frozen: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+
+
+class DataSummary(_Plain):
+    """What the sample table holds."""
+
+    fingerprint: str
+    root: str
+    num_samples: dict[str, int]
+    """Per split."""
+    per_class: dict[str, tuple[int, ...]]
+    """Per split, in the order of `classes`; multi-label: the samples that have the label; regression: empty."""
+    target_mean: tuple[float, ...] = ()
+    """Regression: of each target over the training samples."""
+    target_std: tuple[float, ...] = ()
+    num_duplicates: int = 0
+    num_skipped: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class Plan(_Plain):
+    """A Job that was checked and resolved. Workers get this and nothing else."""
+
+    version: int = 1
+    name: str
+    job: Job
+    backbone: BackboneCard
+    row: BackboneRow
+    weights: Literal["pretrained", "random", "trained"]
+    """trained: everything, the head included, must be in the checkpoint (to predict with a finished run)."""
+    classes: tuple[str, ...]
+    """Of regression: the names of the targets."""
+    class_weights: tuple[float, ...] = ()
+    """What a class's samples count in the loss; multi-label: what its positive ones count. Empty: all 1."""
+    data: DataSummary
+    input: dict[str, Any]
+    """The plugin's resolved input settings, for example {"size": [64, 64]}."""
+    augmentation: tuple[str, ...] = ()
+    """Keys of `input` that matter in training alone."""
+    views: int = 0
+    """So many random views of each training sample are computed and kept; 0: the samples as they are."""
+    adaptations: tuple[Adaptation, ...] = ()
+    warnings: tuple[str, ...] = ()
+    schedule: Schedule
+    parameters: Parameters | None = None
+    num_workers: int = 1
+    num_extractors: int = 0
+    """Processes that run a frozen body in the workers' stead; 0: the workers run it."""
+    threads_per_worker: int = 1
+    extractor_threads: int = 1
+    features: Literal["once", "every step"]
+    """Whether a frozen body runs once for each sample, or again in every step."""
+    ray: bool = False
+    """Whether workers are processes of a Ray cluster, or this process."""

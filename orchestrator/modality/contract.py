@@ -1,0 +1,247 @@
+"""What a plugin author reads: a Modality, and the parts that it is made of.
+
+A plugin is one `Modality` value in a package's top module, named by an entry point:
+
+    [project.entry-points."orchestrator.modalities"]
+    image = "orchestrator_image:modality"
+
+The top module must import neither torch nor ray: the gate reads what is declared here on a laptop, at once.
+Heavy imports belong inside the functions (`decode`, `build`, `batch`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import BaseModel
+
+from orchestrator.job.plans import Adaptation, BackboneCard, BackboneRow, Plan
+
+if TYPE_CHECKING:
+    import torch
+
+Sample = Mapping[str, bytes]
+"""One sample as it was read: field name -> the file's bytes, or the text in UTF-8."""
+Facts = Mapping[str, int | float | str]
+"""What was measured on one sample, for example {"width": 28, "height": 28, "mode": "L"}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleField:
+    """One field of a sample, as the model will see it."""
+
+    name: str
+    kind: Literal["file", "text"]
+    dtype: str
+    shape: tuple[int | str, ...]
+    unit: str
+    suffixes: tuple[str, ...] = ()
+    """Of the files that hold it, lower case: (".png", ".jpg")."""
+    optional: bool = False
+    """Whether a sample may lack it: the second text of a pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is predicted."""
+
+    name: str
+    title: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneRule:
+    """Why a known model type is refused: a reason of the published list, and what to do instead."""
+
+    reason: str
+    message: str
+    mend: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneRules:
+    """Which backbones fit, as data. `generated_from` names the library versions that the rows know."""
+
+    generated_from: str
+    accepts: Mapping[str, BackboneRow]
+    """`config.model_type` -> row."""
+    refuses: Mapping[str, BackboneRule] = field(default_factory=dict)
+    timm: Mapping[str, BackboneRow] = field(default_factory=dict)
+    """timm architecture -> row."""
+    timm_refuses: Mapping[str, BackboneRule] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, path: Path) -> BackboneRules:
+        """The rules out of a generated `rows.json`."""
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        accepts = {**rows["accepts"], **rows.get("pooled", {})}
+        return cls(
+            generated_from=rows["generated_from"],
+            accepts={key: BackboneRow.model_construct(**_tuples(row)) for key, row in accepts.items()},
+            refuses={key: BackboneRule(**rule) for key, rule in rows.get("refuses", {}).items()},
+            timm=_TimmRows(rows.get("timm", {})),
+            timm_refuses={key: BackboneRule(**rule) for key, rule in rows.get("timm_refuses", {}).items()},
+        )
+
+
+class _TimmRows(Mapping[str, BackboneRow]):
+    """Some 1,300 rows, built when looked at: {architecture: [classifier, ...]} in the file."""
+
+    def __init__(self, heads: Mapping[str, Sequence[str]]) -> None:
+        self._heads = heads
+
+    def __getitem__(self, architecture: str) -> BackboneRow:
+        return BackboneRow(
+            architecture=architecture,
+            inputs=("pixel_values",),
+            head=tuple(f"timm_model.{name}" for name in self._heads[architecture]),
+        )
+
+    def __iter__(self) -> Any:
+        return iter(self._heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+
+def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest, median and largest of a measured number."""
+
+    min: float
+    median: float
+    max: float
+
+    def __str__(self) -> str:
+        if self.min == self.max:
+            return f"{self.min:g}"
+        return f"{self.min:g} to {self.max:g} (median {self.median:g})"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the data is, measured on `num_measured` samples."""
+
+    num_measured: int
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    facts: Sequence[Facts] = ()
+    """One entry a measured sample, for shares of samples."""
+
+    @classmethod
+    def of(cls, facts: Iterable[Facts]) -> Profile:
+        """Numbers become ranges, words become counts."""
+        facts = list(facts)
+        ranges: dict[str, Range] = {}
+        counts: dict[str, dict[str, int]] = {}
+        for key in sorted({key for one in facts for key in one}):
+            values = [one[key] for one in facts if key in one]
+            numbers = sorted(value for value in values if not isinstance(value, str))
+            if numbers:
+                ranges[key] = Range(numbers[0], numbers[len(numbers) // 2], numbers[-1])
+            words = [value for value in values if isinstance(value, str)]
+            if words:
+                counts[key] = {word: words.count(word) for word in sorted(set(words))}
+        return cls(num_measured=len(facts), ranges=ranges, counts=counts, facts=facts)
+
+    def share(self, test: Any) -> float:
+        """The share of measured samples whose facts pass `test`."""
+        return sum(bool(test(one)) for one in self.facts) / max(1, len(self.facts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How the data becomes the backbone's input: the resolved settings, and what that changes."""
+
+    input: Mapping[str, Any]
+    adaptations: Sequence[Adaptation] = ()
+    warnings: Sequence[str] = ()
+    augmented: bool = False
+    """Whether training samples are changed at random, so that a frozen body must run in every step, or on several
+    views of each sample (`training.views`)."""
+    augmentation: tuple[str, ...] = ()
+    """Keys of `input` and of the settings that say how, and change nothing else: what a frozen body gives for
+    unchanged samples is kept for jobs that differ in them."""
+
+
+class Decode(Protocol):
+    def __call__(self, sample: Sample) -> Any:
+        """The sample in memory, from bytes. Raises `BadSampleError`. Imports no torch."""
+
+
+class Measure(Protocol):
+    def __call__(self, decoded: Any, card: BackboneCard) -> Facts:
+        """The facts of one decoded sample: rate, size, channels, length. Imports no torch.
+
+        `card` is for what only the backbone can count, tokens for one; `orchestrator.backbone.metadata_file` has its
+        tokenizer.
+        """
+
+
+class FitFunction(Protocol):
+    def __call__(self, card: BackboneCard, row: BackboneRow, settings: Any, profile: Profile | None) -> Fit:
+        """Hold the data against what the backbone demands; raise `RefusedError`, naming the mend.
+
+        Pure, without torch. `profile` is None where there is no data to look at (`check` alone).
+        """
+
+
+class Collate(Protocol):
+    def __call__(self, decoded: Sequence[Any], train: bool) -> dict[str, torch.Tensor]:
+        """Decoded samples -> the model's inputs, first dimension the batch.
+
+        `train` asks for augmentation, whose randomness comes from torch's global generator: the loop seeds
+        it by (seed, step, shard), so that a sample is changed the same way on any number of workers.
+        """
+
+
+class Batch(Protocol):
+    def __call__(self, plan: Plan, directory: Path) -> Collate:
+        """The collate function, built once a worker. `directory` holds the backbone's files."""
+
+
+class Build(Protocol):
+    def __call__(self, plan: Plan, directory: Path) -> Any:
+        """An `orchestrator.network.model.Network`: the model with its weights and its head for `plan.classes`."""
+
+
+class Toy(Protocol):
+    def __call__(self, n: int) -> Sequence[tuple[Sample, str]]:
+        """`n` small samples with labels, for tests; two classes or more that can be told apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modality:
+    """A kind of input. Every field must be given, so that a forgotten one fails at import."""
+
+    name: str
+    title: str
+    """What it takes, in a few words, for listings."""
+    sample: tuple[SampleField, ...]
+    settings: type[BaseModel]
+    """The plugin's own settings (`job.settings`), a pydantic model that forbids unknown keys."""
+    rules: BackboneRules
+    tasks: tuple[Task, ...]
+    by_length: bool
+    """Whether samples differ in length, so that batches of like lengths waste less: the core makes them so."""
+    extra: str
+    """What to install for training with it: `pip install 'orchestrator[extra]'`; '' if nothing more."""
+    decode: Decode | None
+    measure: Measure | None
+    fit: FitFunction | None
+    build: Build | None
+    batch: Batch | None
+    toy: Toy | None
+
+    @property
+    def trainable(self) -> bool:
+        """False for a declaration alone: the gate knows it, training with it is not built yet."""
+        return None not in (self.decode, self.measure, self.fit, self.build, self.batch)

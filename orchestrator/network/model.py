@@ -1,0 +1,357 @@
+"""Body and head: a network with its new last layer, what of it is frozen, and where it is split.
+
+The head is the modules whose shape depends on the number of classes, and every module with a parameter that
+the checkpoint does not hold: no randomly initialised parameter is ever frozen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from orchestrator.errors import WeightsError
+from orchestrator.job.plans import Plan
+from orchestrator.job.spec import Training
+
+Inputs = Mapping[str, Tensor]
+
+_HEAD_STD = 0.02
+_PROBLEM_TYPES = {
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+_MAY_BE_MISSING = ("num_batches_tracked", "position_ids", "masked_spec_embed")  # the last is for pretraining alone
+_MAY_BE_UNUSED = ("pooler", "mask_token", "position_ids", "num_batches_tracked")
+
+
+@dataclass
+class Network:
+    """A model with a head for the plan's classes. Its parameters are all those of `module`."""
+
+    module: nn.Module
+    """Called with the collate function's output as keywords; gives logits [batch, classes], float, alone or
+    as the `.logits` of an output object."""
+    head: tuple[str, ...]
+    """Names of the submodules that `method: head` trains, in forward order."""
+    new: tuple[str, ...]
+    """Parameters and buffers that started from random values."""
+    unused: tuple[str, ...]
+    """Tensors of the checkpoint that this model has no place for (the head of its old task)."""
+    save: Callable[[Path], None]
+    """Write the model as a Hugging Face directory."""
+    outputs: tuple[str, ...] = ()
+    """The layers that give the logits, where they are not all of `head`."""
+    parts: Callable[[Inputs], Sequence[tuple[Tensor, Inputs]]] | None = None
+    """Where samples of a batch must not be computed together (lengths that padding would falsify): the batch as
+    [(int64 indices, inputs), ...]. None: the batch as it is."""
+    usage: str = ""
+    """Python that loads and calls the saved model without this package, for the model card; '' where
+    `transformers.pipeline` serves it."""
+    library: str = "transformers"
+    """Which library that is, by the Hub's name."""
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """float [batch, classes]."""
+        return self.by_parts(self._logits, inputs)
+
+    def _logits(self, inputs: Inputs) -> Tensor:
+        output = self.module(**inputs)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def by_parts(self, function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+        """float [batch, ...]: what `function` gives for the samples, those together that may be."""
+        if self.parts is None:
+            return function(inputs)
+        indices, outputs = zip(*((index, function(part)) for index, part in self.parts(inputs)), strict=True)
+        return torch.cat(outputs)[torch.cat(indices).argsort()]
+
+
+def build_transformers(
+    plan: Plan,
+    directory: Path,
+    model_class: Any,
+    changes: Mapping[str, Any],
+    processor: Any | None,
+    fresh: Callable[[Any], nn.Module] | None = None,
+) -> Network:
+    """The default `build` for what transformers loads, timm's networks included.
+
+    `changes` are put into the config. `fresh(config)` makes the model from random weights, where the
+    library's own way is not the right one. Raises `WeightsError` where anything but the head does not match.
+    """
+    config = make_config(plan, changes)
+    torch.manual_seed(plan.job.training.seed)
+    if plan.weights == "random":
+        module = fresh(config) if fresh else model_class.from_config(config)
+        names = tuple(module.state_dict())
+        return Network(module, plan.row.head, names, (), _saver(module, processor), plan.row.head)
+    module, info = _load(directory, model_class, config)
+    missing = {name for name in info["missing_keys"] if not name.endswith(_MAY_BE_MISSING)}
+    mismatched = {entry[0] for entry in info["mismatched_keys"]}
+    unused = set(info["unexpected_keys"])
+    head = _head(plan, missing, mismatched)
+    base = f"{getattr(module, 'base_model_prefix', '')}."
+    # Whisper's classifier has the encoder as its own child, without the base model around it: a decoder is no loss.
+    there = base if hasattr(module, base[:-1]) else tuple(f"{base}{name}." for name, _ in module.named_children())
+    lost = sorted(name for name in unused if name.startswith(there) and not _any(_MAY_BE_UNUSED, name))
+    if lost:
+        raise _mismatch(plan, f"it holds {lost[0]}, which the architecture has no place for", len(lost))
+    if plan.weights == "pretrained":
+        _renew(module, plan.row.head)
+    new = tuple(name for name in module.state_dict() if _within(name, plan.row.head) or name in missing)
+    new = () if plan.weights == "trained" else new
+    return Network(module, head, new, tuple(sorted(unused)), _saver(module, processor), plan.row.head)
+
+
+def build_module(plan: Plan, directory: Path, make: Callable[[], nn.Module], head: str, usage: str = "") -> Network:
+    """The default `build` for a network that is neither transformers' nor timm's.
+
+    `make()` gives the module with random weights and its last layer, named `head`, for `plan.classes`; it is
+    called under the job's seed. Weights come from `model.safetensors` in `directory`, by the module's own names.
+    Saved are config.json, with the classes in it, and model.safetensors; `usage` is Python that loads them,
+    for the model card. Raises `WeightsError` where anything but the last layer does not match.
+    """
+    torch.manual_seed(plan.job.training.seed)
+    module = make()
+    random = module.state_dict()
+    new = tuple(name for name in random if plan.weights == "random" or _within(name, (head,)))
+    if plan.weights != "random":
+        found = {
+            name: value for file in plan.backbone.weight_files for name, value in load_file(directory / file).items()
+        }
+        wanted = {name for name in random if plan.weights == "trained" or not _within(name, (head,))}
+        wrong = sorted(name for name in wanted if name not in found or found[name].shape != random[name].shape)
+        lost = sorted(name for name in found if name not in random)
+        if wrong or lost:
+            problem = (
+                f"{wrong[0]} is missing or has another shape" if wrong else f"it holds {lost[0]}, which has no place"
+            )
+            raise _mismatch(plan, problem, len(wrong) + len(lost))
+        module.load_state_dict({name: found[name] for name in wanted}, strict=False)
+        if plan.weights == "trained":
+            new = ()
+
+    def save(folder: Path) -> None:
+        names = dict(enumerate(plan.classes))
+        config = {**plan.backbone.config, "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+        tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return Network(module, (head,), new, (), save, usage=usage, library=plan.backbone.model_type)
+
+
+def load_body(
+    plan: Plan, directory: Path, model_class: Any, config: Any, more: Mapping[str, Any]
+) -> tuple[Any, tuple[str, ...]]:
+    """A body without a head from the checkpoint: (the model, unused tensors).
+
+    Raises `WeightsError` where the checkpoint lacks a parameter of it.
+    """
+    module, info = _load(directory, model_class, config, **more)
+    if info["missing_keys"] and plan.row.prefix:
+        # transformers finds only some towers in the checkpoint of their whole model (clip's, not align's).
+        found = _tower(plan, directory)
+        module, info = _load(None, model_class, config, state_dict=found, **more) if found else (module, info)
+    missing = {name for name in info["missing_keys"] if not name.endswith(_MAY_BE_MISSING)}
+    wrong = sorted(missing | {entry[0] for entry in info["mismatched_keys"]})
+    if wrong:
+        raise _mismatch(plan, f"{wrong[0]} is missing or has another shape", len(wrong))
+    return module, tuple(sorted(info["unexpected_keys"]))
+
+
+def _tower(plan: Plan, directory: Path) -> dict[str, Tensor]:
+    """The tensors of one part of a larger model, by the names that they have in the part."""
+    found = {}
+    for file in plan.backbone.weight_files:
+        with safe_open(directory / file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # no mapping, and not iterable
+                if name.startswith(plan.row.prefix):
+                    found[name.removeprefix(plan.row.prefix)] = tensors.get_tensor(name)
+    return found
+
+
+def _load(directory: Path | None, model_class: Any, config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
+    with quiet():
+        module, info = model_class.from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **more,
+        )
+    return module, info
+
+
+def new_layer(width: int, num_classes: int) -> nn.Linear:
+    """A last layer with small random weights."""
+    layer = nn.Linear(width, num_classes)
+    nn.init.normal_(layer.weight, std=_HEAD_STD)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def make_config(plan: Plan, changes: Mapping[str, Any]) -> Any:
+    """The backbone's config with the plan's classes, for transformers."""
+    whole = plan.backbone.config.get(plan.row.part) if plan.row.part in plan.backbone.config else plan.backbone.config
+    raw = {key: value for key, value in dict(whole or {}).items() if key not in ("label_names", "num_classes")}
+    if raw.get("model_args"):  # timm's save_for_hf puts num_classes in here, which the wrapper gives a second time
+        raw["model_args"] = {key: value for key, value in raw["model_args"].items() if key != "num_classes"}
+    model_type = "timm_wrapper" if plan.backbone.library == "timm" else plan.backbone.model_type
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    if plan.row.pool:  # the body's own class: of a tower it is another than the repository's
+        config_class = getattr(transformers, plan.row.architecture).config_class
+    names = dict(enumerate(plan.classes))
+    for key in ("id2label", "label2id", "num_labels", "model_type"):
+        raw.pop(key, None)
+    return config_class.from_dict(
+        {**raw, **changes},
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+        num_labels=len(names),
+        problem_type=_PROBLEM_TYPES[plan.job.task],
+    )
+
+
+def _head(plan: Plan, missing: set[str], mismatched: set[str]) -> tuple[str, ...]:
+    """The modules of the head; raises `WeightsError` where something outside of it is missing."""
+    row = plan.row
+    extended = []
+    for name in sorted(missing | mismatched):
+        if _within(name, row.head) and plan.weights == "pretrained":
+            continue
+        owner = next((module for module in row.may_be_new if _within(name, (module,))), _pooler(name))
+        if owner is None or name in mismatched or plan.weights == "trained":
+            what = "has another shape" if name in mismatched else "is missing"
+            raise _mismatch(plan, f"{name} {what}", len(missing | mismatched))
+        extended.append(owner)
+    poolers = [module for module in dict.fromkeys(extended) if module not in row.may_be_new]
+    owners = poolers + [module for module in row.may_be_new if module in extended]
+    return tuple(owners + [name for name in row.head if not _within(name, owners)])
+
+
+def _pooler(name: str) -> str | None:
+    """`beit.pooler` of `beit.pooler.layernorm.weight`: what comes after the last layer is no part of many bases."""
+    parts = name.split(".")
+    return ".".join(parts[: parts.index("pooler") + 1]) if "pooler" in parts[:-1] else None
+
+
+def _mismatch(plan: Plan, problem: str, num: int) -> WeightsError:
+    more = f" (and {num - 1} more)" if num > 1 else ""
+    return WeightsError(
+        f"the weights of {plan.backbone.source} do not fit its config.json: {problem}{more}",
+        expected=f"every tensor of {plan.row.architecture}, but those of {', '.join(plan.row.head)}",
+        mend="fetch or save the backbone again",
+    )
+
+
+def _within(name: str, modules: tuple[str, ...] | list[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _any(parts: tuple[str, ...], name: str) -> bool:
+    return any(part in name for part in parts)
+
+
+def _renew(module: nn.Module, head: tuple[str, ...]) -> None:
+    """Random values for the last layer, also where the old one had the same number of classes."""
+    for name in head:
+        for layer in module.get_submodule(name).modules():
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                nn.init.normal_(layer.weight, std=_HEAD_STD)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+
+def _saver(module: Any, processor: Any | None) -> Callable[[Path], None]:
+    def save(directory: Path) -> None:
+        with quiet():
+            module.save_pretrained(directory)
+            if processor is not None:
+                processor.save_pretrained(directory)
+
+    return save
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bar and its report of the loading: ours tells what is going on."""
+    shown, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if shown:
+            transformers.logging.enable_progress_bar()
+
+
+def freeze(network: Network, plan: Plan) -> None:
+    """Ask for gradients where the method trains, nowhere else."""
+    everything = plan.job.method != "head"
+    for name, parameter in network.module.named_parameters():
+        parameter.requires_grad_(everything or _within(name, network.head))
+
+
+def set_mode(network: Network, plan: Plan, training: bool) -> None:
+    """Train or eval mode. What is frozen stays in eval mode: dropout off, BatchNorm on its own statistics."""
+    if plan.job.method == "head":
+        network.module.eval()
+        for name in network.head:
+            network.module.get_submodule(name).train(training)
+    else:
+        network.module.train(training)
+        if plan.schedule.batch_norm == "frozen":
+            for layer in batch_norms(network.module):
+                layer.eval()
+
+
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers that keep running statistics."""
+    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+
+
+def make_optimizer(network: Network, plan: Plan) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
+    """The optimizer over the trained parameters, and these by name.
+
+    Four groups at most: body and head have their own rates, and vectors (biases, norms) no weight decay.
+    """
+    training = plan.job.training
+    named = {name: p for name, p in network.module.named_parameters() if p.requires_grad}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        groups.setdefault((_within(name, network.head), parameter.ndim > 1), []).append(parameter)
+    rates = {False: plan.schedule.learning_rate, True: plan.schedule.head_learning_rate}
+    settings = [
+        {
+            "params": parameters,
+            "lr": rates[in_head],
+            "peak_lr": rates[in_head],
+            "weight_decay": training.weight_decay if decays else 0.0,
+        }
+        for (in_head, decays), parameters in groups.items()
+    ]
+    return _optimizer(training, settings), named
+
+
+def _optimizer(training: Training, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, nesterov=training.momentum > 0)
+    return torch.optim.AdamW(groups, lr=0.0)

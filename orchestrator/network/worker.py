@@ -1,0 +1,183 @@
+"""One worker among many: its rank, its device, and what it adds up with the others."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from orchestrator.errors import RefusedError
+from orchestrator.job.plans import Plan
+
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
+_BUCKET_BYTES = 25 * 2**20
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Without torch.distributed (one process) every exchange is the identity."""
+
+    rank: int
+    local_rank: int
+    num_workers: int
+    device: torch.device
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over the workers, in place."""
+        if self.num_workers > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def add_up_gradients(self, parameters: list[nn.Parameter], scale: float) -> None:
+        """Sum each gradient over the workers and multiply it by `scale`, in buckets of 25 MB."""
+        grads = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                # Every worker must bring the same tensors, also one whose shards were all unreadable.
+                parameter.grad = torch.zeros_like(parameter)
+            grads.append(parameter.grad)
+        if self.num_workers > 1:
+            for bucket in _buckets(grads):
+                flat = torch.cat([grad.reshape(-1) for grad in bucket])
+                dist.all_reduce(flat)
+                for grad, part in zip(bucket, torch.split(flat, [grad.numel() for grad in bucket]), strict=True):
+                    grad.copy_(part.view_as(grad))
+        torch._foreach_mul_(grads, scale)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each worker has, by rank, on all of them."""
+        if self.num_workers == 1:
+            return [value]
+        values: list[Any] = [None] * self.num_workers
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until all workers are here."""
+        if self.num_workers > 1:
+            dist.barrier()
+
+
+def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    size = _BUCKET_BYTES
+    for grad in grads:
+        num_bytes = grad.numel() * grad.element_size()
+        if not buckets or size + num_bytes > _BUCKET_BYTES or grad.dtype != buckets[-1][0].dtype:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(grad)
+        size += num_bytes
+    return buckets
+
+
+def start_worker(plan: Plan, local_rank: int = 0, use_gpu: bool = True) -> Worker:
+    """This process as a worker: threads, memory allocator and device as the plan says.
+
+    Without `use_gpu` no CUDA device is taken, where Ray has given this process none and others may have them all.
+    """
+    torch.set_num_threads(plan.threads_per_worker)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, stored features too; who wants speed has bf16
+    _open_many_files()
+    _keep_memory()
+    grouped = dist.is_available() and dist.is_initialized()
+    return Worker(
+        rank=dist.get_rank() if grouped else 0,
+        local_rank=local_rank,
+        num_workers=dist.get_world_size() if grouped else 1,
+        device=_device(plan, local_rank, use_gpu),
+    )
+
+
+@contextlib.contextmanager
+def with_threads(num: int | None = None) -> Iterator[None]:
+    """Torch set to so many threads, and back to what it was, whatever was set meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _device(plan: Plan, local_rank: int, use_gpu: bool) -> torch.device:
+    wanted = plan.job.scaling.device
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if wanted == "gpu" and found is None:
+        raise RefusedError(
+            "resources", "scaling.device = 'gpu', and torch finds none here", mend="use device auto or cpu"
+        )
+    if wanted == "cpu" or found is None or (found.type == "cuda" and not use_gpu):
+        return torch.device("cpu")
+    if found.type == "cuda":
+        # Ray shows each worker its own GPU as number 0; without Ray there is one worker.
+        device = torch.device("cuda", local_rank if torch.cuda.device_count() > local_rank else 0)
+        torch.cuda.set_device(device)
+        return device
+    return torch.device(found.type)
+
+
+def _keep_memory() -> None:
+    """Tell glibc to keep freed memory.
+
+    By default it hands every large tensor back to the kernel and faults it in again: 2.0 to 3.7 times the
+    time of a forward pass on a 2-core machine. Other C libraries have no such switch and need none.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _open_many_files() -> None:
+    """Raise the limit of open files to what may be: each shard of stored features is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def seed_for(*what: int) -> None:
+    """Seed torch's generators by what the numbers are for, for example (seed, step, shard)."""
+    digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little") % 2**63
+    # torch.manual_seed notes a stack trace for each kind of device that is not in use: 1.3 ms, longer than the step of
+    # a head takes.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+
+
+def on_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same tensors there."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+def channels_last(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Images in the memory format that convolutions are fastest with."""
+    return {
+        name: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        for name, tensor in inputs.items()
+    }
+
+
+def autocast(plan: Plan, worker: Worker) -> contextlib.AbstractContextManager[Any]:
+    """bf16 where the plan wants it and the device has it."""
+    wanted = plan.job.training.precision
+    cuda = worker.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16" or (wanted == "auto" and cuda):
+        return torch.autocast(worker.device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()

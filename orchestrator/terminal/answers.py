@@ -1,0 +1,294 @@
+"""What the commands answer: for a person a table, with `as_json` the same as JSON on standard output."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.job.plans import FIGURES
+from orchestrator.job.runs import Run
+from orchestrator.modality import registry
+from orchestrator.terminal.console import figure, middle, out, pairs, setting, show_results, table
+
+if TYPE_CHECKING:
+    from orchestrator.gate.planning import Checked
+    from orchestrator.modality.registry import Listing
+    from orchestrator.predictor import Prediction
+    from orchestrator.store.inventory import Listing as FeatureListing
+
+
+_WIDEST_EXAMPLE = 16
+
+
+def finished(run: Run, as_json: bool) -> None:
+    """The figures of a run, where its files are, and what to do with it next."""
+    if as_json:
+        _print({"run": str(run.path), **run.results})
+        return
+    show_results(run.results)
+    where = _short(run.path)
+    takes = '"A TEXT"...' if registry.get(run.plan.job.modality).sample[0].kind == "text" else "FILE..."
+    out.print(
+        pairs(
+            [
+                ("model", f"{where}/model"),
+                ("metrics", f"{where}/metrics.jsonl, {where}/results.json"),
+                ("next", f"orchestrator predict {where} {takes}"),
+            ]
+        )
+    )
+
+
+def checked(found: Checked, modality: str, as_json: bool) -> None:
+    """What a backbone is, and how the data becomes its input."""
+    card, fit = found.card, found.fit
+    if as_json:
+        _print(
+            {
+                "accepted": True,
+                "backbone": card.source,
+                "kind": card.kind,
+                "commit": card.commit,
+                "library": card.library,
+                "type": card.model_type,
+                "architecture": found.row.architecture,
+                "modality": modality,
+                "input": dict(fit.input) if fit else None,
+                "adaptations": [one.model_dump() for one in fit.adaptations] if fit else [],
+                "warnings": list(fit.warnings) if fit else [],
+            }
+        )
+        return
+    at = f" @ {card.short_commit}" if card.commit else ""
+    rows: list[tuple[str, object]] = [
+        ("accepted", f"{card.source} for {modality}"),
+        ("what", f"{card.library} {card.model_type}, {card.kind}{at}"),
+    ]
+    if fit is not None:
+        rows.append(("input", setting(fit.input)))
+        rows += [("warning", one) for one in fit.warnings]
+    out.print(pairs(rows))
+    if found.profile is not None:
+        measured = {key: str(value) for key, value in found.profile.ranges.items()}
+        measured |= {key: ", ".join(f"{w} x {n}" for w, n in c.items()) for key, c in found.profile.counts.items()}
+        out.print(table([f"of {found.profile.num_measured} samples", "measured"], list(measured.items())))
+    if fit is not None and fit.adaptations:
+        cells = [[one.what, one.received, one.used, f"{one.share:.0%}"] for one in fit.adaptations]
+        out.print(table(["adapted", "the data", "becomes", "samples"], cells, right=(3,)))
+    elif found.profile is not None:
+        out.print("nothing has to be adapted")
+
+
+def predicted(found: Sequence[Prediction], task: str, as_json: bool) -> None:
+    """A line an input: what the model says of it, or why it cannot be read."""
+    if as_json:
+        _print(
+            [
+                {"input": one.input, "problem": one.problem}
+                if one.problem
+                else {"input": one.input, "label": one.label, "score": one.score, "top": [list(t) for t in one.top]}
+                for one in found
+            ]
+        )
+        return
+    titles = ["target", "value"] if task == "regression" else ["label", "score"]
+    # Whole where there is room; `--json` has them whole in any case.
+    cells = [[middle(one.input, out.width * 2 // 5), *_said(one, task)] for one in found]
+    out.print(table(["input", *titles, "then"], cells, right=(2,)))
+
+
+def _said(one: Prediction, task: str) -> list[str]:
+    if one.problem:
+        return ["", "", one.problem]
+    shown = figure if task == "regression" else "{:.3f}".format
+    (best, value), *others = one.top
+    label = best if task == "regression" else (one.label or f"{best} (below 0.5)")
+    return [label, shown(value), ", ".join(f"{name} {shown(value)}" for name, value in others)]
+
+
+def evaluated(figures: Mapping[str, Any], as_json: bool) -> None:
+    """The figures on labelled data, over all and for each class."""
+    if as_json:
+        _print(figures)
+        return
+    show_results({"task": figures["task"], "data": figures})
+    if figures["num_seen"]:
+        out.print(
+            f"{figures['num_seen']} of these samples were in the run's own training or validation: "
+            "the figures are better than on new data"
+        )
+    for note in figures["notes"]:
+        out.print(note, markup=False, soft_wrap=True)
+    if figures["task"] == "regression":
+        rows = [[name, figure(one["mae"]), figure(one["r2"])] for name, one in figures["per_class"].items()]
+        out.print(table(["target", "MAE", "R2"], rows, right=(1, 2)))
+    else:
+        worst = sorted((v, k) for k, v in figures["per_class"].items() if v is not None)[:10]
+        what = "accuracy" if figures["task"] == "single-label" else "F1"
+        out.print(table(["class", what], [[name, figure(value)] for value, name in worst], right=(1,)))
+    if figures["num_skipped"]:
+        out.print(f"{figures['num_skipped']} samples could not be read and were left out")
+
+
+def listed(found: Sequence[Run], storage: str, as_json: bool) -> None:
+    """The runs, how far they are, and the figure that counts."""
+    rows = [_row(run) for run in found]
+    if as_json:
+        _print(rows)
+        return
+    if not rows:
+        out.print(f"there are no runs in {storage}", markup=False)
+        return
+    cells = [
+        [r["name"], r["state"], r["epochs"], "" if r["value"] is None else f"{r['figure']} {figure(r['value'])}",
+         "" if r["seconds"] is None else f"{r['seconds']:.0f}"]
+        for r in rows
+    ]  # fmt: skip
+    out.print(table(["run", "state", "epochs", "result", "seconds"], cells, right=(2, 3, 4)))
+
+
+def _row(run: Run) -> dict[str, Any]:
+    state, metrics = run.state, run.metrics
+    results = run.results if state == "finished" else {}
+    figures = results.get("test") or results.get("validation") or {}
+    title, key = FIGURES[results.get("task", "single-label")][0]
+    return {
+        "name": run.name,
+        "state": state,
+        "epochs": metrics[-1]["epoch"] if metrics else 0,
+        "figure": title,
+        "value": figures.get(key),
+        "seconds": results.get("seconds"),
+    }
+
+
+def plugins(found: Sequence[Listing], as_json: bool) -> None:
+    """What each modality takes and which backbones fit; below, why a broken one does not load."""
+    if as_json:
+        _print(
+            [
+                {
+                    "name": one.name,
+                    "distribution": one.distribution,
+                    "version": one.version,
+                    "takes": one.modality.title if one.modality else None,
+                    "trainable": bool(one.modality and one.modality.trainable),
+                    "types": sorted(one.modality.rules.accepts) if one.modality else [],
+                    "num_timm": len(one.modality.rules.timm) if one.modality else 0,
+                    "error": one.error or None,
+                }
+                for one in found
+            ]
+        )
+        return
+    rows = []
+    for one in found:
+        takes = one.modality.title if one.modality else "broken"
+        if one.modality and not one.modality.trainable:
+            takes += " (check only, no training yet)"
+        rows.append([one.name, f"{one.distribution} {one.version}".strip(), takes, _families(one)])
+    out.print(table(["modality", "from", "takes", "backbone families"], rows))
+    for one in found:
+        if one.error:
+            out.print(f"{one.name}: {one.error}", markup=False)
+
+
+def _families(one: Listing) -> str:
+    if one.modality is None:
+        return ""
+    rules = one.modality.rules
+    names = sorted(rules.accepts, key=lambda name: len(name) > _WIDEST_EXAMPLE)  # longer ones are cut over two lines
+    count = "1 type" if len(names) == 1 else f"{len(names)} types"
+    timm = f", {len(rules.timm)} timm" if rules.timm else ""
+    return f"{count}{timm}: {', '.join(names[:3])}" + (", …" if names[3:] else "")
+
+
+def types(modality: str, as_json: bool) -> None:
+    """Every model type that a modality takes."""
+    rules = registry.get(modality).rules
+    if as_json:
+        _print({"types": sorted(rules.accepts), "timm": sorted(rules.timm)})
+        return
+    out.print(f"{modality}, from {rules.generated_from}", markup=False)
+    out.print(", ".join(sorted(rules.accepts)), markup=False)
+    if rules.timm:
+        out.print(f"and {len(rules.timm)} timm architectures", markup=False)
+
+
+def _print(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def features(found: Sequence[FeatureListing], place: str, as_json: bool) -> None:
+    """The sets of features of a storage, or of an object store."""
+    if as_json:
+        _print([_as_dict(one) for one in found])
+        return
+    if not found:
+        out.print(f"there are no features in {place}", markup=False)
+        return
+    cells = [[one.name, one.num_samples, _size(one.num_bytes), _when(one.used)] for one in found]
+    out.print(table(["features", "samples", "size", "used"], cells, right=(1, 2)))
+    out.print(f"{_size(sum(one.num_bytes for one in found))} in all; orchestrator features prune --max-size 50GB")
+
+
+def feature_set(one: FeatureListing, as_json: bool) -> None:
+    """What a set of features is of."""
+    if as_json:
+        _print(_as_dict(one))
+        return
+    key = one.key
+    inputs = key.get("input")
+    rows = [
+        ("features", one.name),
+        ("backbone", f"{key.get('backbone')} @ {str(key.get('commit')).removeprefix('sha256:')[:12]}"),
+        ("modality", key.get("modality")),
+        ("body ends", key.get("cut")),
+        ("input", setting(inputs) if isinstance(inputs, dict) else ""),
+        ("samples", one.num_samples),
+        ("shards", f"{one.num_shards}, {_size(one.num_bytes)}"),
+        ("used", _when(one.used)),
+    ]
+    out.print(pairs(rows))
+
+
+def pruned(
+    removed: Sequence[FeatureListing], left: Sequence[FeatureListing], dry_run: bool, as_json: bool
+) -> None:  # fmt: skip
+    """What was removed, or would be, and what is left."""
+    if as_json:
+        _print({"removed": [_as_dict(one) for one in removed], "left": [_as_dict(one) for one in left],
+                "dry_run": dry_run})  # fmt: skip
+        return
+    what = "would be removed" if dry_run else "removed"
+    for one in removed:
+        out.print(f"{what}: {one.name}, {_size(one.num_bytes)}, used {_when(one.used)}", markup=False, soft_wrap=True)
+    out.print(f"{len(removed)} {what}; {_size(sum(one.num_bytes for one in left))} in {len(left)} sets left")
+
+
+def _as_dict(one: FeatureListing) -> dict[str, Any]:
+    return {**dataclasses.asdict(one), "used": _when(one.used)}
+
+
+def _size(num_bytes: int) -> str:
+    """In the largest unit that leaves a digit before the point."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            break
+        num_bytes /= 1000  # type: ignore[assignment]
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,275 @@
+"""The command line. It says the same things as Python and YAML; each command imports what it needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.errors import REASONS, InterruptedRunError, JobError, OrchestratorError, missing_extra
+from orchestrator.terminal import feature_commands
+from orchestrator.terminal.flags import Json, takes, with_options
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Take a network that was trained on the same kind of input, give it a new last layer, train that layer "
+    "or everything, and get a Hugging Face model back.\n\n"
+    "Exit codes: 0 done, 1 failed, 2 refused before the start, 130 interrupted (the same command goes on).",
+)
+
+JobFile = Annotated[Path | None, typer.Argument(metavar="[JOB.yaml]", help="a job file; flags win over it")]
+FinishedRun = Annotated[Path, typer.Argument(help="the directory of a finished run")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="start over, removing what the run holds")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"orchestrator {version('orchestrator')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="and exit")] = False,
+) -> None:
+    """What stands before a command."""
+
+
+@app.command()
+@takes()
+def finetune(
+    fields: dict[str, Any],
+    job: JobFile = None,
+    fresh: Fresh = False,
+    verify_content: Annotated[
+        bool, typer.Option("--verify-content", help="read all samples, to find out which features are stored already")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Train a backbone on your data. The same command again goes on with an unfinished run.
+
+    orchestrator finetune --backbone microsoft/resnet-50 --data photos/
+
+    orchestrator finetune job.yaml --method full --set training.epochs=3
+    """
+    from orchestrator.terminal import answers
+    from orchestrator.train import finetune as run_finetune
+
+    answers.finished(run_finetune(job, fresh=fresh, verify_content=verify_content, **fields), json_)
+
+
+@app.command()
+@takes(but="--method")
+def pretrain(fields: dict[str, Any], job: JobFile = None, fresh: Fresh = False, json_: Json = False) -> None:
+    """Train a backbone's architecture from random weights. The run is a backbone for `finetune`.
+
+    orchestrator pretrain --backbone microsoft/resnet-50 --data many-photos/ --name base
+
+    orchestrator finetune --backbone runs/base --data my-photos/
+    """
+    from orchestrator.terminal import answers
+    from orchestrator.train import pretrain as run_pretrain
+
+    answers.finished(run_pretrain(job, fresh=fresh, **fields), json_)
+
+
+@app.command()
+@takes()
+def plan(fields: dict[str, Any], job: JobFile = None, json_: Json = False) -> None:
+    """Print what `finetune` would do, and run nothing."""
+    from orchestrator.gate.planning import plan as make_plan
+    from orchestrator.terminal.console import show_plan
+
+    made = make_plan(job, **fields)
+    if json_:
+        print(made.model_dump_json(indent=1))
+    else:
+        show_plan(made)
+
+
+@app.command()
+@takes("--modality", "--task", "--set", "--data", "--input-column", "--label-column", "--label-separator", "--size")
+def check(
+    fields: dict[str, Any],
+    backbone: Annotated[str, typer.Argument(help="org/name[@revision], a directory, or an earlier run")],
+    json_: Json = False,
+) -> None:
+    """Say whether a backbone fits a modality, from its metadata files alone, and what your data is to it.
+
+    orchestrator check microsoft/resnet-50 --modality image
+
+    orchestrator check facebook/wav2vec2-base --modality audio --data recordings/
+    """
+    from orchestrator.gate.planning import inspect
+    from orchestrator.job.spec import make_job
+    from orchestrator.terminal import answers
+
+    job = make_job(**{"data": "-", "backbone": backbone, **fields})
+    found = inspect(backbone, job.modality, job.data if "data" in fields else None, job.settings, job.task)
+    answers.checked(found, job.modality, json_)
+
+
+@app.command()
+def predict(
+    run: FinishedRun,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="files, or folders of them; of a text model the texts themselves; - for the lines of standard input"
+        ),
+    ],
+    top: Annotated[int, typer.Option(min=1, help="so many classes each")] = 3,
+    json_: Json = False,
+) -> None:
+    """Classify files with a finished run. Exit code 1 if one of them cannot be read."""
+    from orchestrator.job.runs import open_finished
+
+    opened = open_finished(run)  # before torch is imported, which takes seconds
+    from orchestrator.predictor import predict as run_predict
+    from orchestrator.terminal import answers
+
+    found = run_predict(opened, [one for given in inputs for one in (_lines() if given == "-" else [given])], top)
+    answers.predicted(found, opened.plan.job.task, json_)
+    if any(one.problem for one in found):
+        raise typer.Exit(1)
+
+
+def _lines() -> list[str]:
+    """The lines of standard input that are not empty; what is no UTF-8 as in an argument."""
+    lines = sys.stdin.buffer.read().decode(errors="surrogateescape").split("\n")
+    return [line.removesuffix("\r") for line in lines if line.strip()]
+
+
+@app.command()
+@takes("--input-column", "--label-column", "--label-separator", "--on-bad-sample")
+def evaluate(
+    fields: dict[str, Any],
+    run: FinishedRun,
+    data: Annotated[str, typer.Option(help="labelled data: a folder of class folders, or a table")],
+    json_: Json = False,
+) -> None:
+    """Figures of a finished run on labelled data that it has not seen."""
+    from orchestrator.job.runs import open_finished
+    from orchestrator.job.spec import make_job
+
+    opened = open_finished(run)  # before torch is imported, which takes seconds
+    spec = make_job(backbone="-", data=data, **fields).data
+    from orchestrator.predictor import evaluate as run_evaluate
+    from orchestrator.terminal import answers
+
+    answers.evaluated(run_evaluate(opened, spec), json_)
+
+
+@app.command()
+def runs(
+    storage: Annotated[str, typer.Option(help="the directory of the runs")] = "runs",
+    json_: Json = False,
+) -> None:
+    """List the runs and how far they are."""
+    from orchestrator.job.runs import list_runs
+    from orchestrator.terminal import answers
+
+    answers.listed(list_runs(storage), storage, json_)
+
+
+@app.command()
+def plugins(
+    types: Annotated[str | None, typer.Option(metavar="MODALITY", help="list its model types")] = None,
+    json_: Json = False,
+) -> None:
+    """List the modality plugins: what they take, and which backbones fit."""
+    from orchestrator.modality import registry
+    from orchestrator.terminal import answers
+
+    if types is not None:
+        answers.types(types, json_)
+    else:
+        answers.plugins(registry.listings(), json_)
+
+
+app.add_typer(feature_commands.app, name="features")
+
+
+@app.command()
+def reasons() -> None:
+    """List every `reason` that a refusal can have."""
+    from orchestrator.terminal.console import out, pairs
+
+    out.print(pairs(list(REASONS.items())))
+
+
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, wherever this version of typer keeps it
+
+
+def main() -> None:
+    """The entry point: every error becomes a message and an exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _command_of(arguments: list[str]) -> str:
+    """The command that was meant, as far as there is one: `orchestrator features prune`."""
+    words = ["orchestrator"]
+    command: Any = typer.main.get_command(app)
+    for word in arguments:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        words.append(word)
+    return " ".join(words)
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; its exit code."""
+    as_json = "--json" in arguments
+    # OpenMP's threads wait for one another by spinning, which beside other work on the same cores makes torch several
+    # times slower. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        if not arguments:
+            app(["--help"], standalone_mode=False, prog_name="orchestrator")
+            return 2
+        code = app(arguments, standalone_mode=False, prog_name="orchestrator")
+        if code == InterruptedRunError.exit_code:  # typer makes this of a KeyboardInterrupt, in silence
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except _UsageError as error:
+        message = getattr(error, "format_message", error.__str__)()
+        return _fail(JobError(message, mend=f"{_command_of(arguments)} --help"), as_json)
+    except OrchestratorError as error:
+        return _fail(error, as_json)
+    except BrokenPipeError:
+        return 0
+    except OSError as error:  # one that a run met on its way is a TrainingError by now
+        place = error.filename or "the file system"
+        return _fail(JobError(f"{place} cannot be used: {error.strerror or error}"), as_json)
+    except ModuleNotFoundError as error:
+        refusal = missing_extra(error)
+        if refusal is None:
+            raise
+        return _fail(refusal, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(InterruptedRunError("stopped by Ctrl-C", mend="the same command goes on"), as_json)
+
+
+def _fail(error: OrchestratorError, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"accepted": False, **error.as_dict()}, ensure_ascii=False))
+    else:
+        from orchestrator.terminal.console import show_error
+
+        # A job file and Python know the settings; who sits at the command line has flags.
+        error.message, error.expected, error.mend = map(with_options, (error.message, error.expected, error.mend))
+        show_error(error)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    main()

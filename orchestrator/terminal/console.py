@@ -1,0 +1,305 @@
+"""What a person sees in a terminal: progress, plans, results, refusals. Reads well at 80 columns."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.job.plans import FIGURES, Parameters
+
+Events = Callable[[dict[str, Any]], None]
+
+# A class named ":fish:" is shown as it is written, and so is a file named "[bold].png": `escape` sees to that.
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
+
+_PLAIN_EVERY_S = 10.0
+
+
+class _Share(ProgressColumn):
+    """Percent done, nothing where the end is not known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.percentage:>3.0f}%" if task.total else "    ")
+
+
+class _Rate(ProgressColumn):
+    """Samples a second, and the time left."""
+
+    def render(self, task: Task) -> Text:
+        per_unit = task.fields.get("samples_per_unit", 1.0)
+        rate = f"{task.speed * per_unit:,.0f}/s" if task.speed else ""
+        left = task.time_remaining
+        return Text(f"{rate:>9} {_clock(left) if left is not None else '':>6}", style="cyan")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Events]:
+    """A function that shows events: a bar on a terminal, a line now and then elsewhere."""
+    if not err.is_terminal:
+        yield _Plain()
+        return
+    bar = Progress(
+        TextColumn("{task.description}", style="bold"),
+        BarColumn(bar_width=None),
+        _Share(table_column=Column(no_wrap=True)),
+        _Rate(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[status]}", style="green", table_column=Column(no_wrap=True)),
+        console=err,
+        transient=True,
+        expand=True,
+        speed_estimate_period=10,
+    )
+    with bar:
+        yield _Bar(bar)
+
+
+class _Bar:
+    """Events as one bar a phase."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task: Any = None
+        self._learnt = ""
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "phase":
+            self._learnt = event.get("task", self._learnt)
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(
+                event["text"],
+                total=event.get("total"),
+                completed=event.get("done", 0),
+                samples_per_unit=event.get("samples_per_unit", 1.0),
+                status="",
+            )
+        elif kind == "advance" and self._task is not None:
+            self._bar.advance(self._task, event["num"])
+            if "epoch" in event:
+                self._bar.update(self._task, status=_epoch_status(event, self._learnt))
+        elif kind == "note":
+            self._bar.console.print(Text("  note ", style="yellow").append(event["text"], style="default"))
+        elif kind == "done" and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
+
+def _body_runs(plan: Any) -> str:
+    if plan.features != "once":
+        return "in every step"
+    where = f", in {plan.num_extractors} processes of Ray's" if plan.num_extractors else ""
+    return f"once for each sample{where}" + (f"; kept in {plan.job.feature_store}" if plan.job.feature_store else "")
+
+
+def _epoch_status(event: Mapping[str, Any], task: str) -> str:
+    line = event["epoch"]
+    # What the best epoch is chosen by.
+    what, short = ("accuracy", "acc") if task == "single-label" else ("loss", "loss")
+    split, shown = ("validation", "val") if f"validation_{what}" in line else ("train", "train")
+    return f"epoch {line['epoch']}/{event['epochs']} {shown} {short} {line[f'{split}_{what}']:.3f}"
+
+
+class _Plain:
+    """Events as lines, for a log."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._learnt = ""
+        self._phase: Mapping[str, Any] = {}
+        self._done = 0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self._learnt = event.get("task", self._learnt)
+        if event["kind"] in ("phase", "note"):
+            err.print(escape(event["text"]), soft_wrap=True)
+        if event["kind"] == "phase":
+            self._phase, self._done = event, event.get("done", 0)
+            self._last = time.monotonic() if event.get("unit") == "samples" else 0.0
+        elif event["kind"] == "advance":
+            self._done += event["num"]
+            line = self._line(event)
+            last = "epoch" in event and event["epoch"]["epoch"] == event["epochs"]
+            if line and (last or time.monotonic() - self._last > _PLAIN_EVERY_S):
+                self._last = time.monotonic()
+                err.print(escape(line))
+
+    def _line(self, event: Mapping[str, Any]) -> str:
+        """How far it is: by epochs, or by samples where there are no epochs."""
+        if "epoch" in event:
+            return _epoch_status(event, self._learnt)
+        total = self._phase.get("total")
+        return f"{self._done:,} of {total:,} samples" if total and self._phase.get("unit") == "samples" else ""
+
+
+def show_error(error: OrchestratorError) -> None:
+    """What happened, what was expected, and the mend."""
+    if error.exit_code == 130:  # its reason and its message say the same
+        err.print(Text(error.message, style="bold red"))
+    else:
+        word = "refused" if error.exit_code == 2 else "failed"
+        err.print(Text.assemble((f"{word} ", "bold red"), (f"({error.reason}) ", "red"), error.message))
+    if error.expected:
+        err.print(Text.assemble(("expected ", "bold"), error.expected))
+    if error.mend:
+        err.print(Text.assemble(("mend     ", "bold green"), error.mend))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> Table:
+    """A plain table; columns numbered in `right` are numbers."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else escape(str(cell)) for cell in row))
+    return made
+
+
+def pairs(rows: Sequence[tuple[str, object]]) -> Table:
+    """Names and what they are, one a line."""
+    made = Table(box=None, show_header=False, pad_edge=False)
+    made.add_column(style="bold")
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(name, value if isinstance(value, Text) else escape(str(value)))
+    return made
+
+
+def show_plan(plan: Any) -> None:
+    """A Plan as a person reads it."""
+    card, counts, schedule = plan.backbone, plan.data.num_samples, plan.schedule
+    rows: list[tuple[str, object]] = [
+        ("run", plan.name),
+        ("backbone", f"{card.source} @ {card.short_commit} ({card.model_type}, {card.kind})"),
+        ("method", plan.job.method),
+        ("task", plan.job.task),
+        ("targets" if plan.job.task == "regression" else "classes", f"{len(plan.classes)}: {_some(plan.classes, 10)}"),
+        ("samples", f"train {counts['train']}, validation {counts['validation']}, test {counts['test']}"),
+        *_balance(plan),
+        ("input", setting(plan.input)),
+        *(("adapted", str(one)) for one in plan.adaptations),
+        *(("warning", one) for one in plan.warnings),
+        *(("note", one) for one in plan.data.notes),
+    ]
+    if plan.data.num_duplicates or plan.data.num_skipped:
+        rows.append(("left out", f"{plan.data.num_duplicates} duplicates, {plan.data.num_skipped} bad samples"))
+    if plan.parameters is not None:
+        rows += _size(plan.parameters)
+    rows += [
+        ("training", f"{schedule.epochs} epochs x {schedule.steps_per_epoch} steps of {schedule.batch_size} samples"),
+        ("optimizer", plan.job.training.optimizer),
+        ("rates", f"body {schedule.learning_rate:g}, head {schedule.head_learning_rate:g}"),
+        ("rate", f"{schedule.head_learning_rate:g}"),
+        ("BatchNorm", schedule.batch_norm),
+        ("body runs", _body_runs(plan)),
+        ("workers", f"{plan.num_workers} x {plan.threads_per_worker} threads"
+                    + (", on Ray" if plan.ray else ", in this process")),
+    ]  # fmt: skip
+    # A frozen body has no rate of its own, and nothing else to decide.
+    left_out = ("rates", "BatchNorm") if plan.job.method == "head" else ("rate",)
+    out.print(pairs([row for row in rows if row[0] not in left_out]))
+
+
+def _size(p: Parameters) -> list[tuple[str, object]]:
+    """What is trained and what that takes; a head that the checkpoint does not hold has no number yet."""
+    if p.head_known:
+        trained, memory = f"{p.trained:,} trained" + (f", {p.frozen:,} frozen" if p.frozen else ""), ""
+    else:
+        trained = f"{p.trained:,} and a new head trained" if p.trained else f"a new head trained, {p.frozen:,} frozen"
+        memory = ", and what the new head takes"
+    sizes = [("weights", p.weights_bytes), ("gradients", p.gradients_bytes), ("optimizer", p.optimizer_bytes)]
+    return [
+        ("parameters", trained),
+        ("memory", ", ".join(f"{what} {_mb(size)}" for what, size in sizes if size) + memory),
+    ]
+
+
+def _balance(plan: Any) -> list[tuple[str, object]]:
+    """How many training samples a class has, or where the targets lie."""
+    if plan.job.task == "regression":
+        data = plan.data
+        return [
+            (name, f"{figure(mean)}, deviation {figure(std)}, in train")
+            for name, mean, std in zip(plan.classes, data.target_mean, data.target_std, strict=True)
+        ]
+    weighed = ""
+    if plan.class_weights:
+        weighed = f"; weighed {figure(min(plan.class_weights))} to {figure(max(plan.class_weights))} in the loss"
+    return [("a class", _spread(plan.data.per_class["train"]) + " in train" + weighed)]
+
+
+def setting(given: Mapping[str, Any]) -> str:
+    """The resolved input settings on one line: `size 64 x 64, channels 3`."""
+    return ", ".join(
+        f"{key} {' x '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+        for key, value in given.items()
+    )
+
+
+def middle(text: str, width: int) -> str:
+    """The text on one line, its middle left out where it is wider than `width`: `recordings/a…b/left.wav`."""
+    text = " ".join(text.split())
+    if cell_len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return f"{set_cell_size(text, width - 1 - tail).rstrip()}…{set_cell_size(text[::-1], tail)[::-1].lstrip()}"
+
+
+def _some(names: Sequence[str], num: int) -> str:
+    return ", ".join(names[:num]) + (f" and {len(names) - num} more" if len(names) > num else "")
+
+
+def _spread(counts: Sequence[int]) -> str:
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def _mb(num: int) -> str:
+    return f"{num / 2**20:,.1f} MB"
+
+
+def figure(value: float | None) -> str:
+    """A figure of the results, '' where there is none: four digits that count."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}"
+
+
+def interval(figures: Mapping[str, Any], key: str) -> str:
+    """`0.912 to 0.944`, '' where there is no interval."""
+    edges = figures.get(f"{key}_95")
+    return "" if edges is None else f"{figure(edges[0])} to {figure(edges[1])}"
+
+
+def show_results(results: Mapping[str, Any]) -> None:
+    """The final figures of a run."""
+    rows, shown = [], FIGURES[results.get("task", "single-label")]
+    for split in ("validation", "test", "data"):
+        if split in results:
+            one = results[split]
+            values = [figure(one.get(key)) for _, key in shown]
+            rows.append([split, one["num_samples"], values[0], interval(one, shown[0][1]), *values[1:]])
+    if rows:
+        titles = [title for title, _ in shown]
+        out.print(table(["split", "samples", titles[0], "95 % interval", *titles[1:]], rows, (1, 2, 4, 5)))
+    else:
+        out.print("no sample was held back, so there are no figures")
+    if results.get("num_skipped"):
+        out.print(f"{results['num_skipped']} samples were left out; skipped.jsonl in the run names them")

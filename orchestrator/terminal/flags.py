@@ -1,0 +1,128 @@
+"""The flags that set a job's settings: each said once, and the commands' signatures made out of them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.job.spec import parse_setting
+
+_JOB = "The job"
+_DATA = "Data"
+_TRAINING = "Training"
+_WHERE = "Where it runs"
+
+Json = Annotated[bool, typer.Option("--json", help="print the result, or the refusal, as JSON")]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag, and the setting that it sets."""
+
+    option: str
+    setting: str
+    """Dotted, as in a job file; '' of --set, which names it itself."""
+    panel: str
+    help: str | None = None
+    kind: Any = str
+    metavar: str | None = None
+
+    @property
+    def parameter(self) -> str:
+        """The name that a function takes it by."""
+        return self.option.removeprefix("--").replace("-", "_")
+
+    def as_parameter(self) -> inspect.Parameter:
+        """What typer reads."""
+        option = typer.Option(self.option, help=self.help, rich_help_panel=self.panel, metavar=self.metavar)
+        return inspect.Parameter(
+            self.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[self.kind | None, option]
+        )
+
+
+FLAGS = (
+    Flag("--backbone", "backbone", _JOB, "org/name[@revision] on the Hub, a directory, or an earlier run"),
+    Flag("--method", "method", _JOB, "head: new last layer only; full: everything; scratch: random weights"),
+    Flag("--modality", "modality", _JOB, "image, or another that `plugins` lists"),
+    Flag("--task", "task", _JOB, "single-label, multi-label or regression"),
+    Flag("--name", "name", _JOB, "of the run; made from the job by default"),
+    Flag("--set", "", _JOB, "any setting: training.epochs=3 (repeatable)", list[str], "KEY=VALUE"),
+    Flag("--data", "data", _DATA,
+         "class folders, a .csv, .parquet or .jsonl, a Hub data set (org/name); a path or a URI (s3://…)"),
+    Flag("--input-column", "data.input_column", _DATA,
+         "a table's column of paths, bytes or texts (twice for pairs of texts)", list[str]),
+    Flag("--label-column", "data.label_column", _DATA,
+         "a table's column of labels (repeatable: one column a label or target)", list[str]),
+    Flag("--label-separator", "data.label_separator", _DATA, "between several labels of one cell"),
+    Flag("--split-column", "data.split_column", _DATA, "a table's column that says train, validation or test"),
+    Flag("--group-column", "data.group_column", _DATA, "samples of one group stay on one side of every split"),
+    Flag("--num-train", "data.num_train", _DATA, "train on so many samples only", int),
+    Flag("--on-bad-sample", "data.on_bad_sample", _DATA, "fail or skip: what a broken sample does"),
+    Flag("--epochs", "training.epochs", _TRAINING, None, int),
+    Flag("--batch-size", "training.batch_size", _TRAINING, "samples a step, over all workers", int),
+    Flag("--learning-rate", "training.learning_rate", _TRAINING, None, float),
+    Flag("--seed", "training.seed", _TRAINING, None, int),
+    Flag("--size", "settings.size", _TRAINING, "input size, where the modality has one", int),
+    Flag("--workers", "scaling.num_workers", _WHERE, "more than one: processes on Ray", int),
+    Flag("--address", "scaling.address", _WHERE, "a Ray cluster; 'local' starts one here"),
+    Flag("--storage", "storage", _WHERE, "the directory of the runs [default: runs]"),
+    Flag("--feature-store", "feature_store", _WHERE, "s3://…: features of frozen bodies, for other machines too"),
+)  # fmt: skip
+_OPTIONS = {flag.setting: flag.option for flag in FLAGS if flag.setting} | {"data.path": "--data"}
+_DOTTED = "|".join(re.escape(setting) for setting in _OPTIONS if "." in setting)
+_PLAIN = "|".join(setting for setting in _OPTIONS if "." not in setting)
+# Dotted settings stand for themselves anywhere; `data` and `method` are words, and settings where a fault is told.
+_NAMED = re.compile(rf"(?<![\w.-])(?<!--set )(?:(?:{_DOTTED})(?![\w.=])|(?:^|(?<=: ))(?:{_PLAIN})(?= = | is missing))")
+
+
+def takes(*only: str, but: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the command takes all flags, or these, and gets as `fields` what was given, {setting: value}."""
+    chosen = [flag for flag in FLAGS if (not only or flag.option in only) and flag.option != but]
+
+    def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+        own = dict(inspect.signature(command, eval_str=True).parameters)
+        del own["fields"]
+        made = [flag.as_parameter() for flag in chosen]
+
+        @functools.wraps(command)
+        def taking(**given: Any) -> None:
+            command(**{name: given[name] for name in own}, fields=_fields(given, chosen))
+
+        positional = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own.values()]
+        taking.__signature__ = inspect.Signature([*positional, *made])  # type: ignore[attr-defined]
+        annotations = {one.name: one.annotation for one in (*positional, *made)}
+        taking.__annotations__ = {**annotations, "return": None}
+        return taking
+
+    return with_flags
+
+
+def _fields(given: Mapping[str, Any], chosen: list[Flag]) -> dict[str, Any]:
+    """The job's fields out of flags; those that were not given are left out, and --set wins."""
+    fields: dict[str, Any] = {}
+    for flag in chosen:
+        value = given[flag.parameter]
+        if flag.setting and value not in (None, []):
+            # A column alone is a name, several are a list, as in a job file.
+            fields[flag.setting] = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return fields | dict(parse_setting(text) for text in given.get("set") or [])
+
+
+def with_options(text: str) -> str:
+    """A message with the flag behind each setting that has one: `data.label_column (--label-column)`."""
+
+    def name(found: re.Match[str]) -> str:
+        setting = found.group()
+        option = _OPTIONS[setting]
+        if re.search(rf"{option}(?![\w-])", text):
+            return setting
+        in_brackets = text[: found.start()].endswith("(") and text[found.end() :].startswith(")")
+        return f"{setting}, {option}" if in_brackets else f"{setting} ({option})"
+
+    return _NAMED.sub(name, text)

@@ -1,0 +1,104 @@
+"""The part of `check_modality` that holds a batch against what is declared, and against what the network takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.errors import ContractError, calling
+from orchestrator.job.plans import Plan
+from orchestrator.modality.contract import Collate, Modality
+from orchestrator.network.model import Network
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan, and what the plugin made of it."""
+
+    plan: Plan
+    directory: Path
+    network: Network
+    collate: Collate
+    decoded: Sequence[Any]
+    targets: Tensor
+
+
+def collated(trial: Trial, modality: Modality, train: bool) -> dict[str, Tensor]:
+    """The batch, held against what is declared, and against what the network takes."""
+    num, what = len(trial.decoded), f"collate(decoded, {train})"
+    with calling("batch", what), torch.random.fork_rng():
+        inputs = trial.collate(trial.decoded, train)
+    if not isinstance(inputs, Mapping) or not all(isinstance(value, Tensor) for value in inputs.values()):
+        raise ContractError("batch", f"{what} gives {_kinds(inputs)}", expected="{name: tensor}")
+    for key, value in inputs.items():
+        if value.ndim == 0 or len(value) != num:
+            raise ContractError(
+                "batch", f"{key!r} is {list(value.shape)} for {num} samples",
+                expected=f"[{num}, ...]: the batch comes first", mend="stack the samples",
+            )  # fmt: skip
+        if value.dtype == torch.float64 or (value.is_floating_point() and not bool(value.isfinite().all())):
+            problem = "float64, and weights are float32" if value.dtype == torch.float64 else "not finite"
+            raise ContractError("batch", f"{key!r} is {problem}", expected="finite float32, or integers")
+    first = modality.sample[0]
+    as_declared = [value for value in inputs.values() if str(value.dtype).removeprefix("torch.") == first.dtype]
+    if not as_declared:
+        raise ContractError(
+            "batch", f"gives {_kinds(inputs)}", expected=f"{first.dtype}, as the field {first.name!r} is declared",
+            mend="convert it, or declare what the network takes",
+        )  # fmt: skip
+    if not any(_fits(value, first.shape) for value in as_declared):
+        raise ContractError(
+            "batch", f"gives {_kinds(inputs)}", mend="correct the collate function or the declaration",
+            expected=f"[batch, {', '.join(map(str, first.shape))}], as the field {first.name!r} is declared",
+        )  # fmt: skip
+    _check_keys(trial.network, inputs)
+    return dict(inputs)
+
+
+def _kinds(inputs: Any) -> str:
+    if not isinstance(inputs, Mapping):
+        return f"a {type(inputs).__name__}"
+    shown = (
+        f"{key!r} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if isinstance(value, Tensor)
+        else f"{key!r} a {type(value).__name__}" for key, value in inputs.items()
+    )  # fmt: skip
+    return ", ".join(shown) or "nothing"
+
+
+def _fits(value: Tensor, shape: Sequence[int | str]) -> bool:
+    return value.ndim == len(shape) + 1 and all(
+        isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, value.shape[1:], strict=True)
+    )
+
+
+def _check_keys(network: Network, inputs: Mapping[str, Tensor]) -> None:
+    """The keys are parameters of `forward`; those that `parts` takes out are its own."""
+    taken = inspect.signature(network.module.forward).parameters
+    parts: Sequence[Mapping[str, Tensor]] = [inputs]
+    if network.parts is not None:
+        with calling("build", "Network.parts"):
+            parts = [part for _, part in network.parts(inputs)]
+    undeclared = sorted({key for part in parts for key in part} - set(taken))
+    if undeclared and not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+        raise ContractError(
+            "batch", f"gives {undeclared[0]!r}, which the network's forward does not take",
+            expected="some of " + ", ".join(taken), mend="leave the key out, or name it as forward does",
+        )  # fmt: skip
+
+
+def logits_of(trial: Trial, inputs: Mapping[str, Tensor]) -> Tensor:
+    with calling("build", "calling the network with the batch"):
+        logits = trial.network.logits(inputs)
+    wanted = [len(trial.decoded), len(trial.plan.classes)]
+    if list(logits.shape) != wanted or not logits.is_floating_point():
+        raise ContractError(
+            "build", f"the network gives logits {str(logits.dtype).removeprefix('torch.')} {list(logits.shape)}",
+            expected=f"floating point {wanted}: [batch, classes]", mend="give the last layer len(plan.classes) outputs",
+        )  # fmt: skip
+    return logits

@@ -1,0 +1,172 @@
+"""The part of `check_modality` that looks at what is declared: name, rules, and whether it can travel."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.errors import ContractError, PluginError, RefusedError, calling
+from orchestrator.gate import decide as gate
+from orchestrator.job.plans import FIGURES, BackboneCard
+from orchestrator.modality import registry
+from orchestrator.modality.contract import Modality, Sample
+
+_HEAVY = ("torch", "ray", "transformers", "timm", "torchvision")
+_CALLED = ("decode", "measure", "fit", "build", "batch", "toy")
+
+
+def check_declaration(modality: Modality) -> None:
+    try:
+        registry.validate(modality, "modality")
+    except PluginError as error:
+        raise ContractError(
+            "declaration", error.message, expected=error.expected, mend="correct that field of your Modality"
+        ) from None
+    for field in _CALLED:
+        if getattr(modality, field) is None:
+            what = "a modality without toy samples cannot be checked" if field == "toy" else "nothing can be trained"
+            raise ContractError(
+                field, f"is None: {what}", expected="a function",
+                mend=f"write it: orchestrator.modality.{'FitFunction' if field == 'fit' else field.capitalize()} "
+                "is its signature",
+            )  # fmt: skip
+    for task in modality.tasks:
+        if task.name not in FIGURES:
+            raise ContractError("tasks", f"names {task.name!r}", expected="some of " + ", ".join(FIGURES))
+    for one in modality.sample:
+        if one.kind == "file" and not all(s.startswith(".") and s == s.lower() for s in one.suffixes or ("",)):
+            raise ContractError(
+                "sample", f"the field {one.name!r} is of files with the suffixes {list(one.suffixes)}",
+                expected='one or more such as ".npy", in lower case', mend="without one no folder can be read",
+            )  # fmt: skip
+    # Whatever model_config says: a validator of the model's own may still swallow what it does not know.
+    with contextlib.suppress(ValidationError):
+        modality.settings.model_validate({"no_such_setting": 1})
+        raise ContractError(
+            "settings", "takes the unknown key 'no_such_setting' in silence", expected="ValidationError",
+            mend='model_config = ConfigDict(extra="forbid"), and no validator that drops keys',
+        )  # fmt: skip
+
+
+def check_name(modality: Modality) -> None:
+    points = registry.claims(modality.name)
+    mend = f"give yours another name, or uninstall what claims it; taken are {', '.join(registry.names())}"
+    if len(points) > 1:
+        raise ContractError(
+            "name", f"{len(points)} distributions claim {modality.name!r}: {registry.owners(points)}", mend=mend
+        )
+    if points:
+        with calling("name", f"the entry point of {registry.owners(points)}", expected="an import that works"):
+            installed = points[0].load()
+        if installed is not modality:
+            raise ContractError(
+                "name", f"{modality.name!r} is taken by {registry.owners(points)}, which gives another modality",
+                expected="a name that no installed distribution has", mend=mend,
+            )  # fmt: skip
+
+
+def check_rules(modality: Modality, shares: Sequence[str]) -> None:
+    """No backbone of another modality is let through, and none of a type that nobody knows."""
+    cards = [("a type that nobody knows", _bare("transformers", "no-such-type"))]
+    cards += [("an architecture that nobody knows", _bare("timm", "no_such_architecture"))]
+    for name, other in registry.available().items():
+        if name != modality.name and name not in shares:
+            cards += [(f"of the modality {name}", _bare("transformers", key)) for key in other.rules.accepts]
+            cards += [(f"of the modality {name}", _bare("timm", key)) for key in other.rules.timm]
+    for whose, card in cards:
+        with calling("rules", f"looking {card.model_type!r} up"):
+            if _is_refused(card, modality):
+                continue
+        raise ContractError(
+            "rules", f"accept {card.model_type!r} ({card.library}), {whose}",
+            expected="rows of the plugin's own model types alone",
+            mend="take the row out; where both modalities are meant to take it: check_modality(..., shares=[...])",
+        )  # fmt: skip
+
+
+def _is_refused(card: BackboneCard, modality: Modality) -> bool:
+    try:
+        gate.match(card, modality, {})
+    except RefusedError:
+        return True
+    return False
+
+
+def _bare(library: str, model_type: str) -> BackboneCard:
+    return BackboneCard(
+        source=model_type, kind="directory", name=model_type, library=library,
+        model_type=model_type, config={"model_type": model_type},
+    )  # fmt: skip
+
+
+def check_pickle(modality: Modality) -> None:
+    """A registered modality travels to the workers."""
+    for part in fields(modality):
+        try:
+            pickle.loads(pickle.dumps(getattr(modality, part.name)))
+        except Exception as error:
+            raise ContractError(
+                part.name, f"cannot cross to another process by pickle: {error}",
+                expected="functions and classes that stand at the top of a module",
+                mend="no lambda, no function inside of another, no open file or lock in a default",
+            ) from error  # fmt: skip
+
+
+def check_in_another_process(
+    modality: Modality, card: BackboneCard, sample: Sample, settings: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """What the gate calls works after a pickle, and imports nothing heavy: a laptop asks it."""
+    given = pickle.dumps((modality, card, sample, dict(settings)))
+    modules = sorted({getattr(getattr(modality, part), "__module__", "") for part in (*_CALLED, "settings")} - {""})
+    done = subprocess.run(
+        [sys.executable, "-c", _ANOTHER_PROCESS, json.dumps([modules, _HEAVY])],
+        input=given, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise ContractError(
+            "the top module", f"does not work in another process: {' '.join(last)}",
+            expected="that the modality can be unpickled and asked where only its package is installed",
+        )  # fmt: skip
+    field, heavy = json.loads(done.stdout.decode().splitlines()[-1])
+    if heavy:
+        where = f"importing {field}" if field in modules else f"{field}()"
+        raise ContractError(
+            "the top module" if field in modules else field, f"{where} imports {', '.join(heavy)}",
+            expected="neither torch nor ray nor transformers: the gate runs on any laptop, at once",
+            mend="import them inside build and batch",
+        )  # fmt: skip
+
+
+_ANOTHER_PROCESS = """
+import importlib, json, pickle, sys
+modules, heavy = json.loads(sys.argv[1])
+def done(step):
+    found = [name for name in heavy if name in sys.modules]
+    if found:
+        print(json.dumps([step, found]))
+        sys.exit()
+for name in modules:
+    importlib.import_module(name)
+    done(name)
+modality, card, sample, settings = pickle.loads(sys.stdin.buffer.read())
+from orchestrator.gate import decide as gate
+from orchestrator.modality.contract import Profile
+decoded = modality.decode(sample)
+done("decode")
+facts = modality.measure(decoded, card)
+done("measure")
+row = gate.match(card, modality, {})
+modality.fit(card, row, modality.settings.model_validate(settings), Profile.of([facts]))
+done("fit")
+print(json.dumps(["", []]))
+"""

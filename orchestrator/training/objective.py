@@ -1,0 +1,140 @@
+"""What the task decides while a network is trained: the loss, what counts as right, the scale of the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from orchestrator.job.plans import Plan
+from orchestrator.network.model import Network
+from orchestrator.training.metrics import MAX_SCORES
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a plan's task, in the form that shards and workers add up."""
+
+    task: str
+    class_weights: Tensor | None
+    """float32 [classes]"""
+    label_smoothing: float
+    mean: Tensor
+    """float32 [classes]: what the network's outputs are shifted by (0 but for regression)."""
+    std: Tensor
+    """float32 [classes]: and multiplied with (1 but for regression), to be in the targets' own units."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        """(sum over the samples, the weight to divide it by once all shards are added up).
+
+        outputs: float32 [samples, classes]; targets: int64 [samples] or float32 [samples, classes].
+        """
+        class_weights = None if self.class_weights is None else self.class_weights.to(outputs.device)
+        each, weights = _LOSSES[self.task](outputs, self._scaled(targets), class_weights, self.label_smoothing)
+        return each.sum(), float(weights.sum())
+
+    def each_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """float32 [samples]: the loss of every sample, unweighted and without label smoothing."""
+        return _LOSSES[self.task](outputs, self._scaled(targets), None, 0.0)[0]
+
+    def _scaled(self, targets: Tensor) -> Tensor:
+        if self.task != "regression":
+            return targets
+        return (targets - self.mean.to(targets.device)) / self.std.to(targets.device)
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """What is predicted: int64 [samples], bool [samples, classes], or float32 [samples, targets] in their units."""
+        if self.task == "single-label":
+            return outputs.argmax(dim=-1)
+        if self.task == "multi-label":
+            return outputs > 0
+        return outputs * self.std.to(outputs.device) + self.mean.to(outputs.device)
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """float32 [samples, classes]: probabilities, or the predicted values."""
+        if self.task == "single-label":
+            return outputs.softmax(dim=-1)
+        return outputs.sigmoid() if self.task == "multi-label" else self.predict(outputs)
+
+    def num_right(self, outputs: Tensor, targets: Tensor) -> float:
+        """How many samples are wholly right; 0 for regression, which has no such thing."""
+        if self.task == "regression":
+            return 0.0
+        right = self.predict(outputs) == targets
+        return float((right if right.ndim == 1 else right.all(dim=-1)).sum())
+
+    def columns(self, rows: Any, outputs: Tensor, targets: Tensor, num_rows: int) -> list[Any]:
+        """The fields of `metrics.Predictions` for one batch; the scores only of splits that are not too large."""
+        outputs, targets = outputs.float().cpu(), targets.cpu()
+        scores = self.scores(outputs).numpy()
+        if num_rows * scores.shape[1] > MAX_SCORES:
+            scores = np.zeros((len(scores), 0), np.float32)
+        return [
+            rows, targets.numpy(), self.predict(outputs).numpy(), scores, self.each_loss(outputs, targets).numpy(),
+        ]  # fmt: skip
+
+
+def make_objective(plan: Plan, network: Network) -> Objective:
+    """The objective of a plan.
+
+    For regression the network learns targets of mean 0 and variance 1, so that learning rates mean the same
+    whatever the unit; `fold` puts the unit into its last layer. Where that layer has no bias, only the scale
+    is taken out.
+    """
+    num = len(plan.classes)
+    mean, std = torch.zeros(num), torch.ones(num)
+    if plan.job.task == "regression" and plan.weights != "trained":
+        mean, std = torch.tensor(plan.data.target_mean), torch.tensor(plan.data.target_std)
+        if any(
+            getattr(network.module.get_submodule(name), "bias", None) is None
+            for name in network.outputs or network.head
+        ):
+            std, mean = (std**2 + mean**2).sqrt(), torch.zeros(num)
+    weights = torch.tensor(plan.class_weights) if plan.class_weights else None
+    return Objective(plan.job.task, weights, plan.job.training.label_smoothing, mean, std)
+
+
+def fold(objective: Objective, network: Network) -> None:
+    """Let the network itself give targets in their own units, so that it can be served without us."""
+    if objective.task != "regression":
+        return
+    with torch.no_grad():
+        for name in network.outputs or network.head:
+            layer = network.module.get_submodule(name)
+            std, mean = (part.to(layer.weight.device) for part in (objective.std, objective.mean))  # type: ignore[arg-type]
+            layer.weight.mul_(std.view(-1, *[1] * (layer.weight.ndim - 1)))  # type: ignore[operator]
+            if layer.bias is not None:
+                layer.bias.mul_(std).add_(mean)  # type: ignore[operator]
+
+
+def _cross_entropy(
+    outputs: Tensor, targets: Tensor, class_weights: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    each = functional.cross_entropy(outputs, targets, weight=class_weights, reduction="none", label_smoothing=smoothing)
+    return each, torch.ones(len(targets)) if class_weights is None else class_weights[targets]
+
+
+def _binary_cross_entropy(
+    outputs: Tensor, targets: Tensor, class_weights: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    smooth = targets * (1 - smoothing) + smoothing / 2
+    each = functional.binary_cross_entropy_with_logits(outputs, smooth, pos_weight=class_weights, reduction="none")
+    return each.mean(dim=-1), torch.ones(len(targets))
+
+
+def _squared_error(
+    outputs: Tensor, targets: Tensor, _class_weights: Tensor | None, _smoothing: float
+) -> tuple[Tensor, Tensor]:
+    return (outputs - targets).square().mean(dim=-1), torch.ones(len(targets))
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]] = {
+    "single-label": _cross_entropy,
+    "multi-label": _binary_cross_entropy,
+    "regression": _squared_error,
+}

@@ -1,0 +1,445 @@
+"""What is broken or unusual in files, texts and labels, each with its decided outcome (docs/data.md)."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+import orchestrator
+from orchestrator.errors import BadSampleError, DataError
+from orchestrator.job.plans import BackboneCard
+from orchestrator.modality import registry
+from orchestrator.modality.contract import Profile
+from orchestrator.terminal import cli as commands
+from tests.tiny import make_bert, make_wav2vec2
+
+Cli = Callable[..., CompletedProcess[str]]
+
+
+def decode(modality: str, content: bytes) -> Any:
+    function = registry.get(modality).decode
+    assert function is not None
+    return function({modality: content})
+
+
+def bad(modality: str, content: bytes) -> str:
+    with pytest.raises(BadSampleError) as caught:
+        decode(modality, content)
+    return caught.value.message
+
+
+def saved(image: Image.Image, form: str, **more: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **more)
+    return out.getvalue()
+
+
+def photograph() -> Image.Image:
+    """Red, green, blue and white quarters, 8 x 6."""
+    image = Image.new("RGB", (8, 6), "white")
+    for colour, box in (("red", (0, 0, 4, 3)), ("green", (4, 0, 8, 3)), ("blue", (0, 3, 4, 6))):
+        image.paste(colour, box)
+    return image
+
+
+def as_rgb(content: bytes) -> Image.Image:
+    """The image as the network gets it, before it is resized."""
+    from orchestrator_image.network import convert
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return convert(decode("image", content), "RGB")
+
+
+def as_the_pipeline(content: bytes) -> Image.Image:
+    """The image as transformers.pipeline loads it."""
+    from transformers.image_utils import load_image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Path("image").write_bytes(content)
+        return load_image("image")  # type: ignore[no-any-return]
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and one.tobytes() == other.tobytes()
+
+
+# --- images ---
+
+
+def palette(transparency: int | bytes | None) -> bytes:
+    image = photograph().quantize(8)
+    return saved(image, "PNG", **({} if transparency is None else {"transparency": transparency}))
+
+
+def hidden(mode: str) -> bytes:
+    """Colours that wholly transparent pixels still have."""
+    image = photograph().convert(mode)
+    image.putalpha(Image.new("L", image.size, 0))
+    return saved(image, "PNG")
+
+
+def frames(form: str) -> bytes:
+    return saved(photograph(), form, save_all=True, append_images=[Image.new("RGB", (8, 6), "black")] * 2)
+
+
+UNUSUAL: dict[str, Callable[[], bytes]] = {
+    "CMYK": lambda: saved(photograph().convert("CMYK"), "JPEG"),
+    "CMYK, TIFF": lambda: saved(photograph().convert("CMYK"), "TIFF"),
+    "palette": lambda: palette(None),
+    "palette, one transparent colour": lambda: palette(0),
+    "palette, transparency of each colour": lambda: palette(bytes([0, 128, 255, 0])),
+    "GIF": lambda: saved(photograph(), "GIF"),
+    "LA": lambda: hidden("L"),
+    "RGBA": lambda: hidden("RGB"),
+    "RGB, one transparent colour": lambda: saved(photograph(), "PNG", transparency=(255, 0, 0)),
+    "1 bit": lambda: saved(photograph().convert("1"), "PNG"),
+    "1 bit, TIFF": lambda: saved(photograph().convert("1"), "TIFF"),
+    "grey": lambda: saved(photograph().convert("L"), "JPEG"),
+    "animated GIF": lambda: frames("GIF"),
+    "APNG": lambda: frames("PNG"),
+    "animated WebP": lambda: frames("WEBP"),
+    "pages of TIFF": lambda: frames("TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_images_are_what_the_pipeline_makes_of_them(name: str) -> None:
+    content = UNUSUAL[name]()
+    assert same(as_rgb(content), as_the_pipeline(content))
+
+
+def test_what_is_behind_transparency_shows() -> None:
+    assert as_rgb(hidden("RGB")).getpixel((0, 0)) == (255, 0, 0)
+    assert decode("image", hidden("RGB")).mode == "RGBA"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_by_their_exif(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(photograph(), "PNG", exif=exif)
+    found = as_rgb(content)
+    assert found.size == ((8, 6) if orientation < 5 else (6, 8))
+    corner = {1: "red", 2: "green", 3: "white", 4: "blue", 5: "red", 6: "blue", 7: "white", 8: "green"}[orientation]
+    assert found.getpixel((0, 0)) == Image.new("RGB", (1, 1), corner).getpixel((0, 0))
+    assert same(found, as_the_pipeline(content))
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_of_16_bits_the_upper_8_count(form: str) -> None:
+    """The pipeline would clip, and show all above 255 as white."""
+    values = np.array([[0, 255, 256], [0x8000, 0xFF00, 0xFFFF]], np.uint16)
+    found = as_rgb(saved(Image.fromarray(values), form))
+    assert np.asarray(found)[..., 0].tolist() == [[0, 0, 1], [128, 255, 255]]
+
+
+def test_floating_point_images_have_no_white() -> None:
+    assert "floating-point" in bad("image", saved(Image.new("F", (4, 4)), "TIFF"))
+
+
+def png_of(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(bytes(width + 1) * min(height, 64))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+    )
+
+
+BMP = saved(photograph(), "BMP")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (png_of(30_000, 30_000), "has more than 89,478,485 pixels"),
+        (png_of(10_000, 9_000), "has more than 89,478,485 pixels"),
+        (png_of(2**31 - 1, 1), "has more than"),
+        (png_of(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(80 * 2**20)))), "cannot be decoded: Decompressed data"),
+        (png_of(0, 8), "is no image that Pillow can read"),
+        (BMP[:18] + b"\xff\xff\0\0\xff\xff\0\0" + BMP[26:], "has more than"),
+    ],
+)
+def test_bombs_are_not_let_off(content: bytes, problem: str) -> None:
+    assert problem in bad("image", content)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
+def test_an_image_that_is_cut_off(form: str) -> None:
+    """Where a cut leaves every pixel, it is a whole image."""
+    content = saved(Image.effect_noise((32, 32), 60).convert("RGB"), form)
+    whole, num_bad = as_rgb(content), 0
+    for size in range(0, len(content), max(1, len(content) // 40)):
+        try:
+            found = as_rgb(content[:size])
+        except BadSampleError:
+            num_bad += 1
+        else:
+            assert same(found, whole)
+    assert num_bad > 30
+
+
+def test_a_wrong_suffix_is_no_matter_and_another_kind_of_file_is(tiny_resnet: Path) -> None:
+    fill(Path("photos"), ".png", lambda i: saved(Image.new("RGB", (8, 8), (i, i, i)), ("JPEG", "GIF", "BMP")[i % 3]))
+    plan = orchestrator.plan(backbone=str(tiny_resnet), data="photos")
+    assert plan.data.num_samples["train"] == 16
+    Path("photos/a/song.png").write_bytes(wave("WAV"))
+    with pytest.raises(DataError, match=r"song\.png: is no image that Pillow can read"):
+        orchestrator.plan(backbone=str(tiny_resnet), data="photos")
+
+
+def fill(root: Path, suffix: str, content: Callable[[int], bytes], num: int = 20) -> Path:
+    """Two classes, a and b."""
+    for i in range(num):
+        file = root / "ab"[i % 2] / f"{i}{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content(i))
+    return root
+
+
+# --- audio ---
+
+
+def wave(form: str, seconds: float = 0.25, channels: int = 1, rate_hz: int = 8000, subtype: str = "") -> bytes:
+    samples = 0.3 * np.sin(np.arange(round(seconds * rate_hz)) / 4) + np.random.default_rng(0).normal(
+        scale=0.05, size=round(seconds * rate_hz)
+    )
+    out = io.BytesIO()
+    several = np.repeat(samples[:, None], channels, axis=1)
+    soundfile.write(out, several, rate_hz, format=form, subtype=subtype or None)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("form", ["WAV", "AIFF", "FLAC", "OGG", "OPUS", "MP3"])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.97])
+def test_a_recording_that_is_cut_off(form: str, share: float) -> None:
+    content = wave("OGG", 20, subtype="OPUS") if form == "OPUS" else wave(form, 20)
+    assert len(decode("audio", content).samples) >= 20 * 8000
+    bad("audio", content[: int(share * len(content))])
+
+
+def test_an_ogg_file_that_ends_with_a_whole_page_is_a_shorter_recording() -> None:
+    """Nothing tells it from the many whole files whose last page is not marked as the last."""
+    content = wave("OGG", 20)
+    last = content.rfind(b"OggS")
+    assert content[last + 5] & 4
+    unmarked = without_the_mark(content, last)
+    assert len(decode("audio", unmarked).samples) == len(decode("audio", content).samples)
+    assert 0 < decode("audio", content[:last]).seconds < 20
+    assert bad("audio", content[:-1]) == "is cut off: its last page is not whole"
+
+
+def test_recordings_that_do_not_say_where_they_end_are_counted_and_said() -> None:
+    """What was cut off between two OGG pages, and what was never marked, is used; and the user is told of it."""
+    ogg, mp3 = wave("OGG", 20), wave("MP3", 5)
+    nameless = mp3.replace(b"Xing", bytes(4)).replace(b"Info", bytes(4))
+    cut = ogg[: ogg.rfind(b"OggS")]
+    for whole, open_ended in ((ogg, cut), (mp3, nameless)):
+        assert decode("audio", whole).end_marked
+        assert not decode("audio", open_ended).end_marked
+    assert decode("audio", wave("WAV")).end_marked
+    audio = registry.get("audio")
+    card = BackboneCard(
+        source="b", kind="directory", name="b", model_type="wav2vec2", config={"conv_kernel": [10], "conv_stride": [5]},
+        preprocessor={"sampling_rate": 8000},
+    )  # fmt: skip
+    for contents, said in (
+        ((ogg, cut, mp3, mp3), "25% of the recordings carry no mark of their end"),
+        ((ogg, mp3), ""),
+    ):
+        assert audio.measure is not None
+        assert audio.fit is not None
+        profile = Profile.of(audio.measure(decode("audio", content), card) for content in contents)
+        fit = audio.fit(card, audio.rules.accepts["wav2vec2"], audio.settings(), profile)
+        assert any("no mark of their end" in one for one in fit.warnings) == bool(said)
+        assert not said or any(said in one for one in fit.warnings)
+
+
+def without_the_mark(content: bytes, last: int) -> bytes:
+    """The file without the mark on its last page, whose checksum (CRC-32, polynomial 0x04c11db7) is right again."""
+    page = bytearray(content[last:])
+    page[5] &= ~4
+    page[22:26] = bytes(4)
+    crc = 0
+    for byte in page:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = ((crc << 1) ^ 0x04C11DB7 if crc & 0x80000000 else crc << 1) & 0xFFFFFFFF
+    page[22:26] = struct.pack("<I", crc)
+    return content[:last] + bytes(page)
+
+
+def test_a_header_that_sends_libsndfile_before_the_beginning_leaves_no_trace(capfd: pytest.CaptureFixture[str]) -> None:
+    """Found by the fuzz test: an exception in soundfile's callback cannot be caught, and is printed."""
+    for at in range(35, 42):
+        content = bytearray(wave("AIFF"))
+        content[at : at + 4] = b"\xff\xff\xff\xff"
+        bad("audio", bytes(content))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_mp3_file_that_lacks_its_last_bytes() -> None:
+    content = wave("MP3", 5)
+    assert f"is cut off: {len(content) - 100} of {len(content)} bytes" in bad("audio", content[:-100])
+    tagged = b"ID3\4\0\0\0\0\2\x2c" + bytes(300) + content
+    assert len(decode("audio", tagged).samples) == len(decode("audio", content).samples)
+    assert "is cut off" in bad("audio", tagged[:-100])
+    assert decode("audio", content + b"TAG" + bytes(125)).seconds == pytest.approx(5, abs=0.1)
+
+
+def test_a_header_that_claims_more_than_there_is_takes_no_memory() -> None:
+    import tracemalloc
+
+    claims = bytearray(wave("AU", 1))
+    claims[8:12] = b"\x7f\xff\xff\xf0"
+    silent = io.BytesIO()
+    soundfile.write(silent, np.zeros((10_000_000, 8), np.int16), 48_000, format="FLAC")
+    assert len(silent.getvalue()) < 100_000  # 320 MB of float32
+    tracemalloc.start()
+    try:
+        bad("audio", bytes(claims))
+        found = decode("audio", silent.getvalue())
+        assert tracemalloc.get_traced_memory()[1] < 300 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert found.seconds == pytest.approx(10_000_000 / 48_000)
+    assert found.samples.size <= 600 * 48_000 * 2
+
+
+def test_recordings_that_are_not_finite_or_of_no_length_fail_by_name_or_are_left_out(tmp_path: Path) -> None:
+    backbone = make_wav2vec2(tmp_path / "backbone")
+    data = fill(tmp_path / "data", ".wav", lambda i: wave("WAV", 0.2, 1 + i % 2))
+    spoilt = {"nan": [0.1, np.nan], "inf": [np.inf], "none": []}
+    for name, values in spoilt.items():
+        soundfile.write(data / "a" / f"x-{name}.wav", np.array(values, np.float32), 8000, subtype="FLOAT")
+    with pytest.raises(DataError, match=r"x-inf\.wav: holds samples that are not finite \(and 2 more\)"):
+        orchestrator.plan(modality="audio", backbone=str(backbone), data=str(data))
+    run = orchestrator.finetune(
+        modality="audio", backbone=str(backbone), data={"path": str(data), "on_bad_sample": "skip"},
+        training={"epochs": 1}, scaling={"threads_per_worker": 1}, events=lambda _: None,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (run.path / "skipped.jsonl").read_text().splitlines()]
+    problems = {Path(line["place"]).name: line["problem"] for line in lines}
+    assert problems == {
+        "x-nan.wav": "holds samples that are not finite", "x-inf.wav": "holds samples that are not finite",
+        "x-none.wav": "holds no sound: 0 samples",
+    }  # fmt: skip
+    assert run.results["num_skipped"] == 3
+
+
+# --- text ---
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "the text is empty"),
+        (" \t\n\u3000\u00a0".encode(), "the text is empty"),
+        (b"\xef\xbb\xbf", "the text is empty"),
+        (b"\0\0 \0", "the text is full of NUL characters, as UTF-16 is that is read as UTF-8"),
+        ("soup".encode("utf-16-le"), "the text is full of NUL characters, as UTF-16 is that is read as UTF-8"),
+        (b"caf\xe9", "the text is not in UTF-8 (byte 3)"),
+        ("soup".encode("utf-16"), "the text is not in UTF-8 (byte 0)"),
+        (b"\xed\xa0\x80 soup", "the text is not in UTF-8 (byte 0)"),
+        (b"\xc0\xaf", "the text is not in UTF-8 (byte 0)"),
+    ],
+)
+def test_texts_that_are_none(content: bytes, problem: str) -> None:
+    assert bad("text", content) == problem
+
+
+def test_texts_of_any_length_and_character_are_learnt_from_and_predicted_for(tmp_path: Path, cli: Cli) -> None:
+    odd = ["a\0b c", "\u202eniar", "🌧️", "[bold]rain[/bold]", "\x1b[31mred", "a\r\nb\u2028c"]
+    rows = [{"text": f"{text}, {i}", "label": "ab"[i % 2]} for i, text in enumerate(odd * 5)]
+    rows.append({"text": "rain " * 2000, "label": "a"})
+    Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = orchestrator.finetune(
+        modality="text", backbone=str(make_bert(tmp_path / "backbone")), data="t.jsonl", training={"epochs": 1},
+        name="odd", scaling={"threads_per_worker": 1}, events=lambda _: None,
+    )  # fmt: skip
+    assert run.plan.adaptations[0].what == "truncate"
+    problems = [one.problem for one in orchestrator.predict(run, [*odd, "x" * 10**6, "", "\ud800"])]
+    assert problems == [""] * 7 + ["the text is empty", "the text is not in UTF-8 (byte 0)"]
+    done = cli("predict", "runs/odd", "[bold]a[/bold] :fish:", os.fsdecode(b"\xff rain"), errors="replace")
+    assert "[bold]a[/bold] :fish:" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert flat("not in UTF-8 (byte 0)") in flat(done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize("escape", [r"\ud800", r"\udc00 rain", r"\uD83C"])
+def test_lone_surrogates_in_json_lines(escape: str, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"rain {i}", "label": "ab"[i % 2]}) for i in range(20)]
+    Path("t.jsonl").write_text("\n".join([*lines, '{"text": "' + escape + '", "label": "a"}']))
+    with pytest.raises(DataError, match=r"cannot be read|UTF-8"):
+        orchestrator.plan(modality="text", backbone=str(make_bert(tmp_path / "backbone")), data="t.jsonl")
+
+
+# --- labels and names ---
+
+LABELS = (
+    "two words",
+    "a, b; c",
+    "e/f\\g",
+    "🐟 魚",
+    "<b>x</b> & co",
+    "[bold red]y[/]",
+    "[/nope]",
+    ":fish:",
+    "| `code` | *",
+    "x\\",
+)
+
+
+def test_labels_and_file_names_are_shown_as_they_are(tiny_resnet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the terminal, in JSON, in the exported config and in the model card."""
+
+    def shown(*arguments: object, code: int = 0) -> str:
+        """What the command prints, in this process."""
+        assert commands.run([str(one) for one in arguments]) == code
+        return flat("".join(capsys.readouterr()))
+
+    rows = []
+    for i in range(6 * len(LABELS)):
+        name = f"[bold]{i} :fish:.png"
+        Path(name).write_bytes(saved(Image.new("RGB", (9, 9), (i, 2 * i, 255 - i)), "PNG"))
+        rows.append({"path": name, "label": LABELS[i % len(LABELS)]})
+    Path("[t].jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = ("--backbone", tiny_resnet, "--data", "[t].jsonl", "--set", "data.test_fraction=0.2", "--epochs", "1")
+    planned = shown("plan", *job)
+    for label in LABELS:
+        assert flat(label) in planned
+    assert flat("runs/[i]run") in shown("finetune", *job, "--name", "[i]run")
+    run = orchestrator.open_run("runs/[i]run")
+    assert set(run.plan.classes) == set(LABELS)
+    config = json.loads((run.model / "config.json").read_text(encoding="utf-8"))
+    assert set(config["id2label"].values()) == set(LABELS)
+    card = (run.model / "README.md").read_text(encoding="utf-8")
+    for written in (r"\<b\>x\</b\> \& co", r"\[bold red\]y\[/\]", r"\| \`code\` \| \*", r"e/f\\g", "🐟 魚", r"x\\"):
+        assert written in card
+    assert flat("[i]run") in shown("runs")
+    assert "accuracy" in shown("evaluate", run.path, "--data", "[t].jsonl")
+    predicted = shown("predict", run.path, rows[0]["path"], "[b]gone.png", "--top", len(LABELS), code=1)
+    for part in (rows[0]["path"], "[b]gone.png", "No such file"):
+        assert flat(part) in predicted
+    assert any(flat(label) in predicted for label in LABELS)
+    Path("[bold]0 :fish:.png").write_bytes(b"")
+    assert flat("[t].jsonl row 1: the file is empty") in shown("plan", *job, code=2)
+
+
+def flat(text: str) -> str:
+    """Without the places where a terminal of 80 columns breaks lines."""
+    return "".join(text.split())

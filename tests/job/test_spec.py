@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import JobError
+from orchestrator.job.spec import Job, make_job, parse_setting
+
+GOOD = "backbone: a/b\ndata: photos\ntraining:\n  epochs: 3\n"
+
+
+def refusal(*args: object, **fields: object) -> JobError:
+    with pytest.raises(JobError) as caught:
+        make_job(*args, **fields)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
+    assert caught.value.reason == "usage"
+    return caught.value
+
+
+def test_the_same_job_from_python_yaml_and_dict(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(GOOD)
+    from_yaml = make_job(file)
+    assert from_yaml == make_job({"backbone": "a/b", "data": "photos", "training": {"epochs": 3}})
+    assert from_yaml == make_job(backbone="a/b", data="photos", **{"training.epochs": 3})
+    assert from_yaml == make_job(from_yaml)
+    assert from_yaml.digest() == make_job(backbone="a/b", data={"path": "photos"}, training={"epochs": 3}).digest()
+
+
+def test_a_job_written_as_yaml_is_the_same_job(tmp_path: Path) -> None:
+    job = make_job(backbone="a/b", data="фото", method="full", **{"training.seed": 4, "data.num_train": 7})
+    file = tmp_path / "job.yaml"
+    file.write_text(job.to_yaml(), encoding="utf-8")
+    assert make_job(file) == job
+
+
+def test_fields_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(GOOD + "  seed: 5\n")
+    job = make_job(file, method="full", training={"epochs": 9}, data="elsewhere")
+    assert (job.method, job.training.epochs, job.training.seed, job.data.path) == ("full", 9, 5, "elsewhere")
+
+
+def test_where_a_run_is_put_does_not_change_its_digest() -> None:
+    job = make_job(backbone="a/b", data="x")
+    assert job.digest() == make_job(job, storage="elsewhere", name="mine").digest()
+    assert job.digest() != make_job(job, method="full").digest()
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "expected", "mend"),
+    [
+        ("backbone: a/b\ndata: x\nepochs: 3\n", "job.yaml:3: unknown key epochs", "modality, backbone", ""),
+        (
+            "backbone: a/b\ndata: x\ntraining:\n  epoch: 3\n",
+            "job.yaml:4: unknown key training.epoch",
+            "epochs",
+            "epochs?",
+        ),
+        (
+            "backbone: a/b\ndata: x\ntraining:\n  epochs: many\n",
+            "job.yaml:4: training.epochs = 'many'",
+            "",
+            "",
+        ),
+        (
+            "backbone: a/b\ndata: x\nmethod: magic\n",
+            "job.yaml:3: method = 'magic': input should be 'head'",
+            "",
+            "",
+        ),
+        ("backbon: a/b\ndata: x\n", "job.yaml:1: unknown key backbon (and 1 more)", "modality", "backbone?"),
+        ("backbone: a/b\ndata: x\nname: 2024\n", "job.yaml:3: name = 2024", "", ""),
+        ("data: x\n", "backbone is missing", "org/name", ""),
+        ("backbone: a/b\ndata: x\ntraining: 3\n", "job.yaml:3: training = 3: is a group of settings", "", ""),
+        ("backbone: a/b\nbackbone: c/d\ndata: x\n", "job.yaml:2: backbone stands here a second time", "", ""),
+        ("backbone: [a\n", "job.yaml:2:", "a YAML file", ""),
+        ("name: 2024-13-45\n", "job.yaml: not readable as YAML: month", "a YAML file", ""),
+        ("&a [*a]\n", "holds no settings", "", ""),
+        ("- a\n", "holds no settings", "", ""),
+        ("", "holds no settings", "", ""),
+    ],
+)
+def test_a_faulty_file_is_refused_with_its_place(
+    tmp_path: Path, text: str, message: str, expected: str, mend: str
+) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    error = refusal(tmp_path / "job.yaml")
+    assert message in error.message
+    assert expected in error.expected
+    assert mend in error.mend
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "no job file" in refusal(tmp_path / "none.yaml").message
+    assert "is a directory" in refusal(tmp_path).message
+    assert refusal(tmp_path).mend == f"if it is the data: --data {tmp_path}"
+    (tmp_path / "table.csv").write_text("path,label\na,b\n")
+    assert refusal(tmp_path / "table.csv").mend == f"if it is the data: --data {tmp_path}/table.csv"
+    (tmp_path / "config.json").touch()
+    assert refusal(tmp_path).mend == f"if it is the backbone: --backbone {tmp_path}"
+    (tmp_path / "job.yaml").touch()
+    assert refusal(tmp_path).mend.startswith(f"to go on with that run: {tmp_path}/job.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in refusal(tmp_path / "bytes.yaml").message
+    assert "from a int" in refusal(3).message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"training.learning_rate": -1}, "training.learning_rate = -1"),
+        ({"data.validation_fraction": 0.6, "data.test_fraction": 0.5}, "leave nothing to train on"),
+        ({"name": "../up"}, "without slashes"),
+        ({"training.learning_rate": float("inf")}, "finite number"),
+        ({"training.epochs": True}, "true and false mean nothing here"),
+        ({"storage": "s3://bucket/runs"}, "storage is a directory"),
+        ({"backbone.path": 3}, "backbone is no group"),
+        ({"scaling.num_workers": 0}, "scaling.num_workers = 0"),
+    ],
+)
+def test_impossible_values(fields: dict[str, object], message: str) -> None:
+    assert message in refusal({"backbone": "a/b", "data": "x"}, **fields).message
+
+
+@pytest.mark.parametrize(
+    ("fields", "mend"),
+    [
+        ({"method": "heads"}, "did you mean head?"),
+        ({"task": "Multilabel"}, "did you mean multi-label?"),
+        ({"data.on_bad_sample": "skipp"}, "did you mean skip?"),
+        ({"training.optimizer": "adam"}, "did you mean adamw?"),
+        ({"method": "xyz"}, ""),
+        ({"method": 3}, ""),
+    ],
+)
+def test_a_misspelt_value(fields: dict[str, object], mend: str) -> None:
+    assert refusal({"backbone": "a/b", "data": "x"}, **fields).mend == mend
+
+
+def test_a_setting_is_read_as_yaml() -> None:
+    assert parse_setting("training.epochs=3") == ("training.epochs", 3)
+    assert parse_setting("data.group_column=a=b") == ("data.group_column", "a=b")
+    assert parse_setting("training.clip_norm=null") == ("training.clip_norm", None)
+    with pytest.raises(JobError, match="sets nothing"):
+        parse_setting("training.epochs")
+
+
+def test_a_job_is_frozen() -> None:
+    job = make_job(backbone="a/b", data="x")
+    with pytest.raises(ValueError, match="frozen"):
+        job.method = "full"  # type: ignore[misc]
+    assert isinstance(job, Job)
+
+
+@pytest.mark.parametrize(("text", "value"), [("a=|", "|"), ("a=>", ">"), ("a=;", ";"), ("a=''", ""), ("a=3", 3)])
+def test_a_setting_is_what_was_typed(text: str, value: object) -> None:
+    assert parse_setting(text) == ("a", value)

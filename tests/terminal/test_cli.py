@@ -1,0 +1,220 @@
+"""The command line: its flags, what it prints at 80 columns, and the words of its refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import orchestrator
+from orchestrator.errors import InterruptedRunError
+from orchestrator.job.spec import make_job
+from orchestrator.predictor import Prediction
+from orchestrator.terminal import cli as commands
+from orchestrator.terminal.console import middle, progress, show_error, show_plan
+from orchestrator.terminal.flags import FLAGS, with_options
+
+
+class Screen:
+    """What a command printed, and its exit code; run in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        self._capsys.readouterr()
+        code = commands.run([str(one) for one in arguments])
+        out, err = self._capsys.readouterr()
+        assert max(map(len, out.splitlines()), default=0) <= 80 or "--json" in arguments, out
+        return code, out, " ".join(err.split())
+
+
+@pytest.fixture
+def screen(capsys: pytest.CaptureFixture[str]) -> Screen:
+    return Screen(capsys)
+
+
+# --- flags ---
+
+
+def test_every_flag_sets_its_setting(screen: Screen) -> None:
+    for command in ("finetune", "pretrain", "plan"):
+        code, shown, _ = screen(command, "--help")
+        assert code == 0
+        assert [flag.option for flag in FLAGS if f" {flag.option} " not in shown] == (
+            ["--method"] if command == "pretrain" else []
+        )
+    for flag in FLAGS:
+        if flag.setting:
+            words = {"--method": "head", "--task": "regression", "--feature-store": "s3://bucket/features"}
+            value: object = {int: 4, float: 0.5}.get(flag.kind, words.get(flag.option, "skip"))
+            fields = {"backbone": "b", "data": "d", flag.setting: value}
+            assert make_job(**fields) != make_job(backbone="b", data="e"), flag  # a setting that the job knows
+
+
+@pytest.mark.parametrize("command", ["plan", "check"])
+def test_labels_with_a_separator(screen: Screen, tiny_resnet: Path, digits: Path, command: str) -> None:
+    files = sorted((digits / "test").glob("*/*.png"))[:40]
+    rows = [f"{file},{('a;b', 'a', 'b')[i % 3]}" for i, file in enumerate(files)]
+    Path("t.csv").write_text("\n".join(["path,what", *rows]))
+    backbone = (tiny_resnet,) if command == "check" else ("--backbone", tiny_resnet)
+    asked = (command, *backbone, "--data", "t.csv", "--label-column", "what", "--task", "multi-label")
+    code, out, err = screen(*asked, "--set", f"data.root={digits}", "--label-separator", ";")
+    assert (code, err) == (0, "")
+    if command == "plan":
+        assert "classes     2: a, b" in out
+
+
+def test_the_version(screen: Screen) -> None:
+    assert screen("--version") == (0, "orchestrator 0.1.0\n", "")
+
+
+def test_a_message_names_the_flag_behind_a_setting() -> None:
+    for given, shown in (
+        ("name it: data.input_column", "name it: data.input_column (--input-column)"),
+        ("t.csv has no column 'x' (data.label_column)", "t.csv has no column 'x' (data.label_column, --label-column)"),
+        ("job.yaml:3: task = 'x': no", "job.yaml:3: task (--task) = 'x': no"),
+        ("data is missing", "data (--data) is missing"),
+        ("the data is missing", "the data is missing"),
+        ("lower training.num_shards or scaling.num_workers",
+         "lower training.num_shards or scaling.num_workers (--workers)"),
+        ("--set training.epochs=3, or leave training.epochs.x", "--set training.epochs=3, or leave training.epochs.x"),
+        ("data.on_bad_sample: --on-bad-sample skip", "data.on_bad_sample: --on-bad-sample skip"),
+    ):  # fmt: skip
+        assert with_options(given) == shown
+
+
+def test_a_refusal_names_flags_on_the_screen_and_settings_in_json(screen: Screen) -> None:
+    asked = ("plan", "--backbone", "b", "--data", "d", "--num-train", "1")
+    _, out, _ = screen(*asked, "--json")
+    assert json.loads(out)["message"].startswith("data.num_train = 1: ")
+    assert "data.num_train (--num-train) = 1: " in screen(*asked)[2]
+
+
+def test_an_interruption_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, shown in (
+        (InterruptedRunError("stopped by Ctrl-C", mend="the same command goes on"), "stopped by Ctrl-C"),
+        (InterruptedRunError("stopped at step 3 of 9", mend="the same command goes on"), "stopped at step 3 of 9"),
+    ):
+        show_error(error)
+        assert capsys.readouterr().err == f"{shown}\nmend     the same command goes on\n"
+
+
+def test_the_figure_of_an_epoch_is_the_one_that_chooses() -> None:
+    line = {"epoch": 1, "validation_accuracy": 0.1, "train_accuracy": 0.2, "validation_loss": 0.5, "train_loss": 0.6}
+    for task, shown in (
+        ("single-label", "val acc 0.100"), ("multi-label", "val loss 0.500"), ("regression", "val loss 0.500"),
+    ):  # fmt: skip
+        with progress() as show, contextlib.redirect_stderr(io.StringIO()) as screen:
+            show({"kind": "phase", "text": "looking", "task": task})
+            show({"kind": "advance", "num": 1, "epoch": line, "epochs": 1})
+        assert screen.getvalue() == f"looking\nepoch 1/1 {shown}\n"
+    with progress() as show, contextlib.redirect_stderr(io.StringIO()) as screen:  # no validation split
+        show({"kind": "phase", "text": "looking", "task": "single-label"})
+        show({"kind": "advance", "num": 1, "epoch": {"epoch": 1, "train_accuracy": 0.2, "train_loss": 1}, "epochs": 1})
+    assert "train acc 0.200" in screen.getvalue()
+
+
+# --- what is not there ---
+
+
+@pytest.mark.parametrize("command", [("evaluate", "--data", "."), ("predict", "x.png")])
+def test_a_run_that_is_not_there_is_refused_before_torch_is_imported(command: tuple[str, ...]) -> None:
+    name, *rest = command
+    program = (
+        "import sys; from orchestrator.terminal import cli; code = cli.run(sys.argv[1:]); "
+        "print({'torch', 'numpy', 'ray'} & set(sys.modules)); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, name, "runs/nothing", *rest], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "set()\n")
+    assert "there is no run runs/nothing" in done.stderr
+
+
+def test_a_storage_that_is_a_file(screen: Screen) -> None:
+    Path("file").touch()
+    assert screen("runs", "--storage", "file")[2].startswith("refused (usage) file is a file expected the directory")
+    assert screen("runs", "--storage", "nowhere")[:2] == (0, "there are no runs in nowhere\n")
+
+
+# --- plan ---
+
+
+def test_a_plan_says_what_is_known(tiny_resnet: Path, flat_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), settings={"size": 32})
+    show_plan(made)
+    shown = capsys.readouterr().out
+    assert "input       size 32 x 32, channels 3, augment none" in shown
+    assert "rate        0.003" in shown
+    assert "rates" not in shown
+    assert made.parameters is not None
+    unknown = made.parameters.model_copy(update={"head_known": False, "trained": 0, "gradients_bytes": 0})
+    show_plan(made.model_copy(update={"parameters": unknown}))
+    shown = capsys.readouterr().out
+    assert f"parameters  a new head trained, {unknown.frozen:,} frozen" in shown
+    assert "gradients" not in shown
+
+
+# --- runs ---
+
+
+def test_a_run_that_a_process_works_on_is_running(screen: Screen, tmp_path: Path) -> None:
+    run = orchestrator.Run(tmp_path / "runs" / "a")
+    with run.locked():
+        (run.path / "plan.json").touch()
+        assert " running " in screen("runs")[1]
+        code, _, err = screen("predict", "runs/a", "x.png")
+        assert (code, "has not finished" in err) == (2, True)
+    assert [row["state"] for row in json.loads(screen("runs", "--json")[1])] == ["unfinished"]
+
+
+def test_listing_the_runs_does_not_stop_one_from_starting(tmp_path: Path) -> None:
+    """Who looks holds the lock for an instant."""
+    run = orchestrator.Run(tmp_path / "a")
+    run.path.mkdir()
+    with (run.path / ".lock").open("a") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        done = threading.Timer(0.03, fcntl.flock, (looking, fcntl.LOCK_UN))
+        done.start()
+        with run.locked():
+            assert run.busy
+        done.join()
+    assert not run.busy
+
+
+# --- predict ---
+
+
+def test_long_inputs_are_cut_in_the_middle() -> None:
+    path = "recordings/" + "very/" * 20 + "left.wav"
+    assert middle(path, 32) == "recordings/very/…y/very/left.wav"
+    assert middle("a\n b", 32) == "a b"
+    assert middle("雨" * 40, 33).count("雨") == 16
+
+
+def test_predictions_of_every_task(capsys: pytest.CaptureFixture[str]) -> None:
+    from orchestrator.terminal import answers
+
+    answers.predicted([Prediction("x.png", "", 1234.5, (("weight", 1234.5), ("height", 0.25)))], "regression", False)
+    shown = capsys.readouterr().out
+    assert "target   value" in shown
+    assert "weight   1,234   height 0.250" in shown
+    answers.predicted(
+        [
+            Prediction("x.png", "", 0.31, (("cat", 0.31), ("dog", 0.2))),
+            Prediction("y.png", "cat + dog", 0.9, (("cat", 0.9), ("dog", 0.6))),
+        ],
+        "multi-label",
+        False,
+    )
+    shown = capsys.readouterr().out
+    assert "cat (below 0.5)   0.310   dog 0.200" in shown
+    assert "cat + dog         0.900   dog 0.600" in shown
