@@ -15,39 +15,36 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import missing_extra
 
 if TYPE_CHECKING:
-    from orchestrator.errors import OrchestratorError as OrchestratorError
-    from orchestrator.errors import RefusedError as RefusedError
-    from orchestrator.gate.planning import check as check
-    from orchestrator.gate.planning import plan as plan
-    from orchestrator.job.plans import BackboneCard as BackboneCard
-    from orchestrator.job.plans import Plan as Plan
-    from orchestrator.job.runs import Run as Run
-    from orchestrator.job.runs import open_run as open_run
-    from orchestrator.job.spec import Job as Job
-    from orchestrator.modality.contract import Modality as Modality
-    from orchestrator.modality.registry import register as register
-    from orchestrator.predictor import evaluate as evaluate
-    from orchestrator.predictor import predict as predict
-    from orchestrator.train import finetune as finetune
-    from orchestrator.train import pretrain as pretrain
+    from orchestrator.errors import OrchestratorError as OrchestratorError, RefusedError as RefusedError
+    from orchestrator.gate import check as check, plan as plan
+    from orchestrator.job import (
+        BackboneCard as BackboneCard,
+        Job as Job,
+        Plan as Plan,
+        Run as Run,
+        open_run as open_run,
+    )
+    from orchestrator.modality import Modality as Modality, register as register
+    from orchestrator.predictor import evaluate as evaluate, predict as predict
+    from orchestrator.train import finetune as finetune, pretrain as pretrain
 
 # No module may have the name of a public function: importing `orchestrator.x` would replace `orchestrator.x()`.
 _HOMES = {
-    "BackboneCard": "job.plans",
-    "Job": "job.spec",
-    "Modality": "modality.contract",
+    "BackboneCard": "job",
+    "Job": "job",
+    "Modality": "modality",
     "OrchestratorError": "errors",
-    "Plan": "job.plans",
+    "Plan": "job",
     "RefusedError": "errors",
-    "Run": "job.runs",
-    "check": "gate.planning",
+    "Run": "job",
+    "check": "gate",
     "evaluate": "predictor",
     "finetune": "train",
-    "open_run": "job.runs",
-    "plan": "gate.planning",
+    "open_run": "job",
+    "plan": "gate",
     "predict": "predictor",
     "pretrain": "train",
-    "register": "modality.registry",
+    "register": "modality",
 }
 
 __all__ = sorted(_HOMES)  # one list of names, not two

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,27 +13,15 @@ from typing import Any
 
 import torch
 
-from orchestrator.backbone import cards as hub
-from orchestrator.backbone.weights import read_tensors
-from orchestrator.data import prepare as data
-from orchestrator.data.cells import input_columns, label_columns
-from orchestrator.data.prepare import LEAVE_OUT
-from orchestrator.data.samples import MAX_AT_ONCE, Samples
-from orchestrator.data.sources import columns_of
+from orchestrator.backbone import read_card, read_tensors
+from orchestrator.data import LEAVE_OUT, MAX_AT_ONCE, Samples, columns_of, input_columns, label_columns, prepare as data
 from orchestrator.errors import BadSampleError, DataError, RefusedError, TrainingError
-from orchestrator.features.sources import SampleSource
-from orchestrator.gate.planning import drafted, num_cores, spilled
-from orchestrator.job.places import DATA_FOLDER, shown
-from orchestrator.job.plans import Plan
-from orchestrator.job.runs import SAMPLES, Run, open_run
-from orchestrator.job.spec import Data
-from orchestrator.modality import registry
-from orchestrator.modality.contract import Collate, Modality
-from orchestrator.network.model import Network, freeze, set_mode
-from orchestrator.network.worker import Worker, start_worker
-from orchestrator.training.loop import evaluate_batch
-from orchestrator.training.metrics import Predictions, measure
-from orchestrator.training.objective import Objective, make_objective
+from orchestrator.features import SampleSource
+from orchestrator.gate import drafted, materialised, num_cores
+from orchestrator.job import DATA_FOLDER, SAMPLES, Data, Plan, Run, open_run, shown
+from orchestrator.modality import Collate, Modality, registry
+from orchestrator.network import Network, Worker, find_device, freeze, set_mode, start_worker
+from orchestrator.training import Objective, Predictions, evaluate_batch, make_objective, measure
 
 import numpy as np  # isort: skip
 
@@ -72,13 +61,14 @@ def predict(run: Run | str | Path, inputs: Iterable[Input] | str | Path | bytes,
     A folder stands for all files of the modality's kind below it, in order. An input that cannot be read gets a
     Prediction with its `problem`, and the others theirs.
     """
-    loaded = _load(run)
-    given: list[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
-    asked = [one for some in given for one in _files(some, loaded.modality)]
-    found: list[Prediction] = []
-    for start in range(0, len(asked), MAX_AT_ONCE):
-        found += _predict_some(loaded, asked[start : start + MAX_AT_ONCE], top)
-    return found
+    with ExitStack() as resources:
+        loaded = _load(run, resources)
+        given: list[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
+        asked = [one for some in given for one in _files(some, loaded.modality)]
+        found: list[Prediction] = []
+        for start in range(0, len(asked), MAX_AT_ONCE):
+            found += _predict_some(loaded, asked[start : start + MAX_AT_ONCE], top)
+        return found
 
 
 def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any]) -> dict[str, Any]:
@@ -89,17 +79,18 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
 
     Raises `DataError` for a label that the model never learnt.
     """
-    loaded = _load(run)
-    task, classes = loaded.plan.job.task, loaded.plan.classes
-    assert loaded.modality.decode is not None
-    with TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=loaded.plan.threads_per_worker) as pool:
+    with ExitStack() as resources, TemporaryDirectory() as folder:
+        loaded = _load(run, resources)
+        pool = resources.enter_context(ThreadPoolExecutor(max_workers=loaded.plan.threads_per_worker))
+        task, classes = loaded.plan.job.task, loaded.plan.classes
+        assert loaded.modality.decode is not None
         spec, notes = _as_the_run(_data(labelled, Path(folder)), loaded.plan)
         prepared = data.prepare(spec, loaded.modality, loaded.plan.backbone, task, classes, Path(folder))
         samples = Samples(Path(folder), _fields(loaded.modality))
         source = SampleSource(samples, loaded.modality.decode, loaded.collate, spec.on_bad_sample == "skip", pool)
         rows = np.arange(len(samples.targets))
-        if loaded.modality.by_length:
-            rows = samples.by_length(rows)
+        if loaded.modality.length_bucketing:
+            rows = samples.order_by_length(rows)
         parts = []
         for some in samples.batches(rows):
             try:
@@ -127,7 +118,7 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
 def _data(labelled: str | Path | Data | Iterable[Any], folder: Path) -> Data:
     if isinstance(labelled, Data):
         return labelled
-    return spilled(drafted(None, {"backbone": "-", "data": labelled}), folder / DATA_FOLDER).job().data
+    return materialised(drafted(None, {"backbone": "-", "data": labelled}), folder / DATA_FOLDER).job().data
 
 
 def _fields(modality: Modality) -> tuple[str, ...]:
@@ -175,11 +166,12 @@ def _num_seen(loaded: _Loaded, samples: Samples) -> int | None:
     return samples.num_among(own, np.concatenate([own.rows("train"), own.rows("validation")]))
 
 
-def _load(run: Run | str | Path) -> _Loaded:
+def _load(run: Run | str | Path, resources: ExitStack) -> _Loaded:
+    """The run's network, on this machine's device, until `resources` are closed."""
     run = run if isinstance(run, Run) else open_run(run)
     _ = run.results  # refuses an unfinished one
     plan = run.plan
-    card = hub.read_card(str(run.path))
+    card = read_card(str(run.path))
     try:
         read_tensors(card)
     except RefusedError as error:
@@ -196,7 +188,7 @@ def _load(run: Run | str | Path) -> _Loaded:
     modality = registry.get(plan.job.modality)
     assert modality.build is not None
     assert modality.batch is not None
-    worker = start_worker(plan)
+    worker = resources.enter_context(start_worker(plan.threads_per_worker, find_device("auto")))
     network = modality.build(plan, run.model)
     freeze(network, plan)
     network.module.to(worker.device, memory_format=torch.channels_last)

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 import signal
 import threading
-import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticSerializationError
 
-from orchestrator.data.prepare import Prepared
+from orchestrator.data import Prepared
 from orchestrator.errors import (
     ChangedError,
     DataError,
@@ -31,19 +28,33 @@ from orchestrator.errors import (
     first_line,
     missing_extra,
 )
-from orchestrator.gate.decide import run_name
-from orchestrator.gate.planning import Looked, drafted, look, prepare, spilled, without_rows
-from orchestrator.job.places import DATA_FOLDER, is_dataset, is_spilled, is_uri
-from orchestrator.job.plans import Plan
-from orchestrator.job.runs import ERROR_FILE, SAMPLES, Run, read_plan, write_file
-from orchestrator.job.spec import PLACES, Draft, Job
+from orchestrator.gate import ResolvedBackbone, drafted, materialised, prepare, resolve_backbone, run_name, without_rows
+from orchestrator.job import (
+    DATA_FOLDER,
+    ERROR_FILE,
+    PLACES,
+    SAMPLES,
+    Draft,
+    Job,
+    Noted,
+    PhaseBegan,
+    Plan,
+    Report,
+    Run,
+    is_dataset,
+    is_materialised,
+    is_uri,
+    read_plan,
+    write_file,
+)
 from orchestrator.modality import registry
-from orchestrator.terminal.console import progress
+from orchestrator.progress import progress
 
-Events = Callable[[dict[str, Any]], None]
-_POLL_S = 0.2
-_STOP_FILE = "STOP"
-_STOP_GRACE_S = 60.0
+if TYPE_CHECKING:
+    from orchestrator.training import WorkerSpec
+
+Stop = Callable[[], bool]
+"""Whether a job is to stop."""
 
 
 def finetune(
@@ -52,21 +63,26 @@ def finetune(
     *,
     fresh: bool = False,
     verify_content: bool = False,
-    events: Events | None = None,
+    report: Report | None = None,
+    stop: Stop | None = None,
     **fields: Any,
 ) -> Run:
     """Train, and return the finished Run.
 
     `job` is a Job, a dict or the path of a YAML file; `fields` are set on top of it: `method="full"`,
     `data="photos/"`, `training={"epochs": 3}` or `**{"training.epochs": 3}`. The same call again goes on
-    with an unfinished run and returns a finished one; `fresh` starts over. `events` is called with what
-    happens; by default a progress bar shows it. With `verify_content` every sample is read to find out whether there
-    are features of it, where by default a file of the same size and time of modification is taken to be the same.
+    with an unfinished run and returns a finished one; `fresh` starts over. With `verify_content` every sample is read
+    to find out whether there are features of it, where by default a file of the same size and time of modification is
+    taken to be the same.
+
+    `report` is called with what happens (`orchestrator.job.Event`); by default a progress bar shows it. `stop` is asked
+    after each step; once it returns true the run stops, resumable. By default Ctrl-C and SIGTERM do that; who gives a
+    `stop` owns the signals.
 
     Raises `RefusedError` before anything is downloaded or scheduled, `TrainingError` when it failed, and
-    `InterruptedRunError` after Ctrl-C, when the same call goes on.
+    `InterruptedRunError` after it was stopped, when the same call goes on.
     """
-    return _start(job, fields, _Asked(fresh, verify_content), events)
+    return _start(job, fields, fresh, verify_content, report, stop)
 
 
 def pretrain(
@@ -74,42 +90,45 @@ def pretrain(
     /,
     *,
     fresh: bool = False,
-    events: Events | None = None,
+    report: Report | None = None,
+    stop: Stop | None = None,
     **fields: Any,
 ) -> Run:
     """`finetune` with method `scratch`: train the backbone's architecture from random weights.
 
     The run is a backbone for a later `finetune`.
     """
-    return _start(job, {**fields, "method": "scratch"}, _Asked(fresh), events)
+    return _start(job, {**fields, "method": "scratch"}, fresh, False, report, stop)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class RunOptions:
     """What is asked of this call alone, and is no part of the job."""
 
     fresh: bool
-    verify_content: bool = False
+    verify_content: bool
+    report: Report
+    stop: Stop | None
 
 
 def _start(
-    job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any], asked: _Asked, events: Events | None
-) -> Run:
-    if events is None:
-        with progress() as show:
-            return _start(job, fields, asked, show)
-    draft = drafted(job, fields)
-    known = without_rows(draft)
-    events({"kind": "phase", "text": "looking at backbone and data", "task": known.task})
-    looked = look(known)
-    # Rows that the caller holds are written down once, on the storage, and are a table from then on.
-    with _written(draft, Path(known.storage).expanduser()) as settled:
-        try:
-            return _run(settled, looked, asked, events)
-        except InterruptedRunError as error:
-            if asked.fresh:
-                error.mend = "the same command without --fresh goes on from there"
-            raise
+    job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any], fresh: bool, verify_content: bool,
+    report: Report | None, stop: Stop | None,
+) -> Run:  # fmt: skip
+    with contextlib.nullcontext(report) if report is not None else progress() as report:
+        options = RunOptions(fresh, verify_content, report, stop)
+        draft = drafted(job, fields)
+        known = without_rows(draft)
+        report(PhaseBegan("looking at backbone and data"))
+        resolved = resolve_backbone(known)
+        # Rows that the caller holds are written down once, on the storage, and are a table from then on.
+        with _written(draft, Path(known.storage).expanduser()) as settled:
+            try:
+                return _run(settled, resolved, options)
+            except InterruptedRunError as error:
+                if fresh:
+                    error.mend = "the same command without --fresh goes on from there"
+                raise
 
 
 @contextlib.contextmanager
@@ -118,7 +137,7 @@ def _written(draft: Draft, storage: Path) -> Iterator[Job]:
     new: list[Path] = []
     was_there = storage.exists()
     try:
-        yield spilled(draft, storage / DATA_FOLDER, new).job()
+        yield materialised(draft, storage / DATA_FOLDER, new).job()
     except RefusedError as error:
         if error.reason == "busy":  # another process may be at the same rows
             raise
@@ -133,32 +152,33 @@ def _written(draft: Draft, storage: Path) -> Iterator[Job]:
         raise
 
 
-def _run(job: Job, looked: Looked, asked: _Asked, events: Events) -> Run:
-    run = Run(Path(job.storage).expanduser().absolute() / (job.name or run_name(job, looked.card)))
+def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
+    run = Run(Path(job.storage).expanduser().absolute() / (job.name or run_name(job, resolved.card)))
     _refuse_inside_data(run, job)
     with run.locked():
-        plan = _laid_out(run, job, looked, asked.fresh)
+        plan = _laid_out(run, job, resolved, options.fresh)
         if run.finished:
             text = "this run was finished before: these are its figures, nothing was trained (--fresh starts over)"
-            events({"kind": "note", "text": text})
-            events({"kind": "done", "text": "finished already", "run": run})
+            options.report(Noted(text))
             return run
         for line in (*plan.adaptations, *plan.warnings, *plan.data.notes):
-            events({"kind": "note", "text": str(line)})
-        config: dict[str, Any] = {
-            "plan": plan.model_dump_json(), "run": str(run.path), "verify_content": asked.verify_content
-        }  # fmt: skip
-        if registry.is_registered(job.modality):
-            config["modality"] = registry.get(job.modality)
-        with _errors_of_libraries(run, looked.plugin.extra):
-            if plan.ray:
-                _on_ray(plan, config, events)
-            else:
-                _in_process(config, events)
+            options.report(Noted(str(line)))
+        with _errors_of_libraries(run, resolved.plugin.extra), _stop_on_signal(options.stop) as should_stop:
+            work = _on_ray if plan.ray else _in_process
+            work(_worker_spec(run, plan, options), plan, options.report, should_stop)
             if not Run(run.path).finished:
                 raise InterruptedRunError("stopped before the first step", mend="the same command goes on")
-        events({"kind": "done", "text": "finished", "run": run})
     return run
+
+
+def _worker_spec(run: Run, plan: Plan, options: RunOptions) -> WorkerSpec:
+    from orchestrator.training import WorkerSpec
+
+    name = plan.job.modality
+    return WorkerSpec(
+        plan.model_dump_json(), str(run.path), options.verify_content,
+        registry.get(name) if registry.is_registered(name) else None,
+    )  # fmt: skip
 
 
 def _refuse_inside_data(run: Run, job: Job) -> None:
@@ -176,11 +196,11 @@ def _refuse_inside_data(run: Run, job: Job) -> None:
             )
 
 
-def _laid_out(run: Run, job: Job, looked: Looked, fresh: bool) -> Plan:
+def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, fresh: bool) -> Plan:
     """The run's plan: of an unfinished run the one that it began with, else a new one, with its sample table."""
     if (run.path / "plan.json").is_file() and not fresh:
         _refuse_without_samples(run)
-        plan = prepare(job, looked)[0]
+        plan = prepare(job, resolved)[0]
         _refuse_changes(run, plan)
         # Its threads and its schedule, whatever they would be now. But where features are kept besides, and who
         # computes them, may change.
@@ -192,7 +212,7 @@ def _laid_out(run: Run, job: Job, looked: Looked, fresh: bool) -> Plan:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        plan, prepared = prepare(job, looked, partial)
+        plan, prepared = prepare(job, resolved, partial)
         texts = _texts(run, job, plan, prepared)  # what cannot be written down is found before anything is removed
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -242,7 +262,7 @@ def _differences(what: str, old: Plan, new: Plan) -> str:
     if what != "the job":
         return ""
     before, now = (_flat(plan.job.model_dump(mode="json", exclude=dict(PLACES))) for plan in (old, new))
-    if any(is_spilled(str(now[key])) and before.get(key) != now[key] for key in now):
+    if any(is_materialised(str(now[key])) and before.get(key) != now[key] for key in now):
         return ": the rows of the data are others"
     changes = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in now | before if before.get(key) != now.get(key)]
     return ": " + ", ".join(changes[:3])
@@ -296,34 +316,35 @@ def _errors_of_libraries(run: Run, extra: str) -> Iterator[None]:
         ) from error
 
 
-# --- one worker, in this process ---
+# --- who works ---
 
 
-def _in_process(config: dict[str, Any], events: Events) -> None:
-    """Through Ray Train's local mode: the same loop, no cluster."""
-    from orchestrator.network.worker import with_threads
-    from orchestrator.training.loop import run_worker
+def _in_process(spec: WorkerSpec, plan: Plan, report: Report, should_stop: Stop) -> None:
+    """One worker, in this process: no cluster, and nothing of Ray is imported."""
+    from orchestrator.network import find_device, start_worker
+    from orchestrator.training import run_worker
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from ray.train import ScalingConfig
-        from ray.train.torch import TorchTrainer
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    with _stop_on_signal() as should_stop, with_threads():
-        TorchTrainer(
-            run_worker,
-            train_loop_config={**config, "events": events, "should_stop": should_stop},
-            scaling_config=ScalingConfig(num_workers=0),
-        ).fit()
+    with start_worker(plan.threads_per_worker, find_device(plan.job.scaling.device)) as worker:
+        run_worker(spec, worker, report, should_stop)
+
+
+def _on_ray(spec: WorkerSpec, plan: Plan, report: Report, should_stop: Stop) -> None:
+    """Workers of Ray Train."""
+    from orchestrator.distributed.cluster import run_on_ray
+
+    run_on_ray(plan, spec, report, should_stop)
 
 
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """A first Ctrl-C or SIGTERM asks the loop to stop after its step, a second Ctrl-C stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+def _stop_on_signal(stop: Stop | None) -> Iterator[Stop]:
+    """Whether to stop: `stop()` says so, or a first Ctrl-C or SIGTERM; a second Ctrl-C stops at once.
+
+    Who gives a `stop` owns the signals, and so does who calls from another thread than the main one.
+    """
+    if stop is not None or threading.current_thread() is not threading.main_thread():
+        yield stop or (lambda: False)
         return
+    asked = threading.Event()
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if asked.is_set() and number == signal.SIGINT:
@@ -336,54 +357,3 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-# --- workers on Ray ---
-
-
-def _on_ray(plan: Plan, config: dict[str, Any], events: Events) -> None:
-    """Through Ray Train's worker processes, on a cluster of this machine or the one at `scaling.address`."""
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import ray
-
-        from orchestrator.distributed import cluster
-    stop_file = Path(config["run"]) / _STOP_FILE
-    stop_file.unlink(missing_ok=True)
-    events({"kind": "phase", "text": "starting workers"})
-    with cluster.joined(plan), _stop_on_signal() as should_stop:
-        sink = cluster.event_sink()
-        failed: list[Exception | None] = []
-        thread = threading.Thread(
-            target=lambda: failed.append(cluster.fit(plan, {**config, "sink": sink, "stop_file": str(stop_file)})),
-            daemon=True,
-        )
-        thread.start()
-        asked_at = 0.0
-        try:
-            while thread.is_alive():
-                thread.join(_POLL_S)
-                for event in ray.get(sink.take.remote()):
-                    if event["kind"] == "error":
-                        stop_file.touch()  # a worker that Ray starts again returns at once
-                        raise event["error"]
-                    events(event)
-                if should_stop() and not asked_at:
-                    asked_at = time.monotonic()
-                    stop_file.touch()
-                    events({"kind": "note", "text": "stopping after this step"})
-                if asked_at and time.monotonic() - asked_at > _STOP_GRACE_S:
-                    raise InterruptedRunError("stopped; the workers did not answer", mend="the same command goes on")
-        except BaseException:
-            stop_file.touch()
-            thread.join(_STOP_GRACE_S)
-            raise
-        finally:
-            ray.kill(sink)
-    stop_file.unlink(missing_ok=True)
-    shutil.rmtree(Path(config["run"]) / ".ray", ignore_errors=True)
-    if failed and failed[0] is not None:
-        raise failed[0]

@@ -148,7 +148,7 @@ def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(tiny_resnet: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> orchestrator.Run:
     """The run that the tests of interruptions interrupt (`LONG` in test_train.py), left alone, in this process."""
     return orchestrator.finetune(
-        backbone=str(tiny_resnet), data=str(digits), method="full", events=lambda _: None,
+        backbone=str(tiny_resnet), data=str(digits), method="full", report=lambda _: None,
         training={"epochs": 15, "batch_size": 16, "checkpoint_every_steps": 5},
         scaling={"threads_per_worker": 1}, storage=str(tmp_path_factory.mktemp("uninterrupted")),
     )  # fmt: skip

@@ -25,8 +25,10 @@ from rich.panel import Panel
 from rich.text import Text
 
 import orchestrator
-from orchestrator.terminal.console import out, progress, show_results, table
-from orchestrator.training.metrics import wilson
+from orchestrator.job import Noted
+from orchestrator.progress import progress
+from orchestrator.terminal.console import out, show_results, table
+from orchestrator.training import wilson
 
 HERE = Path(__file__).parent
 SHADES = " .:-=+*#%@"
@@ -44,7 +46,7 @@ TITLES = {"head": "the new last layer", "full": "everything, from ImageNet", "sc
 def train(method: str, num_train: int, seed: int, storage: Path, name: str) -> orchestrator.Run:
     """One run on `num_train` labels. No label is kept from training: the last epoch counts."""
     more = METHODS[method]
-    with progress() as events:
+    with progress() as show:
         return orchestrator.finetune(
             backbone=str(HERE / "backbone"),
             data={
@@ -58,7 +60,7 @@ def train(method: str, num_train: int, seed: int, storage: Path, name: str) -> o
             settings={"size": 64, **more.get("settings", {})},
             storage=str(storage),
             name=name,
-            events=lambda event: None if event["kind"] == "note" else events(event),
+            report=lambda event: None if isinstance(event, Noted) else show(event),
         )
 
 

@@ -7,8 +7,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from orchestrator.errors import BadSampleError, RefusedError
-from orchestrator.job.plans import BackboneRow
-from orchestrator.modality.contract import BackboneRules, Fit, Modality, SampleField, Task
+from orchestrator.modality import BackboneRow, BackboneRules, Fit, Modality, SampleField, Task
 
 
 class Settings(BaseModel, extra="forbid"):
@@ -33,7 +32,9 @@ def fit(card, row, settings, profile):
     return Fit(input={"channels": channels, "width": width, "steps": settings.steps})
 
 def build(plan, directory):
-    from orchestrator.network.model import build_module, nn
+    from torch import nn
+
+    from orchestrator.network import build_module
     c, w = plan.input["channels"], plan.input["width"]
     return build_module(plan, directory, head="8", make=lambda: nn.Sequential(
         nn.Conv1d(c, w, 7, 2), nn.BatchNorm1d(w), nn.ReLU(), nn.Conv1d(w, w, 5, 2), nn.BatchNorm1d(w), nn.ReLU(),
@@ -51,7 +52,7 @@ def toy(n):
     return [({"sensor": file.getvalue()}, "fast" if i % 2 else "slow") for i, file in enumerate(files)]
 
 modality = Modality(
-    name="sensor", title="sensor recordings", settings=Settings, by_length=False, extra="",
+    name="sensor", title="sensor recordings", settings=Settings, length_bucketing=False, extra="",
     sample=(SampleField(name="sensor", kind="file", dtype="float32", shape=("channels", "time"), unit="as recorded",
                         suffixes=(".npy",)),), tasks=(Task(name="single-label", title="one class"),),
     rules=BackboneRules(generated_from="sensor 0.1", accepts={"sensor-cnn": BackboneRow(head=("8",))}),

@@ -1,0 +1,21 @@
+"""What is known of a trained network before it is loaded: its card, and its weights' shapes, digest and files.
+
+In: `org/name[@revision]`, a directory in Hub layout, or an earlier run. Out: a `BackboneCard` from metadata files;
+later the directory that holds all files, downloaded at the pinned commit. Imports neither torch nor Ray.
+
+    cards     repository, directory or run -> BackboneCard
+    weights   are there any, their shapes and digest, and the files themselves
+"""
+
+from orchestrator.backbone.cards import (
+    asking as asking,
+    metadata_file as metadata_file,
+    offline as offline,
+    read_card as read_card,
+)
+from orchestrator.backbone.weights import (
+    Tensors as Tensors,
+    fetch as fetch,
+    read_tensors as read_tensors,
+    require_weights as require_weights,
+)

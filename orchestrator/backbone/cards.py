@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.errors import RefusedError, first_line
-from orchestrator.job.plans import BackboneCard
-from orchestrator.job.runs import Run
+from orchestrator.job import BackboneCard, Run
 
 METADATA = (
     "config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json", "tokenizer_config.json",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.backbone.cards import asking, offline
 from orchestrator.errors import RefusedError
-from orchestrator.job.plans import BackboneCard
+from orchestrator.job import BackboneCard
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # configurations, vocabularies, tokenizers

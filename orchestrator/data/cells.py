@@ -9,10 +9,8 @@ from collections.abc import Sequence
 
 from orchestrator.data.rows import Row
 from orchestrator.errors import DataError
-from orchestrator.job.places import SPLIT_NAMES
-from orchestrator.job.spec import Data, TaskName
-from orchestrator.modality import registry
-from orchestrator.modality.contract import SampleField
+from orchestrator.job import SPLIT_NAMES, Data, TaskName
+from orchestrator.modality import SampleField, registry
 
 _TEXT_COLUMNS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",),
                  ("content",))  # fmt: skip

@@ -13,9 +13,8 @@ from orchestrator.data.locations import Location
 from orchestrator.data.rows import Origin, Row, Source, inside
 from orchestrator.data.tables import suffix_of
 from orchestrator.errors import DataError
-from orchestrator.job.places import SPLIT_NAMES
-from orchestrator.modality import registry
-from orchestrator.modality.contract import SampleField
+from orchestrator.job import SPLIT_NAMES
+from orchestrator.modality import SampleField, registry
 
 _LITTER = {"thumbs.db", "desktop.ini", "icon\r"}
 

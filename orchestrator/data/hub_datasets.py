@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.backbone.cards import asking, offline
+from orchestrator.backbone import asking, offline
 from orchestrator.data.tables import BATCH_ROWS, Batch, Table
 from orchestrator.errors import DataError, MissingExtraError, first_line
-from orchestrator.job.places import SPLIT_NAMES, choose_splits, dataset_id
+from orchestrator.job import SPLIT_NAMES, choose_splits, dataset_id
 
 
 def is_saved(path: Path) -> bool:

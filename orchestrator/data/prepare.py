@@ -18,17 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.data.cells import label_columns
-from orchestrator.data.intake import Intake, Skip, digest64, numbers, take_in, view
+from orchestrator.data.ingest import IngestedRows, Skip, digest64, ingest, numbers, view
 from orchestrator.data.locations import Location
 from orchestrator.data.rows import Origin, Source
 from orchestrator.data.samples import INDEX_FILE, ROWS_FILE, Rows, SampleWriter, write_index
 from orchestrator.data.sources import open_source
 from orchestrator.data.splits import balanced_subset, grouped, stratified
 from orchestrator.errors import DataError
-from orchestrator.job.places import shown
-from orchestrator.job.plans import SPLITS, BackboneCard, DataSummary
-from orchestrator.job.spec import Data, TaskName
-from orchestrator.modality.contract import Modality, Profile
+from orchestrator.job import SPLITS, BackboneCard, Data, DataSummary, TaskName, shown
+from orchestrator.modality import Modality, Profile
 
 Ints = npt.NDArray[np.int64]
 
@@ -78,15 +76,15 @@ def _prepare(
 ) -> Prepared:  # fmt: skip
     source = open_source(spec, modality.sample, task)
     with SampleWriter(directory / ROWS_FILE, [one.name for one in modality.sample], with_content=keep) as writer:
-        taken = take_in(source, modality, card, task, writer, may_skip=spec.on_bad_sample == "skip")
-    if spec.on_bad_sample == "fail" and taken.skipped:
-        raise _bad(taken.skipped)
-    if not len(taken):
+        ingested = ingest(source, modality, card, task, writer, may_skip=spec.on_bad_sample == "skip")
+    if spec.on_bad_sample == "fail" and ingested.skipped:
+        raise _bad(ingested.skipped)
+    if not len(ingested):
         raise DataError(
             f"{shown(spec.path)} holds no sample that can be used",
-            mend=_first(taken.skipped) and f"look at the first: {_first(taken.skipped)}",
+            mend=_first(ingested.skipped) and f"look at the first: {_first(ingested.skipped)}",
         )
-    table = _Table(taken, source, Rows(directory / ROWS_FILE, source.origins))
+    table = _Table(ingested, source, Rows(directory / ROWS_FILE, source.origins))
     kept = _drop_duplicates(table)
     names: Sequence[str]
     if task == "regression":
@@ -107,7 +105,7 @@ def _prepare(
         _REFUSALS[task](targets, split, names)
     notes = list(source.notes) + _leaks(table, kept, split)
     if not classes:
-        notes += _doubtful_labels(taken, names, spec, task)
+        notes += _doubtful_labels(ingested, names, spec, task)
     if not classes and not (split == 2).any():
         has = (split == 1).any()
         notes.append(
@@ -118,25 +116,25 @@ def _prepare(
     if keep:
         _write_index(directory / INDEX_FILE, table, kept, targets, split)
     summary = DataSummary(
-        fingerprint=_fingerprint(taken, kept, split),
+        fingerprint=_fingerprint(ingested, kept, split),
         root=_text_of(source.origins[0]),
         num_samples={name: int((split == i).sum()) for i, name in enumerate(SPLITS)},
         per_class={name: _per_class(targets[split == i], len(names), task) for i, name in enumerate(SPLITS)}
         if task != "regression"
         else {},
         **_spread(targets[split == 0], task),
-        num_duplicates=len(taken) - len(kept),
-        num_skipped=len(taken.skipped),
+        num_duplicates=len(ingested) - len(kept),
+        num_skipped=len(ingested.skipped),
         notes=tuple(notes),
     )
-    return Prepared(tuple(names), summary, taken.profile(), tuple(taken.skipped))
+    return Prepared(tuple(names), summary, ingested.profile(), tuple(ingested.skipped))
 
 
 @dataclass(frozen=True)
 class _Table:
-    """What was taken in, and where a message finds more about a row."""
+    """What was ingested in, and where a message finds more about a row."""
 
-    taken: Intake
+    ingested: IngestedRows
     source: Source
     rows: Rows
 
@@ -145,28 +143,28 @@ class _Table:
 
     def labels(self, row: int) -> object:
         """The label of a row, as a message shows it."""
-        taken, known = self.taken, list(self.taken.names)
+        ingested, known = self.ingested, list(self.ingested.names)
         if not known:
-            width = len(taken.label) // len(taken)
-            return tuple(taken.label[row * width : (row + 1) * width])
-        if not taken.num_labels:
-            return known[taken.label[row]]
-        start = sum(taken.num_labels[:row])
-        return tuple(known[i] for i in taken.label[start : start + taken.num_labels[row]])
+            width = len(ingested.label) // len(ingested)
+            return tuple(ingested.label[row * width : (row + 1) * width])
+        if not ingested.num_labels:
+            return known[ingested.label[row]]
+        start = sum(ingested.num_labels[:row])
+        return tuple(known[i] for i in ingested.label[start : start + ingested.num_labels[row]])
 
     def group(self, row: int) -> str:
         """The group of a row."""
-        return list(self.taken.groups)[self.taken.group[row]]
+        return list(self.ingested.groups)[self.ingested.group[row]]
 
 
 def _write_index(file: Path, table: _Table, kept: Ints, targets: npt.NDArray[Any], split: Ints) -> None:
-    taken, used = table.taken, split != _UNSPLIT
+    ingested, used = table.ingested, split != _UNSPLIT
     some = slice(None) if used.all() else used  # a view, where nothing is left out
     rows = kept[some]
-    timed, stats = (taken.whole(values)[rows] for values in (taken.timed, taken.stat_id))
+    timed, stats = (ingested.whole(values)[rows] for values in (ingested.timed, ingested.stat_id))
     write_index(
-        file, rows, targets[some], split[some], view(taken.num_bytes)[rows].clip(0),
-        (view(taken.content_id)[rows], view(taken.content_high)[rows]), np.where(timed, stats, np.uint64(0)),
+        file, rows, targets[some], split[some], view(ingested.num_bytes)[rows].clip(0),
+        (view(ingested.content_id)[rows], view(ingested.content_high)[rows]), np.where(timed, stats, np.uint64(0)),
         [_text_of(origin) for origin in table.source.origins],
     )  # fmt: skip
 
@@ -190,12 +188,12 @@ def _spread(targets: npt.NDArray[Any], task: TaskName) -> dict[str, Any]:
 
 def _drop_duplicates(table: _Table) -> Ints:
     """The rows to keep, int64: one a file. The same file with two labels is refused: one of them is wrong."""
-    taken = table.taken
-    uris = taken.whole(taken.uri_id)
+    ingested = table.ingested
+    uris = ingested.whole(ingested.uri_id)
     if not uris.any():
         return np.arange(len(uris))
     roots = np.array([digest64(_text_of(origin)) for origin in table.source.origins], dtype=np.uint64)
-    keys = np.where(uris == 0, np.arange(len(uris), dtype=np.uint64), uris ^ roots[taken.whole(taken.origin)])
+    keys = np.where(uris == 0, np.arange(len(uris), dtype=np.uint64), uris ^ roots[ingested.whole(ingested.origin)])
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
@@ -211,10 +209,10 @@ def _drop_duplicates(table: _Table) -> Ints:
 
 
 def _refuse_contradictions(table: _Table, mine: int, theirs: int) -> None:
-    taken, uri = table.taken, table.rows.uri(mine)
-    groups = taken.group
+    ingested, uri = table.ingested, table.rows.uri(mine)
+    groups = ingested.group
     for what, differ, of in (
-        ("label", taken.label_key(mine) != taken.label_key(theirs), table.labels),
+        ("label", ingested.label_key(mine) != ingested.label_key(theirs), table.labels),
         ("group", len(groups) and groups[mine] != groups[theirs], table.group),
     ):
         if differ:
@@ -222,7 +220,7 @@ def _refuse_contradictions(table: _Table, mine: int, theirs: int) -> None:
                 f"{uri} has two {what}s: {of(theirs)!r} in {table.place(theirs)}, {of(mine)!r} in {table.place(mine)}",
                 mend=f"leave the row with the right {what}",
             )
-    if taken.split[mine] != taken.split[theirs]:
+    if ingested.split[mine] != ingested.split[theirs]:
         raise DataError(
             f"{uri} stands in two splits, by {table.place(theirs)} and {table.place(mine)}",
             mend="leave it in one of them",
@@ -243,11 +241,11 @@ def _first(skips: list[Skip]) -> str:
 
 
 def _class_names(table: _Table, kept: Ints, spec: Data, task: TaskName) -> list[str]:
-    taken, named = table.taken, sorted(table.source.classes)
+    ingested, named = table.ingested, sorted(table.source.classes)
     if task == "multi-label" and named:
         return named if isinstance(spec.label_column, str) else list(spec.label_column)
-    counts = np.bincount(_label_numbers(taken, kept)[1], minlength=len(taken.names))
-    met = [name for name, number in taken.names.items() if counts[number]]
+    counts = np.bincount(_label_numbers(ingested, kept)[1], minlength=len(ingested.names))
+    met = [name for name, number in ingested.names.items() if counts[number]]
     empty = [name for name in named if name not in met]
     if empty:
         raise DataError(
@@ -266,25 +264,25 @@ def _class_names(table: _Table, kept: Ints, spec: Data, task: TaskName) -> list[
     return sorted(met)
 
 
-def _doubtful_labels(taken: Intake, names: Sequence[str], spec: Data, task: TaskName) -> list[str]:
+def _doubtful_labels(ingested: IngestedRows, names: Sequence[str], spec: Data, task: TaskName) -> list[str]:
     """Notes on labels that may be meant otherwise. Raises `DataError` where they can hardly be meant so."""
     if task == "single-label" and len(names) > _MANY_NUMBERS and all(map(_NUMBER.fullmatch, names)):
         if sum(not float(name).is_integer() for name in names) < len(names) / 2:
             return []
         seen = f"the labels are {len(names)} different numbers with fractions, such as {', '.join(names[:3])}"
-        if len(taken) < _FEW_A_NUMBER * len(names):
+        if len(ingested) < _FEW_A_NUMBER * len(names):
             raise DataError(
-                f"{seen}, and there are {len(taken)} samples",
+                f"{seen}, and there are {len(ingested)} samples",
                 expected=f"classes, with {_FEW_A_NUMBER} samples or more each where their names are such numbers",
                 mend="to learn numbers: task regression (--task regression)",
             )
         return [f"{seen}, each learnt as a class of its own; to learn numbers: task regression (--task regression)"]
-    if task != "multi-label" or max(taken.num_labels) > 1 or spec.label_separator is not None:
+    if task != "multi-label" or max(ingested.num_labels) > 1 or spec.label_separator is not None:
         return []
     if len(label_columns(spec)) > 1:
         return []
-    counts = np.bincount(numbers(taken.label), minlength=len(taken.names)).tolist()
-    held = {mark: sum(n for name, n in zip(taken.names, counts, strict=True) if mark in name) for mark in ",;|"}
+    counts = np.bincount(numbers(ingested.label), minlength=len(ingested.names)).tolist()
+    held = {mark: sum(n for name, n in zip(ingested.names, counts, strict=True) if mark in name) for mark in ",;|"}
     mark = max(held, key=held.__getitem__)
     if held[mark] > sum(counts) / 2:
         return [
@@ -297,12 +295,12 @@ def _doubtful_labels(taken: Intake, names: Sequence[str], spec: Data, task: Task
     ]
 
 
-def _label_numbers(taken: Intake, kept: Ints) -> tuple[Ints, Ints]:
+def _label_numbers(ingested: IngestedRows, kept: Ints) -> tuple[Ints, Ints]:
     """(position in `kept`, number of the label), one entry a label of a row."""
-    labels = numbers(taken.label)
-    if not taken.num_labels:
+    labels = numbers(ingested.label)
+    if not ingested.num_labels:
         return np.arange(len(kept)), labels[kept]
-    counts = numbers(taken.num_labels)
+    counts = numbers(ingested.num_labels)
     where = np.full(len(counts), -1, dtype=np.int64)
     where[kept] = np.arange(len(kept))
     at = np.repeat(where, counts)
@@ -311,12 +309,12 @@ def _label_numbers(taken: Intake, kept: Ints) -> tuple[Ints, Ints]:
 
 def _targets(table: _Table, kept: Ints, names: Sequence[str], spec: Data, task: TaskName) -> npt.NDArray[Any]:
     """int64 [rows], the class; multi-label: float32 [rows, classes], 0 or 1; regression: float32 [rows, targets]."""
-    taken = table.taken
+    ingested = table.ingested
     if task == "regression":
-        return view(taken.label).reshape(len(taken), -1)[kept].astype(np.float32)
+        return view(ingested.label).reshape(len(ingested), -1)[kept].astype(np.float32)
     known = {name: i for i, name in enumerate(names)}
-    number = np.array([known.get(name, -1) for name in taken.names], dtype=np.int64)
-    at, labels = _label_numbers(taken, kept)
+    number = np.array([known.get(name, -1) for name in ingested.names], dtype=np.int64)
+    at, labels = _label_numbers(ingested, kept)
     labels = number[labels]
     unknown = np.flatnonzero(labels < 0)
     if len(unknown):
@@ -372,9 +370,9 @@ def _refuse_constants(targets: npt.NDArray[Any], split: Ints, names: Sequence[st
 
 
 def _split(table: _Table, kept: Ints, labels: Ints, names: Sequence[str], num_classes: int, spec: Data) -> Ints:
-    groups = numbers(table.taken.group)[kept] if spec.group_column else None
+    groups = numbers(table.ingested.group)[kept] if spec.group_column else None
     if table.source.ready_made:
-        split = numbers(table.taken.split)[kept].clip(0)
+        split = numbers(table.ingested.split)[kept].clip(0)
         if groups is not None:
             _refuse_crossing(table, kept, groups, split)
         chosen = np.flatnonzero(split == 0)
@@ -418,7 +416,7 @@ def _split(table: _Table, kept: Ints, labels: Ints, names: Sequence[str], num_cl
 
 def _for_evaluation(table: _Table, kept: Ints) -> Ints:
     """All samples are test samples, but where the data came with a test split: then those alone."""
-    ready_made = numbers(table.taken.split)[kept]
+    ready_made = numbers(table.ingested.split)[kept]
     ready_made[ready_made < 0] = 2
     if (ready_made == 2).any():
         return np.where(ready_made == 2, 2, _UNSPLIT)
@@ -426,7 +424,7 @@ def _for_evaluation(table: _Table, kept: Ints) -> Ints:
 
 
 def _refuse_crossing(table: _Table, kept: Ints, groups: Ints, split: Ints) -> None:
-    side = np.full(len(table.taken.groups), -1, dtype=np.int64)
+    side = np.full(len(table.ingested.groups), -1, dtype=np.int64)
     order = np.arange(len(groups))[::-1]
     side[groups[order]] = split[order]  # of each group's first row
     crossing = np.flatnonzero(side[groups] != split)
@@ -467,7 +465,7 @@ _REFUSALS: dict[TaskName, Callable[[npt.NDArray[Any], Ints, Sequence[str]], None
 
 def _leaks(table: _Table, kept: Ints, split: Ints) -> list[str]:
     """A note where the same content is trained on and tested with."""
-    contents = table.taken.contents()[kept]
+    contents = table.ingested.contents()[kept]
     trained = contents[(split == 0) & (contents != 0)]
     trained.sort()
     notes = []
@@ -483,10 +481,10 @@ def _leaks(table: _Table, kept: Ints, split: Ints) -> list[str]:
     return notes
 
 
-def _fingerprint(taken: Intake, kept: Ints, split: Ints) -> str:
+def _fingerprint(ingested: IngestedRows, kept: Ints, split: Ints) -> str:
     """Of every sample's URI, label, content and split, whatever their order."""
     mixed = np.zeros(len(kept), dtype=np.uint64)
-    columns = (taken.whole(taken.uri_id), taken.label_keys(), taken.known_by())
+    columns = (ingested.whole(ingested.uri_id), ingested.label_keys(), ingested.known_by())
     for start in range(0, len(kept), _ROWS_AT_ONCE):
         some = slice(start, start + _ROWS_AT_ONCE)
         piece = mixed[some]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from orchestrator.data.locations import Location
-from orchestrator.job.places import is_uri
+from orchestrator.job import is_uri
 
 Label = str | tuple[str, ...] | tuple[float, ...]
 """The class; multi-label: all that the sample has; regression: the targets."""

@@ -22,9 +22,8 @@ from orchestrator.data.contents import Ids, Marks, content_id
 from orchestrator.data.locations import cached
 from orchestrator.data.rows import Origin, Row
 from orchestrator.errors import BadSampleError
-from orchestrator.job.places import is_uri
-from orchestrator.job.plans import SPLITS
-from orchestrator.modality.contract import Sample
+from orchestrator.job import SPLITS, is_uri
+from orchestrator.modality import Sample
 
 Ints = npt.NDArray[np.int64]
 
@@ -182,7 +181,7 @@ class Samples:
         """The samples of a split, int64, ascending."""
         return np.flatnonzero(self._split == SPLITS.index(split))
 
-    def by_length(self, rows: Ints) -> Ints:
+    def order_by_length(self, rows: Ints) -> Ints:
         """The rows with the shortest samples first, by their size in bytes."""
         return rows[np.argsort(self.num_bytes[rows], kind="stable")]
 

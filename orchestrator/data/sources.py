@@ -22,18 +22,19 @@ from orchestrator.data.locations import Location, locate
 from orchestrator.data.rows import Origin, Row, Source
 from orchestrator.data.tables import Table, open_table, suffix_of
 from orchestrator.errors import DataError, did_you_mean
-from orchestrator.job.places import (
+from orchestrator.job import (
     SPLIT_KEYS,
     SPLIT_NAMES,
     TABLE_SUFFIXES,
+    Data,
+    TaskName,
     choose_splits,
     is_dataset,
-    is_spilled,
+    is_materialised,
     is_uri,
     shown,
 )
-from orchestrator.job.spec import Data, TaskName
-from orchestrator.modality.contract import SampleField
+from orchestrator.modality import SampleField
 
 _ROWS = ("the data", "the validation data", "the test data")
 """What the rows of a program are called, by their split."""
@@ -96,8 +97,8 @@ def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwi
     if any(table.split is not None for table in tables) or spec.split_column is not None:
         source.ready_made = True
     for table in tables:
-        named = replace(table, text=_ROWS[split or 0]) if is_spilled(place) else table
-        _open_table(source, named, wanted, is_place=not is_spilled(place))
+        named = replace(table, text=_ROWS[split or 0]) if is_materialised(place) else table
+        _open_table(source, named, wanted, is_place=not is_materialised(place))
     if not tables:
         _open_folder(source, place, wanted)
 

@@ -70,9 +70,9 @@ def balanced_subset(labels: Ints, names: Sequence[str], rows: Ints, num: int, se
     for label, name in enumerate(names):
         mine = rows[labels[rows] == label]
         queues.append(list(_generator(seed, "subset", name).permutation(mine)))
-    taken: list[int] = []
-    while len(taken) < min(num, len(rows)):
+    ingested: list[int] = []
+    while len(ingested) < min(num, len(rows)):
         for queue in queues:
-            if queue and len(taken) < num:
-                taken.append(int(queue.pop(0)))
-    return np.array(sorted(taken), dtype=np.int64)
+            if queue and len(ingested) < num:
+                ingested.append(int(queue.pop(0)))
+    return np.array(sorted(ingested), dtype=np.int64)

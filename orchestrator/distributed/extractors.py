@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,20 +28,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import ray
+import torch
 
-from orchestrator.data.contents import Catalog, Ids
-from orchestrator.distributed.sink import Line
+from orchestrator.data import Catalog, Ids
+from orchestrator.distributed.events import DriverChannel
 from orchestrator.errors import OrchestratorError, TrainingError, first_line
-from orchestrator.features.extraction import Extraction, Share
-from orchestrator.features.frozen import Kept
-from orchestrator.job.plans import Plan
-from orchestrator.job.runs import ERROR_FILE, write_file
-from orchestrator.modality import registry
-from orchestrator.network.cut import Body
-from orchestrator.network.worker import start_worker
-from orchestrator.store.sets import CONTENTS, opened
-from orchestrator.store.shards import FeatureSet, Format
-from orchestrator.training.assembly import assembled
+from orchestrator.features import Extraction, ExtractionResult, FeatureCacheRef
+from orchestrator.job import ERROR_FILE, Advanced, Noted, Plan, write_file
+from orchestrator.network import Body, start_worker
+from orchestrator.store import CONTENTS, FeatureSet, Format, opened
+from orchestrator.training import WorkerSpec, assembled
 
 _PIECES_EACH = 4
 """For each extractor, where there are samples enough: so that all end at about the same time."""
@@ -56,40 +52,40 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Extractors:
-    """Makes the pools of a job; see `frozen.MakeElsewhere`."""
+    """Makes the pools of a job; see `frozen.MakeRemoteExtractor`."""
 
-    config: Mapping[str, Any]
-    """What its workers got."""
-    line: Line
+    spec: WorkerSpec
+    channel: DriverChannel
     num: int
+    threads: int
+    """Of each."""
     use_gpu: bool
     """One each."""
 
-    def __call__(self, kept: Kept, format: Format) -> _Pool:
-        return _Pool(self, kept, format)
+    def __call__(self, cache: FeatureCacheRef, format: Format) -> _Pool:
+        return _Pool(self, cache, format)
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """See `extraction.Elsewhere`. It is started anew for each set of features."""
+    """See `extraction.RemoteExtractor`. It is started anew for each set of features."""
 
     of: Extractors
-    kept: Kept
+    cache: FeatureCacheRef
     format: Format
 
     def __call__(
         self, features: FeatureSet, rows: Ints, ids: Ids, sizes: Ints | None, view: int | None, backwards: bool
-    ) -> Iterator[Share]:
+    ) -> Iterator[ExtractionResult]:
         """Compute all of these rows, each piece in one extractor. Raises what one of ours raised there."""
-        plan = Plan.model_validate_json(self.of.config["plan"])
+        plan = self.of.spec.read_plan()
         order, ends = pieces_of(len(rows), sizes, self.of.num)
-        work = _Work(self.of.config, self.of.line, self.kept, self.format, features.folder.name, view, backwards,
-                     self.of.num)  # fmt: skip
+        work = _Work(self.of, self.cache, self.format, features.folder.name, view, backwards)  # fmt: skip
         todo = ray.put((rows[order], ids[order]))
         pieces = [{"start": start, "stop": stop} for start, stop in itertools.pairwise(ends)]
         if backwards:
             pieces.reverse()
-        answers: queue.SimpleQueue[Share | Exception | None] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[ExtractionResult | Exception | None] = queue.SimpleQueue()
         # In a thread, which may wait for a place on the cluster as long as it takes.
         threading.Thread(target=self._run, args=(plan, work, todo, pieces, answers), daemon=True).start()
         asked_at = 0.0
@@ -97,9 +93,9 @@ class _Pool:
             try:
                 found = answers.get(timeout=_ASK_EVERY_S)
             except queue.Empty:
-                asked_at = asked_at or (time.monotonic() if self.of.line.should_stop() else 0.0)
+                asked_at = asked_at or (time.monotonic() if self.of.channel.should_stop() else 0.0)
                 if asked_at and time.monotonic() - asked_at > _STOP_GRACE_S:
-                    yield Share(stopped=True)
+                    yield ExtractionResult(stopped=True)
                     return
                 continue
             if found is None:
@@ -110,7 +106,7 @@ class _Pool:
 
     def _run(
         self, plan: Plan, work: _Work, todo: Any, pieces: list[dict[str, int]],
-        answers: queue.SimpleQueue[Share | Exception | None],
+        answers: queue.SimpleQueue[ExtractionResult | Exception | None],
     ) -> None:  # fmt: skip
         try:
             import ray.data  # noqa: PLC0415  # a second, for those jobs alone that want it
@@ -123,7 +119,7 @@ class _Pool:
                 Extractor,
                 fn_constructor_args=(work, [todo]),  # in a list: the reference itself, not what it stands for
                 compute=ray.data.ActorPoolStrategy(size=min(self.of.num, len(pieces)), max_tasks_in_flight_per_actor=1),
-                num_cpus=plan.extractor_threads,
+                num_cpus=self.of.threads,
                 num_gpus=1 if self.of.use_gpu else None,
                 # Where a sample kills whoever decodes it, it would else be tried for ever.
                 max_task_retries=plan.job.scaling.max_failures,
@@ -162,15 +158,13 @@ def pieces_of(num_rows: int, sizes: Ints | None, num_extractors: int) -> tuple[I
 class _Work:
     """What an extractor has to know."""
 
-    config: Mapping[str, Any]
-    line: Line
-    kept: Kept
+    of: Extractors
+    cache: FeatureCacheRef
     format: Format
     name: str
     """Of the set."""
     view: int | None
     backwards: bool
-    num_extractors: int
 
 
 class Extractor:
@@ -180,7 +174,7 @@ class Extractor:
         """`todo`: the reference to all (rows, ids) that are to be computed, of which a piece is a part."""
         self._work = work
         self._rows, self._ids = ray.get(todo[0])
-        self._held = ExitStack()  # as long as this process lives
+        self._resources = ExitStack()  # as long as this process lives
         self._error: OrchestratorError | None = None
         self._notes = False
         try:
@@ -190,55 +184,56 @@ class Extractor:
 
     def _prepare(self) -> None:
         work = self._work
-        plan = Plan.model_validate_json(work.config["plan"])
-        plan = plan.model_copy(update={"threads_per_worker": plan.extractor_threads})
-        modality = work.config.get("modality") or registry.get(plan.job.modality)
-        worker = start_worker(plan, use_gpu=work.config["use_gpu"])
-        network, source = assembled(plan, Path(work.config["run"]), worker, modality, self._held)
+        spec = work.of.spec
+        plan = spec.read_plan()
+        modality = spec.find_modality(plan)
+        device = torch.device("cuda", 0) if work.of.use_gpu else torch.device("cpu")  # Ray shows it the one it has
+        worker = self._resources.enter_context(start_worker(work.of.threads, device))
+        network, source = assembled(plan, Path(spec.run), worker, modality, self._resources)
         self._extraction = Extraction(
-            Body(network, work.kept.cut), source, worker, Catalog(work.kept.family.parent / CONTENTS), work.format,
-            modality.by_length, plan.job.training.seed,
-            advance=lambda num: work.line.tell({"kind": "advance", "num": num}),
-            note=self._note, should_stop=work.line.should_stop,
+            Body(network, work.cache.cut), source, worker, Catalog(work.cache.group.parent / CONTENTS), work.format,
+            modality.length_bucketing, plan.job.training.seed,
+            advance=lambda num: work.of.channel.tell(Advanced(num)),
+            note=self._note, should_stop=work.of.channel.should_stop,
         )  # fmt: skip
-        self._features = self._held.enter_context(opened(work.kept.set(work.name, self._note), work.kept.key))
+        self._features = self._resources.enter_context(opened(work.cache.set(work.name, self._note), work.cache.key))
 
     def _note(self, text: str) -> None:
         if self._notes:  # all of them would say the same
-            self._work.line.tell({"kind": "note", "text": text})
+            self._work.of.channel.tell(Noted(text))
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
-        """{"found": a pickled `Share`, or the error that ends the job}."""
-        found: Share | OrchestratorError
+        """{"found": a pickled `ExtractionResult`, or the error that ends the job}."""
+        found: ExtractionResult | OrchestratorError
         try:
             found = self._error or self._compute(piece["start"], piece["stop"])
         except Exception as error:
             found = self._as_ours(error)
-        self._work.line.flush()
+        self._work.of.channel.flush()
         return {"found": pickle.dumps(found)}
 
     def _as_ours(self, error: Exception) -> OrchestratorError:
         """An error that the driver understands; of a library's the trace goes into the run."""
         if isinstance(error, OrchestratorError):
             return error
-        place = Path(self._work.config["run"]) / ERROR_FILE
+        place = Path(self._work.of.spec.run) / ERROR_FILE
         with contextlib.suppress(OSError):
             write_file(place, traceback.format_exc())
         return TrainingError(
             f"an extractor failed: {type(error).__name__}: {first_line(error)}", mend=f"the whole trace is in {place}"
         )
 
-    def _compute(self, start: int, stop: int) -> Share:
+    def _compute(self, start: int, stop: int) -> ExtractionResult:
         work, rows, ids = self._work, self._rows[start:stop], self._ids[start:stop]
-        if work.line.should_stop():
-            return Share(stopped=True)
+        if work.of.channel.should_stop():
+            return ExtractionResult(stopped=True)
         self._notes = start == 0
         order = np.argsort(rows)
         self._features.refresh()  # one that died may have done a part of it
         to_come = start + len(rows) if work.backwards else len(self._rows) - start
         found = self._extraction.compute(
-            self._features, rows[order], ids[order], work.view, work.backwards, to_come // work.num_extractors
+            self._features, rows[order], ids[order], work.view, work.backwards, to_come // work.of.num
         )
-        self._features.settle(whole=False)
+        self._features.flush_uploads(whole=False)
         found.skipped = dict(self._extraction.source.skipped)
         return found

@@ -16,17 +16,24 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.data.contents import Catalog, Ids, known
-from orchestrator.data.samples import Samples
+from orchestrator.data import Catalog, Ids, Samples, known
 from orchestrator.errors import InterruptedRunError, TrainingError
 from orchestrator.features.loading import Loaded, Loading, number_format
 from orchestrator.features.pipeline import Bodies, bodies_for, passed
-from orchestrator.features.sources import SampleSource, StoredView, part_of
-from orchestrator.network.compiling import WORTH_S, Compiled, can_be_compiled, compiled, seconds_of
-from orchestrator.network.cut import Body
-from orchestrator.network.worker import Worker, channels_last, on_device, with_threads
-from orchestrator.store.locks import filling
-from orchestrator.store.shards import FeatureSet, Format, Values
+from orchestrator.features.sources import SampleSource, StoredView, split_evenly
+from orchestrator.network import (
+    WORTH_S,
+    Body,
+    Compiled,
+    Worker,
+    can_be_compiled,
+    channels_last,
+    compiled,
+    on_device,
+    seconds_of,
+    with_threads,
+)
+from orchestrator.store import FeatureSet, Format, Values, filling
 
 FLUSH_S = 10.0
 """A shard is written at least so often, at first: what is lost when a job is killed."""
@@ -43,7 +50,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass
-class Share:
+class ExtractionResult:
     """What came of some rows."""
 
     names: list[str] = field(default_factory=list)
@@ -59,12 +66,12 @@ class Share:
     """Somebody asked to stop before all was done."""
 
 
-class Elsewhere(Protocol):
+class RemoteExtractor(Protocol):
     """Other processes that compute what this one would."""
 
     def __call__(
         self, features: FeatureSet, rows: Ints, ids: Ids, sizes: Ints | None, view: int | None, backwards: bool
-    ) -> Iterable[Share]:
+    ) -> Iterable[ExtractionResult]:
         """All of these rows (ascending), with the ids of their contents as far as they are known; in pieces.
 
         `sizes`: of their samples in bytes, where longer ones are more work.
@@ -80,7 +87,7 @@ class Extraction:
     worker: Worker
     catalog: Catalog
     format: Format
-    by_length: bool
+    length_bucketing: bool
     seed: int
     advance: Callable[[int], None]
     """Called with the number of samples that were done."""
@@ -88,7 +95,7 @@ class Extraction:
     should_stop: Callable[[], bool]
     verify: bool = False
     """Read every sample to find out what its content is, whatever is remembered of its file."""
-    elsewhere: Elsewhere | None = None
+    remote: RemoteExtractor | None = None
     """Processes that compute in the workers' stead."""
     num_computed: int = 0
     """Samples that went through the body, in this worker, or at its order."""
@@ -113,7 +120,7 @@ class Extraction:
         written: list[str] = []
         counted = False
         if worker.rank == 0:
-            features.bring(ids)
+            features.fetch_missing(ids)
         for _ in range(_MOST_ROUNDS):
             features.refresh(written)
             # What one worker sees on a shared file system another one may not see yet: rank 0's shards are named, and
@@ -136,7 +143,7 @@ class Extraction:
             broken = self._damaged(features, everybodys[worker.rank :: worker.num_workers])
             if not broken:
                 self._remember(rows, ids)
-                features.settle(whole=worker.rank == 0)
+                features.flush_uploads(whole=worker.rank == 0)
                 there = shard >= 0
                 values = [features.values(number).view(np.ndarray) if name in used else _NOTHING
                           for number, name in enumerate(features.names)]  # fmt: skip
@@ -144,7 +151,7 @@ class Extraction:
                 return StoredView(rows[there], shard[there], at[there], values)
             self.note(f"stored features were damaged, and are replaced ({len(broken)} of {len(everybodys)} shards)")
             if worker.rank == 0:
-                features.bring(ids)
+                features.fetch_missing(ids)
         raise TrainingError(
             f"the features in {features.folder} do not stay as they are written",
             expected="storage that keeps its bytes, and nobody who prunes it meanwhile",
@@ -198,20 +205,20 @@ class Extraction:
         with filling(features.folder) if rank == 0 else contextlib.nullcontext(False) as lock:
             # Where another job is at it this one begins at the other end: so the two meet, and do not do the same.
             backwards = not self.worker.gather(lock)[0]
-            shares: Iterable[Share] = ()
-            if self.elsewhere is None or len(missing) < _LEAST_ELSEWHERE:
-                mine = part_of(missing, rank, num_workers)
-                shares = [self.compute(features, mine, ids[np.searchsorted(rows, mine)], view, backwards)]
+            results: Iterable[ExtractionResult] = ()
+            if self.remote is None or len(missing) < _LEAST_ELSEWHERE:
+                mine = split_evenly(missing, rank, num_workers)
+                results = [self.compute(features, mine, ids[np.searchsorted(rows, mine)], view, backwards)]
             elif rank == 0:
-                sizes = self.source.samples.num_bytes[missing] if self.by_length else None
-                shares = self.elsewhere(features, missing, ids[np.searchsorted(rows, missing)], sizes, view, backwards)
-            for share in shares:
-                names += share.names
-                self._new += share.new
-                self.source.skipped.update(share.skipped)
-                self.num_computed += share.num_computed
-                self.gain = share.gain or self.gain
-                stopped |= share.stopped
+                sizes = self.source.samples.num_bytes[missing] if self.length_bucketing else None
+                results = self.remote(features, missing, ids[np.searchsorted(rows, missing)], sizes, view, backwards)
+            for result in results:
+                names += result.names
+                self._new += result.new
+                self.source.skipped.update(result.skipped)
+                self.num_computed += result.num_computed
+                self.gain = result.gain or self.gain
+                stopped |= result.stopped
         if any(self.worker.gather(stopped)):
             text = "stopped while the body ran; the features that it gave are kept"
             raise InterruptedRunError(text, mend="the same command goes on")
@@ -219,15 +226,15 @@ class Extraction:
 
     def compute(
         self, features: FeatureSet, rows: Ints, ids: Ids, view: int | None, backwards: bool, to_come: int = 0
-    ) -> Share:
+    ) -> ExtractionResult:
         """Run the body over these rows (ascending), with the ids of their contents as far as they are known.
 
         `to_come`: so many rows, these included, are for this process yet, if they are more. Raises `TrainingError`;
         what was computed is kept.
         """
-        share = Share()
+        result = ExtractionResult()
         self._started = self._started or time.monotonic()
-        ordered = self.source.samples.by_length(rows) if self.by_length else rows
+        ordered = self.source.samples.order_by_length(rows) if self.length_bucketing else rows
         # A sample is changed at random by torch's one generator: a body may draw from it as well (vit_mae does).
         bodies = bodies_for(self.body, self.worker.device, most=1 if view is not None else None)
         batches = list(self.source.samples.batches(ordered, bodies.batch_size, len(bodies.copies)))
@@ -245,23 +252,23 @@ class Extraction:
 
         try:
             for some, loaded, found in passed(batches, load, run, bodies):
-                share.new.append(loaded.new)
+                result.new.append(loaded.new)
                 for computed, values in found:
                     _refuse_other_shape(features.shape or waiting.shape or values.shape[1:], values)
                     waiting.add(computed, values)
-                    share.num_computed += len(computed)
+                    result.num_computed += len(computed)
                 self.advance(len(some) * self.worker.num_workers)
                 if waiting.is_due(max(FLUSH_S, _FLUSH_SHARE * (time.monotonic() - self._started))):
-                    share.names.append(waiting.write(features, self.format))
+                    result.names.append(waiting.write(features, self.format))
                     features.refresh()  # what another job has done meanwhile need not be done here
                 if self.should_stop():
-                    share.stopped = True
+                    result.stopped = True
                     break
         finally:  # whatever ended it: what was computed is kept
             if waiting.ids:
-                share.names.append(waiting.write(features, self.format))
-        share.gain = self._compiled.gain if self._compiled is not None else None
-        return share
+                result.names.append(waiting.write(features, self.format))
+        result.gain = self._compiled.gain if self._compiled is not None else None
+        return result
 
     def _compile(self, loading: Loading, bodies: Bodies, batches: Sequence[Ints], times: float) -> None:
         """Make the body machine code, if the samples are so many that it pays back."""

@@ -19,10 +19,8 @@ import torch
 
 from orchestrator.features.loading import compute
 from orchestrator.features.sources import SampleSource, as_float32
-from orchestrator.network.cut import Body
-from orchestrator.network.worker import Worker
-from orchestrator.store.sets import FORMAT_FILE, write_shared
-from orchestrator.store.shards import Format
+from orchestrator.network import Body, Worker
+from orchestrator.store import FORMAT_FILE, Format, write_shared
 
 LEAST_COSINE = 0.998
 _NUM_SAMPLES = 256
@@ -44,25 +42,25 @@ class Choice:
 
 
 def choose(
-    asked: str, body: Body, source: SampleSource, rows: Ints, worker: Worker, family: Path,
+    asked: str, body: Body, source: SampleSource, rows: Ints, worker: Worker, cache_group: Path,
     num_missing: Callable[[Format], int],
 ) -> Choice:  # fmt: skip
     """The format for these rows' features; the same on all workers.
 
     `asked` is the job's precision: fp32, bf16 or auto. `num_missing` tells how many features a set lacks.
     """
-    choice = _choose(asked, body, source, rows, worker, family, num_missing) if worker.rank == 0 else None
+    choice = _choose(asked, body, source, rows, worker, cache_group, num_missing) if worker.rank == 0 else None
     chosen: Choice = worker.gather(choice)[0]
     return chosen
 
 
 def _choose(
-    asked: str, body: Body, source: SampleSource, rows: Ints, worker: Worker, family: Path,
+    asked: str, body: Body, source: SampleSource, rows: Ints, worker: Worker, cache_group: Path,
     num_missing: Callable[[Format], int],
 ) -> Choice:  # fmt: skip
     if asked == "fp32":
         return Choice("float32")
-    before = _remembered(family)
+    before = _remembered(cache_group)
     if before is not None and before.format == "bfloat16" and num_missing("bfloat16") == 0:
         return before
     if asked == "auto" and before is not None and before.format == "float32":
@@ -74,13 +72,13 @@ def _choose(
     some = rows[:: max(1, len(rows) // _NUM_SAMPLES)][:_NUM_SAMPLES]  # of folders the first ones are of one class
     choice = _tried("bf16" if before is not None else asked, body, source, some, worker)
     if before is None:
-        write_shared(family / FORMAT_FILE, json.dumps(asdict(choice)))
+        write_shared(cache_group / FORMAT_FILE, json.dumps(asdict(choice)))
     return choice
 
 
-def _remembered(family: Path) -> Choice | None:
+def _remembered(cache_group: Path) -> Choice | None:
     try:
-        found = Choice(**json.loads((family / FORMAT_FILE).read_text(encoding="utf-8")))
+        found = Choice(**json.loads((cache_group / FORMAT_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     return found if found.format in ("float32", "bfloat16") else None

@@ -18,22 +18,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.data.contents import Catalog
-from orchestrator.data.locations import Location, cached
-from orchestrator.data.samples import Samples
-from orchestrator.features.extraction import Elsewhere, Extraction, known_contents
+from orchestrator.data import Catalog, Location, Samples, cached
+from orchestrator.features.extraction import Extraction, RemoteExtractor, known_contents
 from orchestrator.features.formats import Choice, choose
 from orchestrator.features.sources import FeatureSource, SampleSource, StoredView
-from orchestrator.job.plans import SPLITS, Plan
-from orchestrator.job.runs import write_file
-from orchestrator.modality import registry
-from orchestrator.modality.contract import Modality
-from orchestrator.network.cut import Body, Cut, Head, find_cut
-from orchestrator.network.model import Network
-from orchestrator.network.worker import Worker, channels_last
-from orchestrator.store.mirror import MirroredSet, share
-from orchestrator.store.sets import CONTENTS, FOLDER, FORMAT_FILE, KEY_FILE, family_folder, opened
-from orchestrator.store.shards import FeatureSet, Format
+from orchestrator.job import SPLITS, Advanced, Noted, PhaseBegan, Plan, Report, write_file
+from orchestrator.modality import Modality, registry
+from orchestrator.network import Body, Cut, Head, Network, Worker, channels_last, find_cut
+from orchestrator.store import (
+    CONTENTS,
+    FOLDER,
+    FORMAT_FILE,
+    KEY_FILE,
+    FeatureSet,
+    Format,
+    MirroredSet,
+    cache_group_folder,
+    opened,
+    share,
+)
 
 _NUM_PROOF_SAMPLES = 16
 _OF_RUN = "features"
@@ -44,43 +47,42 @@ _LIBRARIES = ("torch", "transformers", "timm", "torchvision", "pillow", "soundfi
 """What decodes, prepares and computes: other versions may give other features."""
 
 Ints = npt.NDArray[np.int64]
-Events = Callable[[dict[str, Any]], None]
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Kept:
+class FeatureCacheRef:
     """Where the features of a frozen body are kept, and what they are: all that a process needs to compute more."""
 
     cut: Cut
     key: Mapping[str, Any]
-    family: Path
+    group: Path
     """The folder on the storage."""
     store: str | None
     """A place in an object store that has them too."""
 
     def set(self, name: str, note: Note) -> FeatureSet:
-        """One of the family's sets."""
-        place, folder = self._place(), self.family / name
+        """One of the cache group's sets."""
+        place, folder = self._place(), self.group / name
         return FeatureSet(folder) if place is None else MirroredSet(folder, place.join(name), note)
 
     def share(self, *names: str) -> None:
-        """These notes of the family, the same on all machines."""
+        """These notes of the cache group, the same on all machines."""
         place = self._place()
         if place is not None:
             for name in names:
-                share(self.family / name, place)
+                share(self.group / name, place)
 
     def _place(self) -> Location | None:
-        return cached(self.store).join(self.family.name) if self.store else None
+        return cached(self.store).join(self.group.name) if self.store else None
 
 
-MakeElsewhere = Callable[[Kept, Format], Elsewhere]
+MakeRemoteExtractor = Callable[[FeatureCacheRef, Format], RemoteExtractor]
 """Makes what has other processes compute features."""
 
 
 @dataclass(frozen=True)
-class Once:
+class CachedFeatures:
     """What the loop needs instead of the whole network and the samples."""
 
     forward: Head
@@ -90,12 +92,12 @@ class Once:
 
 def run_body_once(
     plan: Plan, run: Path, network: Network, modality: Modality, source: SampleSource, worker: Worker,
-    events: Events, should_stop: Callable[[], bool], held: ExitStack, verify: bool = False,
-    extractors: MakeElsewhere | None = None,
-) -> tuple[Once | None, dict[str, Any]]:  # fmt: skip
+    report: Report, should_stop: Callable[[], bool], resources: ExitStack, verify: bool = False,
+    extractors: MakeRemoteExtractor | None = None,
+) -> tuple[CachedFeatures | None, dict[str, Any]]:  # fmt: skip
     """(features of all splits, what to note of them); None for the first where the body must run in every step.
 
-    `held` keeps the features from being pruned, until it is closed.
+    `resources` keeps the features from being pruned, until it is closed.
     `verify`: every sample is read to find out what its content is, whatever is remembered of its file.
     `extractors`: what has other processes run the body.
     """
@@ -103,47 +105,47 @@ def run_body_once(
     cut, error = _prove(network, source, samples, worker)
     if cut is None:
         text = "no cut into body and head holds for this network: the body runs in every step"
-        events({"kind": "note", "text": text})
+        report(Noted(text))
         return None, {"features": "every step", "split_error": error if math.isfinite(error) else None}
     started = time.monotonic()
     rows = {name: samples.rows(name) for name in SPLITS}
     total = sum(len(some) for some in rows.values()) + max(0, plan.views - 1) * len(rows["train"])
-    events({"kind": "phase", "text": "running the frozen body once", "total": total, "unit": "samples"})
+    report(PhaseBegan("running the frozen body once", total, unit="samples"))
     code = code_digest(modality)
     # What a notebook's cell computes, nobody can tell from what it computed before: kept for this run alone.
     root = run / _OF_RUN if code is None else run.parent / FOLDER
     key = feature_key(plan, cut, code)
-    family = family_folder(root, plan.backbone.name, key)
+    cache_group = cache_group_folder(root, plan.backbone.name, key)
     catalog = Catalog(root / CONTENTS)
     body = Body(network, cut)
     everything = np.concatenate([rows[name] for name in SPLITS])
 
     def note(text: str) -> None:
-        events({"kind": "note", "text": text})
+        report(Noted(text))
 
     if plan.job.feature_store and code is None:
         note("the plugin's code has no file that other machines could compare: the features stay in this run")
-    kept = Kept(cut, key, family, plan.job.feature_store if code is not None else None)
-    kept.share(KEY_FILE, FORMAT_FILE)  # what another machine has decided holds here too
-    set_of = functools.cache(lambda name: kept.set(name, note))
+    cache = FeatureCacheRef(cut, key, cache_group, plan.job.feature_store if code is not None else None)
+    cache.share(KEY_FILE, FORMAT_FILE)  # what another machine has decided holds here too
+    set_of = functools.cache(lambda name: cache.set(name, note))
     before: _Used | None = worker.gather(_Used.of(run) if worker.rank == 0 else None)[0]
     if before is not None:  # a run that goes on reads what it began with, whatever there is by now
         choice = Choice(before.format)
     else:
         choice = choose(
-            plan.job.training.precision, body, source, rows["train"], worker, family,
+            plan.job.training.precision, body, source, rows["train"], worker, cache_group,
             lambda format: _num_missing(set_of(format), samples, catalog, everything),
         )  # fmt: skip
-        kept.share(FORMAT_FILE)
+        cache.share(FORMAT_FILE)
     extraction = Extraction(
-        body, source, worker, catalog, choice.format, modality.by_length, plan.job.training.seed,
-        advance=lambda num: events({"kind": "advance", "num": num}),
+        body, source, worker, catalog, choice.format, modality.length_bucketing, plan.job.training.seed,
+        advance=lambda num: report(Advanced(num)),
         note=note, should_stop=should_stop, verify=verify,
-        elsewhere=extractors(kept, choice.format) if extractors is not None else None,
+        remote=extractors(cache, choice.format) if extractors is not None else None,
     )  # fmt: skip
 
     def run_over(name: str, rows: Ints, view: int | None = None) -> StoredView:
-        features = held.enter_context(opened(set_of(name), key))
+        features = resources.enter_context(opened(set_of(name), key))
         if before is not None:
             features.prefer(before.shards.get(name, ()))
         return extraction.run(features, rows, view)
@@ -156,7 +158,7 @@ def run_body_once(
         names = [f"{choice.format}-{view_name(plan, number)}" for number in range(plan.views)]
         views = [run_over(name, rows["train"], number) for number, name in enumerate(names)]
         sources["train"] = FeatureSource(samples, views)
-    kept.share(KEY_FILE, FORMAT_FILE)  # pruned meanwhile, perhaps
+    cache.share(KEY_FILE, FORMAT_FILE)  # pruned meanwhile, perhaps
     if worker.rank == 0 and before is None:
         write_file(run / _USED, json.dumps({"format": choice.format, "shards": extraction.used}))
     found = {
@@ -167,7 +169,7 @@ def run_body_once(
         found |= {"format_cosine": choice.cosine, "format_gain": choice.gain}
     if extraction.gain is not None:
         found["compiled_gain"] = extraction.gain
-    return Once(Head(network, cut), sources), found
+    return CachedFeatures(Head(network, cut), sources), found
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class _Used:
 def _num_missing(features: FeatureSet, samples: Samples, catalog: Catalog, rows: Ints) -> int:
     ids = known_contents(samples, catalog, rows)
     features.refresh()
-    features.bring(ids)
+    features.fetch_missing(ids)
     return int((features.find(ids)[0] < 0).sum())
 
 
@@ -199,9 +201,9 @@ def _prove(network: Network, source: SampleSource, samples: Samples, worker: Wor
     found: tuple[Cut | None, float] = (None, math.inf)
     if worker.rank == 0:
         rows = np.concatenate([samples.rows(name) for name in SPLITS])
-        by_length, third = samples.by_length(rows), _NUM_PROOF_SAMPLES // 3
+        ordered, third = samples.order_by_length(rows), _NUM_PROOF_SAMPLES // 3
         some = rows[:: max(1, len(rows) // third)][:third]
-        batch = source.batch(np.unique(np.concatenate([by_length[:third], by_length[-third:], some])), train=False)
+        batch = source.batch(np.unique(np.concatenate([ordered[:third], ordered[-third:], some])), train=False)
         if batch is not None:
             found = find_cut(network, channels_last(batch.to(worker.device).inputs))
     answer: tuple[Cut | None, float] = worker.gather(found)[0]

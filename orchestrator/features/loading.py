@@ -13,14 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from orchestrator.data.contents import Ids
+from orchestrator.data import Ids
 from orchestrator.errors import BadSampleError
 from orchestrator.features.sources import SampleSource
-from orchestrator.network.compiling import Compiled
-from orchestrator.network.cut import Body
-from orchestrator.network.model import Inputs
-from orchestrator.network.worker import channels_last, on_device, seed_for
-from orchestrator.store.shards import FeatureSet, Format, Values
+from orchestrator.network import Body, Compiled, Inputs, channels_last, on_device, seed_for
+from orchestrator.store import FeatureSet, Format, Values
 
 _VIEW = 3  # what a random number is for, beside those of the loop
 

@@ -18,9 +18,8 @@ from typing import TypeVar
 
 import torch
 
-from orchestrator.data.samples import MAX_AT_ONCE
-from orchestrator.network.cut import Body
-from orchestrator.network.worker import with_threads
+from orchestrator.data import MAX_AT_ONCE
+from orchestrator.network import Body, with_threads
 
 _MOST_BODIES = 8
 """More would wait for Python's lock; each has several cores then."""

@@ -11,12 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from orchestrator.data.samples import Samples
+from orchestrator.data import Samples
 from orchestrator.errors import BadSampleError, TrainingError
-from orchestrator.modality.contract import Collate, Decode
-from orchestrator.network.model import Inputs
-from orchestrator.network.worker import on_device
-from orchestrator.store.shards import Values
+from orchestrator.modality import Collate, Decode
+from orchestrator.network import Inputs, on_device
+from orchestrator.store import Values
 
 Ints = npt.NDArray[np.int64]
 
@@ -143,6 +142,6 @@ class FeatureSource:
 Source = SampleSource | FeatureSource
 
 
-def part_of(rows: Ints, number: int, num_parts: int) -> Ints:
+def split_evenly(rows: Ints, number: int, num_parts: int) -> Ints:
     """One of `num_parts` pieces whose lengths differ by one at most."""
     return rows[number * len(rows) // num_parts : (number + 1) * len(rows) // num_parts]

@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.backbone.weights import Tensors, require_weights
+from orchestrator.backbone import Tensors, require_weights
 from orchestrator.errors import JobError, RefusedError, did_you_mean
-from orchestrator.job.plans import BackboneCard, BackboneRow, DataSummary, Parameters, Plan, Schedule
-from orchestrator.job.spec import Job, nearest_value
-from orchestrator.modality.contract import BackboneRule, Fit, Modality, Profile
+from orchestrator.job import BackboneCard, BackboneRow, DataSummary, Job, Parameters, Plan, Schedule, nearest_value
+from orchestrator.modality import BackboneRule, Fit, Modality, Profile
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     # Rates for AdamW; docs/methods.md has the runs that they were chosen by.
@@ -268,10 +267,10 @@ def _schedule(job: Job, num_train: int) -> Schedule:
     head_rate = asked.head_learning_rate or asked.learning_rate or defaults["head_learning_rate"] * factor
     epochs = asked.epochs or defaults["epochs"]
     batch_size = min(asked.batch_size or defaults["batch_size"], num_train)
-    num_shards = asked.num_shards or job.scaling.num_workers
-    if num_shards < job.scaling.num_workers:
+    num_microbatches = asked.num_microbatches or job.scaling.num_workers
+    if num_microbatches < job.scaling.num_workers:
         raise JobError(
-            f"training.num_shards = {num_shards} leaves workers idle",
+            f"training.num_microbatches = {num_microbatches} leaves workers idle",
             expected=f"{job.scaling.num_workers} or more",
         )
     if job.method == "head":
@@ -283,17 +282,17 @@ def _schedule(job: Job, num_train: int) -> Schedule:
     else:
         batch_norm = asked.batch_norm
     steps_per_epoch = math.ceil(num_train / batch_size)
-    smallest = num_train // steps_per_epoch // num_shards
+    smallest = num_train // steps_per_epoch // num_microbatches
     if smallest < (2 if batch_norm == "train" else 1):
         raise JobError(
-            f"{num_train} training samples in batches of {batch_size} leave shards of {smallest}",
-            expected="2 samples a shard for BatchNorm in train mode, 1 otherwise",
-            mend="raise training.batch_size, or lower training.num_shards or scaling.num_workers",
+            f"{num_train} training samples in batches of {batch_size} leave microbatches of {smallest}",
+            expected="2 samples a microbatch for BatchNorm in train mode, 1 otherwise",
+            mend="raise training.batch_size, or lower training.num_microbatches or scaling.num_workers",
         )
     return Schedule(
         epochs=epochs,
         batch_size=batch_size,
-        num_shards=num_shards,
+        num_microbatches=num_microbatches,
         learning_rate=rate,
         head_learning_rate=head_rate,
         batch_norm=batch_norm,

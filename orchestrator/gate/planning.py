@@ -9,18 +9,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.backbone import cards as hub
-from orchestrator.backbone import weights
+from orchestrator.backbone import read_card, weights
 from orchestrator.errors import RefusedError, missing_extra
-from orchestrator.gate import decide as gate
-from orchestrator.job.places import DATA_FOLDER, SPLIT_KEYS, as_settings, holds_rows, is_rows
-from orchestrator.job.plans import BackboneCard, BackboneRow, Plan
-from orchestrator.job.spec import Data, Draft, Job, TaskName, make_draft
-from orchestrator.modality import registry
-from orchestrator.modality.contract import Fit, Modality, Profile
+from orchestrator.gate import decide
+from orchestrator.job import (
+    DATA_FOLDER,
+    SPLIT_KEYS,
+    BackboneCard,
+    BackboneRow,
+    Data,
+    Draft,
+    Job,
+    Plan,
+    TaskName,
+    as_settings,
+    holds_rows,
+    is_rows,
+    make_draft,
+)
+from orchestrator.modality import Fit, Modality, Profile, registry
 
 if TYPE_CHECKING:
-    from orchestrator.data.prepare import Prepared
+    from orchestrator.data import Prepared
 
 
 @dataclass(frozen=True)
@@ -57,16 +67,16 @@ def inspect(
 ) -> Checked:
     """`check`, with the row that matched and how the data would be adapted."""
     plugin = registry.get(modality)
-    card = hub.read_card(backbone)
+    card = read_card(backbone)
     row = _match(card, plugin)
     weights.require_weights(card)
     profile = None
     if data is not None:
         if not plugin.trainable:
-            raise gate.not_built(plugin)
+            raise decide.not_built(plugin)
         spec = data if isinstance(data, Data) else Data(path=str(data))
         profile = _prepare(spec, plugin, card, task).profile
-    fit = gate.fit(card, row, plugin, settings or {}, profile) if plugin.fit is not None else None
+    fit = decide.fit(card, row, plugin, settings or {}, profile) if plugin.fit is not None else None
     return Checked(card, row, fit, profile)
 
 
@@ -76,13 +86,13 @@ def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: A
     Takes what `finetune` takes. Raises `JobError` and `RefusedError`.
     """
     draft = drafted(job, fields)
-    looked = look(without_rows(draft))  # before rows are written
+    resolved = resolve_backbone(without_rows(draft))  # before rows are written
     with TemporaryDirectory(prefix="orchestrator-") as folder:
-        return prepare(spilled(draft, Path(folder) / DATA_FOLDER).job(), looked)[0]
+        return prepare(materialised(draft, Path(folder) / DATA_FOLDER).job(), resolved)[0]
 
 
 @dataclass(frozen=True)
-class Looked:
+class ResolvedBackbone:
     """What is known of a job before its data is read."""
 
     plugin: Modality
@@ -90,32 +100,32 @@ class Looked:
     row: BackboneRow
 
 
-def look(job: Job) -> Looked:
+def resolve_backbone(job: Job) -> ResolvedBackbone:
     """Whether the job's backbone fits its modality and method. Raises `RefusedError`; reads metadata only."""
     plugin = registry.get(job.modality)
-    gate.parse_settings(plugin, job.settings, job.place_of)
-    card = hub.read_card(job.backbone)
+    decide.parse_settings(plugin, job.settings, job.place_of)
+    card = read_card(job.backbone)
     row = _match(card, plugin)
     if not plugin.trainable:
-        raise gate.not_built(plugin)
+        raise decide.not_built(plugin)
     if job.method != "scratch":
         weights.require_weights(card)
     if job.feature_store is not None and job.method == "head" and job.training.features == "once":
         _require_store(job.feature_store)
-    gate.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
-    return Looked(plugin, card, row)
+    decide.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
+    return ResolvedBackbone(plugin, card, row)
 
 
-def prepare(job: Job, looked: Looked, directory: Path | None = None) -> tuple[Plan, Prepared]:
+def prepare(job: Job, resolved: ResolvedBackbone, directory: Path | None = None) -> tuple[Plan, Prepared]:
     """The Plan, and what was found in the data; the sample table is written into `directory`, if there is one."""
-    card = looked.card
-    prepared = _prepare(job.data, looked.plugin, card, job.task, directory)
+    card = resolved.card
+    prepared = _prepare(job.data, resolved.plugin, card, job.task, directory)
     tensors = weights.read_tensors(card) if card.weight_files else None
-    made = gate.make_plan(
+    made = decide.make_plan(
         job,
-        looked.plugin,
+        resolved.plugin,
         weights.with_digest(card),
-        looked.row,
+        resolved.row,
         tensors,
         prepared.classes,
         prepared.summary,
@@ -143,7 +153,7 @@ def without_rows(draft: Draft) -> Job:
     return replace(draft, tree={**draft.tree, "data": places}).job()
 
 
-def spilled(draft: Draft, directory: Path, new: list[Path] | None = None) -> Draft:
+def materialised(draft: Draft, directory: Path, new: list[Path] | None = None) -> Draft:
     """The draft with rows that a program holds written into `directory`; without any, as it is.
 
     Files that were not there before are added to `new`. Raises `DataError`.
@@ -152,15 +162,15 @@ def spilled(draft: Draft, directory: Path, new: list[Path] | None = None) -> Dra
     if not holds_rows(data):
         return draft
     try:
-        from orchestrator.data.spill import spill_data
+        from orchestrator.data.materialise import materialise
     except ModuleNotFoundError as error:
         raise missing_extra(error) or error from None
-    return replace(draft, tree={**draft.tree, "data": spill_data(data, directory, new)})
+    return replace(draft, tree={**draft.tree, "data": materialise(data, directory, new)})
 
 
 def _require_store(place: str) -> None:
     """Raise `RefusedError` where the object store does not answer, or has no such bucket."""
-    from orchestrator.data.locations import Location, feature_store
+    from orchestrator.data import Location, feature_store
 
     mend = "correct feature_store (--feature-store)"
     store = feature_store(place)
@@ -181,11 +191,11 @@ def num_cores() -> int:
 def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
     known = {plugin.name: plugin}
     try:
-        return gate.match(card, plugin, known)
+        return decide.match(card, plugin, known)
     except RefusedError as error:
         if error.reason != "unknown_type":
             raise
-    return gate.match(card, plugin, registry.available())  # only a refusal asks what the others take
+    return decide.match(card, plugin, registry.available())  # only a refusal asks what the others take
 
 
 def _prepare(

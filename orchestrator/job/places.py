@@ -70,14 +70,14 @@ def holds_rows(data: object) -> bool:
     return any(is_rows(value) and not isinstance(value, (bool, int, float)) for value in found)
 
 
-def is_spilled(place: str) -> bool:
+def is_materialised(place: str) -> bool:
     """Whether it holds rows that a program gave: nobody knows the file, and messages do not name it."""
     return Path(place).parent.name == DATA_FOLDER and place.endswith(".parquet")
 
 
 def shown(place: str) -> str:
     """The place as messages call it."""
-    return "the data" if is_spilled(place) else place
+    return "the data" if is_materialised(place) else place
 
 
 def choose_splits(splits: Mapping[str, int | None], text: str) -> tuple[dict[str, int | None], list[str]]:

@@ -16,12 +16,6 @@ from orchestrator.job.spec import Job
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 SPLITS = ("train", "validation", "test")
-FIGURES: dict[str, tuple[tuple[str, str], ...]] = {
-    "single-label": (("accuracy", "accuracy"), ("macro F1", "macro_f1"), ("AUROC", "auroc")),
-    "multi-label": (("average precision", "average_precision"), ("macro F1", "macro_f1"), ("AUROC", "auroc")),
-    "regression": (("MAE", "mae"), ("R2", "r2"), ("RMSE", "rmse")),
-}
-"""Task -> (title, key in the results) of what is shown, the one that counts first."""
 
 
 class _Plain(BaseModel):
@@ -111,7 +105,7 @@ class Schedule(_Plain):
 
     epochs: int
     batch_size: int
-    num_shards: int
+    num_microbatches: int
     learning_rate: float
     head_learning_rate: float
     batch_norm: Literal["train", "frozen"]

@@ -86,7 +86,7 @@ class Training(_Part):
 
     epochs: int | None = Field(None, ge=1, le=100_000)
     batch_size: int | None = Field(None, ge=1, description="samples a step, over all workers")
-    num_shards: int | None = Field(
+    num_microbatches: int | None = Field(
         None,
         ge=1,
         description="parts that a step's batch is computed in, whatever the number of workers; more than "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel
 
-from orchestrator.job.plans import Adaptation, BackboneCard, BackboneRow, Plan
+from orchestrator.job import Adaptation, BackboneCard, BackboneRow, Plan
 
 if TYPE_CHECKING:
     import torch
@@ -199,7 +199,7 @@ class Collate(Protocol):
         """Decoded samples -> the model's inputs, first dimension the batch.
 
         `train` asks for augmentation, whose randomness comes from torch's global generator: the loop seeds
-        it by (seed, step, shard), so that a sample is changed the same way on any number of workers.
+        it by (seed, step, microbatch), so that a sample is changed the same way on any number of workers.
         """
 
 
@@ -230,7 +230,7 @@ class Modality:
     """The plugin's own settings (`job.settings`), a pydantic model that forbids unknown keys."""
     rules: BackboneRules
     tasks: tuple[Task, ...]
-    by_length: bool
+    length_bucketing: bool
     """Whether samples differ in length, so that batches of like lengths waste less: the core makes them so."""
     extra: str
     """What to install for training with it: `pip install 'orchestrator[extra]'`; '' if nothing more."""

@@ -1,4 +1,4 @@
-"""BatchNorm over logical shards: the same running statistics on any number of workers."""
+"""BatchNorm over logical microbatches: the same running statistics on any number of workers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from orchestrator.network.model import batch_norms
 from orchestrator.network.worker import Worker
 
 
-class ShardStatistics:
-    """BatchNorm's running statistics over several shards: each starts from the same, their mean is kept.
+class MicrobatchStatistics:
+    """BatchNorm's running statistics over several microbatches: each starts from the same, their mean is kept.
 
-    Without this they would depend on which shards a worker happens to have. One shard needs nothing.
+    Without this they would depend on which microbatches a worker happens to have. One microbatch needs nothing.
     """
 
-    def __init__(self, module: nn.Module, worker: Worker, num_shards: int) -> None:
+    def __init__(self, module: nn.Module, worker: Worker, num_microbatches: int) -> None:
         self._worker = worker
-        self._layers = [layer for layer in batch_norms(module) if layer.training] if num_shards > 1 else []
+        self._layers = [layer for layer in batch_norms(module) if layer.training] if num_microbatches > 1 else []
         if self._layers:
             self._start = self._read()
             self._counts = [int(layer.num_batches_tracked or 0) for layer in self._layers]
-            self._of_shards = self._start.new_zeros(num_shards, len(self._start))
-            self._mine = self._start.new_zeros(num_shards)
+            self._of_microbatches = self._start.new_zeros(num_microbatches, len(self._start))
+            self._mine = self._start.new_zeros(num_microbatches)
 
     def _read(self) -> Tensor:
         return torch.cat(
@@ -39,26 +39,26 @@ class ShardStatistics:
                     tensor.copy_(flat[at : at + tensor.numel()].view_as(tensor))
                     at += tensor.numel()
 
-    def of(self, shard: int) -> _OfShard:
-        """A context in which one shard runs forward."""
-        return _OfShard(self, shard)
+    def of(self, microbatch: int) -> _OfMicrobatch:
+        """A context in which one microbatch runs forward."""
+        return _OfMicrobatch(self, microbatch)
 
     def average(self) -> None:
-        """Keep the mean over the shards, in the order of their numbers."""
+        """Keep the mean over the microbatches, in the order of their numbers."""
         if self._layers:
             # Rows of other workers are 0 here, so that the sum over workers is exact.
-            self._worker.add_up(self._of_shards)
-            self._worker.add_up(self._mine)
-            self._write(self._of_shards.sum(dim=0) / self._mine.sum().clamp(min=1))
+            self._worker.all_reduce_sum(self._of_microbatches)
+            self._worker.all_reduce_sum(self._mine)
+            self._write(self._of_microbatches.sum(dim=0) / self._mine.sum().clamp(min=1))
             for layer, count in zip(self._layers, self._counts, strict=True):
                 if layer.num_batches_tracked is not None:
-                    layer.num_batches_tracked.fill_(count + 1)  # of steps, not of this worker's shards
+                    layer.num_batches_tracked.fill_(count + 1)  # of steps, not of this worker's microbatches
 
 
 @dataclass
-class _OfShard:
-    statistics: ShardStatistics
-    shard: int
+class _OfMicrobatch:
+    statistics: MicrobatchStatistics
+    microbatch: int
 
     def __enter__(self) -> None:
         if self.statistics._layers:
@@ -66,5 +66,5 @@ class _OfShard:
 
     def __exit__(self, *_: object) -> None:
         if self.statistics._layers:
-            self.statistics._of_shards[self.shard] = self.statistics._read()
-            self.statistics._mine[self.shard] = 1
+            self.statistics._of_microbatches[self.microbatch] = self.statistics._read()
+            self.statistics._mine[self.microbatch] = 1

@@ -24,8 +24,8 @@ TOLERANCE = 1e-4
 """Between head(body(x)) and the whole network in float32, relative to the largest logit."""
 
 Form = Literal["chain", "mean"]
-Pick = Literal["", "first", "last", "end", "mean"]
-_GLUES: Mapping[str, Callable[[Tensor], Tensor]] = {
+Pooling = Literal["", "first", "last", "end", "mean"]
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x, "relu": functional.relu, "tanh": torch.tanh, "gelu": functional.gelu,
     "mean": lambda x: x.flatten(2).mean(dim=-1),
 }  # fmt: skip
@@ -41,10 +41,10 @@ class Cut:
     """The head's."""
     form: Form
     """chain: one after the other; mean: side by side, each on an input of its own, and their mean is the output."""
-    pick: Pick = ""
+    pooling: Pooling = ""
     """What of a sequence [batch, tokens, width] the head reads: the first token, the last one that is no padding, the
     one that stands last, or the mean over the tokens."""
-    glue: str = ""
+    activation: str = ""
     widths: tuple[int, ...] = ()
     """mean: of each module's input."""
 
@@ -52,7 +52,7 @@ class Cut:
     def point(self) -> str:
         """Where the features are taken, whatever comes after it."""
         where = self.modules[0] if self.form == "chain" else ", ".join(self.modules)
-        return f"{self.pick} into {where}".strip()
+        return f"{self.pooling} into {where}".strip()
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Body:
         taken = _inputs_of(self.network, names, inputs)
         if cut.form == "mean":
             return torch.cat([taken[name].flatten(1) for name in names], dim=1)
-        return _PICKS[cut.pick](taken[names[0]], inputs, self.network.module)
+        return _POOLINGS[cut.pooling](taken[names[0]], inputs, self.network.module)
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Head:
             parts = torch.split(features, list(cut.widths), dim=1)
             return torch.stack([m(part) for m, part in zip(modules, parts, strict=True)]).mean(dim=0)
         for module in modules[:-1]:
-            features = _GLUES[cut.glue](module(features))
+            features = _ACTIVATIONS[cut.activation](module(features))
         logits: Tensor = modules[-1](features)
-        return logits[:, 0] if logits.ndim == 3 and cut.pick else logits
+        return logits[:, 0] if logits.ndim == 3 and cut.pooling else logits
 
 
 def find_cut(network: Network, inputs: Inputs) -> tuple[Cut | None, float]:
@@ -105,7 +105,7 @@ def find_cut(network: Network, inputs: Inputs) -> tuple[Cut | None, float]:
         whole = network.logits(inputs)
         scale = whole.abs().max().clamp(min=1e-6)
         for cut in _candidates(network, inputs):
-            for form in _glued(cut):
+            for form in _with_activations(cut):
                 error = _error(network, form, inputs, whole, scale)
                 if error <= TOLERANCE:
                     return form, error
@@ -141,8 +141,8 @@ def _cuts(network: Network, inputs: Inputs, names: tuple[str, ...], reached: Map
         return
     first = reached[names[0]]
     if first.ndim == 3:
-        for pick in _PICKS_TRIED:
-            yield Cut(names, "chain", pick)
+        for pooling in _POOLINGS_TRIED:
+            yield Cut(names, "chain", pooling)
     if not (first.ndim == 3 and _differ_in_length(network, inputs)):
         yield Cut(names, "chain")
     if len(names) > 1:
@@ -156,9 +156,9 @@ def _is_read(network: Network, inputs: Inputs, name: str) -> bool:
         return not torch.equal(before, network.logits(inputs))
 
 
-def _glued(cut: Cut) -> Iterator[Cut]:
-    for glue in _GLUES if cut.form == "chain" and len(cut.modules) > 1 else ("",):
-        yield Cut(cut.modules, cut.form, cut.pick, glue, cut.widths)
+def _with_activations(cut: Cut) -> Iterator[Cut]:
+    for activation in _ACTIVATIONS if cut.form == "chain" and len(cut.modules) > 1 else ("",):
+        yield Cut(cut.modules, cut.form, cut.pooling, activation, cut.widths)
 
 
 def _differ_in_length(network: Network, inputs: Inputs) -> bool:
@@ -239,11 +239,11 @@ def _mean(tokens: Tensor, inputs: Inputs, module: nn.Module) -> Tensor:
     return (tokens * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
 
 
-_PICKS: Mapping[str, Callable[[Tensor, Inputs, nn.Module], Tensor]] = {
+_POOLINGS: Mapping[str, Callable[[Tensor, Inputs, nn.Module], Tensor]] = {
     "": lambda tokens, _inputs, _module: tokens, "first": _first, "last": _last,
     "end": lambda tokens, _inputs, _module: tokens[:, -1:], "mean": _mean,
 }  # fmt: skip
-_PICKS_TRIED: tuple[Pick, ...] = ("first", "last", "end", "mean")
+_POOLINGS_TRIED: tuple[Pooling, ...] = ("first", "last", "end", "mean")
 
 
 @contextlib.contextmanager

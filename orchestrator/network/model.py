@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from orchestrator.errors import WeightsError
-from orchestrator.job.plans import Plan
-from orchestrator.job.spec import Training
+from orchestrator.job import Plan, Training
 
 Inputs = Mapping[str, Tensor]
 

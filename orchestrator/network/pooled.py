@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from orchestrator.errors import TrainingError
-from orchestrator.job.plans import Plan
+from orchestrator.job import Plan
 from orchestrator.network.model import Inputs, Network, load_body, make_config, new_layer, quiet
 
 _NOTHING: tuple[str, ...] = ()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import os
 import resource
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from orchestrator.errors import RefusedError
-from orchestrator.job.plans import Plan
+from orchestrator.job import Plan
 
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 _BUCKET_BYTES = 25 * 2**20
@@ -30,19 +31,21 @@ class Worker:
     local_rank: int
     num_workers: int
     device: torch.device
+    threads: int
+    """Cores that this process may use."""
 
-    def add_up(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over the workers, in place."""
         if self.num_workers > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def add_up_gradients(self, parameters: list[nn.Parameter], scale: float) -> None:
+    def all_reduce_gradients(self, parameters: list[nn.Parameter], scale: float) -> None:
         """Sum each gradient over the workers and multiply it by `scale`, in buckets of 25 MB."""
         grads = []
         for parameter in parameters:
             if parameter.grad is None:
-                # Every worker must bring the same tensors, also one whose shards were all unreadable.
+                # Every worker must bring the same tensors, also one whose microbatches were all unreadable.
                 parameter.grad = torch.zeros_like(parameter)
             grads.append(parameter.grad)
         if self.num_workers > 1:
@@ -61,7 +64,7 @@ class Worker:
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all workers are here."""
         if self.num_workers > 1:
             dist.barrier()
@@ -80,24 +83,27 @@ def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:
     return buckets
 
 
-def start_worker(plan: Plan, local_rank: int = 0, use_gpu: bool = True) -> Worker:
-    """This process as a worker: threads, memory allocator and device as the plan says.
+@contextlib.contextmanager
+def start_worker(threads: int, device: torch.device, local_rank: int = 0) -> Iterator[Worker]:
+    """This process as a worker, until the context ends; then its settings are what they were before.
 
-    Without `use_gpu` no CUDA device is taken, where Ray has given this process none and others may have them all.
+    Set are torch's threads, exact fp32 (no TF32, deterministic cuDNN), the memory allocator, the limit of open files.
     """
-    torch.set_num_threads(plan.threads_per_worker)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, stored features too; who wants speed has bf16
-    _open_many_files()
-    _keep_memory()
     grouped = dist.is_available() and dist.is_initialized()
-    return Worker(
-        rank=dist.get_rank() if grouped else 0,
-        local_rank=local_rank,
-        num_workers=dist.get_world_size() if grouped else 1,
-        device=_device(plan, local_rank, use_gpu),
-    )
+    with contextlib.ExitStack() as settings:
+        settings.enter_context(with_threads(threads))
+        settings.enter_context(_exact())
+        settings.enter_context(_many_files())
+        settings.enter_context(_kept_memory())
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        yield Worker(
+            rank=dist.get_rank() if grouped else 0,
+            local_rank=local_rank,
+            num_workers=dist.get_world_size() if grouped else 1,
+            device=device,
+            threads=threads,
+        )
 
 
 @contextlib.contextmanager
@@ -111,45 +117,70 @@ def with_threads(num: int | None = None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _device(plan: Plan, local_rank: int, use_gpu: bool) -> torch.device:
-    wanted = plan.job.scaling.device
+def find_device(wanted: Literal["auto", "cpu", "gpu"]) -> torch.device:
+    """The device of a process that Ray has given none. Raises `RefusedError` where a GPU is wanted, and none there."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "gpu" and found is None:
         raise RefusedError(
             "resources", "scaling.device = 'gpu', and torch finds none here", mend="use device auto or cpu"
         )
-    if wanted == "cpu" or found is None or (found.type == "cuda" and not use_gpu):
+    if wanted == "cpu" or found is None:
         return torch.device("cpu")
-    if found.type == "cuda":
-        # Ray shows each worker its own GPU as number 0; without Ray there is one worker.
-        device = torch.device("cuda", local_rank if torch.cuda.device_count() > local_rank else 0)
-        torch.cuda.set_device(device)
-        return device
-    return torch.device(found.type)
+    return torch.device(found.type, 0) if found.type == "cuda" else torch.device(found.type)
 
 
-def _keep_memory() -> None:
-    """Tell glibc to keep freed memory.
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """fp32 is fp32, stored features too, and the same input gives the same output; who wants speed has bf16."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, False, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def _kept_memory() -> Iterator[None]:
+    """Tell glibc to keep freed memory, and after it to go by its defaults again.
 
     By default it hands every large tensor back to the kernel and faults it in again: 2.0 to 3.7 times the
     time of a forward pass on a 2-core machine. Other C libraries have no such switch and need none.
     """
+    mallopt = None
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(_M_MMAP_MAX, 0)
-            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+            libc = ctypes.CDLL(None)
+            mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:  # what they were cannot be asked for: what the environment says, else glibc's own numbers
+        mallopt(_M_MMAP_MAX, int(os.environ.get("MALLOC_MMAP_MAX_", 65536)))
+        mallopt(_M_TRIM_THRESHOLD, int(os.environ.get("MALLOC_TRIM_THRESHOLD_", 128 * 1024)))
+        malloc_trim(0)
 
 
-def _open_many_files() -> None:
+@contextlib.contextmanager
+def _many_files() -> Iterator[None]:
     """Raise the limit of open files to what may be: each shard of stored features is one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def seed_for(*what: int) -> None:
-    """Seed torch's generators by what the numbers are for, for example (seed, step, shard)."""
+    """Seed torch's generators by what the numbers are for, for example (seed, step, microbatch)."""
     digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") % 2**63
     # torch.manual_seed notes a stack trace for each kind of device that is not in use: 1.3 ms, longer than the step of

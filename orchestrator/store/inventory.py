@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.locations import Found, Location, asking, feature_store
+from orchestrator.data import Found, Location, asking, feature_store
 from orchestrator.errors import JobError
-from orchestrator.job.spec import IN_A_STORE
+from orchestrator.job import IN_A_STORE
 from orchestrator.store import locks
 from orchestrator.store.sets import FOLDER, FORMAT_FILE, KEY_FILE, USED, write_shared
 from orchestrator.store.shards import NUM_READERS, FeatureSet, Shard
@@ -63,7 +63,7 @@ class Listing:
     """One set of features."""
 
     name: str
-    """<family>/<set>"""
+    """<cache group>/<set>"""
     key: Mapping[str, Any]
     num_samples: int
     """Of an object store: what its shards hold, so that a sample which two jobs have computed counts twice."""
@@ -129,7 +129,7 @@ def _on_storage(root: Path) -> Iterable[Listing]:
 
 
 def _key(read: Callable[[], bytes]) -> Mapping[str, Any]:
-    """What a family is of, {} where that cannot be read."""
+    """What a cache group is of, {} where that cannot be read."""
     try:
         found = json.loads(read())
     except (OSError, ValueError):
@@ -160,19 +160,19 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_empty(family: Path) -> None:
-    """Remove the folder of a family that has no set any more; what is noted of it stays where a job makes one now."""
+def _remove_empty(cache_group: Path) -> None:
+    """Remove the folder of a cache group without sets; its notes stay where a job makes a set at this moment."""
     try:
-        if any(child.is_dir() for child in family.iterdir()):
+        if any(child.is_dir() for child in cache_group.iterdir()):
             return
-        notes = {file: file.read_text(encoding="utf-8") for file in family.glob("*.json")}
-        for file in family.iterdir():
+        notes = {file: file.read_text(encoding="utf-8") for file in cache_group.glob("*.json")}
+        for file in cache_group.iterdir():
             if not file.is_dir():
                 file.unlink(missing_ok=True)
     except FileNotFoundError:  # somebody else prunes it as well
         return
     try:
-        family.rmdir()
+        cache_group.rmdir()
     except OSError:
         for file, text in notes.items():
             write_shared(file, text)
@@ -188,15 +188,15 @@ def _in_store(place: Location) -> list[Listing]:
     sets: dict[str, list[Found]] = {}
     for file in place.files():
         match file.uri.split("/"):
-            case [family, name, last] if _OURS.fullmatch(last):
-                sets.setdefault(f"{family}/{name}", []).append(file)
-    families = {name.split("/")[0] for name in sets}
+            case [cache_group, name, last] if _OURS.fullmatch(last):
+                sets.setdefault(f"{cache_group}/{name}", []).append(file)
+    cache_groups = {name.split("/")[0] for name in sets}
 
-    def key(family: str) -> Mapping[str, Any]:
-        return _key(place.join(f"{family}/{KEY_FILE}").read)
+    def key(cache_group: str) -> Mapping[str, Any]:
+        return _key(place.join(f"{cache_group}/{KEY_FILE}").read)
 
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        keys = dict(zip(families, pool.map(key, families), strict=True))
+        keys = dict(zip(cache_groups, pool.map(key, cache_groups), strict=True))
         return list(pool.map(lambda name: _listing_in_store(place, name, sets[name], keys[name.split("/")[0]]), sets))
 
 
@@ -216,15 +216,15 @@ def _listing_in_store(place: Location, name: str, files: list[Found], key: Mappi
 
 
 def _remove_from_store(place: Location, name: str) -> None:
-    """A set, its manifests first, and with the last set of a family what is noted of it.
+    """A set, its manifests first, and with the last set of a cache group what is noted of it.
 
     Raises `RefusedError` where the store does not let it be removed.
     """
-    family = name.split("/")[0]
-    files = [f"{family}/{file.uri}" for file in place.join(family).files()]
+    cache_group = name.split("/")[0]
+    files = [f"{cache_group}/{file.uri}" for file in place.join(cache_group).files()]
     sets = [uri for uri in files if uri.count("/") == 2 and _OURS.fullmatch(uri.split("/")[2])]
     mine = [uri for uri in sets if uri.startswith(f"{name}/")]
-    notes = [uri for uri in files if uri in (f"{family}/{KEY_FILE}", f"{family}/{FORMAT_FILE}")]
+    notes = [uri for uri in files if uri in (f"{cache_group}/{KEY_FILE}", f"{cache_group}/{FORMAT_FILE}")]
 
     def delete(uri: str) -> None:
         with asking(place.text), contextlib.suppress(FileNotFoundError):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from orchestrator.job.runs import still_there
+from orchestrator.job import still_there
 
 _USED, _FILLED = ".lock", ".filling"
 FILES = (_USED, _FILLED)

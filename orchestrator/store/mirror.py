@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.data.contents import Ids, known
-from orchestrator.data.locations import Location
+from orchestrator.data import Ids, Location, known
 from orchestrator.errors import first_line
-from orchestrator.job.runs import sync
+from orchestrator.job import sync
 from orchestrator.store.sets import USED, write_shared
 from orchestrator.store.shards import NUM_READERS, FeatureSet, Format, Shard, Values
 
@@ -53,7 +52,7 @@ class MirroredSet(FeatureSet):
         self._silent_until = 0.0
         """0 as long as it has answered."""
 
-    def bring(self, ids: Ids) -> None:
+    def fetch_missing(self, ids: Ids) -> None:
         """Fetch the shards that hold any of these contents, where none is here; all of them where few ids are known."""
         self.refresh()
         if time.monotonic() < self._silent_until:
@@ -140,7 +139,7 @@ class MirroredSet(FeatureSet):
         self._send([name])
         return name
 
-    def settle(self, whole: bool) -> None:
+    def flush_uploads(self, whole: bool) -> None:
         if whole and time.monotonic() >= self._silent_until:
             try:
                 self._there |= self._listed()  # what other workers have sent

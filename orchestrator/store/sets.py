@@ -19,14 +19,14 @@ FOLDER = ".features"
 CONTENTS = "contents"
 KEY_FILE = "key.json"
 FORMAT_FILE = "format.json"
-"""Of a family: which number format was decided on, for all later jobs."""
+"""Of a cache group: which number format was decided on, for all later jobs."""
 USED = "used"
 """Of a set in an object store: written anew by each job that uses it."""
 _VERSION = 1
 """Of what features are: raised when this package computes them otherwise than before."""
 
 
-def family_folder(root: Path, name: str, key: Mapping[str, Any]) -> Path:
+def cache_group_folder(root: Path, name: str, key: Mapping[str, Any]) -> Path:
     """The folder of all that has this key; made, with the key in it, if need be."""
     text = json.dumps({"version": _VERSION, **key}, sort_keys=True, indent=1, ensure_ascii=False)
     folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -45,11 +45,11 @@ def write_shared(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def opened(features: FeatureSet, key: Mapping[str, Any]) -> Iterator[FeatureSet]:
-    """A set of the family with that key, made if need be; nobody prunes it meanwhile."""
-    family = features.folder.parent
+    """A set of the cache group with that key, made if need be; nobody prunes it meanwhile."""
+    cache_group = features.folder.parent
     with locks.held(features.folder):
         touch(features.folder)
-        family_folder(family.parent, family.name.rpartition("-")[0], key)  # pruned just before, perhaps
+        cache_group_folder(cache_group.parent, cache_group.name.rpartition("-")[0], key)  # pruned just before, perhaps
         yield features
 
 

@@ -30,8 +30,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.data.contents import Ids, Marks
-from orchestrator.job.runs import sync
+from orchestrator.data import Ids, Marks
+from orchestrator.job import sync
 from orchestrator.store import locks
 
 Format = Literal["float32", "bfloat16"]
@@ -226,10 +226,10 @@ class FeatureSet:
             self._values.pop(name, None)
         self._index()
 
-    def bring(self, ids: Ids) -> None:  # of a set on the storage alone nothing lies elsewhere
+    def fetch_missing(self, ids: Ids) -> None:  # of a set on the storage alone nothing lies elsewhere
         """Called by one worker of a job before these contents are asked for: what lies elsewhere comes here."""
 
-    def settle(self, whole: bool) -> None:
+    def flush_uploads(self, whole: bool) -> None:
         """Once this worker has computed its share, or, `whole`, once all is there: what has to lie elsewhere does."""
 
     def prefer(self, names: Iterable[str]) -> None:

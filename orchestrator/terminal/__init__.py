@@ -1,0 +1,10 @@
+"""What a person types and sees: commands, flags, tables, refusals. Reads well at 80 columns.
+
+In: arguments. Out: the same calls that Python makes, printed as tables or as JSON, and an exit code.
+
+    cli               the commands
+    feature_commands  those of `orchestrator features`
+    flags             every flag, and the setting that it sets
+    answers           what the commands print: a table, or JSON
+    console           plans, results and errors on a screen
+"""

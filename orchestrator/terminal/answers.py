@@ -9,16 +9,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.job.plans import FIGURES
-from orchestrator.job.runs import Run
+from orchestrator.job import FIGURES, Run, figure
 from orchestrator.modality import registry
-from orchestrator.terminal.console import figure, middle, out, pairs, setting, show_results, table
+from orchestrator.terminal.console import middle, out, pairs, setting, show_results, table
 
 if TYPE_CHECKING:
-    from orchestrator.gate.planning import Checked
-    from orchestrator.modality.registry import Listing
+    from orchestrator.gate import Checked
+    from orchestrator.modality import Listing
     from orchestrator.predictor import Prediction
-    from orchestrator.store.inventory import Listing as FeatureListing
+    from orchestrator.store import Listing as FeatureListing
 
 
 _WIDEST_EXAMPLE = 16

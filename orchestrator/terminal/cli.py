@@ -85,7 +85,7 @@ def pretrain(fields: dict[str, Any], job: JobFile = None, fresh: Fresh = False, 
 @takes()
 def plan(fields: dict[str, Any], job: JobFile = None, json_: Json = False) -> None:
     """Print what `finetune` would do, and run nothing."""
-    from orchestrator.gate.planning import plan as make_plan
+    from orchestrator.gate import plan as make_plan
     from orchestrator.terminal.console import show_plan
 
     made = make_plan(job, **fields)
@@ -108,8 +108,8 @@ def check(
 
     orchestrator check facebook/wav2vec2-base --modality audio --data recordings/
     """
-    from orchestrator.gate.planning import inspect
-    from orchestrator.job.spec import make_job
+    from orchestrator.gate import inspect
+    from orchestrator.job import make_job
     from orchestrator.terminal import answers
 
     job = make_job(**{"data": "-", "backbone": backbone, **fields})
@@ -130,7 +130,7 @@ def predict(
     json_: Json = False,
 ) -> None:
     """Classify files with a finished run. Exit code 1 if one of them cannot be read."""
-    from orchestrator.job.runs import open_finished
+    from orchestrator.job import open_finished
 
     opened = open_finished(run)  # before torch is imported, which takes seconds
     from orchestrator.predictor import predict as run_predict
@@ -157,8 +157,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Figures of a finished run on labelled data that it has not seen."""
-    from orchestrator.job.runs import open_finished
-    from orchestrator.job.spec import make_job
+    from orchestrator.job import make_job, open_finished
 
     opened = open_finished(run)  # before torch is imported, which takes seconds
     spec = make_job(backbone="-", data=data, **fields).data
@@ -174,7 +173,7 @@ def runs(
     json_: Json = False,
 ) -> None:
     """List the runs and how far they are."""
-    from orchestrator.job.runs import list_runs
+    from orchestrator.job import list_runs
     from orchestrator.terminal import answers
 
     answers.listed(list_runs(storage), storage, json_)

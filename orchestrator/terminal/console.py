@@ -1,106 +1,22 @@
-"""What a person sees in a terminal: progress, plans, results, refusals. Reads well at 80 columns."""
+"""What a person sees in a terminal: plans, results, refusals. Reads well at 80 columns."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.job.plans import FIGURES, Parameters
+from orchestrator.job import FIGURES, Parameters, figure, interval
+from orchestrator.progress import err
 
-Events = Callable[[dict[str, Any]], None]
-
-# A class named ":fish:" is shown as it is written, and so is a file named "[bold].png": `escape` sees to that.
 out = Console(highlight=False, emoji=False)
-err = Console(stderr=True, highlight=False, emoji=False)
-
-_PLAIN_EVERY_S = 10.0
-
-
-class _Share(ProgressColumn):
-    """Percent done, nothing where the end is not known."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.percentage:>3.0f}%" if task.total else "    ")
-
-
-class _Rate(ProgressColumn):
-    """Samples a second, and the time left."""
-
-    def render(self, task: Task) -> Text:
-        per_unit = task.fields.get("samples_per_unit", 1.0)
-        rate = f"{task.speed * per_unit:,.0f}/s" if task.speed else ""
-        left = task.time_remaining
-        return Text(f"{rate:>9} {_clock(left) if left is not None else '':>6}", style="cyan")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Events]:
-    """A function that shows events: a bar on a terminal, a line now and then elsewhere."""
-    if not err.is_terminal:
-        yield _Plain()
-        return
-    bar = Progress(
-        TextColumn("{task.description}", style="bold"),
-        BarColumn(bar_width=None),
-        _Share(table_column=Column(no_wrap=True)),
-        _Rate(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[status]}", style="green", table_column=Column(no_wrap=True)),
-        console=err,
-        transient=True,
-        expand=True,
-        speed_estimate_period=10,
-    )
-    with bar:
-        yield _Bar(bar)
-
-
-class _Bar:
-    """Events as one bar a phase."""
-
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
-        self._task: Any = None
-        self._learnt = ""
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        kind = event["kind"]
-        if kind == "phase":
-            self._learnt = event.get("task", self._learnt)
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(
-                event["text"],
-                total=event.get("total"),
-                completed=event.get("done", 0),
-                samples_per_unit=event.get("samples_per_unit", 1.0),
-                status="",
-            )
-        elif kind == "advance" and self._task is not None:
-            self._bar.advance(self._task, event["num"])
-            if "epoch" in event:
-                self._bar.update(self._task, status=_epoch_status(event, self._learnt))
-        elif kind == "note":
-            self._bar.console.print(Text("  note ", style="yellow").append(event["text"], style="default"))
-        elif kind == "done" and self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
 
 
 def _body_runs(plan: Any) -> str:
@@ -108,46 +24,6 @@ def _body_runs(plan: Any) -> str:
         return "in every step"
     where = f", in {plan.num_extractors} processes of Ray's" if plan.num_extractors else ""
     return f"once for each sample{where}" + (f"; kept in {plan.job.feature_store}" if plan.job.feature_store else "")
-
-
-def _epoch_status(event: Mapping[str, Any], task: str) -> str:
-    line = event["epoch"]
-    # What the best epoch is chosen by.
-    what, short = ("accuracy", "acc") if task == "single-label" else ("loss", "loss")
-    split, shown = ("validation", "val") if f"validation_{what}" in line else ("train", "train")
-    return f"epoch {line['epoch']}/{event['epochs']} {shown} {short} {line[f'{split}_{what}']:.3f}"
-
-
-class _Plain:
-    """Events as lines, for a log."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-        self._learnt = ""
-        self._phase: Mapping[str, Any] = {}
-        self._done = 0
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        self._learnt = event.get("task", self._learnt)
-        if event["kind"] in ("phase", "note"):
-            err.print(escape(event["text"]), soft_wrap=True)
-        if event["kind"] == "phase":
-            self._phase, self._done = event, event.get("done", 0)
-            self._last = time.monotonic() if event.get("unit") == "samples" else 0.0
-        elif event["kind"] == "advance":
-            self._done += event["num"]
-            line = self._line(event)
-            last = "epoch" in event and event["epoch"]["epoch"] == event["epochs"]
-            if line and (last or time.monotonic() - self._last > _PLAIN_EVERY_S):
-                self._last = time.monotonic()
-                err.print(escape(line))
-
-    def _line(self, event: Mapping[str, Any]) -> str:
-        """How far it is: by epochs, or by samples where there are no epochs."""
-        if "epoch" in event:
-            return _epoch_status(event, self._learnt)
-        total = self._phase.get("total")
-        return f"{self._done:,} of {total:,} samples" if total and self._phase.get("unit") == "samples" else ""
 
 
 def show_error(error: OrchestratorError) -> None:
@@ -273,19 +149,6 @@ def _spread(counts: Sequence[int]) -> str:
 
 def _mb(num: int) -> str:
     return f"{num / 2**20:,.1f} MB"
-
-
-def figure(value: float | None) -> str:
-    """A figure of the results, '' where there is none: four digits that count."""
-    if value is None:
-        return ""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}"
-
-
-def interval(figures: Mapping[str, Any], key: str) -> str:
-    """`0.912 to 0.944`, '' where there is no interval."""
-    edges = figures.get(f"{key}_95")
-    return "" if edges is None else f"{figure(edges[0])} to {figure(edges[1])}"
 
 
 def show_results(results: Mapping[str, Any]) -> None:

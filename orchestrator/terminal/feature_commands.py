@@ -9,7 +9,7 @@ import typer
 from orchestrator.terminal.flags import Json
 
 if TYPE_CHECKING:
-    from orchestrator.store.inventory import Root
+    from orchestrator.store import Root
 
 app = typer.Typer(help="What frozen bodies gave for samples, kept on the storage for later runs.")
 Storage = Annotated[str, typer.Option(help="the directory of the runs")]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.job.spec import parse_setting
+from orchestrator.job import parse_setting
 
 _JOB = "The job"
 _DATA = "Data"

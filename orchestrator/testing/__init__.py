@@ -13,8 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from orchestrator.modality import registry
-from orchestrator.modality.contract import Modality
+from orchestrator.modality import Modality, registry
 from orchestrator.testing.declared import (
     check_declaration,
     check_in_another_process,

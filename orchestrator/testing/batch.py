@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import ContractError, calling
-from orchestrator.job.plans import Plan
-from orchestrator.modality.contract import Collate, Modality
-from orchestrator.network.model import Network
+from orchestrator.job import Plan
+from orchestrator.modality import Collate, Modality
+from orchestrator.network import Network
 
 
 @dataclass(frozen=True)

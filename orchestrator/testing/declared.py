@@ -15,10 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import ContractError, PluginError, RefusedError, calling
-from orchestrator.gate import decide as gate
-from orchestrator.job.plans import FIGURES, BackboneCard
-from orchestrator.modality import registry
-from orchestrator.modality.contract import Modality, Sample
+from orchestrator.gate import decide
+from orchestrator.job import FIGURES, BackboneCard
+from orchestrator.modality import Modality, Sample, registry
 
 _HEAVY = ("torch", "ray", "transformers", "timm", "torchvision")
 _CALLED = ("decode", "measure", "fit", "build", "batch", "toy")
@@ -95,7 +94,7 @@ def check_rules(modality: Modality, shares: Sequence[str]) -> None:
 
 def _is_refused(card: BackboneCard, modality: Modality) -> bool:
     try:
-        gate.match(card, modality, {})
+        decide.match(card, modality, {})
     except RefusedError:
         return True
     return False
@@ -159,13 +158,13 @@ for name in modules:
     importlib.import_module(name)
     done(name)
 modality, card, sample, settings = pickle.loads(sys.stdin.buffer.read())
-from orchestrator.gate import decide as gate
-from orchestrator.modality.contract import Profile
+from orchestrator.gate import decide
+from orchestrator.modality import Profile
 decoded = modality.decode(sample)
 done("decode")
 facts = modality.measure(decoded, card)
 done("measure")
-row = gate.match(card, modality, {})
+row = decide.match(card, modality, {})
 modality.fit(card, row, modality.settings.model_validate(settings), Profile.of([facts]))
 done("fit")
 print(json.dumps(["", []]))

@@ -12,20 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import cards as hub
-from orchestrator.backbone.weights import fetch
+from orchestrator.backbone import fetch, read_card
 from orchestrator.errors import ContractError, calling
-from orchestrator.gate.planning import plan as make_plan
-from orchestrator.job.plans import Plan
-from orchestrator.job.runs import Run
-from orchestrator.job.spec import make_job
-from orchestrator.modality.contract import Modality
-from orchestrator.network.model import Network, freeze, make_optimizer, set_mode
+from orchestrator.gate import plan as make_plan
+from orchestrator.job import Plan, Run, make_job
+from orchestrator.modality import Modality
+from orchestrator.network import Network, freeze, make_optimizer, set_mode
 from orchestrator.predictor import predict
 from orchestrator.testing.batch import Trial, collated, logits_of
 from orchestrator.testing.samples import Toys
 from orchestrator.train import finetune
-from orchestrator.training.objective import make_objective
+from orchestrator.training import make_objective
 
 _NUM_STEPS = 3
 _NUM_EPOCHS = 3
@@ -46,7 +43,7 @@ def check_network(modality: Modality, backbone: Path, folder: Path, toys: Toys, 
             "scaling": {"threads_per_worker": 1},
         }  # fmt: skip
         with _named(task, modality):
-            if not hub.read_card(source).weight_files:
+            if not read_card(source).weight_files:
                 job = {**fields, "backbone": source, "method": "scratch", "name": "check-scratch"}
                 trial = _trial(modality, job, toys)
                 _check_steps(trial, modality)
@@ -228,7 +225,7 @@ def _trained(modality: Modality, plan: Plan, directory: Path) -> Network:
     """What `build` makes of an exported directory."""
     assert modality.build is not None
     with calling("build", "loading what Network.save wrote, with weights='trained'", "the network that was saved"):
-        card = hub.read_card(str(directory))
+        card = read_card(str(directory))
         network: Network = modality.build(plan.model_copy(update={"backbone": card, "weights": "trained"}), directory)
     set_mode(network, plan, training=False)
     return network
@@ -243,7 +240,7 @@ def _check_export(trial: Trial, modality: Modality, folder: Path) -> None:
         trial.network.save(folder)
     again = _trained(modality, trial.plan, folder)
     with calling("batch", "making the collate function of the exported directory"):
-        collate = modality.batch(trial.plan.model_copy(update={"backbone": hub.read_card(str(folder))}), folder)
+        collate = modality.batch(trial.plan.model_copy(update={"backbone": read_card(str(folder))}), folder)
     saved = Trial(trial.plan, folder, again, collate, trial.decoded, trial.targets)
     with torch.no_grad():
         ours = logits_of(trial, collated(trial, modality, train=False))
@@ -259,7 +256,7 @@ def _check_export(trial: Trial, modality: Modality, folder: Path) -> None:
 
 def _run(what: str, job: Mapping[str, Any]) -> Run:
     with calling("build", what, "a finished run"):
-        return finetune(job, events=lambda _event: None)
+        return finetune(job, report=lambda _event: None)
 
 
 def _check_frozen(run: Run, trial: Trial, modality: Modality) -> None:

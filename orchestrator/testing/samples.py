@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.backbone import cards as hub
+from orchestrator.backbone import read_card
 from orchestrator.errors import BadSampleError, ContractError, calling
-from orchestrator.gate import decide as gate
-from orchestrator.job.plans import Adaptation, BackboneCard
-from orchestrator.modality import registry
-from orchestrator.modality.contract import Fit, Modality, Profile, Sample
+from orchestrator.gate import decide
+from orchestrator.job import Adaptation, BackboneCard
+from orchestrator.modality import Fit, Modality, Profile, Sample, registry
 
 NUM_TOYS = 32
 _LEAST_OF_A_CLASS = 8  # splits of a tenth, and something left to learn from
@@ -131,10 +130,10 @@ def check_gate(modality: Modality, directory: Path, toys: Toys, chosen: Mapping[
     assert modality.measure is not None
     assert modality.fit is not None
     with calling("rules", f"looking the backbone {directory.name} up", "a row for its type"):
-        card = hub.read_card(str(directory))
-        row = gate.match(card, modality, registry.available())
+        card = read_card(str(directory))
+        row = decide.match(card, modality, registry.available())
     with calling("settings", f"settings = {dict(chosen)}", "settings that can be left out, or give them to the check"):
-        settings = gate.parse_settings(modality, chosen)
+        settings = decide.parse_settings(modality, chosen)
     facts = []
     for decoded in toys.decoded:
         with calling("measure", "measuring a toy sample"):

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from orchestrator.backbone.weights import fetch
-from orchestrator.data.samples import Samples
-from orchestrator.features.sources import SampleSource
-from orchestrator.job.plans import Plan
-from orchestrator.job.runs import SAMPLES
-from orchestrator.modality.contract import Modality
-from orchestrator.network.model import Network, freeze, set_mode
-from orchestrator.network.worker import Worker
+from orchestrator.backbone import fetch
+from orchestrator.data import Samples
+from orchestrator.features import SampleSource
+from orchestrator.job import SAMPLES, Plan
+from orchestrator.modality import Modality, registry
+from orchestrator.network import Network, Worker, freeze, set_mode
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a process gets that works on a run, on this machine or another one."""
+
+    plan_json: str
+    run: str
+    """The run's directory."""
+    verify_content: bool = False
+    """Read every sample to find out which features are stored, whatever is remembered of its file."""
+    modality: Modality | None = None
+    """Where it was registered in the driver's process, so that no other one could look it up."""
+
+    def read_plan(self) -> Plan:
+        """The plan."""
+        return Plan.model_validate_json(self.plan_json)
+
+    def find_modality(self, plan: Plan) -> Modality:
+        """The plan's modality. Raises `PluginError`."""
+        return self.modality or registry.get(plan.job.modality)
 
 
 def assembled(
-    plan: Plan, run: Path, worker: Worker, modality: Modality, held: ExitStack
+    plan: Plan, run: Path, worker: Worker, modality: Modality, resources: ExitStack
 ) -> tuple[Network, SampleSource]:
-    """The plan's network on the worker's device, as for evaluation, and the run's samples; `held` ends their threads.
+    """The plan's network on the worker's device, as for evaluation, and the run's samples.
+
+    Samples are decoded in threads, which end with `resources`.
 
     Raises `WeightsError` and what the plugin raises.
     """
@@ -39,7 +61,7 @@ def assembled(
         modality.decode,
         modality.batch(plan, directory),
         skip=plan.job.data.on_bad_sample == "skip",
-        pool=held.enter_context(ThreadPoolExecutor(max_workers=plan.threads_per_worker)),
+        pool=resources.enter_context(ThreadPoolExecutor(max_workers=worker.threads)),
     )
     return network, source
 
@@ -49,5 +71,5 @@ def _fetch(plan: Plan, worker: Worker) -> Path:
     with_weights = plan.weights != "random"
     if worker.local_rank == 0:
         fetch(plan.backbone, with_weights)
-    worker.wait()
+    worker.barrier()
     return fetch(plan.backbone, with_weights)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import CheckpointError
-from orchestrator.job.runs import sync
+from orchestrator.job import sync
 
 NUM_KEPT = 2
 _MARKER = "COMMITTED"
@@ -131,7 +131,7 @@ def copy_of(tensors: Tensors) -> Tensors:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def put_back(tensors: Tensors, into: Tensors) -> None:
+def load_into(tensors: Tensors, into: Tensors) -> None:
     """Copy values into a module's own tensors. Raises `CheckpointError` where names or shapes differ."""
     if tensors.keys() != into.keys():
         odd = sorted(tensors.keys() ^ into.keys())[0]

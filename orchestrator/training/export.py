@@ -12,10 +12,9 @@ from typing import Any
 
 import yaml
 
-from orchestrator.job.plans import FIGURES, Plan
+from orchestrator.job import FIGURES, Plan, figure, interval
 from orchestrator.modality import registry
-from orchestrator.network.model import Network
-from orchestrator.terminal.console import figure, interval
+from orchestrator.network import Network
 
 _PIPELINES = {
     # What `forward` takes first -> the Hub's name of the task, whatever plugin trained the model.

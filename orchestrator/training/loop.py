@@ -1,8 +1,8 @@
 """What one worker does, top to bottom. The same in this process and in each process of a Ray cluster.
 
-A step's batch is a fixed list of logical shards, whatever the number of workers; each worker computes its
+A step's batch is a fixed list of logical microbatches, whatever the number of workers; each worker computes its
 share of them one after the other, and the gradients are added up. What is random depends on (seed, step,
-shard) alone, the order of the samples on (seed, epoch). So 1 and 8 workers learn the same thing, and a run
+microbatch) alone, the order of the samples on (seed, epoch). So 1 and 8 workers learn the same thing, and a run
 that was interrupted goes on as if it had not been.
 """
 
@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,19 +23,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from orchestrator.data.samples import Samples
+from orchestrator.data import Samples
 from orchestrator.errors import InterruptedRunError, TrainingError
-from orchestrator.features.frozen import run_body_once
-from orchestrator.features.sources import FeatureSource, SampleSource, Source, part_of
-from orchestrator.job.plans import SPLITS, Plan
-from orchestrator.job.runs import write_file
-from orchestrator.modality import registry
-from orchestrator.modality.contract import Modality
-from orchestrator.network.batchnorm import ShardStatistics
-from orchestrator.network.model import Inputs, Network, make_optimizer, set_mode
-from orchestrator.network.worker import Worker, autocast, channels_last, seed_for, start_worker
+from orchestrator.features import FeatureSource, MakeRemoteExtractor, SampleSource, Source, run_body_once, split_evenly
+from orchestrator.job import SPLITS, Advanced, EpochEnded, Event, Noted, PhaseBegan, Plan, Report, write_file
+from orchestrator.network import (
+    Inputs,
+    MicrobatchStatistics,
+    Network,
+    Worker,
+    autocast,
+    channels_last,
+    make_optimizer,
+    seed_for,
+    set_mode,
+)
 from orchestrator.training import checkpoint as ckpt
-from orchestrator.training.assembly import assembled
+from orchestrator.training.assembly import WorkerSpec, assembled
 from orchestrator.training.export import export
 from orchestrator.training.metrics import Predictions, measure
 from orchestrator.training.objective import Objective, fold, make_objective
@@ -45,11 +49,10 @@ _BUCKET_STEPS = 32
 _ORDER, _STEP = 1, 2  # what a random number is for
 
 Ints = npt.NDArray[np.int64]
-Events = Callable[[dict[str, Any]], None]
 
 
 @dataclass
-class Position:
+class TrainState:
     """Where a run stands. JSON, in every checkpoint."""
 
     step: int = 0
@@ -79,39 +82,38 @@ class Session:
     validation: Source
     test: Source
     samples: Samples
-    by_length: bool
+    length_bucketing: bool
     raw: SampleSource
-    events: Events
+    report: Report
     should_stop: Callable[[], bool]
     started: float
-    position: Position = field(default_factory=Position)
+    state: TrainState = field(default_factory=TrainState)
     saved_at: float = 0.0
 
     def seconds(self) -> float:
         """Of work on this run, those of earlier processes included."""
-        return self.position.seconds + time.monotonic() - self.started
+        return self.state.seconds + time.monotonic() - self.started
 
 
-def run_worker(config: Mapping[str, Any]) -> None:
+def run_worker(
+    spec: WorkerSpec, worker: Worker, report: Report, should_stop: Callable[[], bool],
+    extractors: MakeRemoteExtractor | None = None,
+) -> None:  # fmt: skip
     """Train as the plan says, and leave the finished run in its directory.
 
-    `config`: the plan as JSON, the run's directory, `events` (called with what happens), `should_stop`
-    (asked after each step), `verify_content`, `extractors`, and the modality itself where other processes could not
-    look it up.
+    `report` is called with what happens, by the worker of rank 0 alone; `should_stop` is asked after each step, by all.
+    `extractors`: what has other processes run a frozen body. Raises `InterruptedRunError` once all have stopped.
     """
     started = time.monotonic()
-    plan = Plan.model_validate_json(config["plan"])
-    run = Path(config["run"])
-    worker = start_worker(plan, int(config.get("local_rank", 0)), bool(config.get("use_gpu", True)))
-    modality: Modality = config.get("modality") or registry.get(plan.job.modality)
-    events: Events = config["events"] if worker.rank == 0 else _silence
-    with ExitStack() as held:
-        session = _prepare(plan, run, worker, modality, {**config, "events": events}, started, held)
+    with ExitStack() as resources:
+        session = _prepare(
+            spec, worker, report if worker.rank == 0 else _silence, should_stop, extractors, started, resources
+        )
         _train(session)
         _finish(session)
 
 
-def _silence(_event: dict[str, Any]) -> None:
+def _silence(_event: Event) -> None:
     pass
 
 
@@ -119,25 +121,25 @@ def _silence(_event: dict[str, Any]) -> None:
 
 
 def _prepare(
-    plan: Plan, run: Path, worker: Worker, modality: Modality, config: Mapping[str, Any], started: float,
-    held: ExitStack,
+    spec: WorkerSpec, worker: Worker, report: Report, should_stop: Callable[[], bool],
+    extractors: MakeRemoteExtractor | None, started: float, resources: ExitStack,
 ) -> Session:  # fmt: skip
-    events: Events = config["events"]
-    should_stop: Callable[[], bool] = config["should_stop"]
-    events({"kind": "phase", "text": "loading the backbone"})
-    network, raw = assembled(plan, run, worker, modality, held)
+    plan, run = spec.read_plan(), Path(spec.run)
+    modality = spec.find_modality(plan)
+    report(PhaseBegan("loading the backbone"))
+    network, raw = assembled(plan, run, worker, modality, resources)
     samples = raw.samples
     lineage: dict[str, Any] = {"features": plan.features}
     session = Session(
         plan=plan, run=run, worker=worker, network=network, objective=make_objective(plan, network),
-        forward=network.logits, by_length=modality.by_length,
-        train=raw, validation=raw, test=raw, samples=samples, raw=raw, events=events,
+        forward=network.logits, length_bucketing=modality.length_bucketing,
+        train=raw, validation=raw, test=raw, samples=samples, raw=raw, report=report,
         should_stop=should_stop, started=started,
     )  # fmt: skip
     if plan.features == "once":
         once, found = run_body_once(
-            plan, run, network, modality, raw, worker, events, should_stop, held,
-            verify=bool(config.get("verify_content")), extractors=config.get("extractors"),
+            plan, run, network, modality, raw, worker, report, should_stop, resources,
+            verify=spec.verify_content, extractors=extractors,
         )  # fmt: skip
         lineage |= found
         if once is not None:
@@ -152,59 +154,57 @@ def _prepare(
 
 
 def _train(session: Session) -> None:
-    plan, schedule, worker, position = session.plan, session.plan.schedule, session.worker, session.position
+    plan, schedule, worker, state = session.plan, session.plan.schedule, session.worker, session.state
     optimizer, named = make_optimizer(session.network, plan)
     mine = ckpt.trained_tensors(session.network.module, session.network.head if plan.job.method == "head" else ("",))
     rows = session.samples.rows("train")
     best: ckpt.Tensors = {}
     found = ckpt.newest(session.run / "checkpoints")
     if found is not None:
-        ckpt.put_back(found.weights, mine)
+        ckpt.load_into(found.weights, mine)
         ckpt.restore_optimizer(optimizer, named, found.optimizer)
         best = found.best
         found.state.pop("step")
-        session.position = position = Position(step=found.step, **found.state)
-        session.raw.skipped.update({int(row): why for row, why in position.skipped.items()})
-        session.events({"kind": "note", "text": f"going on from step {found.step} of {schedule.num_steps}"})
-    worker.wait()  # nobody prunes a checkpoint that another one is still reading
+        session.state = state = TrainState(step=found.step, **found.state)
+        session.raw.skipped.update({int(row): why for row, why in state.skipped.items()})
+        session.report(Noted(f"going on from step {found.step} of {schedule.num_steps}"))
+    worker.barrier()  # nobody prunes a checkpoint that another one is still reading
     if worker.rank == 0:
-        cut_metrics(session.run, position.step)
+        cut_metrics(session.run, state.step)
     session.saved_at = time.monotonic()
-    session.events(
-        {
-            "kind": "phase", "text": f"training {'the head' if plan.job.method == 'head' else 'everything'}",
-            "total": schedule.num_steps, "done": position.step, "unit": "steps",
-            "samples_per_unit": len(rows) / schedule.steps_per_epoch,
-        }
+    session.report(
+        PhaseBegan(
+            f"training {'the head' if plan.job.method == 'head' else 'everything'}", schedule.num_steps, state.step,
+            "steps", len(rows) / schedule.steps_per_epoch,
+        )
     )  # fmt: skip
     order_of, batches = -1, [rows]
     epoch_started = time.monotonic()
-    while position.step < schedule.num_steps:
-        epoch, within = divmod(position.step, schedule.steps_per_epoch)
+    while state.step < schedule.num_steps:
+        epoch, within = divmod(state.step, schedule.steps_per_epoch)
         if epoch != order_of:
             order_of, batches = epoch, _batches(session, rows, epoch)
             if isinstance(session.train, FeatureSource):
                 session.train.epoch = epoch
             set_mode(session.network, plan, training=True)  # only an epoch's evaluation changes it
         stop = _step(session, optimizer, named, batches[within])
-        position.step += 1
+        state.step += 1
+        session.report(Advanced(1))
         if within + 1 == schedule.steps_per_epoch:
             better = _end_epoch(session, epoch, time.monotonic() - epoch_started)
             if better:
                 best = ckpt.copy_of(mine)
             epoch_started = time.monotonic()
-        else:
-            session.events({"kind": "advance", "num": 1})
-        last = position.step == schedule.num_steps
+        last = state.step == schedule.num_steps
         if worker.rank == 0 and (last or stop or _checkpoint_due(session)):
             _save(session, mine, best, ckpt.optimizer_tensors(optimizer, named))
         if stop and not last:
-            worker.wait()
+            worker.barrier()
             raise InterruptedRunError(
-                f"stopped at step {position.step} of {schedule.num_steps}",
+                f"stopped at step {state.step} of {schedule.num_steps}",
                 mend="the same command goes on from there",
             )
-    ckpt.put_back({name: tensor.to(mine[name].device) for name, tensor in best.items()}, mine)
+    ckpt.load_into({name: tensor.to(mine[name].device) for name, tensor in best.items()}, mine)
 
 
 def _batches(session: Session, rows: Ints, epoch: int) -> list[Ints]:
@@ -216,30 +216,30 @@ def _batches(session: Session, rows: Ints, epoch: int) -> list[Ints]:
     random = np.random.default_rng((_ORDER, session.plan.job.training.seed, epoch))
     order = rows[random.permutation(len(rows))]
     num = session.plan.schedule.steps_per_epoch
-    batches = [part_of(order, number, num) for number in range(num)]
+    batches = [split_evenly(order, number, num) for number in range(num)]
     together = min(_BUCKET_STEPS, num // 4)
-    if not session.by_length or session.plan.job.method == "head" or together < 2:
+    if not session.length_bucketing or session.plan.job.method == "head" or together < 2:
         return batches
     for start in range(0, num, together):
         window = batches[start : start + together]
-        ordered = session.samples.by_length(np.concatenate(window))
+        ordered = session.samples.order_by_length(np.concatenate(window))
         batches[start : start + together] = np.split(ordered, np.cumsum([len(one) for one in window])[:-1])
     return [batches[i] for i in random.permutation(num)]
 
 
 def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter], rows: Ints) -> bool:
-    """One optimizer step over all shards of a batch; whether somebody asked to stop."""
-    plan, worker, position = session.plan, session.worker, session.position
-    num_shards = plan.schedule.num_shards
-    statistics = ShardStatistics(session.network.module, worker, num_shards)
+    """One optimizer step over all microbatches of a batch; whether somebody asked to stop."""
+    plan, worker, state = session.plan, session.worker, session.state
+    num_microbatches = plan.schedule.num_microbatches
+    statistics = MicrobatchStatistics(session.network.module, worker, num_microbatches)
     totals = torch.zeros(5, dtype=torch.float64)
-    for shard in range(worker.rank, num_shards, worker.num_workers):
-        seed_for(_STEP, plan.job.training.seed, position.step, shard)
-        batch = session.train.batch(part_of(rows, shard, num_shards), train=True)
+    for microbatch in range(worker.rank, num_microbatches, worker.num_workers):
+        seed_for(_STEP, plan.job.training.seed, state.step, microbatch)
+        batch = session.train.batch(split_evenly(rows, microbatch, num_microbatches), train=True)
         if batch is None:
             continue
         batch = batch.to(worker.device)
-        with statistics.of(shard):
+        with statistics.of(microbatch):
             with autocast(plan, worker):
                 logits = session.forward(channels_last(batch.inputs))
             loss, weight = session.objective.loss(logits.float(), batch.targets)
@@ -247,29 +247,29 @@ def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, t
         num_right = session.objective.num_right(logits.detach(), batch.targets)
         totals += torch.tensor([loss.item(), weight, num_right, len(batch.rows), 0.0], dtype=torch.float64)
     totals[4] = float(session.should_stop())
-    totals = worker.add_up(totals.to(worker.device if worker.device.type == "cuda" else "cpu")).cpu()
+    totals = worker.all_reduce_sum(totals.to(worker.device if worker.device.type == "cuda" else "cpu")).cpu()
     loss_sum, weight, num_right, num_samples, stops = totals.tolist()
     if not math.isfinite(loss_sum):
         raise TrainingError(
-            f"the loss is {loss_sum} at step {position.step}",
+            f"the loss is {loss_sum} at step {state.step}",
             expected="a finite loss",
             mend="lower training.learning_rate, and start over with --fresh",
         )
     if weight:
         parameters = list(named.values())
-        worker.add_up_gradients(parameters, 1.0 / weight)
+        worker.all_reduce_gradients(parameters, 1.0 / weight)
         if plan.job.training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, plan.job.training.clip_norm)
-        factor = _rate_factor(plan, position.step)
+        factor = _rate_factor(plan, state.step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         statistics.average()
-    position.epoch_loss += loss_sum
-    position.epoch_correct += num_right
-    position.epoch_samples += num_samples
-    position.epoch_weight += weight
+    state.epoch_loss += loss_sum
+    state.epoch_correct += num_right
+    state.epoch_samples += num_samples
+    state.epoch_weight += weight
     return bool(stops > 0)
 
 
@@ -286,18 +286,18 @@ def _rate_factor(plan: Plan, step: int) -> float:
 
 def _end_epoch(session: Session, epoch: int, seconds: float) -> bool:
     """Evaluate, write the epoch's line; whether it is the best so far."""
-    position, plan = session.position, session.plan
-    num_samples = max(1.0, position.epoch_samples)
+    state, plan = session.state, session.plan
+    num_samples = max(1.0, state.epoch_samples)
     line: dict[str, Any] = {
         "epoch": epoch + 1,
-        "step": position.step,
-        "train_loss": position.epoch_loss / (position.epoch_weight or 1.0),
-        "train_accuracy": position.epoch_correct / num_samples,
-        "learning_rate": plan.schedule.head_learning_rate * _rate_factor(plan, position.step - 1),
+        "step": state.step,
+        "train_loss": state.epoch_loss / (state.epoch_weight or 1.0),
+        "train_accuracy": state.epoch_correct / num_samples,
+        "learning_rate": plan.schedule.head_learning_rate * _rate_factor(plan, state.step - 1),
         "seconds": round(session.seconds(), 3),
         "samples_per_s": round(num_samples / max(seconds, 1e-9), 1),
     }
-    position.epoch_loss = position.epoch_correct = position.epoch_samples = position.epoch_weight = 0.0
+    state.epoch_loss = state.epoch_correct = state.epoch_samples = state.epoch_weight = 0.0
     accurate = plan.job.task != "regression"
     if not accurate:
         del line["train_accuracy"]
@@ -310,16 +310,16 @@ def _end_epoch(session: Session, epoch: int, seconds: float) -> bool:
         # The most right; of equals the surest. Small validation sets have many equals, and with several labels a
         # sample hardly any is wholly right at first: there the loss decides.
         accuracy = line["validation_accuracy"] if plan.job.task == "single-label" else 0.0
-        better = (accuracy, -line["validation_loss"]) > (position.best_accuracy, -position.best_loss)
+        better = (accuracy, -line["validation_loss"]) > (state.best_accuracy, -state.best_loss)
     else:
         better = True
     if better:
-        position.best_epoch = epoch + 1
-        position.best_accuracy = accuracy if len(found.rows) else -1.0
-        position.best_loss = line.get("validation_loss", math.inf)
+        state.best_epoch = epoch + 1
+        state.best_accuracy = accuracy if len(found.rows) else -1.0
+        state.best_loss = line.get("validation_loss", math.inf)
     if session.worker.rank == 0:
         add_epoch(session.run, line)
-    session.events({"kind": "advance", "num": 1, "epoch": line, "epochs": plan.schedule.epochs})
+    session.report(EpochEnded(line, plan.schedule.epochs, plan.job.task))
     return better
 
 
@@ -327,9 +327,9 @@ def _predict(session: Session, source: Source, rows: Ints) -> Predictions:
     """What the network says of a split's samples; each worker does its share and gets all."""
     worker = session.worker
     set_mode(session.network, session.plan, training=False)
-    mine = part_of(rows, worker.rank, worker.num_workers)
-    if session.by_length:
-        mine = session.samples.by_length(mine)
+    mine = split_evenly(rows, worker.rank, worker.num_workers)
+    if session.length_bucketing:
+        mine = session.samples.order_by_length(mine)
     parts = []
     for some in session.samples.batches(mine):
         batch = source.batch(some, train=False)
@@ -355,18 +355,17 @@ def _checkpoint_due(session: Session) -> bool:
     training = session.plan.job.training
     every = training.checkpoint_every_steps
     if every is not None:
-        return session.position.step % every == 0
+        return session.state.step % every == 0
     return time.monotonic() - session.saved_at > training.checkpoint_every_s
 
 
 def _save(session: Session, mine: ckpt.Tensors, best: ckpt.Tensors, optimizer: ckpt.Tensors) -> None:
-    position = session.position
-    state = {
-        **position.__dict__,
+    entries = {
+        **session.state.__dict__,
         "seconds": session.seconds(),
         "skipped": {str(row): why for row, why in session.raw.skipped.items()},
     }
-    ckpt.save(session.run / "checkpoints", ckpt.Checkpoint(position.step, mine, best, optimizer, state))
+    ckpt.save(session.run / "checkpoints", ckpt.Checkpoint(session.state.step, mine, best, optimizer, entries))
     session.saved_at = time.monotonic()
 
 
@@ -375,8 +374,8 @@ def _save(session: Session, mine: ckpt.Tensors, best: ckpt.Tensors, optimizer: c
 
 def _finish(session: Session) -> None:
     """Final figures, the exported model, and results.json, which says that the run is done."""
-    plan, position = session.plan, session.position
-    session.events({"kind": "phase", "text": "final figures"})
+    plan, state = session.plan, session.state
+    session.report(PhaseBegan("final figures"))
     splits = {name: getattr(session, name) for name in ("validation", "test")}
     found = {name: _predict(session, source, session.samples.rows(name)) for name, source in splits.items()}
     skips = [skip for part in session.worker.gather(session.raw.skipped) for skip in part.items()]
@@ -393,14 +392,14 @@ def _finish(session: Session) -> None:
         "method": plan.job.method,
         "backbone": plan.backbone.source,
         "num_train": plan.data.num_samples["train"],
-        "best_epoch": position.best_epoch,
+        "best_epoch": state.best_epoch,
         "num_skipped": plan.data.num_skipped + len(dict(skips)),
         "seconds": round(session.seconds(), 3),
     }
     for name, predictions in found.items():
         if len(predictions.rows):
             results[name] = measure(plan.job.task, predictions, plan.classes)
-    session.events({"kind": "phase", "text": "writing the model"})
+    session.report(PhaseBegan("writing the model"))
     lineage = json.loads((session.run / "lineage.json").read_text(encoding="utf-8"))
     fold(session.objective, session.network)
     export(session.network, plan, results, lineage, session.run / "model")

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from orchestrator.job.plans import Plan
-from orchestrator.network.model import Network
+from orchestrator.job import Plan
+from orchestrator.network import Network
 from orchestrator.training.metrics import MAX_SCORES
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a plan's task, in the form that shards and workers add up."""
+    """The loss of a plan's task, in the form that microbatches and workers add up."""
 
     task: str
     class_weights: Tensor | None
@@ -30,7 +30,7 @@ class Objective:
     """float32 [classes]: and multiplied with (1 but for regression), to be in the targets' own units."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-        """(sum over the samples, the weight to divide it by once all shards are added up).
+        """(sum over the samples, the weight to divide it by once all microbatches are added up).
 
         outputs: float32 [samples, classes]; targets: int64 [samples] or float32 [samples, classes].
         """

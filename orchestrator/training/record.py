@@ -12,10 +12,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from orchestrator.job.plans import Plan
-from orchestrator.job.runs import write_file
-from orchestrator.network.model import Network
-from orchestrator.network.worker import Worker
+from orchestrator.job import Plan, write_file
+from orchestrator.network import Network, Worker
 
 
 def add_epoch(run: Path, line: Mapping[str, Any]) -> None:
@@ -74,7 +72,7 @@ def write_lineage(run: Path, plan: Plan, network: Network, worker: Worker, found
         "frozen_parameters": total - trained,
         "device": str(worker.device),
         "num_workers": worker.num_workers,
-        "threads_per_worker": plan.threads_per_worker,
+        "threads_per_worker": worker.threads,
         "versions": {"python": platform.python_version(), **versions},
         **found,
     }  # fmt: skip

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError
-from orchestrator.job.plans import Adaptation, BackboneCard, BackboneRow, Plan
-from orchestrator.modality.contract import (
+from orchestrator.modality import (
+    Adaptation,
+    BackboneCard,
+    BackboneRow,
     BackboneRules,
     Facts,
     Fit,
     Modality,
+    Plan,
     Profile,
     Sample,
     SampleField,
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from orchestrator.modality.contract import Collate
-    from orchestrator.network.model import Network
+    from orchestrator.modality import Collate
+    from orchestrator.network import Network
 
 MAX_SECONDS_READ = 600
 """Of a longer recording only the beginning is read, so that one of 3 hours takes no more memory."""
@@ -400,7 +403,7 @@ modality = Modality(
         Task(name="multi-label", title="any number of classes a recording"),
         Task(name="regression", title="one or several numbers a recording"),
     ),
-    by_length=True,
+    length_bucketing=True,
     extra="audio",
     decode=decode,
     measure=measure,

@@ -13,9 +13,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from orchestrator.job.plans import Plan
-from orchestrator.network.model import Inputs, Network, build_transformers
-from orchestrator.network.pooled import build_pooled
+from orchestrator.modality import Plan
+from orchestrator.network import Inputs, Network, build_pooled, build_transformers
 from orchestrator_audio import SPECTROGRAM, Recording
 
 Waveform = npt.NDArray[np.float32]

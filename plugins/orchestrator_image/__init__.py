@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError
-from orchestrator.job.plans import Adaptation, BackboneCard, BackboneRow, Plan
-from orchestrator.modality.contract import (
+from orchestrator.modality import (
+    Adaptation,
+    BackboneCard,
+    BackboneRow,
     BackboneRules,
     Facts,
     Fit,
     Modality,
+    Plan,
     Profile,
     Sample,
     SampleField,
@@ -30,8 +33,8 @@ from orchestrator.modality.contract import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from orchestrator.modality.contract import Collate
-    from orchestrator.network.model import Network
+    from orchestrator.modality import Collate
+    from orchestrator.network import Network
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ENLARGED_TOO_FAR = 3.0
@@ -309,7 +312,7 @@ modality = Modality(
         Task(name="multi-label", title="any number of classes an image"),
         Task(name="regression", title="one or several numbers an image"),
     ),
-    by_length=False,
+    length_bucketing=False,
     extra="image",
     decode=decode,
     measure=measure,

@@ -17,9 +17,8 @@ from torchvision.transforms import v2
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from orchestrator.errors import TrainingError
-from orchestrator.job.plans import Plan
-from orchestrator.network.model import Network, build_transformers
-from orchestrator.network.pooled import build_pooled
+from orchestrator.modality import Plan
+from orchestrator.network import Network, build_pooled, build_transformers
 from orchestrator_image import named_processor, processor_of
 
 if TYPE_CHECKING:

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.backbone.cards import metadata_file
+from orchestrator.backbone import metadata_file
 from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError
-from orchestrator.job.plans import Adaptation, BackboneCard, BackboneRow, Plan
-from orchestrator.modality.contract import (
+from orchestrator.modality import (
+    Adaptation,
+    BackboneCard,
+    BackboneRow,
     BackboneRules,
     Facts,
     Fit,
     Modality,
+    Plan,
     Profile,
     Sample,
     SampleField,
@@ -26,8 +29,8 @@ from orchestrator.modality.contract import (
 )
 
 if TYPE_CHECKING:
-    from orchestrator.modality.contract import Collate
-    from orchestrator.network.model import Network
+    from orchestrator.modality import Collate
+    from orchestrator.network import Network
 
 _DEFAULT_TOKENS = 512
 _FEW_NULS = 0.2  # of the characters
@@ -279,7 +282,7 @@ modality = Modality(
         Task(name="multi-label", title="any number of classes a text"),
         Task(name="regression", title="one or several numbers a text"),
     ),
-    by_length=True,
+    length_bucketing=True,
     extra="text",
     decode=decode,
     measure=measure,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from orchestrator.errors import WeightsError
-from orchestrator.job.plans import Plan
-from orchestrator.network.model import Network, build_transformers, load_body, make_config, new_layer, quiet
+from orchestrator.modality import Plan
+from orchestrator.network import Network, build_transformers, load_body, make_config, new_layer, quiet
 from orchestrator_text import Text
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ def test_a_plan_reads_the_header_by_range_and_no_more(hub: Hub, flat_digits: Pat
 def test_training_downloads_the_pinned_commit_once(hub: Hub, tiny_resnet: Path, flat_digits: Path) -> None:
     hub.repositories["org/trained"] = Repository(files_of(tiny_resnet))
     run = orchestrator.finetune(
-        backbone="org/trained", data=str(flat_digits), training={"epochs": 1}, events=lambda _: None
+        backbone="org/trained", data=str(flat_digits), training={"epochs": 1}, report=lambda _: None
     )
     sha = hub.repositories["org/trained"].sha
     assert run.lineage["backbone"]["commit"] == sha

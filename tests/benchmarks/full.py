@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.job import Advanced
 from tests.benchmarks import plain
 from tests.benchmarks.harness import options, paired, report, same_settings, silent
 from tests.benchmarks.peers import BATCH_SIZE, DIGITS, make_digits
@@ -57,8 +58,8 @@ class InTurn:
         """Whether all pairs are measured."""
         return len(self.peer) == self.pairs
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        if event["kind"] != "advance":
+    def __call__(self, event: object) -> None:
+        if not isinstance(event, Advanced):
             return
         self.num_steps += 1
         if self.num_steps <= 0:
@@ -93,7 +94,7 @@ def ours(storage: str, epochs: int, data: Path = DIGITS / "data", size: int = SI
         training={"epochs": epochs, "batch_size": BATCH_SIZE, "clip_norm": None, "checkpoint_every_s": 1e9},
         settings={"size": size},
         storage=storage,
-        events=events,
+        report=events,
     )
 
 
@@ -110,7 +111,7 @@ def main() -> None:
         next(turns.loop)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            ours(folder, 1000, events=turns)
+            ours(folder, 1000, report=turns)
         except OrchestratorError:  # the run's word for what its callback raised
             if not turns.enough:
                 raise

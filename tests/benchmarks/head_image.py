@@ -31,7 +31,7 @@ def ours(storage: str, epochs: int, seed: int, num_train: int | None = None, rat
         training={"epochs": epochs, "batch_size": BATCH_SIZE, "seed": seed, "learning_rate": rate},
         settings={"size": SIZE},
         storage=storage,
-        events=silent,
+        report=silent,
     )
     return {"accuracy": run.accuracy, "features_s": run.lineage.get("features_s"), "loop_s": run.results["seconds"]}
 

@@ -31,7 +31,7 @@ def ours(table: Path, storage: str, epochs: int, seed: int) -> dict[str, Any]:
         method="head",
         training={"epochs": epochs, "batch_size": BATCH_SIZE, "seed": seed, "learning_rate": RATE},
         storage=storage,
-        events=silent,
+        report=silent,
     )
     return {"accuracy": run.accuracy, "features_s": run.lineage.get("features_s"), "loop_s": run.results["seconds"]}
 

@@ -51,7 +51,7 @@ def ours(method: str, data: Path, storage: str, size: int) -> None:
         training={"epochs": 1, "batch_size": BATCH_SIZE},
         settings={"size": size},
         storage=storage,
-        events=silent,
+        report=silent,
     )
 
 

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from tests.benchmarks.harness import in_turn, middle, options, process, report, same_settings
 from tests.benchmarks.peers import BATCH_SIZE, DIGITS, make_digits
@@ -34,11 +33,12 @@ def make_few(out: Path) -> Path:
 def ours(data: Path, storage: str, address: str | None) -> float:
     """time.monotonic() of the first step; the run goes on to its end."""
     import orchestrator
+    from orchestrator.job import Advanced
 
     first: list[float] = []
 
-    def events(event: dict[str, Any]) -> None:
-        if event["kind"] == "advance":
+    def told(event: object) -> None:
+        if isinstance(event, Advanced):
             first.append(time.monotonic())
 
     orchestrator.finetune(
@@ -49,7 +49,7 @@ def ours(data: Path, storage: str, address: str | None) -> float:
         settings={"size": SIZE},
         scaling={"address": address},
         storage=storage,
-        events=events,
+        report=told,
     )
     return first[0]
 

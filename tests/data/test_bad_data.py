@@ -330,7 +330,7 @@ def test_recordings_that_are_not_finite_or_of_no_length_fail_by_name_or_are_left
         orchestrator.plan(modality="audio", backbone=str(backbone), data=str(data))
     run = orchestrator.finetune(
         modality="audio", backbone=str(backbone), data={"path": str(data), "on_bad_sample": "skip"},
-        training={"epochs": 1}, scaling={"threads_per_worker": 1}, events=lambda _: None,
+        training={"epochs": 1}, scaling={"threads_per_worker": 1}, report=lambda _: None,
     )  # fmt: skip
     lines = [json.loads(line) for line in (run.path / "skipped.jsonl").read_text().splitlines()]
     problems = {Path(line["place"]).name: line["problem"] for line in lines}
@@ -369,7 +369,7 @@ def test_texts_of_any_length_and_character_are_learnt_from_and_predicted_for(tmp
     Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = orchestrator.finetune(
         modality="text", backbone=str(make_bert(tmp_path / "backbone")), data="t.jsonl", training={"epochs": 1},
-        name="odd", scaling={"threads_per_worker": 1}, events=lambda _: None,
+        name="odd", scaling={"threads_per_worker": 1}, report=lambda _: None,
     )  # fmt: skip
     assert run.plan.adaptations[0].what == "truncate"
     problems = [one.problem for one in orchestrator.predict(run, [*odd, "x" * 10**6, "", "\ud800"])]

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 import orchestrator
-from orchestrator.data import intake
+from orchestrator.data import ingest
 from orchestrator.data.prepare import Prepared, prepare
 from orchestrator.data.samples import Samples
 from orchestrator.errors import BadSampleError, RefusedError
@@ -127,8 +127,8 @@ def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_of_many_files_in_a_store_some_are_read(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a folder the listing tells sizes; of a table's files the store is asked about the measured ones alone."""
-    monkeypatch.setattr(intake, "NUM_MEASURED_ALL", 10)
-    monkeypatch.setattr(intake, "NUM_MEASURED", 5)
+    monkeypatch.setattr(ingest, "NUM_MEASURED_ALL", 10)
+    monkeypatch.setattr(ingest, "NUM_MEASURED", 5)
     local_and_stored(bucket, tmp_path / "photos")
     assert read("s3://bucket/photos").profile.num_measured == 5
     lines = [f"{'cat' if i % 2 else 'dog'}/{i:02}.png,{i % 2}\n" for i in range(20)]
@@ -160,7 +160,7 @@ def test_a_job_on_a_store_is_the_job_on_the_folder(bucket: Any, tiny_resnet: Pat
         put(bucket, f"digits/{name}", file.read_bytes())
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(file, root / name)
-    job: dict[str, Any] = {"backbone": str(tiny_resnet), "training": {"epochs": 2}, "events": lambda _: None}
+    job: dict[str, Any] = {"backbone": str(tiny_resnet), "training": {"epochs": 2}, "report": lambda _: None}
     there = orchestrator.finetune(data="s3://bucket/digits", **job)
     here = orchestrator.finetune(data=str(root), **job)
     assert there.results["test"] == here.results["test"]

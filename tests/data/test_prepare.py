@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from orchestrator.data import intake, samples
+from orchestrator.data import ingest, samples
 from orchestrator.data.prepare import Prepared, prepare
 from orchestrator.data.samples import Samples
 from orchestrator.errors import BadSampleError, DataError
@@ -320,7 +320,7 @@ def test_backslashes_and_absolute_spellings_are_the_same_file(folder: Path, tmp_
 
 
 def test_large_tables_of_bytes_are_known_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "MAX_HASHED_BYTES", 10)
+    monkeypatch.setattr(ingest, "MAX_HASHED_BYTES", 10)
     rows: list[dict[str, object]] = [{"image": png(i), "label": i % 2} for i in range(20)]
     first = read(table(tmp_path / "t.parquet", rows)).summary
     assert not [note for note in first.notes if "same content" in note]
@@ -352,9 +352,9 @@ def test_the_fingerprint_is_of_contents_labels_and_splits(folder: Path) -> None:
 
 
 def test_of_many_samples_some_are_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "NUM_MEASURED_ALL", 10)
-    monkeypatch.setattr(intake, "NUM_MEASURED", 5)
-    monkeypatch.setattr(intake, "MAX_HASHED_BYTES", 100)
+    monkeypatch.setattr(ingest, "NUM_MEASURED_ALL", 10)
+    monkeypatch.setattr(ingest, "NUM_MEASURED", 5)
+    monkeypatch.setattr(ingest, "MAX_HASHED_BYTES", 100)
     found = read(folder)
     assert found.profile.num_measured == 5
     first = found.summary.fingerprint

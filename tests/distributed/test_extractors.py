@@ -12,7 +12,6 @@ import pytest
 import orchestrator
 from orchestrator import train
 from orchestrator.distributed.extractors import pieces_of
-from orchestrator.distributed.sink import Line
 from orchestrator.errors import InterruptedRunError
 from orchestrator.gate.planning import num_cores
 from orchestrator.job.plans import Plan
@@ -50,7 +49,7 @@ def test_who_computes_may_change_and_nothing_else_of_a_run_that_goes_on(
 ) -> None:
     plans: list[Plan] = []
 
-    def on_ray(plan: Plan, *_: Any) -> None:
+    def on_ray(_spec: object, plan: Plan, *_: object) -> None:
         plans.append(plan)
         raise InterruptedRunError("stopped")
 
@@ -61,22 +60,14 @@ def test_who_computes_may_change_and_nothing_else_of_a_run_that_goes_on(
     monkeypatch.setattr(loop, "_train", stopped)
     job: dict[str, Any] = {"backbone": str(tiny_resnet), "data": str(flat_digits), "name": "same"}
     with pytest.raises(InterruptedRunError):
-        orchestrator.finetune(**job, events=lambda _: None)
+        orchestrator.finetune(**job, report=lambda _: None)
     began = orchestrator.plan(**job)
     with pytest.raises(InterruptedRunError):
-        orchestrator.finetune(**job, scaling={"num_extractors": num_cores()}, events=lambda _: None)
+        orchestrator.finetune(**job, scaling={"num_extractors": num_cores()}, report=lambda _: None)
     (plan,) = plans
     assert (plan.num_extractors, plan.extractor_threads, plan.ray) == (num_cores(), 1, True)
     assert plan.threads_per_worker == began.threads_per_worker == num_cores()
     assert plan.schedule == began.schedule
     with pytest.raises(InterruptedRunError):  # and in this process again
-        orchestrator.finetune(**job, events=lambda _: None)
+        orchestrator.finetune(**job, report=lambda _: None)
     assert len(plans) == 1
-
-
-def test_a_line_that_heard_stop_does_not_forget_it(tmp_path: Path) -> None:
-    line = Line(None, tmp_path / "STOP")
-    assert not line.should_stop()
-    (tmp_path / "STOP").touch()
-    line._asked = 0.0
-    assert [line.should_stop() for _ in range(3)] == [True] * 3

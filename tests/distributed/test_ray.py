@@ -22,6 +22,7 @@ import torch
 import orchestrator
 from orchestrator.data.contents import Ids
 from orchestrator.errors import InterruptedRunError, RefusedError, TrainingError
+from orchestrator.job import Advanced, Event, PhaseBegan
 from orchestrator.modality import registry
 from orchestrator.store.shards import Shard
 from tests.conftest import ALL_CORES
@@ -30,7 +31,7 @@ from tests.whole.test_train import LONG, Cli, same, silent, start, weights_of
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 ONE_THREAD = {"threads_per_worker": 1}
-SHARDS = {"epochs": 3, "num_shards": 2, "batch_size": 40, "learning_rate": 0.003}
+SHARDS = {"epochs": 3, "num_microbatches": 2, "batch_size": 40, "learning_rate": 0.003}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +66,7 @@ def train(
         data=data if isinstance(data, dict) else str(data),
         scaling=scaling,
         name=name,
-        events=fields.pop("events", silent),
+        report=fields.pop("report", silent),
         **fields,
     )
 
@@ -83,7 +84,7 @@ def scan() -> Iterator[str]:
 def test_two_workers_learn_what_one_does(tiny_resnet: Path, digits: Path, method: str, scan: str) -> None:
     one = train(tiny_resnet, digits, 0, "one", method=method, training=SHARDS)
     modality = scan if method == "full" else "image"  # what no other process could look up reaches the workers
-    two = train(tiny_resnet, digits, 2, "two", method=method, training=SHARDS, storage="elsewhere", modality=modality)
+    two = train(tiny_resnet, digits, 2, "two", method=method, training=SHARDS, storage="remote", modality=modality)
     for name, tensor in weights_of(one).items():
         if method == "head" and not name.startswith("classifier"):
             assert torch.equal(tensor, weights_of(two)[name]), name
@@ -104,28 +105,28 @@ def test_extractors_are_killed_and_stopped_and_each_sample_is_computed_once(tiny
     rows = {"path": str(data), "on_bad_sample": "skip"}
     job: dict[str, Any] = {"method": "head", "training": SHARDS, "settings": {"size": 128}}
 
-    def spoil(event: dict[str, Any]) -> None:
-        if event["kind"] == "phase" and event["text"] in ("loading the backbone", "starting workers"):
+    def spoil(event: Event) -> None:
+        if event in (PhaseBegan("loading the backbone"), PhaseBegan("starting workers")):
             victim.write_bytes(b"nothing")
 
-    one = train(tiny_resnet, rows, 0, "one", **job, events=spoil)
+    one = train(tiny_resnet, rows, 0, "one", **job, report=spoil)
     killed: list[int] = []
 
     def kill_and_stop() -> None:
-        killed.extend(kill_after_first_shard(Path("elsewhere/.features")))
+        killed.extend(kill_after_first_shard(Path("remote/.features")))
         os.kill(here, signal.SIGINT)
 
     for stopped in (True, False):
         victim.write_bytes(whole)
         if not stopped:
-            run = train(tiny_resnet, rows, 1, "other", 1, storage="elsewhere", **job, events=spoil)
+            run = train(tiny_resnet, rows, 1, "other", 1, storage="remote", **job, report=spoil)
             continue
         watching = threading.Thread(target=kill_and_stop)
         watching.start()
         with pytest.raises(InterruptedRunError, match="the features that it gave are kept"):
-            train(tiny_resnet, rows, 1, "other", 1, storage="elsewhere", **job, events=spoil)
+            train(tiny_resnet, rows, 1, "other", 1, storage="remote", **job, report=spoil)
         watching.join()
-        kept = sum(map(len, stored(Path("elsewhere"))))
+        kept = sum(map(len, stored(Path("remote"))))
         assert 0 < kept < 400
     assert len(killed) == 1
     assert run.lineage["num_computed"] == 599 - kept
@@ -133,7 +134,7 @@ def test_extractors_are_killed_and_stopped_and_each_sample_is_computed_once(tiny
     assert run.results["num_skipped"] == one.results["num_skipped"] == 1
     for name, tensor in weights_of(one).items():
         assert torch.allclose(tensor, weights_of(run)[name], atol=1e-5), name
-    ids = np.concatenate(stored(Path("elsewhere")))
+    ids = np.concatenate(stored(Path("remote")))
     assert len(np.unique(ids, axis=0)) == len(ids) == 599
 
 
@@ -163,13 +164,13 @@ def test_an_error_on_a_worker_is_the_drivers_error_at_once(tiny_resnet: Path, fl
     shutil.copytree(flat_digits, data)
     victim = sorted(data.glob("7/*.png"))[0]
 
-    def spoil(event: dict[str, Any]) -> None:
-        if event.get("text") == "starting workers":
+    def spoil(event: Event) -> None:
+        if event == PhaseBegan("starting workers"):
             victim.write_bytes(b"no image")
 
     started = time.monotonic()
     with pytest.raises(TrainingError, match="is no image") as caught:
-        train(tiny_resnet, data, 2, "spoilt", training={"epochs": 2}, events=spoil)
+        train(tiny_resnet, data, 2, "spoilt", training={"epochs": 2}, report=spoil)
     assert str(victim) in caught.value.message
     assert time.monotonic() - started < 90  # no second and third try
 
@@ -185,12 +186,12 @@ def test_a_worker_that_dies_is_replaced(uninterrupted: orchestrator.Run, tiny_re
     long = {"epochs": 15, "batch_size": 16, "checkpoint_every_steps": 5}
     killed: list[int] = []
 
-    def kill(event: dict[str, Any]) -> None:
-        if event["kind"] == "advance" and not killed and list(Path("runs/hurt").glob("checkpoints/*/COMMITTED")):
+    def kill(event: Event) -> None:
+        if isinstance(event, Advanced) and not killed and list(Path("runs/hurt").glob("checkpoints/*/COMMITTED")):
             killed.extend(train_workers())
             os.kill(killed[0], signal.SIGKILL)
 
-    hurt = train(tiny_resnet, digits, 1, "hurt", method="full", training=long, events=kill)
+    hurt = train(tiny_resnet, digits, 1, "hurt", method="full", training=long, report=kill)
     assert killed
     assert same(weights_of(uninterrupted), weights_of(hurt))
     assert [line["epoch"] for line in hurt.metrics] == list(range(1, 16))

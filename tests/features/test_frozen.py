@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 import orchestrator
+from orchestrator.data import ingest
 from orchestrator.errors import InterruptedRunError, JobError, TrainingError
+from orchestrator.job import Noted
 from orchestrator.store import inventory, sets
 from orchestrator.store.shards import FeatureSet
 from tests.whole.test_train import silent, train, weights_of
@@ -42,7 +44,7 @@ def test_later_jobs_read_what_an_earlier_one_computed(tiny_resnet: Path, digits:
     first = train(tiny_resnet, digits, **HEAD)
     again = train(tiny_resnet, digits, **HEAD, name="again")
     other_rate = train(tiny_resnet, digits, **{**HEAD, "training": {"epochs": 3, "learning_rate": 1e-2}})
-    alone = train(tiny_resnet, digits, **HEAD, storage="elsewhere")
+    alone = train(tiny_resnet, digits, **HEAD, storage="remote")
     assert [computed(run) for run in (first, again, other_rate, alone)] == [600, 0, 0, 600]
     same_head(first, again)
     same_head(alone, again)
@@ -77,7 +79,7 @@ def test_a_flipped_bit_is_said_and_the_shard_made_again(tiny_resnet: Path, flat_
     notes: list[str] = []
     again = orchestrator.finetune(
         backbone=str(tiny_resnet), data=str(flat_digits), name="again", **HEAD,
-        events=lambda event: notes.append(event["text"]) if event["kind"] == "note" else None,
+        report=lambda event: notes.append(event.text) if isinstance(event, Noted) else None,
     )  # fmt: skip
     assert computed(again) == 300
     assert any("damaged" in note for note in notes)
@@ -89,13 +91,12 @@ def test_a_file_is_not_read_again_to_find_out_what_it_is(
     tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of large data the contents are not read before the start: there the memory of files counts."""
-    from orchestrator.data import intake
     from orchestrator.data.samples import Samples
 
     shutil.copytree(digits, "data")
-    monkeypatch.setattr(intake, "MAX_HASHED_BYTES", 0)
-    monkeypatch.setattr(intake, "NUM_MEASURED_ALL", 8)
-    monkeypatch.setattr(intake, "NUM_MEASURED", 4)
+    monkeypatch.setattr(ingest, "MAX_HASHED_BYTES", 0)
+    monkeypatch.setattr(ingest, "NUM_MEASURED_ALL", 8)
+    monkeypatch.setattr(ingest, "NUM_MEASURED", 4)
     read: list[int] = []
     reads = Samples.read
 
@@ -107,7 +108,7 @@ def test_a_file_is_not_read_again_to_find_out_what_it_is(
 
     def one(name: str, **more: Any) -> tuple[int, int]:
         read.clear()
-        run = orchestrator.finetune(backbone=str(tiny_resnet), data="data", name=name, events=silent, **HEAD, **more)
+        run = orchestrator.finetune(backbone=str(tiny_resnet), data="data", name=name, report=silent, **HEAD, **more)
         return computed(run), len(set(read))
 
     assert one("first") == (600, 600)
@@ -131,10 +132,8 @@ def test_of_a_store_that_tells_no_times_nothing_is_remembered(
     """There the same size is no sign of the same content."""
     import fsspec
 
-    from orchestrator.data import intake
-
-    monkeypatch.setattr(intake, "NUM_MEASURED_ALL", 8)
-    monkeypatch.setattr(intake, "NUM_MEASURED", 4)
+    monkeypatch.setattr(ingest, "NUM_MEASURED_ALL", 8)
+    monkeypatch.setattr(ingest, "NUM_MEASURED", 4)
     place = fsspec.filesystem("memory")
 
     def put(change: int) -> None:
@@ -145,7 +144,7 @@ def test_of_a_store_that_tells_no_times_nothing_is_remembered(
 
     def one(name: str) -> int:
         return computed(orchestrator.finetune(
-            backbone=str(tiny_resnet), data="memory://timeless", name=name, events=silent, **HEAD
+            backbone=str(tiny_resnet), data="memory://timeless", name=name, report=silent, **HEAD
         ))  # fmt: skip
 
     try:
@@ -170,7 +169,7 @@ def test_views_are_kept(tiny_resnet: Path, flat_digits: Path) -> None:
     slow = train(tiny_resnet, flat_digits, **augmented)
     assert slow.lineage["features"] == slow.plan.features == "every step"
     # The views are those of the samples, whoever stands beside them.
-    alone = train(tiny_resnet, flat_digits, **augmented, **{"training.views": 2}, storage="elsewhere")
+    alone = train(tiny_resnet, flat_digits, **augmented, **{"training.views": 2}, storage="remote")
     same_head(runs[0], alone)
 
 
@@ -210,16 +209,15 @@ def test_a_notebooks_modality_keeps_its_features_to_its_run(tiny_resnet: Path, f
 
 
 def test_unreadable_samples_are_left_out_once(tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.data import intake
 
-    monkeypatch.setattr(intake, "NUM_MEASURED_ALL", 8)
-    monkeypatch.setattr(intake, "NUM_MEASURED", 4)
+    monkeypatch.setattr(ingest, "NUM_MEASURED_ALL", 8)
+    monkeypatch.setattr(ingest, "NUM_MEASURED", 4)
     shutil.copytree(digits, "data")
     broken = sorted(Path("data/train").glob("*/*.png"))[101]
     broken.write_bytes(b"no picture")
     for name, num in (("first", 599), ("second", 0)):
         run = orchestrator.finetune(
-            backbone=str(tiny_resnet), data={"path": "data", "on_bad_sample": "skip"}, name=name, events=silent, **HEAD
+            backbone=str(tiny_resnet), data={"path": "data", "on_bad_sample": "skip"}, name=name, report=silent, **HEAD
         )
         assert (computed(run), run.results["num_skipped"]) == (num, 1)
 
@@ -240,7 +238,7 @@ def slowly(*what):
 loading.compute = slowly
 def job(name, events):
     return orchestrator.finetune(
-        backbone=sys.argv[1], data=sys.argv[2], name=name, events=events,
+        backbone=sys.argv[1], data=sys.argv[2], name=name, report=events,
         training={"epochs": 3, "learning_rate": 3e-3}, scaling={"threads_per_worker": 1},
     )
 """
@@ -254,7 +252,7 @@ for number in range(random_moments):
     child = os.fork()
     if not child:
         os.close(reading)
-        job("killed", lambda event: os.write(writing, b"x") if "frozen body" in str(event.get("text")) else None)
+        job("killed", lambda event: os.write(writing, b"x") if "frozen body" in getattr(event, "text", "") else None)
         os._exit(0)
     os.close(writing)
     os.read(reading, 1)  # the body has begun, or the job has ended
@@ -279,7 +277,7 @@ def run_script(script: str, *arguments: object) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_it_goes_on_from_its_last_shard(tiny_resnet: Path, digits: Path) -> None:
-    whole = train(tiny_resnet, digits, **HEAD, storage="elsewhere")
+    whole = train(tiny_resnet, digits, **HEAD, storage="remote")
     process = run_script(KILLED, tiny_resnet, digits)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
@@ -295,7 +293,7 @@ def test_killed_at_ten_random_moments_it_goes_on_from_its_last_shard(tiny_resnet
 
 @pytest.mark.slow
 def test_two_jobs_at_once_share_the_work_and_end_right(tiny_resnet: Path, digits: Path) -> None:
-    whole = train(tiny_resnet, digits, **HEAD, storage="elsewhere")
+    whole = train(tiny_resnet, digits, **HEAD, storage="remote")
     script = SLOW + "run = job(sys.argv[3], lambda event: None); print(run.lineage['num_computed'])"
     both = [run_script(script, tiny_resnet, digits, name) for name in ("one", "two")]
     outs = [process.communicate(timeout=240) for process in both]
@@ -330,7 +328,7 @@ def test_stopped_while_the_body_ran_it_goes_on(
     kept = 600 - computed(run)
     assert 0 < kept < 600
     assert kept % 16 == 0  # whole batches, in their order
-    whole = train(tiny_resnet, digits, **HEAD, storage="elsewhere")
+    whole = train(tiny_resnet, digits, **HEAD, storage="remote")
     assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(run).items())
 
 
@@ -355,7 +353,7 @@ def test_a_run_that_goes_on_reads_what_it_began_with(
     with monkeypatch.context() as patch:  # another job's shard, of before, with the same contents
         patch.setattr(store.time, "time_ns", lambda: 1)
         features.add(shard.ids, np.array(features.values(0)) + 1, "float32")
-    whole = train(tiny_resnet, digits, **HEAD, storage="elsewhere")
+    whole = train(tiny_resnet, digits, **HEAD, storage="remote")
     run = train(tiny_resnet, digits, **HEAD, name="stopped")
     assert computed(run) == 0
     assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(run).items())

@@ -181,7 +181,7 @@ def test_a_long_pass_is_compiled_and_gives_the_same_head(
 
         return orchestrator.finetune(
             backbone=str(tiny_resnet), data=str(digits), method="head", training={"epochs": 1}, storage=storage,
-            scaling={"device": "cpu"}, events=event,
+            scaling={"device": "cpu"}, report=event,
         )  # fmt: skip
 
     plain = train("plain", [])

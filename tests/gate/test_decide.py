@@ -231,10 +231,10 @@ def test_a_plan_is_json_and_back(tiny_resnet: Path, flat_digits: Path) -> None:
         ({"scaling": {"num_workers": 64}}, "64 workers x 1 threads are more than"),
         ({"scaling": {"num_extractors": 64}}, "64 extractors x 1 threads are more than"),
         (
-            {"scaling": {"num_workers": 2, "address": "auto"}, "training": {"num_shards": 1}},
+            {"scaling": {"num_workers": 2, "address": "auto"}, "training": {"num_microbatches": 1}},
             "leaves workers idle",
         ),
-        ({"training": {"batch_size": 2, "num_shards": 2}, "method": "full"}, "shards of 1"),
+        ({"training": {"batch_size": 2, "num_microbatches": 2}, "method": "full"}, "microbatches of 1"),
         ({"training": {"batch_norm": "train"}}, "would change a frozen body"),
     ],
 )

@@ -52,7 +52,7 @@ def both_ways(backbone: Path, data: Path, **more: Any) -> tuple[orchestrator.Run
     runs = [
         orchestrator.finetune(
             backbone=str(backbone), data=str(data), training={**TRAINING, "features": features}, name=features[:4],
-            scaling={"threads_per_worker": 1}, events=silent, **more,
+            scaling={"threads_per_worker": 1}, report=silent, **more,
         )
         for features in ("once", "every step")
     ]  # fmt: skip
@@ -120,7 +120,7 @@ def test_images_with_two_heads(flat_digits: Path, tmp_path: Path) -> None:
     runs = [
         orchestrator.finetune(
             backbone=str(tmp_path / "saved"), data=few, training={**TRAINING, "epochs": 1, "features": features},
-            name=features[:4], scaling={"threads_per_worker": 1}, events=silent,
+            name=features[:4], scaling={"threads_per_worker": 1}, report=silent,
         )
         for features in ("once", "every step")
     ]  # fmt: skip
@@ -148,10 +148,10 @@ def network(module: nn.Module, *head: str) -> Network:
 
 
 @pytest.mark.parametrize(
-    ("between", "glue"), [(lambda x: x, ""), (torch.relu, "relu"), (torch.tanh, "tanh"), (torch.sin, None)]
+    ("between", "activation"), [(lambda x: x, ""), (torch.relu, "relu"), (torch.tanh, "tanh"), (torch.sin, None)]
 )
 def test_what_stands_between_is_told_apart_whatever_the_head_starts_with(
-    between: Callable[[torch.Tensor], torch.Tensor], glue: str | None
+    between: Callable[[torch.Tensor], torch.Tensor], activation: str | None
 ) -> None:
     torch.manual_seed(0)
     module = Two(between)
@@ -160,7 +160,7 @@ def test_what_stands_between_is_told_apart_whatever_the_head_starts_with(
         nn.init.zeros_(layer.bias)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     cut, error = find_cut(network(module, "first", "second"), {"x": torch.randn(16, 6)})
-    assert (cut.glue if cut else None) == glue
+    assert (cut.activation if cut else None) == activation
     assert (error <= 1e-4) == (cut is not None)
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
@@ -168,17 +168,17 @@ def test_what_stands_between_is_told_apart_whatever_the_head_starts_with(
 class Sequence(nn.Module):
     """A head on some token of a sequence."""
 
-    def __init__(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, pooling: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.body, self.head, self.pick = nn.Linear(6, 8), nn.Linear(8, 3), pick
+        self.body, self.head, self.pooling = nn.Linear(6, 8), nn.Linear(8, 3), pooling
 
     def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         assert attention_mask.shape == x.shape[:2]
-        return self.pick(self.head(self.body(x)))
+        return self.pooling(self.head(self.body(x)))
 
 
 @pytest.mark.parametrize(
-    ("pick", "name"),
+    ("pooling", "name"),
     [
         (lambda x: x[:, 0], "first"),
         (lambda x: x[:, -1], "end"),
@@ -188,13 +188,13 @@ class Sequence(nn.Module):
         (lambda x: x.max(dim=1).values, None),
     ],
 )
-def test_which_token_is_read(pick: Callable[[torch.Tensor], torch.Tensor], name: str | None) -> None:
+def test_which_token_is_read(pooling: Callable[[torch.Tensor], torch.Tensor], name: str | None) -> None:
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     inputs = {"x": torch.randn(2, 5, 6), "attention_mask": mask}
-    made = network(Sequence(pick), "head")
+    made = network(Sequence(pooling), "head")
     cut, _ = find_cut(made, inputs)
-    assert (cut.pick if cut else None) == name
+    assert (cut.pooling if cut else None) == name
     if cut is not None:
         features = Body(made, cut)(inputs)
         assert features.shape == (2, 1, 8)

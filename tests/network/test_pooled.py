@@ -280,7 +280,7 @@ def finetune(
     return orchestrator.finetune(
         modality=modality, backbone=str(backbone), data=str(data[modality]), method=method,
         training={"epochs": 2, "batch_size": 8, **training}, scaling={"threads_per_worker": 1},
-        storage=str(storage), events=lambda _: None,
+        storage=str(storage), report=lambda _: None,
     )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 def train(backbone: Path, data: Path, **more: Any) -> orchestrator.Run:
     fields = {"method": "head", "training": {"epochs": 1, "batch_size": 8}, **more}
     return orchestrator.finetune(
-        modality="audio", backbone=str(backbone), data=str(data), events=lambda _: None, **fields
+        modality="audio", backbone=str(backbone), data=str(data), report=lambda _: None, **fields
     )
 
 

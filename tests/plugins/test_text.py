@@ -82,7 +82,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Path:
 def train(backbone: Path, data: Path, **more: Any) -> orchestrator.Run:
     fields = {"method": "full", "training": {"epochs": 6, "learning_rate": 3e-3, "batch_size": 16}, **more}
     return orchestrator.finetune(
-        modality="text", backbone=str(backbone), data=str(data), events=lambda _: None, **fields
+        modality="text", backbone=str(backbone), data=str(data), report=lambda _: None, **fields
     )
 
 

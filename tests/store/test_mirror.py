@@ -18,6 +18,7 @@ import torch
 import orchestrator
 from orchestrator.data.locations import cached
 from orchestrator.errors import InterruptedRunError, JobError, RefusedError
+from orchestrator.job import Event, Noted
 from orchestrator.store import inventory
 from orchestrator.store.mirror import MirroredSet
 from orchestrator.store.sets import USED
@@ -31,12 +32,12 @@ PLACE = "s3://bucket/features"
 def train(backbone: Path, data: Path, machine: str, notes: list[str] | None = None, **fields: Any) -> orchestrator.Run:
     """On a machine of its own: with another storage."""
 
-    def event(one: dict[str, Any]) -> None:
-        if notes is not None and one["kind"] == "note":
-            notes.append(one["text"])
+    def event(one: Event) -> None:
+        if notes is not None and isinstance(one, Noted):
+            notes.append(one.text)
 
     return orchestrator.finetune(
-        backbone=str(backbone), data=str(data), storage=machine, training={"epochs": 1}, events=event,
+        backbone=str(backbone), data=str(data), storage=machine, training={"epochs": 1}, report=event,
         **{"feature_store": PLACE, **fields},
     )  # fmt: skip
 
@@ -130,7 +131,7 @@ def test_a_damaged_shard_of_the_store_is_made_again(tiny_resnet: Path, digits: P
 @pytest.mark.usefixtures("bucket")
 def test_a_store_that_falls_silent_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    place = cached(PLACE).join("family/float32")
+    place = cached(PLACE).join("cache_group/float32")
     features = MirroredSet(tmp_path / "one", place, notes.append)
     values = np.array([[1.0, 2.0]], np.float32)
     tried: list[Path] = []
@@ -143,19 +144,19 @@ def test_a_store_that_falls_silent_costs_nothing(tmp_path: Path, monkeypatch: py
         patch.setattr("orchestrator.data.locations.Location.upload", fails)
         for number in (1, 2, 3):
             features.add(ids_of(number), values, "float32")
-            features.settle(whole=False)
+            features.flush_uploads(whole=False)
     assert len(tried) == 1  # it is left alone for a while
     assert notes == [
-        f"{PLACE}/family/float32 does not answer: features stay on the storage, and a later job brings them there "
+        f"{PLACE}/cache_group/float32 does not answer: features stay on the storage, and a later job brings them there "
         "(timed out)"
     ]
     features.refresh()
     assert (features.find(ids_of(1, 2, 3))[0] >= 0).all()
     again = MirroredSet(tmp_path / "one", place, notes.append)
-    again.bring(ids_of(1))
-    again.settle(whole=True)
+    again.fetch_missing(ids_of(1))
+    again.flush_uploads(whole=True)
     other = MirroredSet(tmp_path / "two", place, notes.append)
-    other.bring(ids_of(1, 2, 3))
+    other.fetch_missing(ids_of(1, 2, 3))
     shard, at = other.find(ids_of(1, 2, 3))
     assert (shard >= 0).all()
     assert other.damaged(shard.tolist()) == []
@@ -174,16 +175,16 @@ def put(bucket: Any, name: str, content: bytes) -> None:
 
 def written(folder: Path, *numbers: int) -> str:
     """The name of a shard that is in the store."""
-    features = MirroredSet(folder, cached(PLACE).join("family/float32"), pytest.fail)
+    features = MirroredSet(folder, cached(PLACE).join("cache_group/float32"), pytest.fail)
     name = features.add(ids_of(*numbers), np.array([[n, n] for n in numbers], np.float32), "float32")
-    features.settle(whole=True)
+    features.flush_uploads(whole=True)
     return name
 
 
 def brought(folder: Path, *numbers: int, unknown: bool = False) -> list[str]:
     """The shards that come here for these contents."""
-    features = MirroredSet(folder, cached(PLACE).join("family/float32"), pytest.fail)
-    features.bring(ids_of(*numbers) * (0 if unknown else 1))
+    features = MirroredSet(folder, cached(PLACE).join("cache_group/float32"), pytest.fail)
+    features.fetch_missing(ids_of(*numbers) * (0 if unknown else 1))
     return features.names
 
 
@@ -199,15 +200,15 @@ def test_only_what_is_asked_for_is_brought(tmp_path: Path, bucket: Any) -> None:
 def test_for_a_few_that_nobody_knows_not_all_is_brought(tmp_path: Path, bucket: Any) -> None:
     one, _ = written(tmp_path / "one", *range(15)), written(tmp_path / "one", 99)
     assert len(there(bucket)) == 4
-    features = MirroredSet(tmp_path / "two", cached(PLACE).join("family/float32"), pytest.fail)
+    features = MirroredSet(tmp_path / "two", cached(PLACE).join("cache_group/float32"), pytest.fail)
     ids = ids_of(*range(16))
     ids[15] = 0  # a sample that cannot be read
-    features.bring(ids)
+    features.fetch_missing(ids)
     assert features.names == [one]
 
 
 def test_a_manifest_that_is_not_whole_is_passed_over(tmp_path: Path, bucket: Any) -> None:
-    file = f"features/family/float32/{written(tmp_path / 'one', 1)}.json"
+    file = f"features/cache_group/float32/{written(tmp_path / 'one', 1)}.json"
     with bucket.open_input_file(file) as stored:
         text = stored.read()
     for broken in (text[:50], b"", b"[]", text.replace(b'"float32"', b'"float8"')):
@@ -220,7 +221,7 @@ def test_a_manifest_that_is_not_whole_is_passed_over(tmp_path: Path, bucket: Any
 
 def test_a_manifest_whose_shard_is_gone_goes_too(tmp_path: Path, bucket: Any) -> None:
     name = written(tmp_path / "one", 1)
-    bucket.delete_file(f"features/family/float32/{name}.safetensors")
+    bucket.delete_file(f"features/cache_group/float32/{name}.safetensors")
     assert brought(tmp_path / "two", 1) == []
     assert there(bucket) == []
 

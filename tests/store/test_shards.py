@@ -14,8 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from orchestrator.data.contents import Catalog, Ids, content_id
-from orchestrator.store import inventory, locks, sets
-from orchestrator.store import shards as store
+from orchestrator.store import inventory, locks, sets, shards as store
 from orchestrator.store.shards import FeatureSet
 
 
@@ -155,7 +154,7 @@ def test_only_one_fills_alone(tmp_path: Path) -> None:
 
 def test_the_sets_used_last_are_kept(tmp_path: Path) -> None:
     for number, name in enumerate(("old", "new", "newer")):
-        folder = sets.family_folder(tmp_path, name, {"backbone": name}) / "float32"
+        folder = sets.cache_group_folder(tmp_path, name, {"backbone": name}) / "float32"
         filled(folder, *range(100))
         sets.touch(folder)
         os.utime(folder / ".used", (number, number))
@@ -165,7 +164,7 @@ def test_the_sets_used_last_are_kept(tmp_path: Path) -> None:
     most = sum(one.num_bytes for one in found) - 1
     with locks.held(tmp_path / found[2].name):  # a job is at work on it
         assert [one.key["backbone"] for one in inventory.prune(tmp_path, most)] == ["new"]
-    filled(sets.family_folder(tmp_path, "new", {"backbone": "new"}) / "float32", *range(100))
+    filled(sets.cache_group_folder(tmp_path, "new", {"backbone": "new"}) / "float32", *range(100))
     sets.touch(tmp_path / found[1].name)
     found = inventory.listings(tmp_path)
     removed = inventory.prune(tmp_path, sum(one.num_bytes for one in found) - 1)
@@ -197,7 +196,7 @@ def test_a_set_that_is_pruned_at_the_moment_it_is_taken_is_made_again(
 
 def test_a_set_is_held_by_many_and_pruned_by_none_of_them(tmp_path: Path) -> None:
     key = {"backbone": "one"}
-    folder = sets.family_folder(tmp_path, "one", key) / "float32"
+    folder = sets.cache_group_folder(tmp_path, "one", key) / "float32"
     with sets.opened(FeatureSet(folder), key) as first:
         name = first.add(np.ones((1, 2), np.uint64), np.ones((1, 3), np.float32), "float32")
         with sets.opened(FeatureSet(folder), key) as second:
@@ -225,9 +224,9 @@ def test_of_one_content_in_two_shards_the_older_counts(tmp_path: Path) -> None:
 
 
 def test_another_key_is_another_folder(tmp_path: Path) -> None:
-    one = sets.family_folder(tmp_path, "b", {"commit": "1", "input": {"size": [8, 8]}})
-    assert sets.family_folder(tmp_path, "b", {"input": {"size": [8, 8]}, "commit": "1"}) == one
-    assert sets.family_folder(tmp_path, "b", {"commit": "1", "input": {"size": [8, 16]}}) != one
+    one = sets.cache_group_folder(tmp_path, "b", {"commit": "1", "input": {"size": [8, 8]}})
+    assert sets.cache_group_folder(tmp_path, "b", {"input": {"size": [8, 8]}, "commit": "1"}) == one
+    assert sets.cache_group_folder(tmp_path, "b", {"commit": "1", "input": {"size": [8, 16]}}) != one
 
 
 # --- what is remembered of files ---

@@ -15,10 +15,12 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import InterruptedRunError
+from orchestrator.job import EpochEnded, PhaseBegan
 from orchestrator.job.spec import make_job
 from orchestrator.predictor import Prediction
+from orchestrator.progress import progress
 from orchestrator.terminal import cli as commands
-from orchestrator.terminal.console import middle, progress, show_error, show_plan
+from orchestrator.terminal.console import middle, show_error, show_plan
 from orchestrator.terminal.flags import FLAGS, with_options
 
 
@@ -113,12 +115,12 @@ def test_the_figure_of_an_epoch_is_the_one_that_chooses() -> None:
         ("single-label", "val acc 0.100"), ("multi-label", "val loss 0.500"), ("regression", "val loss 0.500"),
     ):  # fmt: skip
         with progress() as show, contextlib.redirect_stderr(io.StringIO()) as screen:
-            show({"kind": "phase", "text": "looking", "task": task})
-            show({"kind": "advance", "num": 1, "epoch": line, "epochs": 1})
+            show(PhaseBegan("looking"))
+            show(EpochEnded(line, 1, task))
         assert screen.getvalue() == f"looking\nepoch 1/1 {shown}\n"
     with progress() as show, contextlib.redirect_stderr(io.StringIO()) as screen:  # no validation split
-        show({"kind": "phase", "text": "looking", "task": "single-label"})
-        show({"kind": "advance", "num": 1, "epoch": {"epoch": 1, "train_accuracy": 0.2, "train_loss": 1}, "epochs": 1})
+        show(PhaseBegan("looking"))
+        show(EpochEnded({"epoch": 1, "train_accuracy": 0.2, "train_loss": 1}, 1, "single-label"))
     assert "train acc 0.200" in screen.getvalue()
 
 

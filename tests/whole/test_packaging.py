@@ -79,7 +79,7 @@ def test_a_bare_install_has_the_gate(card_files: Callable[..., Path]) -> None:
         (HEAVY, ("finetune",)),
         (("PIL",), ("plan",)),
         (("torch",), ("finetune",)),
-        (("ray",), ("finetune",)),
+        (("ray",), ("finetune", "--address", "local")),
         (("timm",), ("finetune",)),
         (("torchvision",), ("finetune",)),
     ],

@@ -107,7 +107,7 @@ def test_full_fine_tuning_from_python(installed: dict[str, str]) -> None:
     Path("cnn").mkdir()
     Path("cnn/config.json").write_text('{"model_type": "sensor-cnn", "channels": 3, "width": 16}')
     program = (
-        "import orchestrator; more = dict(modality='sensor', events=lambda _: None)\n"
+        "import orchestrator; more = dict(modality='sensor', report=lambda _: None)\n"
         "base = orchestrator.pretrain(backbone='cnn', data='machines', training={'epochs': 4}, **more)\n"
         "run = orchestrator.finetune(backbone=str(base.path), data='pumps', method='full', **more)\n"
         "print(run.accuracy)"

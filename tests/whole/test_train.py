@@ -25,17 +25,18 @@ from orchestrator.errors import (
     TrainingError,
     WeightsError,
 )
+from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def silent(_event: dict[str, Any]) -> None:
+def silent(_event: Event) -> None:
     pass
 
 
 def train(backbone: Path, data: Path, **fields: Any) -> orchestrator.Run:
     fields.setdefault("training", {"epochs": 2})
-    fields.setdefault("events", silent)
+    fields.setdefault("report", silent)
     return orchestrator.finetune(backbone=str(backbone), data=str(data), **fields)
 
 
@@ -69,16 +70,16 @@ def test_frozen_is_frozen_after_a_resume(tiny_resnet: Path, digits: Path) -> Non
     options = {"training": {"epochs": 3, "learning_rate": 0.05, "checkpoint_every_steps": 2}}
     asked: list[int] = []
 
-    def interrupt(event: dict[str, Any]) -> None:
-        if event["kind"] == "advance" and event.get("epochs") and not asked:  # an epoch of the head is done
+    def interrupt(event: Event) -> None:
+        if isinstance(event, EpochEnded) and not asked:  # an epoch of the head is done
             asked.append(1)
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(InterruptedRunError):
-        train(tiny_resnet, digits, name="stopped", events=interrupt, **options)
+        train(tiny_resnet, digits, name="stopped", report=interrupt, **options)
     notes: list[str] = []
     run = train(
-        tiny_resnet, digits, name="stopped", events=lambda event: notes.append(str(event.get("text"))), **options
+        tiny_resnet, digits, name="stopped", report=lambda event: notes.append(getattr(event, "text", "")), **options
     )
     assert any("going on from step" in note for note in notes)
     after = weights_of(run)
@@ -113,8 +114,8 @@ def test_the_features_and_the_slow_way_learn_the_same(tiny_resnet: Path, digits:
 def test_a_trained_backbone_beats_random_weights(efficientnet: Path, digits: Path) -> None:
     small = {"path": str(digits), "num_train": 100, "validation_fraction": 0.0}
     more = {"settings": {"size": 32}, "data": small}
-    head = orchestrator.finetune(backbone=str(efficientnet), events=silent, **more)
-    scratch = orchestrator.pretrain(backbone=str(efficientnet), events=silent, training={"epochs": 4}, **more)
+    head = orchestrator.finetune(backbone=str(efficientnet), report=silent, **more)
+    scratch = orchestrator.pretrain(backbone=str(efficientnet), report=silent, training={"epochs": 4}, **more)
     assert head.accuracy > 0.6
     assert head.accuracy > scratch.accuracy + 0.2
 
@@ -136,7 +137,7 @@ def test_a_run_holds_what_it_should(tiny_resnet: Path, digits: Path) -> None:
     assert "[More Information Needed]" not in card
     assert f"{results['test']['accuracy']:.3f}" in card
     assert json.loads((run.model / "config.json").read_text())["id2label"]["3"] == "3"
-    assert orchestrator.finetune(run.path / "job.yaml", events=silent).path == run.path
+    assert orchestrator.finetune(run.path / "job.yaml", report=silent).path == run.path
 
 
 def test_the_same_call_returns_the_finished_run_and_fresh_starts_over(tiny_resnet: Path, digits: Path) -> None:
@@ -183,7 +184,7 @@ def test_pretrain_then_finetune_on_other_classes(tiny_resnet: Path, digits: Path
         data=str(tmp_path / "first"),
         name="base",
         training={"epochs": 8},
-        events=silent,
+        report=silent,
     )
     assert base.lineage["new_tensors"] == "all"
     run = train(base.path, tmp_path / "second", method="full", training={"epochs": 8})
@@ -296,17 +297,17 @@ def test_batch_norm_inside_the_head_is_in_the_checkpoint() -> None:
 def test_a_run_goes_on_by_the_plan_that_it_began_with(
     tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(event: dict[str, Any]) -> None:
-        if event["kind"] == "advance":
+    def stop(event: Event) -> None:
+        if isinstance(event, Advanced):
             os.kill(os.getpid(), signal.SIGTERM)
 
     job = {"backbone": str(tiny_resnet), "data": str(digits), "method": "full", "training": {"epochs": 1}}
     with pytest.raises(InterruptedRunError):
-        orchestrator.finetune(job, events=stop)
+        orchestrator.finetune(job, report=stop)
     began = orchestrator.plan(job)
     monkeypatch.setattr("orchestrator.gate.planning.num_cores", lambda: began.threads_per_worker + 1)
     assert orchestrator.plan(job).threads_per_worker == began.threads_per_worker + 1
-    run = orchestrator.finetune(job, events=silent)
+    run = orchestrator.finetune(job, report=silent)
     assert run.lineage["threads_per_worker"] == began.threads_per_worker
 
 
@@ -316,7 +317,7 @@ def test_nothing_held_back_is_said(tiny_resnet: Path, flat_digits: Path) -> None
         backbone=str(tiny_resnet),
         data={"path": str(flat_digits), "validation_fraction": 0.0, "test_fraction": 0.0},
         training={"epochs": 1},
-        events=lambda event: notes.append(event.get("text", "")),
+        report=lambda event: notes.append(getattr(event, "text", "")),
     )
     assert any("nothing is held back" in note for note in notes)
     with pytest.raises(RefusedError, match="held no sample back"):
@@ -330,8 +331,8 @@ def test_evaluating_takes_the_test_split_where_there_is_one_and_skips_by_name(
 
     run = train(tiny_resnet, digits)
     assert orchestrator.evaluate(run, str(digits))["num_samples"] == 200
-    monkeypatch.setattr("orchestrator.data.intake.NUM_MEASURED_ALL", 10)
-    monkeypatch.setattr("orchestrator.data.intake.NUM_MEASURED", 1)
+    monkeypatch.setattr("orchestrator.data.ingest.NUM_MEASURED_ALL", 10)
+    monkeypatch.setattr("orchestrator.data.ingest.NUM_MEASURED", 1)
     shutil.copytree(digits / "test", tmp_path / "later")
     victim = sorted((tmp_path / "later" / "5").iterdir())[-1]
     victim.write_bytes(b"no image")
@@ -371,7 +372,7 @@ def test_gradient_accumulation_is_the_large_batch(tiny_vit: Path, digits: Path) 
     config = json.loads((quiet / "config.json").read_text())
     (quiet / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.0}))
     one = train(quiet, digits, method="full", training=whole)
-    four = train(quiet, digits, method="full", training={**whole, "num_shards": 4})
+    four = train(quiet, digits, method="full", training={**whole, "num_microbatches": 4})
     for name, tensor in weights_of(one).items():
         assert torch.allclose(tensor, weights_of(four)[name], atol=1e-5), name
 
@@ -415,19 +416,19 @@ def test_a_file_that_breaks_while_training(tiny_resnet: Path, flat_digits: Path,
     shutil.copytree(flat_digits, data)
     victims = sorted(data.glob("3/*.png"))[:2]
 
-    def spoil(event: dict[str, Any]) -> None:
-        if event["kind"] == "phase" and event["text"] == "loading the backbone":
+    def spoil(event: Event) -> None:
+        if event == PhaseBegan("loading the backbone"):
             for victim in victims:
                 victim.write_bytes(b"no image")
 
     job = {"backbone": str(tiny_resnet), "data": str(data), "training": {"epochs": 2}}
     with pytest.raises(TrainingError, match="is no image that Pillow can read") as caught:
-        orchestrator.finetune(job, events=spoil)
+        orchestrator.finetune(job, report=spoil)
     assert str(victims[0].parent) in caught.value.message
     for victim in victims:
         shutil.copy(flat_digits / "3" / victim.name, victim)
     for method in ("head", "full"):
-        run = orchestrator.finetune(job, method=method, events=spoil, **{"data.on_bad_sample": "skip"})
+        run = orchestrator.finetune(job, method=method, report=spoil, **{"data.on_bad_sample": "skip"})
         assert run.results["num_skipped"] == 2
         skipped = [json.loads(line) for line in (run.path / "skipped.jsonl").read_text().splitlines()]
         assert [line["place"] for line in skipped] == [str(victim) for victim in victims]
@@ -498,9 +499,9 @@ def test_one_place_is_one_run_from_any_directory(
     assert orchestrator.plan(backbone=str(tiny_resnet), data="photos/", training={"epochs": 1}).name == run.name
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert orchestrator.finetune(run.path / "job.yaml", events=silent).path == run.path
+    assert orchestrator.finetune(run.path / "job.yaml", report=silent).path == run.path
     with pytest.raises(ChangedError, match=r"training\.epochs: 1 -> 2"):
-        orchestrator.finetune(run.path / "job.yaml", events=silent, **{"training.epochs": 2})
+        orchestrator.finetune(run.path / "job.yaml", report=silent, **{"training.epochs": 2})
 
 
 def test_two_processes_cannot_work_on_one_run(tiny_resnet: Path, digits: Path, cli: Cli) -> None:
@@ -693,9 +694,9 @@ def test_an_interruption_before_the_first_step_is_said_and_leaves_nothing(tiny_r
     """Ctrl-C while the data is read: typer turns it into an exit code in silence."""
     command = [
         sys.executable, "-c",
-        "import signal, sys; from orchestrator.terminal import cli; from orchestrator.data import intake;"
+        "import signal, sys; from orchestrator.terminal import cli; from orchestrator.data import ingest;"
         "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a shell's background jobs ignore Ctrl-C
-        "intake._remember = lambda *_: signal.raise_signal(signal.SIGINT);"  # in the main thread, as Ctrl-C comes
+        "ingest._remember = lambda *_: signal.raise_signal(signal.SIGINT);"  # in the main thread, as Ctrl-C comes
         "sys.exit(cli.run(sys.argv[1:]))",
         "finetune", "--backbone", str(tiny_resnet), "--data", str(digits), "--name", "early",
     ]  # fmt: skip
@@ -710,7 +711,7 @@ def test_starting_over_with_labels_that_cannot_be_written_leaves_the_old_run(
     tiny_resnet: Path, flat_digits: Path
 ) -> None:
     run = orchestrator.finetune(
-        backbone=str(tiny_resnet), data=str(flat_digits), training={"epochs": 1}, name="kept", events=lambda _: None
+        backbone=str(tiny_resnet), data=str(flat_digits), training={"epochs": 1}, name="kept", report=lambda _: None
     )
     before = run.results
     files = sorted(flat_digits.rglob("*.png"))[:40]
@@ -719,24 +720,24 @@ def test_starting_over_with_labels_that_cannot_be_written_leaves_the_old_run(
     with pytest.raises(RefusedError, match="half a character"):
         orchestrator.finetune(
             backbone=str(tiny_resnet), data={"path": "half.jsonl", "root": str(flat_digits)}, name="kept", fresh=True,
-            events=lambda _: None,
+            report=lambda _: None,
         )  # fmt: skip
     assert run.results == before
     assert run.finished
 
 
 def test_after_an_interrupted_fresh_start_the_mend_is_without_fresh(tiny_resnet: Path, digits: Path) -> None:
-    def stop(event: dict[str, Any]) -> None:
-        if event.get("epoch"):
+    def stop(event: Event) -> None:
+        if isinstance(event, EpochEnded):
             signal.raise_signal(signal.SIGINT)
 
     job: dict[str, Any] = {"backbone": str(tiny_resnet), "data": str(digits), "method": "full", "name": "anew"}
     with pytest.raises(orchestrator.OrchestratorError) as caught:
-        orchestrator.finetune(**job, training={"epochs": 3}, fresh=True, events=stop)
+        orchestrator.finetune(**job, training={"epochs": 3}, fresh=True, report=stop)
     assert caught.value.mend == "the same command without --fresh goes on from there"
-    notes: list[dict[str, Any]] = []
-    orchestrator.finetune(**job, training={"epochs": 3}, events=notes.append)
-    assert any("going on from step" in event.get("text", "") for event in notes)
+    notes: list[Event] = []
+    orchestrator.finetune(**job, training={"epochs": 3}, report=notes.append)
+    assert any("going on from step" in event.text for event in notes if isinstance(event, Noted))
 
 
 def test_a_run_of_an_earlier_layout(tiny_resnet: Path, flat_digits: Path) -> None:
@@ -803,7 +804,7 @@ def test_what_a_run_has_seen_is_counted_by_files_and_contents_of_like_size(
     files = sorted(flat_digits.glob("[01]/*.png"))
     held = [{"image": file.read_bytes(), "label": file.parent.name} for file in files]
     run = orchestrator.finetune(
-        backbone=str(tiny_resnet), data=held, training={"epochs": 1}, events=silent, **{"data.test_fraction": 0}
+        backbone=str(tiny_resnet), data=held, training={"epochs": 1}, report=silent, **{"data.test_fraction": 0}
     )
     read = []
     whole = Samples.read

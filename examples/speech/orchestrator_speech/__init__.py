@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import orchestrator_audio
 from orchestrator.errors import RefusedError
-from orchestrator.job.plans import BackboneCard, BackboneRow, Plan
-from orchestrator.modality.contract import BackboneRules, Fit, Profile
+from orchestrator.modality import BackboneCard, BackboneRow, BackboneRules, Fit, Plan, Profile
 
 if TYPE_CHECKING:
-    from orchestrator.modality.contract import Collate
-    from orchestrator.network.model import Network
+    from orchestrator.modality import Collate
+    from orchestrator.network import Network
 
 OURS = {
     name: BackboneRow(architecture=architecture, inputs=("input_values", "lengths"), head=("classifier",))

@@ -6,8 +6,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.job.plans import Plan
-from orchestrator.network.model import Network, build_module
+from orchestrator.modality import Plan
+from orchestrator.network import Network, build_module
 from orchestrator_speech import networks
 
 _USAGE = """\

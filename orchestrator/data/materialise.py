@@ -20,7 +20,7 @@ import pyarrow.parquet
 from orchestrator.data.hub_datasets import rows_of, splits_of
 from orchestrator.data.tables import BATCH_ROWS
 from orchestrator.errors import DataError, first_line
-from orchestrator.job.places import SPLIT_KEYS, as_settings, is_rows, library_of
+from orchestrator.job import SPLIT_KEYS, as_settings, is_rows, library_of
 
 _INFERRED_ROWS = 1024
 """So many rows tell the type of a column, or fewer where they are large."""
@@ -32,7 +32,7 @@ _MEND = (
 )
 
 
-def spill_data(data: object, directory: Path, new: list[Path] | None = None) -> object:
+def materialise(data: object, directory: Path, new: list[Path] | None = None) -> object:
     """`data` of a job's fields, with all that is no place replaced by a Parquet file in `directory`.
 
     Takes rows, or a mapping whose path, validation or test are rows. Paths in rows are relative to the working

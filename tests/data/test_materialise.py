@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 import orchestrator
-from orchestrator.data.spill import _of_rows, spill_data
+from orchestrator.data.materialise import _of_rows, materialise
 from orchestrator.errors import DataError, RefusedError
+from orchestrator.job import Event
 from tests.data.test_prepare import png
 
 
@@ -48,8 +49,8 @@ FORMS: dict[str, Callable[[], Any]] = {
 }
 
 
-def written(data: Any, folder: Path = Path("spilled")) -> dict[str, Any]:
-    found = spill_data(data, folder)
+def written(data: Any, folder: Path = Path("materialised")) -> dict[str, Any]:
+    found = materialise(data, folder)
     assert isinstance(found, dict)
     return found
 
@@ -77,7 +78,7 @@ def test_paths_are_relative_to_where_the_program_runs(tiny_resnet: Path) -> None
 def test_the_same_rows_have_the_same_name_and_others_another() -> None:
     assert written(rows()) == written(list(rows()))
     assert written(rows()) != written(rows(19))
-    assert len(list(Path("spilled").iterdir())) == 2  # and nothing half written
+    assert len(list(Path("materialised").iterdir())) == 2  # and nothing half written
 
 
 def test_splits_and_settings_beside_the_rows() -> None:
@@ -88,7 +89,7 @@ def test_splits_and_settings_beside_the_rows() -> None:
     assert found["label_column"] == "label"
     assert found["validation"] == "here/val"
     places = {"path": "photos", "test": "others"}
-    assert spill_data(places, Path("spilled")) is places
+    assert materialise(places, Path("materialised")) is places
     one = datasets.Dataset.from_list(list(rows(6)))
     both = written(datasets.DatasetDict({"train": one, "test": one.select(range(2))}))
     assert pyarrow.parquet.read_table(both["path"]).num_rows == 6
@@ -97,7 +98,7 @@ def test_splits_and_settings_beside_the_rows() -> None:
 
 def test_large_rows_are_not_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many of 2 MB that a thousand of them would be 2 GiB; here the bound is made small."""
-    monkeypatch.setattr("orchestrator.data.spill._CHUNK_BYTES", 50_000, raising=False)
+    monkeypatch.setattr("orchestrator.data.materialise._CHUNK_BYTES", 50_000, raising=False)
     made = written = 0
     most = 0
 
@@ -205,19 +206,19 @@ def test_a_wrong_backbone_is_refused_before_rows_are_read() -> None:
 
     for job in ({"data": endless()}, {"data": {"path": endless()}}):
         with pytest.raises(RefusedError, match=r"there is no directory ./nothing"):
-            orchestrator.finetune({**job, "backbone": "./nothing"}, events=lambda _: None)
+            orchestrator.finetune({**job, "backbone": "./nothing"}, report=lambda _: None)
         with pytest.raises(RefusedError, match=r"there is no directory ./nothing"):
             orchestrator.plan(backbone="./nothing", **job)
     assert not Path("runs").exists()
 
 
 def test_a_refused_job_leaves_no_rows_behind(tiny_resnet: Path) -> None:
-    job: dict[str, Any] = {"backbone": str(tiny_resnet), "events": lambda _: None}
+    job: dict[str, Any] = {"backbone": str(tiny_resnet), "report": lambda _: None}
     same = [{**row, "label": "cat"} for row in rows()]
     with pytest.raises(DataError, match="the data holds one class only: 'cat'"):
         orchestrator.finetune(data=same, **job)
     assert not Path("runs").exists()
-    kept = spill_data(same, Path("runs/.data"))  # by an earlier call, which may need it
+    kept = materialise(same, Path("runs/.data"))  # by an earlier call, which may need it
     with pytest.raises(DataError):
         orchestrator.finetune(data=same, **job)
     assert Path(kept["path"]).is_file()  # type: ignore[index]
@@ -247,7 +248,7 @@ def late_word() -> Iterator[dict[str, Any]]:
 def test_a_fraction_behind_whole_numbers_is_not_cut_off() -> None:
     numbers = [*({"text": "a", "y": 0} for _ in range(1024)), {"text": "b", "y": 1.5}]
     with pytest.raises(DataError, match="row 1025 of the data has a fraction in 'y'"):
-        spill_data(numbers, Path("spilled"))
+        materialise(numbers, Path("materialised"))
 
 
 @pytest.mark.parametrize(
@@ -266,10 +267,10 @@ def test_a_fraction_behind_whole_numbers_is_not_cut_off() -> None:
 )
 def test_rows_that_are_none(data: Any, problem: str) -> None:
     with pytest.raises(DataError) as caught:
-        spill_data(data, Path("spilled"))
+        materialise(data, Path("materialised"))
     assert problem in caught.value.message
     assert "give rows such as" in caught.value.mend
-    assert not Path("spilled").exists() or not list(Path("spilled").iterdir())
+    assert not Path("materialised").exists() or not list(Path("materialised").iterdir())
 
 
 @pytest.mark.parametrize(("key", "right"), [("train", "path"), ("dev", "validation")])
@@ -287,13 +288,13 @@ def test_a_plan_of_rows_leaves_nothing_behind(tiny_resnet: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_on_rows_goes_on_and_is_evaluated_on_rows(tiny_resnet: Path) -> None:
-    job: dict[str, Any] = {"backbone": str(tiny_resnet), "training": {"epochs": 2}, "events": lambda _: None}
+    job: dict[str, Any] = {"backbone": str(tiny_resnet), "training": {"epochs": 2}, "report": lambda _: None}
     job["data.group_column"] = "speaker"
     run = orchestrator.finetune(data=rows(80), **job)
     assert Path(run.plan.job.data.path).parent == Path("runs/.data").absolute()
-    again: list[dict[str, Any]] = []
-    assert orchestrator.finetune(data=list(rows(80)), **{**job, "events": again.append}).path == run.path
-    assert again[-1]["text"] == "finished already"
+    again: list[Event] = []
+    assert orchestrator.finetune(data=list(rows(80)), **{**job, "report": again.append}).path == run.path
+    assert "finished before" in getattr(again[-1], "text", "")
     assert orchestrator.evaluate(run, rows(8))["num_samples"] == 8
     assert [one.name for one in Path("runs").iterdir() if not one.name.startswith(".")] == [run.name]
 

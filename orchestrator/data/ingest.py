@@ -25,9 +25,8 @@ from orchestrator.data.rows import Row, Source, inside, inside_store
 from orchestrator.data.samples import SampleWriter
 from orchestrator.data.tables import suffix_of
 from orchestrator.errors import BadSampleError, DataError
-from orchestrator.job.plans import BackboneCard
-from orchestrator.job.spec import TaskName
-from orchestrator.modality.contract import Facts, Modality, Profile
+from orchestrator.job import BackboneCard, TaskName
+from orchestrator.modality import Facts, Modality, Profile
 
 Ints = npt.NDArray[np.int64]
 
@@ -52,7 +51,7 @@ class Skip:
 
 
 @dataclass
-class Intake:
+class IngestedRows:
     """What is remembered of the rows that can be used, one entry a row in each array.
 
     Arrays that say so stay empty as long as all of their entries would be 0; `whole` gives those too.
@@ -152,11 +151,11 @@ def digest64(*what: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
 
 
-def take_in(
+def ingest(
     source: Source, modality: Modality, card: BackboneCard, task: TaskName, writer: SampleWriter, may_skip: bool
-) -> Intake:
+) -> IngestedRows:
     """Read the source to its end. Raises `DataError` where a path leaves its root, or too many rows are broken."""
-    taken = Intake(label=array("d" if task == "regression" else "i"))
+    ingested = IngestedRows(label=array("d" if task == "regression" else "i"))
     looker = _Looker(source, modality, card)
     rows = source.rows()
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -165,46 +164,46 @@ def take_in(
             for row in usable:
                 looker.find(row)
             usable = [row for row in usable if not row.problem]
-            spots = range(len(taken), len(taken) + len(usable))
+            spots = range(len(ingested), len(ingested) + len(usable))
             run = pool.map if looker.is_work(usable, spots) else map
             looks = run(looker.look, usable, spots)
             found = {id(row): (number, look) for row, number, look in zip(usable, spots, looks, strict=True)}
             for row in chunk:
                 if row.problem:
-                    taken.skipped.append(Skip(row.place, row.problem))
+                    ingested.skipped.append(Skip(row.place, row.problem))
                     continue
                 number, look = found[id(row)]
                 if look.facts is not None:
-                    taken.facts.append((number, look.facts))
+                    ingested.facts.append((number, look.facts))
                 looker.total += max(0, look.num_bytes)
-                _remember(taken, row, look, task)
+                _remember(ingested, row, look, task)
                 writer.add(row)
-            if not may_skip and len(taken.skipped) >= _MAX_PROBLEMS:
+            if not may_skip and len(ingested.skipped) >= _MAX_PROBLEMS:
                 break
-    return taken
+    return ingested
 
 
-def _remember(taken: Intake, row: Row, look: _Look, task: TaskName) -> None:
-    at = len(taken)
+def _remember(ingested: IngestedRows, row: Row, look: _Look, task: TaskName) -> None:
+    at = len(ingested)
     if task == "regression":
-        taken.label.extend(row.label)
+        ingested.label.extend(row.label)
     else:
         labels = row.label if isinstance(row.label, tuple) else (row.label,)
-        taken.label.extend([taken.names.setdefault(str(name), len(taken.names)) for name in labels])
+        ingested.label.extend([ingested.names.setdefault(str(name), len(ingested.names)) for name in labels])
         if task == "multi-label":
-            taken.num_labels.append(len(labels))
-    if task != "single-label" or len(taken.names) > len(taken.label_id):
-        taken.label_id.append(digest64(row.label))
+            ingested.num_labels.append(len(labels))
+    if task != "single-label" or len(ingested.names) > len(ingested.label_id):
+        ingested.label_id.append(digest64(row.label))
     if row.group is not None:
-        taken.group.append(taken.groups.setdefault(row.group, len(taken.groups)))
-    taken.split.append(_NO_SPLIT if row.split is None else row.split)
-    taken.num_bytes.append(look.num_bytes)
-    taken.content_id.append(look.content_id[0])
-    taken.content_high.append(look.content_id[1])
-    _put(taken.origin, row.origin, at)
-    _put(taken.uri_id, digest64(row.file or row.uri) if row.uri else 0, at)
-    _put(taken.stat_id, look.stat_id, at)
-    _put(taken.timed, look.timed, at)
+        ingested.group.append(ingested.groups.setdefault(row.group, len(ingested.groups)))
+    ingested.split.append(_NO_SPLIT if row.split is None else row.split)
+    ingested.num_bytes.append(look.num_bytes)
+    ingested.content_id.append(look.content_id[0])
+    ingested.content_high.append(look.content_id[1])
+    _put(ingested.origin, row.origin, at)
+    _put(ingested.uri_id, digest64(row.file or row.uri) if row.uri else 0, at)
+    _put(ingested.stat_id, look.stat_id, at)
+    _put(ingested.timed, look.timed, at)
 
 
 def _put(values: array[int], value: int, row: int) -> None:

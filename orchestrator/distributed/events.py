@@ -1,0 +1,100 @@
+"""What the workers of a job on Ray tell the driver, kept until it asks, and whether it wants them to stop.
+
+A module of its own: the process that holds the queue would else import torch and all of Ray Train, beside the workers
+that are starting on the same cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import ray
+
+from orchestrator.job import Advanced, Event
+
+_TELL_EVERY_S = 0.1
+_ASK_EVERY_S = 0.5
+
+
+class EventQueue:
+    """An actor: the workers put events into it, and the driver takes them out."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._stopping = False
+
+    def put(self, event: Event) -> None:
+        """Keep an event until it is taken."""
+        self._events.append(event)
+
+    def take(self, stop: bool) -> list[Event]:
+        """The events since the last call; `stop`: the workers are to stop, from now on."""
+        self._stopping |= stop
+        events, self._events = self._events, []
+        return events
+
+    def is_stopping(self) -> bool:
+        """Whether the driver wants the workers to stop."""
+        return self._stopping
+
+
+class DriverChannel:
+    """A worker's way to the driver: events go there, and whether to stop comes back.
+
+    The queue's process may die: then nothing is told and nobody is asked to stop, and the work goes on.
+    """
+
+    def __init__(self, queue: Any) -> None:
+        """`queue`: the handle of an `EventQueue`."""
+        self.queue = queue
+        self._pending = 0
+        self._told = self._asked = 0.0
+        self._answer: Any = None
+        self._stopping = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DriverChannel, (self.queue,)
+
+    def tell(self, event: Event) -> None:
+        """Pass an event on; small steps forward are summed up for a tenth of a second."""
+        if isinstance(event, Advanced):
+            self._pending += event.num
+            if time.monotonic() - self._told >= _TELL_EVERY_S:
+                self.flush()
+            return
+        self.flush()
+        self.queue.put.remote(event)
+
+    def tell_for_sure(self, event: Event) -> None:
+        """Pass an event on, and return once it is there."""
+        self.flush()
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self.queue.put.remote(event))
+
+    def flush(self) -> None:
+        """Pass on what was summed up."""
+        if self._pending:
+            self.queue.put.remote(Advanced(self._pending))
+        self._pending = 0
+        self._told = time.monotonic()
+
+    def should_stop(self) -> bool:
+        """Whether the driver wants all to stop. Asked twice a second, without waiting for the answer."""
+        if self._stopping:
+            return True
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._stopping = ray.get(self._answer)
+            self._answer = None
+        if self._answer is None and time.monotonic() - self._asked >= _ASK_EVERY_S:
+            self._asked = time.monotonic()
+            self._answer = self.queue.is_stopping.remote()
+        return self._stopping
+
+    def wait_whether_to_stop(self) -> bool:
+        """The same, with the answer waited for."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._stopping = ray.get(self.queue.is_stopping.remote())
+        return self._stopping

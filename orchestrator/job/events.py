@@ -1,0 +1,57 @@
+"""What happens while a job runs: told by those who work, to whoever shows or records it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from orchestrator.errors import OrchestratorError
+
+
+@dataclass(frozen=True)
+class PhaseBegan:
+    """The job turns to something else; what is advanced from here on is of this."""
+
+    text: str
+    total: int | None = None
+    """How many units there are in all; None where that is not known."""
+    done: int = 0
+    """How many of them were done before."""
+    unit: Literal["", "steps", "samples"] = ""
+    samples_per_unit: float = 1.0
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """So many more units of the phase are done."""
+
+    num: int
+
+
+@dataclass(frozen=True)
+class EpochEnded:
+    """An epoch is over; its last step was told before."""
+
+    figures: Mapping[str, Any]
+    """The epoch's line in metrics.jsonl: `epoch` (from 1), `train_loss`, and what its validation gave."""
+    num_epochs: int
+    task: str
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something that a person should know, and that stops nothing."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A worker of a cluster cannot go on."""
+
+    error: OrchestratorError
+
+
+Event = PhaseBegan | Advanced | EpochEnded | Noted | Failed
+Report = Callable[[Event], None]
