@@ -222,7 +222,9 @@ class Job(_Part):
         So a new setting changes no job that does not use it, and where or on how many workers it runs changes nothing.
         """
         settings = self.at_whole_paths().model_dump(mode="json", exclude=dict(NOT_LEARNT), exclude_defaults=True)
-        return {"version": _IDENTITY_VERSION, "num_microbatches": self.num_microbatches, **settings}
+        # A group of which all that is left are defaults is the same as one that was not given.
+        given = {key: value for key, value in settings.items() if value != {}}
+        return {"version": _IDENTITY_VERSION, "num_microbatches": self.num_microbatches, **given}
 
     def digest(self) -> str:
         """Eight hex digits of the `identity`."""

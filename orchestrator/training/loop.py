@@ -103,7 +103,7 @@ def _train(session: Session) -> None:
     resumed = _newest_checkpoint(session)
     best: ckpt.Tensors = {}
     if resumed is not None:
-        session.state = TrainState.restored(resumed.state, recipe.steps_per_epoch)
+        session.state = TrainState.restored(resumed.state, recipe)
         session.raw.skipped.update({int(row): why for row, why in session.state.skipped.items()})
         best = resumed.best
         steps = session.state.steps_done(recipe)

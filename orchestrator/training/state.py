@@ -44,12 +44,13 @@ class TrainState:
     """Row of the sample table -> why it could not be read, of all workers."""
 
     @staticmethod
-    def restored(entries: Mapping[str, Any], steps_per_epoch: int) -> TrainState:
-        """What a checkpoint holds, one of an earlier version too, which knew no phases."""
+    def restored(entries: Mapping[str, Any], recipe: Recipe) -> TrainState:
+        """What a checkpoint holds, whose `step` is of all phases; one of an earlier version too, which knew no phases."""
         names = {one.name for one in dataclasses.fields(TrainState)}
         state = TrainState(**{name: value for name, value in entries.items() if name in names})
+        state.step -= sum(phase.num_steps for phase in recipe.phases[: state.phase])
         if "epochs_ended" not in entries:
-            state.epochs_ended = state.step // steps_per_epoch
+            state.epochs_ended = state.step // recipe.steps_per_epoch
         return state
 
     def steps_done(self, recipe: Recipe) -> int:
