@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a trainer whose Ray was shut down would start another one
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ray
@@ -25,7 +26,7 @@ with warnings.catch_warnings():
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.distributed.events import DriverChannel, EventQueue
+from orchestrator.distributed.events import DriverChannel, EventQueue, watch_driver
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, first_line
 from orchestrator.job import Event, Failed, Noted, PhaseBegan, Plan, Report
 
@@ -65,7 +66,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
             _end(thread, queue, error)
             raise
         finally:
-            with contextlib.suppress(Exception):  # Ray is shut down, or the queue's process has died
+            if ray.is_initialized():
                 ray.kill(queue)
     shutil.rmtree(Path(spec.run) / ".ray", ignore_errors=True)
     if failed and failed[0] is not None:
@@ -153,7 +154,7 @@ def _offer(plan: Plan, report: Report) -> dict[str, Any]:
     use_gpu = _use_gpu(plan, most["GPU"], report)
     num_workers, extractors = plan.num_workers, plan.num_extractors
     threads = plan.threads_per_worker or _threads_of(num_workers, use_gpu)
-    extractor_threads = plan.extractor_threads or _threads_of(extractors, use_gpu)
+    extractor_threads = plan.extractor_threads or _threads_of(max(1, extractors), use_gpu)
     who, lower = f"{num_workers} workers", "lower scaling.num_workers"
     cores = num_workers * threads
     if extractors:  # of them one that has a place is enough to go on
@@ -250,6 +251,7 @@ def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | No
 def _worker(config: dict[str, Any]) -> None:
     """One worker process. An error of ours goes to the driver at once: trying again would end the same."""
     channel = DriverChannel(config["queue"])
+    watch_driver(config["queue"])
     if channel.wait_whether_to_stop():  # restarted after such an error
         return
     import torch  # noqa: PLC0415  # for the worker alone, as what follows: 2 s of imports
@@ -317,5 +319,9 @@ def _end(thread: threading.Thread, queue: Any, error: BaseException) -> None:
         ray.get(queue.take.remote(True), timeout=_ENDED_GRACE_S)
     thread.join(0 if impatient else _STOP_GRACE_S)
     if thread.is_alive():
-        _stop()  # with the driver go all processes that it has started on the cluster
+        ended_by = time.monotonic() + _ENDED_GRACE_S
+        with contextlib.suppress(ray.exceptions.RayError):
+            while ray.get(queue.end.remote(), timeout=_ENDED_GRACE_S) and time.monotonic() < ended_by:
+                time.sleep(_POLL_S)
+        _stop()  # with the driver go all processes that it has started on the cluster, restarted ones too
         thread.join(_ENDED_GRACE_S)

@@ -1,4 +1,4 @@
-"""What the workers of a job on Ray tell the driver, kept until it asks, and whether it wants them to stop.
+"""What the workers of a job on Ray tell the driver, kept until it asks; and whether it wants them to stop or to end.
 
 A module of its own: the process that holds the queue would else import torch and all of Ray Train, beside the workers
 that are starting on the same cores.
@@ -7,6 +7,8 @@ that are starting on the same cores.
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 import time
 from typing import Any
 
@@ -16,6 +18,8 @@ from orchestrator.job import Advanced, Event
 
 _TELL_EVERY_S = 0.1
 _ASK_EVERY_S = 0.5
+_WATCH_EVERY_S = 1.0
+_WATCH_TIMEOUT_S = 10.0
 
 
 class EventQueue:
@@ -24,6 +28,8 @@ class EventQueue:
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._stopping = False
+        self._ending = False
+        self._alive: set[str] = set()
 
     def put(self, event: Event) -> None:
         """Keep an event until it is taken."""
@@ -38,6 +44,43 @@ class EventQueue:
     def is_stopping(self) -> bool:
         """Whether the driver wants the workers to stop."""
         return self._stopping
+
+    def end(self) -> int:
+        """From now on workers end themselves, whatever they are at; how many have not yet."""
+        self._stopping = self._ending = True
+        return len(self._alive)
+
+    def is_ending(self, worker: str) -> bool:
+        """Asked by each worker once a second, whether it has to end itself."""
+        self._alive.add(worker)
+        return self._ending
+
+    def gone(self, worker: str) -> None:
+        """A worker is about to end."""
+        self._alive.discard(worker)
+
+
+def watch_driver(queue: Any) -> None:
+    """End this process, whatever it is at, once the driver wants that, or is no more; asked for in a thread.
+
+    A worker that hangs in a sample does not stop when it is asked to, and lives on even when its Ray is shut down: it
+    would go on writing into a run that somebody else works on by then.
+    """
+    worker = f"{ray.util.get_node_ip_address()}:{os.getpid()}"
+
+    def watch() -> None:
+        while True:
+            try:
+                if ray.get(queue.is_ending.remote(worker), timeout=_WATCH_TIMEOUT_S):
+                    ray.get(queue.gone.remote(worker), timeout=_WATCH_TIMEOUT_S)
+                    os._exit(1)
+            except ray.exceptions.ActorDiedError:  # it is started again if it dies alone: the driver has gone
+                os._exit(1)
+            except ray.exceptions.RayError:
+                pass
+            time.sleep(_WATCH_EVERY_S)
+
+    threading.Thread(target=watch, daemon=True, name="watch-driver").start()
 
 
 class DriverChannel:

@@ -31,7 +31,7 @@ import ray
 import torch
 
 from orchestrator.data import Catalog, Ids
-from orchestrator.distributed.events import DriverChannel
+from orchestrator.distributed.events import DriverChannel, watch_driver
 from orchestrator.errors import OrchestratorError, TrainingError, first_line
 from orchestrator.features import Extraction, ExtractionResult, FeatureCacheRef
 from orchestrator.job import ERROR_FILE, Advanced, Noted, Plan, write_file
@@ -177,6 +177,7 @@ class Extractor:
         self._resources = ExitStack()  # as long as this process lives
         self._error: OrchestratorError | None = None
         self._notes = False
+        watch_driver(work.of.channel.queue)
         try:
             self._prepare()
         except Exception as error:  # the driver's error, once there is somebody to tell it to

@@ -61,7 +61,7 @@ def test_what_a_cluster_offers(plan: Plan) -> None:
             "scaling.num_workers to 1"
         )
     ]
-    assert offer == {"use_gpu": False, "threads": 2, "extractor_threads": 1}
+    assert (offer["use_gpu"], offer["threads"]) == (False, 2)
     assert cluster._offer(with_scaling(plan, num_workers=1), notes.append)["use_gpu"]
     assert cluster._offer(with_scaling(plan, num_workers=1), notes.append)["threads"] == 4
     assert not cluster._offer(with_scaling(plan, num_workers=1, device="cpu"), notes.append)["use_gpu"]
@@ -138,4 +138,5 @@ def test_workers_that_do_not_answer_are_ended_before_the_run_is_somebody_elses(
         [sys.executable, "-c", script, str(tiny_resnet), str(flat_digits)],
         capture_output=True, text=True, check=False, timeout=240, env={**os.environ},
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["130 stopped; the workers did not answer", "ended"], done.stderr[-3000:]
+    said = [line for line in done.stdout.splitlines() if "(raylet)" not in line]
+    assert said == ["130 stopped; the workers did not answer", "ended"], done.stderr[-3000:]

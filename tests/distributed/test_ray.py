@@ -151,11 +151,7 @@ def kill_after_first_shard(features: Path) -> list[int]:
     """Kill -9 all processes that extract, once there is one shard; which they were."""
     while not list(features.rglob("float32/*.json")):
         time.sleep(0.01)
-    found = []
-    for title in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if b"Extractor" in title.read_bytes():
-                found.append(int(title.parent.name))
+    found = processes(b"Extractor")
     for process in found:
         os.kill(process, signal.SIGKILL)
     return found
@@ -191,11 +187,12 @@ def test_a_worker_that_dies_is_replaced(uninterrupted: orchestrator.Run, tiny_re
 
     def kill(event: Event) -> None:
         if isinstance(event, Advanced) and not killed and list(Path("runs/hurt").glob("checkpoints/*/COMMITTED")):
-            killed.extend(train_workers())
-            os.kill(killed[0], signal.SIGKILL)
+            killed.extend((*processes(b"TrainWorker"), *processes(b"EventQueue")))
+            for process in killed:  # the queue too: some events are lost with it, and no work
+                os.kill(process, signal.SIGKILL)
 
     hurt = train(tiny_resnet, digits, 1, "hurt", method="full", training=long, report=kill)
-    assert killed
+    assert len(killed) == 2
     assert same(weights_of(uninterrupted), weights_of(hurt))
     assert [line["epoch"] for line in hurt.metrics] == list(range(1, 16))
 
@@ -243,7 +240,7 @@ def test_a_job_cut_off_in_this_process_goes_on_with_two_workers_one_of_which_die
     def kill(event: Event) -> None:
         spoil(event)
         if isinstance(event, EpochEnded) and event.figures["epoch"] == 2 and not killed:
-            killed.extend(train_workers())
+            killed.extend(processes(b"TrainWorker"))
             os.kill(killed[-1], signal.SIGKILL)
 
     notes: list[Event] = []
@@ -261,15 +258,14 @@ def test_a_job_cut_off_in_this_process_goes_on_with_two_workers_one_of_which_die
         assert torch.allclose(tensor, weights_of(run)[name], atol=1e-4), name
 
 
-def train_workers() -> list[int]:
-    """Process ids of Ray Train's workers."""
+def processes(name: bytes) -> list[int]:
+    """Process ids of Ray's processes of that name."""
     found = []
     for place in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if place.read_bytes().startswith(b"ray::") and b"TrainWorker" in place.read_bytes():
+        with contextlib.suppress(OSError):
+            title = place.read_bytes()
+            if title.startswith(b"ray::") and name in title:
                 found.append(int(place.parent.name))
-        except OSError:
-            continue
     return found
 
 
