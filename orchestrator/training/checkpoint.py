@@ -8,14 +8,16 @@ checkpoints/step-00000120/
     manifest.json            SHA-256 of each of the above
     COMMITTED                SHA-256 of the manifest, written last
 
-A checkpoint without its marker is a left-over of a process that died while it wrote or removed it, and counts for
-nothing. One with a marker is whole, or the storage has damaged it since: the digests tell.
+It is written under the name step-00000120.partial. A folder of that name, or without its marker, is a left-over of a
+process that died while it wrote or removed it, and counts for nothing. One with a marker is whole, or the storage has
+damaged it since: the digests tell.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from orchestrator.errors import CheckpointError
 from orchestrator.job import sync, write_file
 
 NUM_KEPT = 2
-_PREFIX = "step-"
+_PREFIX, _PARTIAL = "step-", ".partial"
 _MARKER = "COMMITTED"
 _MANIFEST = "manifest.json"
 _TENSOR_FILES = ("weights", "best", "optimizer")
@@ -53,21 +55,23 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint below `folder`, and then prune: it is on the disk before an older one is removed."""
     place = folder / f"{_PREFIX}{checkpoint.step:08d}"
+    partial = place.with_name(place.name + _PARTIAL)
     if not folder.is_dir():
         folder.mkdir(parents=True)
         sync(folder.parent)
-    if place.exists():  # of a process that died
-        _remove(place)
-    place.mkdir(exist_ok=True)
+    _remove(partial)
+    partial.mkdir()
     for name in _TENSOR_FILES:
         tensors = {key: value.detach().contiguous().cpu() for key, value in getattr(checkpoint, name).items()}
-        safetensors.torch.save_file(tensors, place / f"{name}.safetensors")
-    (place / "state.json").write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}))
+        safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
+    (partial / "state.json").write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}))
     names = [*(f"{name}.safetensors" for name in _TENSOR_FILES), "state.json"]
-    (place / _MANIFEST).write_text(json.dumps({name: _digest(place / name) for name in names}, indent=1))
+    (partial / _MANIFEST).write_text(json.dumps({name: _digest(partial / name) for name in names}, indent=1))
     for name in (*names, _MANIFEST):
-        sync(place / name)
-    write_file(place / _MARKER, _digest(place / _MANIFEST))
+        sync(partial / name)
+    write_file(partial / _MARKER, _digest(partial / _MANIFEST))
+    _remove(place)  # of this step too, but of another state: an epoch's validation was stopped, and made up for
+    os.replace(partial, place)
     sync(folder)
     prune(folder)
     return place
@@ -77,12 +81,16 @@ def prune(folder: Path) -> None:
     """Leave the newest `NUM_KEPT` committed checkpoints, and nothing that is not committed."""
     places = _places(folder)
     kept = sorted(step for step, place in places.items() if _is_committed(place))[-NUM_KEPT:]
-    _remove_all(folder, [place for step, place in places.items() if step not in kept])
+    left_overs = list(folder.glob(f"{_PREFIX}*{_PARTIAL}"))
+    _remove_all(folder, [*left_overs, *(place for step, place in places.items() if step not in kept)])
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Remove every checkpoint of a later step: left-overs and damaged ones, which a run has gone back behind."""
-    _remove_all(folder, [place for number, place in _places(folder).items() if number > step])
+def forget_after(folder: Path, step: int | None) -> None:
+    """Remove the checkpoints of later steps, all of them where `step` is None.
+
+    They are left-overs and damaged ones, which the run that goes on from that step has gone back behind.
+    """
+    _remove_all(folder, [place for number, place in _places(folder).items() if step is None or number > step])
 
 
 def newest_step(folder: Path) -> int | None:
@@ -144,7 +152,7 @@ def verify(place: Path) -> str:
 
 
 def _places(folder: Path) -> dict[int, Path]:
-    """{step: its folder} of all that lies there, committed or not."""
+    """{step: its folder} of all that have their name, committed or not."""
     places = {place.name.removeprefix(_PREFIX): place for place in folder.glob(f"{_PREFIX}*")}
     return {int(number): place for number, place in places.items() if number.isdecimal()}
 
@@ -162,6 +170,8 @@ def _remove_all(folder: Path, places: Collection[Path]) -> None:
 
 def _remove(place: Path) -> None:
     """The marker first: cut short after that, or with a file that another node holds open, it is a left-over."""
+    if not place.exists():
+        return
     (place / _MARKER).unlink(missing_ok=True)
     sync(place)
     shutil.rmtree(place, ignore_errors=True)

@@ -39,11 +39,11 @@ def _show_in_tensorboard(run: Path, line: Mapping[str, Any]) -> None:
                 writer.add_scalar(name, value, line["step"])
 
 
-def cut_metrics(run: Path, step: int) -> None:
-    """Drop the epochs that will be written again, and a line that was cut off."""
+def cut_metrics(run: Path, num_epochs: int) -> None:
+    """Keep the lines of the first epochs alone: the others will be written again, and one that was cut off too."""
     file = run / _METRICS
     if file.exists():
-        _write_lines(file, [line for line in _read_lines(file) if line.get("step", math.inf) <= step])
+        _write_lines(file, [line for line in _read_lines(file) if line.get("epoch", math.inf) <= num_epochs])
 
 
 def write_skipped(run: Path, problems: Mapping[str, str]) -> None:
