@@ -15,7 +15,8 @@ The same in one process and on many; knows nothing of Ray.
     checkpoint  save, verify, newest valid one, restore; safetensors and JSON
     record      metrics.jsonl, TensorBoard's events, lineage.json
     loaded      a finished run in memory, for new inputs
-    export      the Hugging Face directory and its model card
+    export      the Hugging Face directory
+    card        its model card
 """
 
 from orchestrator.training.assembly import WorkerSpec as WorkerSpec, assembled as assembled
