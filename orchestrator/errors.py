@@ -219,7 +219,6 @@ EXTRA_LIBRARIES = frozenset(
         "safetensors",
         "tensorboardX",
         "torch",
-        "torchmetrics",
         "transformers",
         "PIL",
         "tokenizers",

@@ -26,5 +26,5 @@ from orchestrator.data.locations import (
     feature_store as feature_store,
 )
 from orchestrator.data.prepare import LEAVE_OUT as LEAVE_OUT, Prepared as Prepared
-from orchestrator.data.samples import MAX_AT_ONCE as MAX_AT_ONCE, Samples as Samples
+from orchestrator.data.samples import MAX_AT_ONCE as MAX_AT_ONCE, Samples as Samples, split_by_size as split_by_size
 from orchestrator.data.sources import columns_of as columns_of

@@ -190,12 +190,8 @@ class Samples:
 
         `beside`: so many pieces are in memory side by side.
         """
-        start = 0
-        while start < len(rows):
-            piece = rows[start : start + (most or MAX_AT_ONCE)]
-            fitting = int(np.searchsorted(np.cumsum(self.num_bytes[piece]), _BYTES_AT_ONCE // beside, side="right"))
-            yield piece[: max(1, fitting)]
-            start += max(1, fitting)
+        for piece in split_by_size(self.num_bytes[rows], most, beside):
+            yield rows[piece]
 
     def num_among(self, other: Samples, rows: Ints) -> int:
         """How many of the samples are among those `rows` of the other table: the same file, or the same content.
@@ -240,6 +236,16 @@ class Samples:
         """What the content of a sample that was read is known by."""
         first, *more = (sample[name] for name in self._fields if name in sample)
         return content_id(first, more[0] if more else None)
+
+
+def split_by_size(num_bytes: Ints, most: int | None = None, beside: int = 1) -> Iterator[slice]:
+    """Samples of these sizes in pieces as `Samples.batches` makes them, one after the other. num_bytes: int64."""
+    start = 0
+    while start < len(num_bytes):
+        sizes = np.cumsum(num_bytes[start : start + (most or MAX_AT_ONCE)])
+        num_fitting = max(1, int(np.searchsorted(sizes, _BYTES_AT_ONCE // beside, side="right")))
+        yield slice(start, start + num_fitting)
+        start += num_fitting
 
 
 def _mapped(file: Path) -> pa.Table:

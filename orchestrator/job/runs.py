@@ -249,10 +249,12 @@ def read_plan(path: Path) -> Plan:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; once this returns, it is on the disk under its name."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
+    sync(partial)
     os.replace(partial, path)
+    sync(path.parent)
 
 
 def still_there(file: TextIO) -> bool:

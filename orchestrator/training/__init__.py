@@ -10,14 +10,19 @@ The same in one process and on many; knows nothing of Ray.
     finish      final figures, export, results
     assembly    the network with its weights, and the samples
     objective   what the task decides: loss, class weights, the scale of targets
-    metrics     figures with their intervals, confusion
+    metrics     figures of each task, confusion
+    intervals   their 95 % intervals
     checkpoint  save, verify, newest valid one, restore; safetensors and JSON
     record      metrics.jsonl, TensorBoard's events, lineage.json
-    export      the Hugging Face directory and its model card
+    loaded      a finished run in memory, for new inputs
+    export      the Hugging Face directory
+    card        its model card
 """
 
 from orchestrator.training.assembly import WorkerSpec as WorkerSpec, assembled as assembled
 from orchestrator.training.evaluate import evaluate_batch as evaluate_batch
+from orchestrator.training.intervals import wilson as wilson
+from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as load_run
 from orchestrator.training.loop import run_worker as run_worker
-from orchestrator.training.metrics import Predictions as Predictions, measure as measure, wilson as wilson
+from orchestrator.training.metrics import Predictions as Predictions, measure as measure
 from orchestrator.training.objective import Objective as Objective, make_objective as make_objective

@@ -12,6 +12,7 @@ from orchestrator.training.evaluate import predict_split
 from orchestrator.training.export import export
 from orchestrator.training.metrics import measure
 from orchestrator.training.objective import fold
+from orchestrator.training.record import write_skipped
 from orchestrator.training.state import Session
 
 
@@ -22,14 +23,10 @@ def finish(session: Session) -> None:
     predictions = {split: predict_split(session, split) for split in ("validation", "test")}
     if None in predictions.values():
         raise InterruptedRunError("stopped before the final figures", mend="the same command goes on from there")
-    skips = [skip for part in session.worker.gather(session.raw.skipped) for skip in part.items()]
+    skips = dict(skip for part in session.worker.gather(session.raw.skipped) for skip in part.items())
     if session.worker.rank != 0:
         return
-    if skips:
-        with (session.run / "skipped.jsonl").open("a", encoding="utf-8") as file:
-            for row, why in sorted(dict(skips).items()):
-                place = session.samples.place(row)
-                file.write(json.dumps({"place": place, "problem": why}, ensure_ascii=False) + "\n")
+    write_skipped(session.run, {session.samples.place(row): why for row, why in sorted(skips.items())})
     results: dict[str, Any] = {
         "name": plan.name,
         "task": plan.job.task,
@@ -37,7 +34,7 @@ def finish(session: Session) -> None:
         "backbone": plan.backbone.source,
         "num_train": plan.data.num_samples["train"],
         "best_epoch": state.best_epoch,
-        "num_skipped": plan.data.num_skipped + len(dict(skips)),
+        "num_skipped": plan.data.num_skipped + len(skips),
         "seconds": round(session.seconds(), 3),
     }
     for split, one in predictions.items():

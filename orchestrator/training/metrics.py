@@ -1,25 +1,24 @@
-"""Metrics of predictions, with 95 % intervals, and the confusion matrix."""
+"""Metrics of predictions, with 95 % intervals, and the confusion matrix: one function a task."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-Floats = npt.NDArray[np.floating[Any]]
+from orchestrator.training.intervals import Floats, Ranks, resampled_counts, resamples, wilson, with_interval
+
 Counts = npt.NDArray[Any]
 
 MAX_SCORES = 4_000_000
 """Of samples x classes: more are not kept, and AUROC and average precision are left out."""
 _MAX_RESAMPLED = 1_000_000  # of samples x classes: more, and the bootstrap of AUROC takes minutes
-_NUM_RESAMPLES = 200
-_Z95 = 1.959963984540054
+_MAX_CONFUSED = 200  # classes: a larger matrix is for nobody to read
+_SAME = 1e-9  # of their squares: targets that spread less are all equal, but for rounding
 
 
 @dataclass(frozen=True)
@@ -38,25 +37,25 @@ class Predictions:
 
 
 def measure(task: str, predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
-    """The figures that suit the task; `x_95` is the 95 % interval of `x`. {"num_samples": 0} without samples."""
+    """The figures that suit the task; `x_95` is the 95 % interval of `x`, and holds it. Plain JSON.
+
+    A figure that is not defined on these samples is None, and so is its interval. {"num_samples": 0} without samples.
+    """
     if len(predictions.rows) == 0:
         return {"num_samples": 0}
-    with warnings.catch_warnings():
-        # A class without a positive sample is no news here: it is left out of the mean, and stands as null.
-        warnings.filterwarnings("ignore", module="torchmetrics")
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stands as null
         figures = _MEASURES[task](predictions, classes)
-    return {"num_samples": len(predictions.rows), **figures, "loss": float(predictions.loss.mean())}
+    figures |= {"loss": float(predictions.loss.mean())}
+    return {"num_samples": len(predictions.rows)} | {name: finite(value) for name, value in figures.items()}
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927), without continuity correction."""
-    if total == 0:
-        return 0.0, 1.0
-    share = correct / total
-    scale = 1 + _Z95**2 / total
-    centre = (share + _Z95**2 / (2 * total)) / scale
-    half = _Z95 * math.sqrt(share * (1 - share) / total + _Z95**2 / (4 * total**2)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
+def finite(value: Any) -> Any:
+    """The same with None for every NaN and infinity, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- one class a sample ---
@@ -64,58 +63,34 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 
 def _single_label(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
     """`confusion[i][j]` counts samples of class i that were taken for j."""
-    # Deferred: importing torchmetrics takes 2 s, which a run should not wait for before its first step.
-    from torchmetrics.functional.classification import (
-        multiclass_accuracy,
-        multiclass_auroc,
-        multiclass_average_precision,
-        multiclass_confusion_matrix,
-        multiclass_f1_score,
-    )
-
-    num = len(classes)
-    predicted, labels = torch.from_numpy(predictions.predicted), torch.from_numpy(predictions.targets)
-    matrix = multiclass_confusion_matrix(predicted, labels, num)
-    counts = matrix.sum(dim=1)
+    num, targets = len(classes), predictions.targets
+    matrix = np.bincount(targets * num + predictions.predicted, minlength=num * num).reshape(num, num)
+    hits, actual = matrix.diagonal(), matrix.sum(axis=1)
     figures = {
-        "accuracy": float(multiclass_accuracy(predicted, labels, num, average="micro")),
-        "accuracy_95": list(wilson(int((predicted == labels).sum()), len(labels))),
-        "macro_f1": float(multiclass_f1_score(predicted, labels, num, average="macro")),
-        "macro_f1_95": _interval_of_f1(matrix.numpy()),
+        **_share_of_right(int(hits.sum()), len(targets), "accuracy"),
+        **with_interval("macro_f1", _macro_f1(hits, actual, matrix.sum(axis=0)), _resampled_f1(matrix)),
+        **_of_ranks(predictions.scores, np.eye(num, dtype=bool)[targets]),
     }
-    scores = torch.from_numpy(predictions.scores)
-    if scores.shape[1]:
-        figures |= {
-            "auroc": _macro(multiclass_auroc(scores, labels, num, average="none"), counts, len(labels)),
-            "average_precision": _macro(
-                multiclass_average_precision(scores, labels, num, average="none"), counts, len(labels)
-            ),
-            **_intervals_of_ranks(predictions.scores, np.eye(num, dtype=bool)[predictions.targets]),
-        }
     return {
         **figures,
-        "per_class": {name: (float(matrix[i, i] / counts[i]) if counts[i] else None) for i, name in enumerate(classes)},
-        "confusion": matrix.tolist() if num <= 200 else None,
+        "per_class": {name: (int(hits[i]) / int(actual[i]) if actual[i] else None) for i, name in enumerate(classes)},
+        "confusion": matrix.tolist() if num <= _MAX_CONFUSED else None,
     }
 
 
-def _interval_of_f1(matrix: npt.NDArray[np.int64]) -> list[float]:
-    """Bootstrap: drawing samples anew is drawing cells of the confusion matrix anew."""
-    cells = np.argwhere(matrix)
-    counts = matrix[cells[:, 0], cells[:, 1]]
-    drawn = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=_NUM_RESAMPLES)
-    hits = cells[:, 0] == cells[:, 1]
-    found = []
-    for one in drawn:
-        actual = np.bincount(cells[:, 0], one, len(matrix))
-        taken = np.bincount(cells[:, 1], one, len(matrix))
-        found.append(_macro_f1(np.bincount(cells[hits, 0], one[hits], len(matrix)), actual, taken))
-    return _percentiles(found)
-
-
-def _macro_f1(hits: Counts, actual: Counts, taken: Counts) -> float:
-    there = actual + taken > 0
-    return float((2 * hits[there] / (actual + taken)[there]).mean())
+def _resampled_f1(matrix: npt.NDArray[np.int64]) -> list[float]:
+    """Drawing samples anew is drawing cells of the confusion matrix anew."""
+    cells, num = np.argwhere(matrix), len(matrix)
+    actual, predicted = cells.T
+    right = actual == predicted
+    return [
+        _macro_f1(
+            np.bincount(actual[right], counts[right], num),
+            np.bincount(actual, counts, num),
+            np.bincount(predicted, counts, num),
+        )
+        for counts in resampled_counts(matrix[actual, predicted])
+    ]
 
 
 # --- any number of classes a sample ---
@@ -123,44 +98,57 @@ def _macro_f1(hits: Counts, actual: Counts, taken: Counts) -> float:
 
 def _multi_label(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
     """`confusion[i]` is [[true negatives, false positives], [false negatives, true positives]] of class i."""
-    from torchmetrics.functional.classification import (
-        multilabel_auroc,
-        multilabel_average_precision,
-        multilabel_confusion_matrix,
-        multilabel_f1_score,
-    )
-
-    num = len(classes)
-    predicted, labels = torch.from_numpy(predictions.predicted).int(), torch.from_numpy(predictions.targets).int()
-    right = int((predicted == labels).all(dim=1).sum())
-    counts = labels.sum(dim=0)
-    each = multilabel_f1_score(predicted, labels, num, average="none")
-    figures: dict[str, Any] = {
-        "exact_match": right / len(labels),
-        "exact_match_95": list(wilson(right, len(labels))),
-        "macro_f1": float(multilabel_f1_score(predicted, labels, num, average="macro")),
-        "macro_f1_95": _bootstrap(_weighted_f1(predictions), len(labels)),
-    }
-    scores = torch.from_numpy(predictions.scores)
-    if scores.shape[1]:
-        figures |= {
-            "auroc": _macro(multilabel_auroc(scores, labels, num, average="none"), counts, len(labels)),
-            "average_precision": _macro(
-                multilabel_average_precision(scores, labels, num, average="none"), counts, len(labels)
-            ),
-            **_intervals_of_ranks(predictions.scores, predictions.targets > 0.5),
-        }
+    chosen, actual = predictions.predicted, predictions.targets > 0.5
+    counted = [array.astype(np.float64) for array in (chosen & actual, actual, chosen)]
+    counts = [array.sum(axis=0) for array in counted]
+    drawn = [[weights @ array for array in counted] for weights in resamples(len(actual))]
+    pairs = ((~chosen & ~actual, chosen & ~actual), (~chosen & actual, chosen & actual))
+    matrix = np.array([[array.sum(axis=0) for array in pair] for pair in pairs])
     return {
-        **figures,
-        "per_class": {name: float(each[i]) for i, name in enumerate(classes)},
-        "confusion": multilabel_confusion_matrix(predicted, labels, num).tolist() if num <= 200 else None,
+        **_share_of_right(int((chosen == actual).all(axis=1).sum()), len(actual), "exact_match"),
+        **with_interval("macro_f1", _macro_f1(*counts), [_macro_f1(*one) for one in drawn]),
+        **_of_ranks(predictions.scores, actual),
+        "per_class": dict(zip(classes, _each_f1(*counts).tolist(), strict=True)),
+        "confusion": matrix.transpose(2, 0, 1).tolist() if len(classes) <= _MAX_CONFUSED else None,
     }
 
 
-def _weighted_f1(predictions: Predictions) -> Callable[[Floats], float]:
-    taken, actual = predictions.predicted.astype(np.float64), predictions.targets.astype(np.float64)
-    hits = taken * actual
-    return lambda weights: _macro_f1(weights @ hits, weights @ actual, weights @ taken)
+def _each_f1(hits: Counts, actual: Counts, predicted: Counts) -> Floats:
+    """F1 of each class; NaN for one that no sample has and none is given: there is nothing to be right about."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(2 * hits / (actual + predicted), np.float64)
+
+
+def _macro_f1(hits: Counts, actual: Counts, predicted: Counts) -> float:
+    """The mean over the classes that some sample has or is given, NaN where there is none; for all tasks alike.
+
+    A class that a split lacks, and that is never predicted there, says nothing of the model: counted as 0, as some
+    libraries do, it would make perfect predictions bad ones, and every resample that lacks a rare class as well.
+    """
+    return _mean_of_known(_each_f1(hits, actual, predicted))
+
+
+# --- of both kinds of labels ---
+
+
+def _share_of_right(num_right: int, num: int, name: str) -> dict[str, Any]:
+    return {name: num_right / num, f"{name}_95": list(wilson(num_right, num))}
+
+
+def _of_ranks(scores: npt.NDArray[np.float32], positive: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """Macro AUROC and average precision, over the classes that have both kinds of samples, with their intervals.
+
+    scores: [samples, classes], or [samples, 0]: then there are neither; positive: bool [samples, classes].
+    """
+    if not scores.shape[1]:
+        return {}
+    ranks = Ranks(scores, positive)
+    drawn = resamples(len(scores)) if scores.size <= _MAX_RESAMPLED else ()
+    values, resampled = ranks.measure(np.ones(len(scores))), [ranks.measure(weights) for weights in drawn]
+    figures: dict[str, Any] = {}
+    for i, name in enumerate(("auroc", "average_precision")):
+        figures |= with_interval(name, values[i], [one[i] for one in resampled])
+    return figures
 
 
 # --- numbers ---
@@ -168,121 +156,35 @@ def _weighted_f1(predictions: Predictions) -> Callable[[Floats], float]:
 
 def _regression(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
     """Errors in the targets' own units; of several targets the mean, and each in `per_class`."""
-    from torchmetrics.functional.regression import mean_absolute_error, mean_squared_error, r2_score
-
-    predicted, targets = torch.from_numpy(predictions.predicted), torch.from_numpy(predictions.targets)
-    enough = len(targets) >= 2
-    each_mae = mean_absolute_error(predicted, targets, num_outputs=len(classes)).reshape(-1)
-    each_r2 = r2_score(predicted, targets, multioutput="raw_values").reshape(-1) if enough else None
-    errors = np.abs(predictions.predicted - predictions.targets).astype(np.float64)
+    targets, predicted = (array.astype(np.float64) for array in (predictions.targets, predictions.predicted))
+    errors = np.abs(predicted - targets)
+    centred = targets - targets.mean(axis=0)  # sums of squares stay small
+    each_mae, each_r2 = errors.mean(axis=0), _each_r2(np.ones(len(errors)), centred, errors)
+    drawn = [
+        (float((weights @ errors).mean() / weights.sum()), _mean_of_known(_each_r2(weights, centred, errors)))
+        for weights in resamples(len(errors))
+    ]
     return {
-        "mae": float(each_mae.mean()),
-        "mae_95": _bootstrap(lambda weights: float((weights @ errors).mean() / weights.sum()), len(errors)),
-        "rmse": float(mean_squared_error(predicted, targets, squared=False)),
-        "r2": _number(each_r2.mean()) if each_r2 is not None else None,
-        "r2_95": _bootstrap(_weighted_r2(predictions), len(errors)) if enough else None,
-        "per_class": {
-            name: {"mae": float(each_mae[i]), "r2": _number(each_r2[i]) if each_r2 is not None else None}
-            for i, name in enumerate(classes)
-        },
+        **with_interval("mae", float(errors.mean()), [mae for mae, _ in drawn]),
+        "rmse": float(np.sqrt((errors**2).mean())),
+        **with_interval("r2", _mean_of_known(each_r2), [r2 for _, r2 in drawn]),
+        "per_class": {name: {"mae": float(each_mae[i]), "r2": float(each_r2[i])} for i, name in enumerate(classes)},
     }
 
 
-def _weighted_r2(predictions: Predictions) -> Callable[[Floats], float]:
-    targets = predictions.targets.astype(np.float64)
-    targets = targets - targets.mean(axis=0)  # sums of squares stay small
-    squares = (predictions.predicted - predictions.targets).astype(np.float64) ** 2
+def _each_r2(weights: Floats, centred: Floats, errors: Floats) -> Floats:
+    """The share of each target's variance that is explained, by how often each sample counts.
 
-    def r2(weights: Floats) -> float:
-        spread = weights @ targets**2 - (weights @ targets) ** 2 / weights.sum()
-        return float((1 - (weights @ squares) / np.where(spread > 0, spread, np.nan)).mean())
-
-    return r2
+    NaN for a target whose values are all equal: it has no variance, and is left out of the mean.
+    """
+    squares = weights @ centred**2
+    spread = squares - (weights @ centred) ** 2 / weights.sum()
+    return 1 - (weights @ errors**2) / np.where(spread > _SAME * squares, spread, np.nan)
 
 
-# --- intervals ---
-
-
-def _bootstrap(figure: Callable[[Floats], float], num: int) -> list[float]:
-    """The percentile interval (Efron 1979) of a figure over `num` samples, given how often each was drawn."""
-    random = np.random.default_rng(0)
-    return _percentiles(
-        [
-            figure(np.bincount(random.integers(num, size=num), minlength=num).astype(np.float64))
-            for _ in range(_NUM_RESAMPLES)
-        ]
-    )
-
-
-def _percentiles(values: Sequence[float]) -> list[float]:
-    known = [value for value in values if not math.isnan(value)]
-    return [float(edge) for edge in np.percentile(known, (2.5, 97.5))] if known else [math.nan, math.nan]
-
-
-def _intervals_of_ranks(scores: npt.NDArray[np.float32], positive: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """Intervals of the macro AUROC and average precision. positive: bool [samples, classes]."""
-    if scores.size > _MAX_RESAMPLED:
-        return {"auroc_95": None, "average_precision_95": None}
-    ranks = Ranks(scores, positive)
-    random = np.random.default_rng(0)
-    num = len(scores)
-    found = [
-        ranks.measure(np.bincount(random.integers(num, size=num), minlength=num).astype(np.float64))
-        for _ in range(_NUM_RESAMPLES)
-    ]
-    aurocs, precisions = zip(*found, strict=True)
-    return {"auroc_95": _finite(_percentiles(aurocs)), "average_precision_95": _finite(_percentiles(precisions))}
-
-
-class Ranks:
-    """Macro AUROC and average precision of weighted samples; sorting is done once for all weightings."""
-
-    def __init__(self, scores: npt.NDArray[np.float32], positive: npt.NDArray[np.bool_]) -> None:
-        self._order = np.argsort(-scores, axis=0, kind="stable")
-        ordered = np.take_along_axis(scores, self._order, axis=0)
-        self._positive = np.take_along_axis(positive, self._order, axis=0)
-        place = np.arange(len(scores))[:, None]
-        new = np.ones_like(self._positive)
-        new[1:] = ordered[1:] != ordered[:-1]
-        self._first = np.maximum.accumulate(np.where(new, place, 0), axis=0)
-        ends = np.ones_like(new)
-        ends[:-1] = new[1:]
-        self._last = np.minimum.accumulate(np.where(ends, place, len(scores))[::-1], axis=0)[::-1]
-
-    def measure(self, weights: Floats) -> tuple[float, float]:
-        """(AUROC, average precision), each the mean over the classes that have both kinds of samples."""
-        drawn = weights[self._order]
-        hits, misses = drawn * self._positive, drawn * ~self._positive
-        sum_hits, sum_misses = hits.cumsum(axis=0), misses.cumsum(axis=0)
-        hits_to_here = np.take_along_axis(sum_hits, self._last, axis=0)
-        misses_to_here = np.take_along_axis(sum_misses, self._last, axis=0)
-        misses_before = np.take_along_axis(sum_misses - misses, self._first, axis=0)
-        num_hits, num_misses = sum_hits[-1], sum_misses[-1]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            below = num_misses - (misses_to_here + misses_before) / 2  # of equal scores, half count as below
-            aurocs = (hits * below).sum(axis=0) / (num_hits * num_misses)
-            precision = np.where(hits > 0, hits_to_here / (hits_to_here + misses_to_here), 0.0)
-            precisions = (hits * precision).sum(axis=0) / num_hits
-        return _mean(aurocs), _mean(precisions)
-
-
-def _mean(values: Floats) -> float:
-    known = values[np.isfinite(values)]
+def _mean_of_known(each: Floats) -> float:
+    known = each[~np.isnan(each)]
     return float(known.mean()) if len(known) else math.nan
-
-
-def _macro(each: torch.Tensor, counts: torch.Tensor, num_samples: int) -> float | None:
-    """The mean over the classes that have both kinds of samples: torchmetrics gives the others 0, or nan."""
-    known = each[(counts > 0) & (counts < num_samples)]
-    return float(known.mean()) if len(known) else None
-
-
-def _number(value: torch.Tensor) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _finite(interval: list[float]) -> list[float] | None:
-    return None if math.isnan(interval[0]) else interval
 
 
 _MEASURES: dict[str, Callable[[Predictions, Sequence[str]], dict[str, Any]]] = {

@@ -18,7 +18,11 @@ from orchestrator.training.metrics import MAX_SCORES
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a plan's task, in the form that microbatches and workers add up."""
+    """The loss of a plan's task, in the form that microbatches and workers add up.
+
+    Outputs may be in any precision, bfloat16 out of autocast too: everything is computed in float32, and stays on their
+    device, so that nobody has to wait for a GPU.
+    """
 
     task: str
     class_weights: Tensor | None
@@ -29,18 +33,18 @@ class Objective:
     std: Tensor
     """float32 [classes]: and multiplied with (1 but for regression), to be in the targets' own units."""
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-        """(sum over the samples, the weight to divide it by once all microbatches are added up).
+    def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum over the samples, the weight to divide it by once all microbatches are added up), float32 [] each.
 
-        outputs: float32 [samples, classes]; targets: int64 [samples] or float32 [samples, classes].
+        outputs: float [samples, classes]; targets: int64 [samples] or float32 [samples, classes].
         """
         class_weights = None if self.class_weights is None else self.class_weights.to(outputs.device)
-        each, weights = _LOSSES[self.task](outputs, self._scaled(targets), class_weights, self.label_smoothing)
-        return each.sum(), float(weights.sum())
+        each, weights = _LOSSES[self.task](outputs.float(), self._scaled(targets), class_weights, self.label_smoothing)
+        return each.sum(), weights.sum()
 
     def each_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """float32 [samples]: the loss of every sample, unweighted and without label smoothing."""
-        return _LOSSES[self.task](outputs, self._scaled(targets), None, 0.0)[0]
+        return _LOSSES[self.task](outputs.float(), self._scaled(targets), None, 0.0)[0]
 
     def _scaled(self, targets: Tensor) -> Tensor:
         if self.task != "regression":
@@ -53,20 +57,20 @@ class Objective:
             return outputs.argmax(dim=-1)
         if self.task == "multi-label":
             return outputs > 0
-        return outputs * self.std.to(outputs.device) + self.mean.to(outputs.device)
+        return outputs.float() * self.std.to(outputs.device) + self.mean.to(outputs.device)
 
     def scores(self, outputs: Tensor) -> Tensor:
         """float32 [samples, classes]: probabilities, or the predicted values."""
         if self.task == "single-label":
-            return outputs.softmax(dim=-1)
-        return outputs.sigmoid() if self.task == "multi-label" else self.predict(outputs)
+            return outputs.float().softmax(dim=-1)
+        return outputs.float().sigmoid() if self.task == "multi-label" else self.predict(outputs)
 
-    def num_right(self, outputs: Tensor, targets: Tensor) -> float:
-        """How many samples are wholly right; 0 for regression, which has no such thing."""
+    def num_right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """How many samples are wholly right, float32 []; 0 for regression, which has no such thing."""
         if self.task == "regression":
-            return 0.0
+            return torch.zeros((), device=outputs.device)
         right = self.predict(outputs) == targets
-        return float((right if right.ndim == 1 else right.all(dim=-1)).sum())
+        return (right if right.ndim == 1 else right.all(dim=-1)).sum().float()
 
     def columns(self, rows: Any, outputs: Tensor, targets: Tensor, num_rows: int) -> list[Any]:
         """The fields of `metrics.Predictions` for one batch; the scores only of splits that are not too large."""
@@ -80,7 +84,7 @@ class Objective:
 
 
 def make_objective(plan: Plan, network: Network) -> Objective:
-    """The objective of a plan.
+    """The objective of a plan, on the network's device.
 
     For regression the network learns targets of mean 0 and variance 1, so that learning rates mean the same
     whatever the unit; `fold` puts the unit into its last layer. Where that layer has no bias, only the scale
@@ -95,8 +99,10 @@ def make_objective(plan: Plan, network: Network) -> Objective:
             for name in network.outputs or network.head
         ):
             std, mean = (std**2 + mean**2).sqrt(), torch.zeros(num)
-    weights = torch.tensor(plan.class_weights) if plan.class_weights else None
-    return Objective(plan.job.task, weights, plan.job.training.label_smoothing, mean, std)
+    device = next(network.module.parameters()).device
+    weights = torch.tensor(plan.class_weights, device=device) if plan.class_weights else None
+    smoothing = plan.job.training.label_smoothing
+    return Objective(plan.job.task, weights, smoothing, mean.to(device), std.to(device))
 
 
 def fold(objective: Objective, network: Network) -> None:
@@ -116,7 +122,7 @@ def _cross_entropy(
     outputs: Tensor, targets: Tensor, class_weights: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     each = functional.cross_entropy(outputs, targets, weight=class_weights, reduction="none", label_smoothing=smoothing)
-    return each, torch.ones(len(targets)) if class_weights is None else class_weights[targets]
+    return each, torch.ones_like(each) if class_weights is None else class_weights[targets]
 
 
 def _binary_cross_entropy(
@@ -124,13 +130,14 @@ def _binary_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     smooth = targets * (1 - smoothing) + smoothing / 2
     each = functional.binary_cross_entropy_with_logits(outputs, smooth, pos_weight=class_weights, reduction="none")
-    return each.mean(dim=-1), torch.ones(len(targets))
+    return each.mean(dim=-1), torch.ones_like(each[:, 0])
 
 
 def _squared_error(
     outputs: Tensor, targets: Tensor, _class_weights: Tensor | None, _smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    return (outputs - targets).square().mean(dim=-1), torch.ones(len(targets))
+    each = (outputs - targets).square().mean(dim=-1)
+    return each, torch.ones_like(each)
 
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]] = {

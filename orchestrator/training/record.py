@@ -1,11 +1,12 @@
-"""What a run writes down while it works: a line an epoch, event files, and where everything came from."""
+"""What a run writes down while it works: a line an epoch, event files, what it left out, where everything came from."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from tensorboardX import SummaryWriter
 
 from orchestrator.job import Plan, write_file
 from orchestrator.network import Network, Worker
+from orchestrator.training.metrics import finite
+
+_METRICS, _SKIPPED = "metrics.jsonl", "skipped.jsonl"
 
 
 def add_epoch(run: Path, line: Mapping[str, Any]) -> None:
-    """One more line in metrics.jsonl, and the same for TensorBoard."""
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """One more line in metrics.jsonl, null for what is not finite, and the same for TensorBoard."""
+    with (run / _METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(dict(line))) + "\n")
     _show_in_tensorboard(run, line)
 
 
@@ -37,19 +41,43 @@ def _show_in_tensorboard(run: Path, line: Mapping[str, Any]) -> None:
 
 def cut_metrics(run: Path, num_epochs: int) -> None:
     """Keep the lines of the first epochs alone: the others will be written again, and one that was cut off too."""
-    file = run / "metrics.jsonl"
-    if not file.exists():
+    file = run / _METRICS
+    if file.exists():
+        _write_lines(file, [line for line in _read_lines(file) if line.get("epoch", math.inf) <= num_epochs])
+
+
+def write_skipped(run: Path, problems: Mapping[str, str]) -> None:
+    """skipped.jsonl: the lines that are there, and one more for each place of `problems` that has none yet.
+
+    `problems`: {what the sample is called: why it was left out}, of all workers and since the run began. What was left
+    out before the start has its lines already. The file is written whole, and the same again after an interruption.
+    """
+    if not problems:
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, KeyError):
-            if json.loads(line)["epoch"] <= num_epochs:
-                kept.append(line)
-    write_file(file, "".join(f"{line}\n" for line in kept))
+    lines = _read_lines(run / _SKIPPED)
+    known = {line.get("place") for line in lines}
+    met = [{"place": place, "problem": why} for place, why in problems.items() if place not in known]
+    _write_lines(run / _SKIPPED, [*lines, *met])
 
 
-def write_lineage(run: Path, plan: Plan, network: Network, worker: Worker, found: Mapping[str, Any]) -> None:
-    """Where everything came from, and what only the running job can know."""
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, without a last one that was cut off; [] where there is no file."""
+    lines = []
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for one in text.split("\n"):  # and at no other character that Unicode calls the end of a line: paths hold such
+        with contextlib.suppress(ValueError):
+            line = json.loads(one)
+            if isinstance(line, dict):
+                lines.append(line)
+    return lines
+
+
+def _write_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def write_lineage(run: Path, plan: Plan, network: Network, worker: Worker, met: Mapping[str, Any]) -> None:
+    """lineage.json: where everything came from, and `met`, what only the running job can know."""
     card = plan.backbone
     libraries = ("orchestrator", "torch", "transformers", "timm", "ray", "numpy")
     versions = {name: _version(name) for name in libraries}
@@ -74,14 +102,14 @@ def write_lineage(run: Path, plan: Plan, network: Network, worker: Worker, found
         "num_workers": worker.num_workers,
         "threads_per_worker": worker.threads,
         "versions": {"python": platform.python_version(), **versions},
-        **found,
+        **met,
     }  # fmt: skip
     write_file(run / "lineage.json", json.dumps(lineage, indent=1, ensure_ascii=False))
 
 
 def _license(config: Mapping[str, Any]) -> str | None:
-    found = config.get("license") or (config.get("pretrained_cfg") or {}).get("license")
-    return str(found) if found else None
+    name = config.get("license") or (config.get("pretrained_cfg") or {}).get("license")
+    return str(name) if name else None
 
 
 def _version(name: str) -> str | None:

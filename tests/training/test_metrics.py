@@ -1,15 +1,19 @@
-"""Figures against other libraries' and against what is known of them; losses of the three tasks."""
+"""Figures against other libraries' and against what is known of them; every interval holds its figure."""
 
 from __future__ import annotations
 
+import json
+import math
+
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
-from torch.nn import functional
 
-from orchestrator.training.metrics import Predictions, Ranks, measure, wilson
-from orchestrator.training.objective import Objective
+from orchestrator.training.intervals import Ranks, wilson
+from orchestrator.training.metrics import Predictions, measure
 
 CLASSES = ("a", "b", "c")
 
@@ -95,36 +99,84 @@ def test_numbers_agree_with_scikit_learn() -> None:
     values = targets + (10 * random.normal(size=(200, 2))).astype(np.float32)
     found = measure("regression", made(targets, values, values), ("x", "y"))
     assert found["mae"] == pytest.approx(sklearn_metrics.mean_absolute_error(targets, values), rel=1e-4)
-    assert found["r2"] == pytest.approx(sklearn_metrics.r2_score(targets, values), abs=1e-3)
+    assert found["rmse"] == pytest.approx(sklearn_metrics.root_mean_squared_error(targets.ravel(), values.ravel()))
+    assert found["r2"] == pytest.approx(sklearn_metrics.r2_score(targets, values), abs=1e-6)
     assert found["per_class"]["x"]["mae"] == pytest.approx(np.abs(targets - values)[:, 0].mean(), rel=1e-4)
     assert found["mae_95"][0] < found["mae"] < found["mae_95"][1]
     assert found["r2_95"][0] < found["r2"] < found["r2_95"][1]
 
 
+@pytest.mark.parametrize(("mean", "std"), [(1e6, 1.0), (0.0, 1e-5)])
+def test_what_is_explained_of_numbers_far_from_zero_and_of_small_ones(mean: float, std: float) -> None:
+    """Sums of squares in float32 lose the former, and a fixed tolerance takes the latter for constants."""
+    random = np.random.default_rng(0)
+    targets = (mean + std * random.normal(size=(100, 1))).astype(np.float32)
+    values = (targets + std * random.normal(size=(100, 1))).astype(np.float32)
+    found = measure("regression", made(targets, values, values), ("x",))
+    assert found["r2"] == pytest.approx(sklearn_metrics.r2_score(targets.astype(float), values.astype(float)))
+    assert found["r2_95"][0] < found["r2"] < found["r2_95"][1]
+
+
+def test_a_target_without_variance_has_no_share_of_it() -> None:
+    """In the whole split, and in resamples: `null`, where NaN would be no JSON."""
+    targets = np.array([[0.3, 1], [0.3, 2], [0.3, 3]], np.float32)
+    found = measure("regression", made(targets, targets, targets), ("same", "x"))
+    assert found["per_class"]["same"] == {"mae": 0.0, "r2": None}
+    assert (found["r2"], found["r2_95"]) == (1.0, [1.0, 1.0])
+    alone = measure("regression", made(targets[:, :1], targets[:, :1] + 1, targets[:, :1]), ("same",))
+    assert (alone["r2"], alone["r2_95"]) == (None, None)
+    two = measure("regression", made(targets[:2, 1:], targets[1:, 1:], targets[:2, 1:]), ("x",))
+    assert two["r2"] == -3.0
+    assert two["r2_95"][0] == pytest.approx(-3.0)
+
+
+def test_a_label_that_a_split_lacks_is_left_out_of_f1_and_of_its_interval() -> None:
+    """The third is never there and never predicted; two thirds of the rest would be outside of the interval."""
+    targets = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]] * 25, np.float32)
+    perfect = measure("multi-label", made(targets, targets > 0.5, targets), CLASSES)
+    assert (perfect["macro_f1"], perfect["macro_f1_95"]) == (1.0, [1.0, 1.0])
+    assert perfect["per_class"] == {"a": 1.0, "b": 1.0, "c": None}
+    never = np.zeros_like(targets)
+    missed = measure("multi-label", made(targets, never > 0, never), CLASSES)
+    assert (missed["macro_f1"], missed["per_class"]["a"]) == (0.0, 0.0)
+    nothing = measure("multi-label", made(never, never > 0, never), CLASSES)
+    assert (nothing["macro_f1"], nothing["macro_f1_95"]) == (None, None)
+
+
+@st.composite
+def predictions(draw: st.DrawFn) -> tuple[str, Predictions, list[str]]:
+    """Few samples of skewed classes, with ties, absent classes, constants, and now and then a number that is none."""
+    task = draw(st.sampled_from(("single-label", "multi-label", "regression")))
+    num, num_classes = draw(st.integers(1, 25)), draw(st.integers(2 if task == "single-label" else 1, 4))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    spread, shift = draw(st.sampled_from((0.0, 1e-6, 1.0))), draw(st.sampled_from((0.0, 1.0, 1e6)))
+    scores = random.random((num, num_classes)).round(draw(st.integers(0, 8))).astype(np.float32)
+    loss = random.random(num).astype(np.float32)
+    names = [f"class {i}" for i in range(num_classes)]
+    if task == "single-label":
+        shares = random.dirichlet(np.full(num_classes, draw(st.sampled_from((0.05, 1.0)))))
+        targets, predicted = random.choice(num_classes, size=num, p=shares), scores.argmax(axis=1)
+    elif task == "multi-label":
+        shares = random.random(num_classes) ** draw(st.sampled_from((1, 8)))
+        targets, predicted = (random.random((num, num_classes)) < shares).astype(np.float32), scores > 0.5
+    else:
+        targets = (shift + spread * random.normal(size=(num, num_classes))).astype(np.float32)
+        predicted = scores = (targets + spread * random.normal(size=targets.shape)).astype(np.float32)
+        broken = draw(st.sampled_from((None, math.nan, math.inf, 3e38)))
+        if broken is not None:
+            predicted[0, 0] = loss[0] = broken
+    return task, Predictions(np.arange(num), targets, predicted, scores, loss), names
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@hypothesis.given(predictions())
+def test_every_figure_lies_in_its_interval_and_is_json(drawn: tuple[str, Predictions, list[str]]) -> None:
+    found = json.loads(json.dumps(measure(*drawn), allow_nan=False))
+    for name in [name for name in found if f"{name}_95" in found]:
+        value, interval = found[name], found[f"{name}_95"]
+        assert interval is None or interval[0] <= value <= interval[1], name
+
+
 def test_wilsons_interval_by_its_own_table() -> None:
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe 1998, method 3
     assert wilson(0, 0) == (0.0, 1.0)
-
-
-def objective(task: str, weights: tuple[float, ...] = (), smoothing: float = 0.0) -> Objective:
-    return Objective(task, torch.tensor(weights) if weights else None, smoothing, torch.zeros(3), torch.ones(3))
-
-
-def test_weighted_cross_entropy_over_shards_is_torchs_over_the_batch() -> None:
-    torch.manual_seed(0)
-    outputs, targets = torch.randn(12, 3), torch.randint(3, (12,))
-    ours = objective("single-label", (0.5, 1.0, 4.0), smoothing=0.1)
-    parts = [ours.loss(outputs[part], targets[part]) for part in (slice(5), slice(5, 12))]
-    found = sum(float(loss) for loss, _ in parts) / sum(weight for _, weight in parts)
-    weights = torch.tensor([0.5, 1.0, 4.0])
-    assert found == pytest.approx(
-        float(functional.cross_entropy(outputs, targets, weight=weights, label_smoothing=0.1)), rel=1e-5
-    )
-
-
-def test_regression_is_learnt_in_units_of_its_deviation() -> None:
-    ours = Objective("regression", None, 0.0, torch.tensor([100.0]), torch.tensor([10.0]))
-    outputs, targets = torch.tensor([[0.0], [1.0]]), torch.tensor([[100.0], [130.0]])
-    assert ours.predict(outputs).flatten().tolist() == [100.0, 110.0]
-    loss, weight = ours.loss(outputs, targets)
-    assert (float(loss), weight) == (4.0, 2.0)

@@ -1,0 +1,89 @@
+"""95 % intervals: of a proportion by a formula, of every other figure by drawing the samples anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating[Any]]
+
+_NUM_RESAMPLES = 200
+_Z95 = 1.959963984540054
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """The interval of a proportion (Wilson 1927), without continuity correction."""
+    if total == 0:
+        return 0.0, 1.0
+    share = correct / total
+    scale = 1 + _Z95**2 / total
+    centre = (share + _Z95**2 / (2 * total)) / scale
+    half = _Z95 * math.sqrt(share * (1 - share) / total + _Z95**2 / (4 * total**2)) / scale
+    # The share itself is its edge where all are right or wrong, but for rounding.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+
+
+def resamples(num: int) -> Iterator[Floats]:
+    """How often each of `num` samples was drawn, with replacement: float64 [num], the same draws in every call."""
+    random = np.random.default_rng(0)
+    for _ in range(_NUM_RESAMPLES):
+        yield np.bincount(random.integers(num, size=num), minlength=num).astype(np.float64)
+
+
+def resampled_counts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The same of samples that are counted in cells: int64 [resamples, cells], each row with the sum of `counts`."""
+    total = int(counts.sum())
+    return np.random.default_rng(0).multinomial(total, counts / total, size=_NUM_RESAMPLES)
+
+
+def with_interval(name: str, value: float | None, resampled: Sequence[float]) -> dict[str, Any]:
+    """{name: the figure, name_95: its percentile interval (Efron 1979)}, null where there is none.
+
+    Resamples in which the figure is not defined (NaN) do not count. The interval is widened to the figure itself where
+    resampling leaves it outside: in small or skewed splits many resamples lack a class, or hold a sample twice.
+    """
+    known = [one for one in resampled if math.isfinite(one)]
+    if value is None or not math.isfinite(value) or not known:
+        return {name: value, f"{name}_95": None}
+    low, high = (float(edge) for edge in np.percentile(known, (2.5, 97.5)))
+    return {name: value, f"{name}_95": [min(low, value), max(high, value)]}
+
+
+class Ranks:
+    """Macro AUROC and average precision of weighted samples; sorting is done once for all weightings."""
+
+    def __init__(self, scores: npt.NDArray[np.float32], positive: npt.NDArray[np.bool_]) -> None:
+        """scores: [samples, classes]; positive: bool [samples, classes]."""
+        self._order = np.argsort(-scores, axis=0, kind="stable")
+        ordered = np.take_along_axis(scores, self._order, axis=0)
+        self._positive = np.take_along_axis(positive, self._order, axis=0)
+        place = np.arange(len(scores))[:, None]
+        new = np.ones_like(self._positive)
+        new[1:] = ordered[1:] != ordered[:-1]
+        self._first = np.maximum.accumulate(np.where(new, place, 0), axis=0)
+        ends = np.ones_like(new)
+        ends[:-1] = new[1:]
+        self._last = np.minimum.accumulate(np.where(ends, place, len(scores))[::-1], axis=0)[::-1]
+
+    def measure(self, weights: Floats) -> tuple[float, float]:
+        """(AUROC, average precision), each the mean over the classes that have both kinds of samples, else NaN."""
+        drawn = weights[self._order]
+        hits, misses = drawn * self._positive, drawn * ~self._positive
+        sum_hits, sum_misses = hits.cumsum(axis=0), misses.cumsum(axis=0)
+        hits_to_here = np.take_along_axis(sum_hits, self._last, axis=0)
+        misses_to_here = np.take_along_axis(sum_misses, self._last, axis=0)
+        misses_before = np.take_along_axis(sum_misses - misses, self._first, axis=0)
+        num_hits, num_misses = sum_hits[-1], sum_misses[-1]
+        both = (num_hits > 0) & (num_misses > 0)
+        if not both.any():
+            return math.nan, math.nan
+        with np.errstate(invalid="ignore", divide="ignore"):
+            below = num_misses - (misses_to_here + misses_before) / 2  # of equal scores, half count as below
+            aurocs = (hits * below).sum(axis=0) / (num_hits * num_misses)
+            precision = np.where(hits > 0, hits_to_here / (hits_to_here + misses_to_here), 0.0)
+            precisions = (hits * precision).sum(axis=0) / num_hits
+        return float(aurocs[both].mean()), float(precisions[both].mean())

@@ -1,0 +1,164 @@
+"""A run that saves, dies, is damaged and goes on, in any order: a state machine against what the bytes say."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from orchestrator.errors import CheckpointError
+from orchestrator.training import checkpoint as ckpt
+from tests.training.checkpoints import cut_at, made, same, steps_in
+
+
+class Checkpoints(RuleBasedStateMachine):
+    """A run that saves, dies, is damaged and goes on; `written` has the bytes of what was committed."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(os, "fsync", lambda _: None)  # a busy disk takes 10 ms; what is synced is another test's
+        self.folder = Path(tempfile.mkdtemp())
+        self.position = 1
+        self.saved: dict[int, ckpt.Checkpoint] = {}
+        self.written: dict[int, dict[str, bytes]] = {}
+        self.number = 0
+        self.dead = False
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            self.patch.undo()
+            shutil.rmtree(self.folder)
+
+    def place(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def whole(self) -> list[int]:
+        """By the bytes alone, without a digest."""
+        return [step for step, files in sorted(self.written.items()) if content_of(self.place(step)) == files]
+
+    def committed(self) -> list[int]:
+        return [step for step in steps_in(self.folder) if (self.place(step) / "COMMITTED").is_file()]
+
+    def note(self, step: int) -> ckpt.Checkpoint:
+        self.number += 1
+        self.saved[step] = made(step, self.number)
+        return self.saved[step]
+
+    def damaged(self) -> set[int]:
+        """What an interruption alone may never leave."""
+        return set(self.committed()) - set(self.whole())
+
+    def kept_of(self, after: int) -> set[int]:
+        """What must be whole after a checkpoint of the step `after`: what is now, of the newest that are kept."""
+        newest = [step for step in self.committed() if step != after][-(ckpt.NUM_KEPT - 1) :]
+        return set(newest) & set(self.whole())
+
+    @precondition(lambda self: not self.dead)
+    @rule(num_steps=st.integers(0, 3))
+    def save(self, num_steps: int) -> None:
+        self.position += num_steps
+        kept = self.kept_of(self.position)
+        ckpt.save(self.folder, self.note(self.position))
+        self.written[self.position] = content_of(self.place(self.position))
+        assert kept | {self.position} <= set(self.whole())
+        assert [self.place(step) for step in self.committed()] == sorted(self.folder.iterdir())
+        assert len(self.committed()) <= ckpt.NUM_KEPT
+
+    @precondition(lambda self: not self.dead)
+    @rule(num_steps=st.integers(0, 3), number=st.integers(0, 40), share=st.floats(0, 1), at=st.integers(0, 9))
+    def die_while_saving(self, num_steps: int, number: int, share: float, at: int) -> None:
+        step = self.position + num_steps
+        kept, damaged = self.kept_of(step), self.damaged()
+        before = self.saved.get(step)
+        with cut_at(number) as committed:
+            ckpt.save(self.folder, self.note(step))
+        partial = self.place(step).with_name(self.place(step).name + ".partial")
+        if self.place(step) in committed:
+            self.written[step] = content_of(self.place(step))
+            kept.add(step)
+        elif before is not None:
+            self.saved[step] = before
+        if files := sorted(content_of(partial)):  # what was not synced may be lost
+            truncate(partial / files[at % len(files)], share)
+        assert kept <= set(self.whole())
+        assert self.damaged() <= damaged
+        self.dead = True
+
+    @rule()
+    def die(self) -> None:
+        self.dead = True
+
+    @precondition(lambda self: self.written)
+    @rule(which=st.integers(0, 9), at=st.integers(0, 9), how=st.sampled_from(("truncate", "flip", "remove")),
+          share=st.floats(0, 1, exclude_max=True))  # fmt: skip
+    def damage(self, which: int, at: int, how: str, share: float) -> None:
+        steps = self.committed()
+        if not steps:
+            return
+        place = self.place(steps[-1 - which % len(steps)])
+        file = place / sorted(content_of(place))[at % len(content_of(place))]
+        if how == "remove":
+            file.unlink()
+        elif how == "truncate":
+            truncate(file, share)
+        elif content := bytearray(file.read_bytes()):
+            content[int(share * len(content))] ^= 1 << at % 8
+            file.write_bytes(content)
+
+    @precondition(lambda self: self.dead)
+    @rule(cut=st.none() | st.integers(0, 20))
+    def go_on(self, cut: int | None) -> None:
+        whole = self.whole()
+        if not whole and self.committed():
+            with pytest.raises(CheckpointError, match="is whole"):
+                ckpt.newest_step(self.folder)
+            shutil.rmtree(self.folder)  # --fresh
+            self.folder.mkdir()
+            self.position, self.dead, self.written = 1, False, {}
+            return
+        found = ckpt.newest(self.folder)
+        if found is None:
+            assert not whole
+        else:
+            assert found.step == whole[-1]
+            theirs = self.saved[found.step]
+            assert same(found.weights, theirs.weights)
+            assert same(found.best, theirs.best)
+            assert same(found.optimizer, theirs.optimizer)
+            assert found.state == {**theirs.state, "step": found.step}
+        step, damaged = None if found is None else found.step, self.damaged()
+        if cut is not None:  # and dies again at once
+            with cut_at(cut):
+                ckpt.forget_after(self.folder, step)
+        else:
+            ckpt.forget_after(self.folder, step)
+            self.position, self.dead = step or 1, False
+            assert all(number <= self.position for number in steps_in(self.folder))
+        assert self.whole() == whole
+        assert self.damaged() <= damaged
+
+    @invariant()
+    def nothing_whole_lies_beyond(self) -> None:
+        if hasattr(self, "folder") and not self.dead:
+            assert all(step <= self.position for step in self.whole())
+
+
+def content_of(place: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in place.iterdir()} if place.is_dir() else {}
+
+
+def truncate(file: Path, share: float) -> None:
+    os.truncate(file, int(share * file.stat().st_size))
+
+
+TestCheckpoints = Checkpoints.TestCase
+TestCheckpoints.settings = settings(
+    max_examples=120, stateful_step_count=20, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
