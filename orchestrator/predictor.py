@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from orchestrator.backbone import read_card, read_tensors
-from orchestrator.data import LEAVE_OUT, MAX_AT_ONCE, Samples, columns_of, input_columns, label_columns, prepare as data
+from orchestrator.data import LEAVE_OUT, MAX_AT_ONCE, Samples, columns_of, input_columns, label_columns, prepare_data
 from orchestrator.errors import BadSampleError, DataError, RefusedError, TrainingError
 from orchestrator.features import SampleSource
 from orchestrator.gate import drafted, materialised, num_cores
@@ -85,7 +85,7 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
         task, classes = loaded.plan.job.task, loaded.plan.classes
         assert loaded.modality.decode is not None
         spec, notes = _as_the_run(_data(labelled, Path(folder)), loaded.plan)
-        prepared = data.prepare(spec, loaded.modality, loaded.plan.backbone, task, classes, Path(folder))
+        prepared = prepare_data(spec, loaded.modality, loaded.plan.backbone, task, classes, Path(folder))
         samples = Samples(Path(folder), _fields(loaded.modality))
         source = SampleSource(samples, loaded.modality.decode, loaded.collate, spec.on_bad_sample == "skip", pool)
         rows = np.arange(len(samples.targets))

@@ -29,6 +29,11 @@ class Origin:
     is_place: bool = True
     """Whether the user knows it by its name; rows that a program gave have none."""
 
+    @property
+    def root_text(self) -> str:
+        """The root as a path or a URI."""
+        return self.root.text if isinstance(self.root, Location) else str(self.root)
+
     def row(self, number: int) -> str:
         """A row of the table, as messages call it."""
         return f"{self.text} row {number}" if self.is_place else f"row {number} of {self.text}"
@@ -101,8 +106,9 @@ def inside(root: Path, uri: str, resolved: dict[str, str]) -> tuple[str | None, 
         real = os.path.realpath(real)
     if os.path.commonpath([str(root), real]) != str(root):
         return None, "leaves the data's root"
-    named, found = os.path.relpath(file, root), os.path.relpath(real, root)
-    return (found if named.startswith("..") else named), found  # the root itself may be named by a link
+    named, resolved_name = os.path.relpath(file, root), os.path.relpath(real, root)
+    # The root itself may be named by a link.
+    return (resolved_name if named.startswith("..") else named), resolved_name
 
 
 def inside_store(root: Location, uri: str) -> tuple[str | None, str]:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from orchestrator.data import ingest, samples
-from orchestrator.data.prepare import Prepared, prepare
+from orchestrator.data.prepare import Prepared, prepare_data
 from orchestrator.data.samples import Samples
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job.plans import BackboneCard
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(path: Path, **settings: object) -> Prepared:
-    return prepare(Data(path=str(path), **settings), registry.get("image"), CARD, directory=into())  # type: ignore[arg-type]
+    return prepare_data(Data(path=str(path), **settings), registry.get("image"), CARD, directory=into())  # type: ignore[arg-type]
 
 
 def into() -> Path:
@@ -420,7 +420,7 @@ def test_cells_that_no_library_expects(folder: Path, tmp_path: Path) -> None:
     huge.write_text("".join(numbers))
     spec = Data(path=str(huge), root=str(folder), label_column="y")
     with pytest.raises(DataError, match="row 5: has a number beyond all bounds"):
-        prepare(spec, registry.get("image"), CARD, "regression")
+        prepare_data(spec, registry.get("image"), CARD, "regression")
 
 
 # --- links and folders that cannot be listed ---
