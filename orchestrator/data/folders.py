@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.data.locations import Location
-from orchestrator.data.rows import Origin, Row, Source, inside
+from orchestrator.data.rows import Origin, Row, Source, inside, is_unicode
 from orchestrator.data.tables import suffix_of
 from orchestrator.errors import DataError
 from orchestrator.job import SPLIT_NAMES
@@ -123,7 +123,7 @@ def _walk(root: Path, folder: str, others: _Others) -> Iterator[Row]:
             if name.startswith("."):
                 continue
             file = os.path.join(directory, name)
-            if not _is_text(file):
+            if not is_unicode(file):
                 shown = os.fsencode(file).decode("utf-8", "backslashreplace")
                 yield Row(shown, "", problem="its name is not in UTF-8")
                 continue
@@ -148,15 +148,6 @@ def _list(root: Location, folder: str) -> Iterator[Row]:
     for file in root.join(folder).files():
         uri = posixpath.join(folder, file.uri)
         yield Row(root.join(uri).text, "", uri=uri, stat=(file.size, file.modified_ns))
-
-
-def _is_text(name: str) -> bool:
-    """Whether a file's name can be written down; POSIX allows any bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def children(folder: Path | Location) -> list[tuple[str, bool]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.data.columns import find_inputs, label_columns, require_columns
 from orchestrator.data.locations import Location, path_or_location
-from orchestrator.data.rows import Origin, Row, Source
+from orchestrator.data.rows import Origin, Row, Source, is_unicode
 from orchestrator.data.tables import Table
 from orchestrator.errors import DataError
 from orchestrator.job import SPLIT_NAMES, Data, TaskName
@@ -104,7 +104,8 @@ def _fill_file(row: Row, value: object) -> None:
         row.content = value
     elif isinstance(value, str) and "\0" in value:
         row.problem = "has a path with a NUL byte"
-        return
+    elif isinstance(value, str) and not is_unicode(value):
+        row.problem = "has a path that is no Unicode"
     elif isinstance(value, str) and value.strip():
         row.uri = value
     else:
