@@ -39,10 +39,11 @@ def split_samples(
         split = np.full(len(rows), TRAIN, dtype=np.int64)
         fractions = (spec.validation_fraction, spec.test_fraction)
     ours = np.flatnonzero(split == TRAIN)
-    if any(fractions) and groups is not None:
-        split[ours] = _split_groups(groups[ours], strata[ours], len(names), fractions, spec)
-    elif any(fractions):
-        split[ours] = stratified(strata[ours], names, fractions, spec.seed)
+    if any(fractions) and len(ours):
+        if groups is not None:
+            split[ours] = _split_groups(groups[ours], strata[ours], len(names), fractions, spec)
+        else:
+            split[ours] = stratified(strata[ours], names, fractions, spec.seed)
     if spec.num_train is not None:
         train = np.flatnonzero(split == TRAIN)
         if spec.num_train > len(train):
