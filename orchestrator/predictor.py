@@ -20,7 +20,7 @@ from orchestrator.features import SampleSource
 from orchestrator.gate import drafted, materialised, num_cores
 from orchestrator.job import DATA_FOLDER, SAMPLES, Data, Plan, Run, open_run, shown
 from orchestrator.modality import Collate, Modality, registry
-from orchestrator.network import Network, Worker, find_device, freeze, set_mode, start_worker
+from orchestrator.network import Inputs, Network, Worker, autocast, find_device, start_worker
 from orchestrator.training import Objective, Predictions, evaluate_batch, make_objective, measure
 
 import numpy as np  # isort: skip
@@ -53,6 +53,10 @@ class _Loaded:
     objective: Objective
     collate: Collate
     worker: Worker
+
+    def outputs(self, inputs: Inputs) -> torch.Tensor:
+        """float32 [samples, classes], on the CPU; in the precision of training, where this device has it."""
+        return evaluate_batch(self.network.logits, inputs, autocast(self.plan, self.worker))
 
 
 def predict(run: Run | str | Path, inputs: Iterable[Input] | str | Path | bytes, top: int = 3) -> list[Prediction]:
@@ -98,7 +102,7 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
             except TrainingError as error:
                 raise DataError(error.message, mend=f"mend or remove it, or {LEAVE_OUT}") from None
             if batch is not None:
-                outputs = evaluate_batch(loaded.network.logits, batch.to(loaded.worker.device).inputs)
+                outputs = loaded.outputs(batch.to(loaded.worker.device).inputs)
                 parts.append(loaded.objective.columns(batch.rows, outputs, batch.targets, len(rows)))
         if not parts:
             raise DataError(f"{shown(spec.path)} holds no sample that can be read")
@@ -190,9 +194,8 @@ def _load(run: Run | str | Path, resources: ExitStack) -> _Loaded:
     assert modality.batch is not None
     worker = resources.enter_context(start_worker(plan.threads_per_worker, find_device("auto")))
     network = modality.build(plan, run.model)
-    freeze(network, plan)
     network.module.to(worker.device, memory_format=torch.channels_last)
-    set_mode(network, plan, training=False)
+    network.module.eval().requires_grad_(False)
     return _Loaded(run, plan, modality, network, make_objective(plan, network), modality.batch(plan, run.model), worker)
 
 
@@ -222,7 +225,7 @@ def _predict_some(loaded: _Loaded, asked: list[Input], top: int) -> list[Predict
     scores: Iterator[torch.Tensor] = iter(())
     if decoded:
         inputs = {name: tensor.to(loaded.worker.device) for name, tensor in loaded.collate(decoded, False).items()}
-        scores = iter(loaded.objective.scores(evaluate_batch(loaded.network.logits, inputs)))
+        scores = iter(loaded.objective.scores(loaded.outputs(inputs)))
     return [
         Prediction(name, "", 0.0, (), problems[i])
         if i in problems

@@ -19,7 +19,6 @@ from pydantic_core import PydanticSerializationError
 
 from orchestrator.data import Prepared
 from orchestrator.errors import (
-    ChangedError,
     DataError,
     InterruptedRunError,
     OrchestratorError,
@@ -28,11 +27,22 @@ from orchestrator.errors import (
     first_line,
     missing_extra,
 )
-from orchestrator.gate import ResolvedBackbone, drafted, materialised, prepare, resolve_backbone, run_name, without_rows
+from orchestrator.gate import (
+    ResolvedBackbone,
+    drafted,
+    gone_on_with,
+    idle_workers,
+    materialised,
+    prepare,
+    refuse_changes,
+    resolve_backbone,
+    run_name,
+    same_learning,
+    without_rows,
+)
 from orchestrator.job import (
     DATA_FOLDER,
     ERROR_FILE,
-    PLACES,
     SAMPLES,
     Draft,
     Job,
@@ -42,9 +52,8 @@ from orchestrator.job import (
     Report,
     Run,
     is_dataset,
-    is_materialised,
     is_uri,
-    read_plan,
+    list_runs,
     write_file,
 )
 from orchestrator.modality import registry
@@ -153,10 +162,10 @@ def _written(draft: Draft, storage: Path) -> Iterator[Job]:
 
 
 def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
-    run = Run(Path(job.storage).expanduser().absolute() / (job.name or run_name(job, resolved.card)))
+    run = _run_of(job, resolved, options)
     _refuse_inside_data(run, job)
     with run.locked():
-        plan = _laid_out(run, job, resolved, options.fresh)
+        plan = _laid_out(run, job, resolved, options)
         if run.finished:
             text = "this run was finished before: these are its figures, nothing was trained (--fresh starts over)"
             options.report(Noted(text))
@@ -168,6 +177,23 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
             work(_worker_spec(run, plan, options), plan, options.report, should_stop)
             if not Run(run.path).finished:
                 raise InterruptedRunError("stopped before the first step", mend="the same command goes on")
+    return run
+
+
+def _run_of(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
+    """The run of that name. A job without one may have begun on another number of workers: then it goes on with that.
+
+    How many microbatches a batch has is part of a run's name, and by default there is one for each worker.
+    """
+    storage = Path(job.storage).expanduser().absolute()
+    run = Run(storage / (job.name or run_name(job, resolved.card)))
+    if job.name is not None or job.training.num_microbatches is not None or options.fresh or run.path.exists():
+        return run
+    prefix = run.name.rpartition("-")[0]
+    for other in list_runs(storage):
+        with contextlib.suppress(RefusedError):  # damaged, or of an earlier version
+            if other.name.rpartition("-")[0] == prefix and not other.finished and same_learning(job, other.plan):
+                return other
     return run
 
 
@@ -196,18 +222,19 @@ def _refuse_inside_data(run: Run, job: Job) -> None:
             )
 
 
-def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, fresh: bool) -> Plan:
+def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Plan:
     """The run's plan: of an unfinished run the one that it began with, else a new one, with its sample table."""
-    if (run.path / "plan.json").is_file() and not fresh:
+    if (run.path / "plan.json").is_file() and not options.fresh:
         _refuse_without_samples(run)
-        plan = prepare(job, resolved)[0]
-        _refuse_changes(run, plan)
-        # Its threads and its schedule, whatever they would be now. But where features are kept besides, and who
-        # computes them, may change.
-        scaling = run.plan.job.scaling.model_copy(update={"num_extractors": job.scaling.num_extractors})
-        began = run.plan.job.model_copy(update={"feature_store": job.feature_store, "scaling": scaling})
-        who = ("num_extractors", "extractor_threads", "ray")
-        return run.plan.model_copy(update={"job": began, **{name: getattr(plan, name) for name in who}})
+        began, plan = run.plan, prepare(job, resolved)[0]
+        refuse_changes(run.path, began, plan)
+        plan = gone_on_with(began, plan)
+        if idle_workers(plan) and not run.finished:
+            options.report(Noted(
+                f"the run began with batches in {plan.recipe.num_microbatches} microbatches: {idle_workers(plan)} of "
+                f"{plan.num_workers} workers have none in a step (--fresh starts over, with one for each)"
+            ))  # fmt: skip
+        return plan
     partial = run.path / f"{SAMPLES}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -218,7 +245,7 @@ def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, fresh: bool) -> Pl
         shutil.rmtree(partial, ignore_errors=True)
         run.give_up()
         raise
-    if fresh:
+    if options.fresh:
         run.clear()
     shutil.rmtree(run.path / SAMPLES, ignore_errors=True)
     os.replace(partial, run.path / SAMPLES)
@@ -236,43 +263,6 @@ def _refuse_without_samples(run: Run) -> None:
             expected=f"its sample table in {SAMPLES}/",
             mend="start over with fresh (--fresh), or keep both: name (--name)",
         )  # fmt: skip
-
-
-def _refuse_changes(run: Run, plan: Plan) -> None:
-    """Raise `ChangedError` where the run began with another job, other data or another backbone."""
-    old = read_plan(run.path)
-    for what, before, now in (
-        ("the job", old.job.digest(), plan.job.digest()),
-        ("the data", old.data.fingerprint, plan.data.fingerprint),
-        ("the backbone", old.backbone.commit, plan.backbone.commit),
-    ):
-        if before != now:
-            raise ChangedError(
-                f"{what} of the run {run.path} has changed since it began" + _differences(what, old, plan),
-                expected=f"{what} as it was: {str(before).removeprefix('sha256:')[:12]}",
-                mend="start over with fresh (--fresh), or keep both: name (--name)",
-            )
-
-
-def _differences(what: str, old: Plan, new: Plan) -> str:
-    """What changed, in words, as far as the plans tell."""
-    if what == "the data":
-        were, are = (", ".join(f"{k} {n}" for k, n in one.data.num_samples.items()) for one in (old, new))
-        return f": samples were {were}, are {are}"
-    if what != "the job":
-        return ""
-    before, now = (_flat(plan.job.model_dump(mode="json", exclude=dict(PLACES))) for plan in (old, new))
-    if any(is_materialised(str(now[key])) and before.get(key) != now[key] for key in now):
-        return ": the rows of the data are others"
-    changes = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in now | before if before.get(key) != now.get(key)]
-    return ": " + ", ".join(changes[:3])
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def _texts(run: Run, job: Job, plan: Plan, prepared: Prepared) -> dict[str, str]:

@@ -18,6 +18,7 @@ from orchestrator.features.frozen import (
     run_body_once as run_body_once,
 )
 from orchestrator.features.sources import (
+    Batch as Batch,
     FeatureSource as FeatureSource,
     SampleSource as SampleSource,
     Source as Source,

@@ -3,11 +3,13 @@
 In: a Job. Out: a `Plan` with every default resolved and every adaptation of the input named, or a `RefusedError` with
 the mend. Reads metadata and data, never a weight; imports neither torch nor Ray.
 
-    decide    pure: (modality, card, profile, job) -> Plan, or a refusal
-    planning  check and plan: reads what `decide` is given
+    decide    pure: does the backbone fit the modality and the data, or why not
+    recipes   a method -> phases, with every default
+    resolve   pure: (modality, card, profile, job) -> Plan
+    resume    a plan against the one that an unfinished run began with
+    planning  check and plan: reads what these are given
 """
 
-from orchestrator.gate.decide import run_name as run_name
 from orchestrator.gate.planning import (
     Checked as Checked,
     ResolvedBackbone as ResolvedBackbone,
@@ -20,4 +22,11 @@ from orchestrator.gate.planning import (
     prepare as prepare,
     resolve_backbone as resolve_backbone,
     without_rows as without_rows,
+)
+from orchestrator.gate.resolve import run_name as run_name
+from orchestrator.gate.resume import (
+    gone_on_with as gone_on_with,
+    idle_workers as idle_workers,
+    refuse_changes as refuse_changes,
+    same_learning as same_learning,
 )

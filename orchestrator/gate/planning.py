@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.backbone import read_card, weights
 from orchestrator.errors import RefusedError, missing_extra
 from orchestrator.gate import decide
+from orchestrator.gate.recipes import first_weights, may_keep_features
+from orchestrator.gate.resolve import make_plan
 from orchestrator.job import (
     DATA_FOLDER,
     SPLIT_KEYS,
@@ -108,9 +110,9 @@ def resolve_backbone(job: Job) -> ResolvedBackbone:
     row = _match(card, plugin)
     if not plugin.trainable:
         raise decide.not_built(plugin)
-    if job.method != "scratch":
+    if first_weights(job) == "pretrained":
         weights.require_weights(card)
-    if job.feature_store is not None and job.method == "head" and job.training.features == "once":
+    if job.feature_store is not None and may_keep_features(job):
         _require_store(job.feature_store)
     decide.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
     return ResolvedBackbone(plugin, card, row)
@@ -121,7 +123,7 @@ def prepare(job: Job, resolved: ResolvedBackbone, directory: Path | None = None)
     card = resolved.card
     prepared = _prepare(job.data, resolved.plugin, card, job.task, directory)
     tensors = weights.read_tensors(card) if card.weight_files else None
-    made = decide.make_plan(
+    made = make_plan(
         job,
         resolved.plugin,
         weights.with_digest(card),

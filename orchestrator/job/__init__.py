@@ -4,6 +4,7 @@ In: what a person wrote in Python, YAML or flags. Out: a checked, frozen `Job`; 
 plain data that travels to workers as JSON. Imports neither torch nor Ray.
 
     spec      the Job and its parts; Python, YAML and flags become the same object
+    drafts    what a person wrote -> a Job, each fault with its place
     places    what a place of the user's means: a path, a URI, a data set of the Hub
     plans     the plain data that travels: BackboneCard, Plan
     runs      a run's directory: what is in it, whether it is done, who works on it
@@ -11,6 +12,13 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     figures   which figures of a task are shown, and how they are written
 """
 
+from orchestrator.job.drafts import (
+    Draft as Draft,
+    make_draft as make_draft,
+    make_job as make_job,
+    nearest_value as nearest_value,
+    parse_setting as parse_setting,
+)
 from orchestrator.job.events import (
     Advanced as Advanced,
     EpochEnded as EpochEnded,
@@ -44,8 +52,9 @@ from orchestrator.job.plans import (
     BackboneRow as BackboneRow,
     DataSummary as DataSummary,
     Parameters as Parameters,
+    Phase as Phase,
     Plan as Plan,
-    Schedule as Schedule,
+    Recipe as Recipe,
 )
 from orchestrator.job.runs import (
     ERROR_FILE as ERROR_FILE,
@@ -61,14 +70,10 @@ from orchestrator.job.runs import (
 )
 from orchestrator.job.spec import (
     IN_A_STORE as IN_A_STORE,
-    PLACES as PLACES,
+    NOT_LEARNT as NOT_LEARNT,
     Data as Data,
-    Draft as Draft,
     Job as Job,
+    Method as Method,
     TaskName as TaskName,
     Training as Training,
-    make_draft as make_draft,
-    make_job as make_job,
-    nearest_value as nearest_value,
-    parse_setting as parse_setting,
 )

@@ -6,6 +6,7 @@ job can know goes into its `lineage.json`.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, Literal
 
@@ -100,17 +101,48 @@ class Adaptation(_Plain):
         return f"{self.what}: {self.received} -> {self.used}{touched}"
 
 
-class Schedule(_Plain):
-    """`Training` with every default resolved."""
+class Phase(_Plain):
+    """A stretch of training in which the same parameters move, with every default resolved."""
 
+    trains: Literal["head", "everything"]
+    source: Literal["features", "samples"]
+    """features: what the frozen body gave once for each sample; samples: the body runs in every step."""
     epochs: int
-    batch_size: int
-    num_microbatches: int
+    num_steps: int
     learning_rate: float
+    """Of the body; of what is frozen it means nothing."""
     head_learning_rate: float
     batch_norm: Literal["train", "frozen"]
+
+
+class Recipe(_Plain):
+    """A method as data: phases, each of which goes on from the best weights of the one before."""
+
+    phases: tuple[Phase, ...]
+    batch_size: int
+    num_microbatches: int
+    """Parts that each batch is computed in."""
     steps_per_epoch: int
-    num_steps: int
+
+    @property
+    def num_steps(self) -> int:
+        """Of all phases."""
+        return sum(phase.num_steps for phase in self.phases)
+
+    @property
+    def num_epochs(self) -> int:
+        """Of all phases."""
+        return sum(phase.epochs for phase in self.phases)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether a frozen body runs once for each sample."""
+        return any(phase.source == "features" for phase in self.phases)
+
+    @property
+    def trains_everything(self) -> bool:
+        """Whether the body moves in some phase."""
+        return any(phase.trains == "everything" for phase in self.phases)
 
 
 class Parameters(_Plain):
@@ -143,10 +175,14 @@ class DataSummary(_Plain):
     notes: tuple[str, ...] = ()
 
 
+PLAN_VERSION = 2
+"""Of how a plan is written down."""
+
+
 class Plan(_Plain):
     """A Job that was checked and resolved. Workers get this and nothing else."""
 
-    version: int = 1
+    version: int = PLAN_VERSION
     name: str
     job: Job
     backbone: BackboneCard
@@ -166,14 +202,45 @@ class Plan(_Plain):
     """So many random views of each training sample are computed and kept; 0: the samples as they are."""
     adaptations: tuple[Adaptation, ...] = ()
     warnings: tuple[str, ...] = ()
-    schedule: Schedule
+    recipe: Recipe
     parameters: Parameters | None = None
     num_workers: int = 1
     num_extractors: int = 0
     """Processes that run a frozen body in the workers' stead; 0: the workers run it."""
     threads_per_worker: int = 1
+    """0: as many as the nodes of the cluster have for each."""
     extractor_threads: int = 1
-    features: Literal["once", "every step"]
-    """Whether a frozen body runs once for each sample, or again in every step."""
     ray: bool = False
     """Whether workers are processes of a Ray cluster, or this process."""
+
+
+def read_plan_json(text: str) -> Plan:
+    """A plan that this version or an earlier one wrote. Raises `ValueError` for anything else."""
+    tree = json.loads(text)
+    if not isinstance(tree, dict):
+        raise ValueError("it is no plan")
+    version = tree.get("version", 1)
+    if version == 1:
+        tree = _from_version_1(tree)
+    elif version != PLAN_VERSION:
+        raise ValueError(f"it is of version {version}, and this package reads up to {PLAN_VERSION}")
+    return Plan.model_validate(tree)
+
+
+def _from_version_1(tree: dict[str, Any]) -> dict[str, Any]:
+    """It had one schedule, and called microbatches shards."""
+    tree = {**tree, "version": PLAN_VERSION}
+    schedule, once = tree.pop("schedule"), tree.pop("features") == "once"
+    training = dict(tree["job"]["training"])
+    training["num_microbatches"] = training.pop("num_shards", None)
+    tree["job"] = {**tree["job"], "training": training}
+    phase = {key: schedule[key] for key in ("epochs", "num_steps", "learning_rate", "head_learning_rate", "batch_norm")}
+    phase |= {
+        "trains": "head" if tree["job"]["method"] == "head" else "everything",
+        "source": "features" if once else "samples",
+    }  # fmt: skip
+    tree["recipe"] = {
+        "phases": [phase], "batch_size": schedule["batch_size"], "num_microbatches": schedule["num_shards"],
+        "steps_per_epoch": schedule["steps_per_epoch"],
+    }  # fmt: skip
+    return tree

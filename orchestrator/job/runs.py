@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.errors import RefusedError, first_line
-from orchestrator.job.plans import Plan
+from orchestrator.job.plans import Plan, read_plan_json
 
 SAMPLES = "samples"
 """The folder of a run that holds its sample table."""
@@ -243,8 +243,8 @@ def list_runs(storage: str | Path) -> list[Run]:
 def read_plan(path: Path) -> Plan:
     """The plan of a run's directory."""
     try:
-        return Plan.model_validate_json((path / "plan.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_plan_json((path / "plan.json").read_text(encoding="utf-8"))
+    except (ValueError, KeyError) as error:
         raise _damaged(path / "plan.json", error) from None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from orchestrator.errors import WeightsError
-from orchestrator.job import Plan, Training
+from orchestrator.job import Phase, Plan, Training
 
 Inputs = Mapping[str, Tensor]
 
@@ -302,22 +302,22 @@ def quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def freeze(network: Network, plan: Plan) -> None:
-    """Ask for gradients where the method trains, nowhere else."""
-    everything = plan.job.method != "head"
+def freeze(network: Network, phase: Phase) -> None:
+    """Ask for gradients where the phase trains, nowhere else."""
+    everything = phase.trains == "everything"
     for name, parameter in network.module.named_parameters():
         parameter.requires_grad_(everything or _within(name, network.head))
 
 
-def set_mode(network: Network, plan: Plan, training: bool) -> None:
+def set_mode(network: Network, phase: Phase, training: bool) -> None:
     """Train or eval mode. What is frozen stays in eval mode: dropout off, BatchNorm on its own statistics."""
-    if plan.job.method == "head":
+    if phase.trains == "head":
         network.module.eval()
         for name in network.head:
             network.module.get_submodule(name).train(training)
     else:
         network.module.train(training)
-        if plan.schedule.batch_norm == "frozen":
+        if phase.batch_norm == "frozen":
             for layer in batch_norms(network.module):
                 layer.eval()
 
@@ -327,17 +327,18 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
 
 
-def make_optimizer(network: Network, plan: Plan) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
-    """The optimizer over the trained parameters, and these by name.
+def make_optimizer(
+    network: Network, training: Training, phase: Phase
+) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
+    """The optimizer of a phase over the parameters that it trains, and these by name.
 
     Four groups at most: body and head have their own rates, and vectors (biases, norms) no weight decay.
     """
-    training = plan.job.training
     named = {name: p for name, p in network.module.named_parameters() if p.requires_grad}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         groups.setdefault((_within(name, network.head), parameter.ndim > 1), []).append(parameter)
-    rates = {False: plan.schedule.learning_rate, True: plan.schedule.head_learning_rate}
+    rates = {False: phase.learning_rate, True: phase.head_learning_rate}
     settings = [
         {
             "params": parameters,

@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.job import FIGURES, Parameters, figure, interval
+from orchestrator.job import FIGURES, Parameters, Phase, Plan, figure, interval
 from orchestrator.progress import err
 
 out = Console(highlight=False, emoji=False)
 
 
-def _body_runs(plan: Any) -> str:
-    if plan.features != "once":
+def _body_runs(plan: Plan, phase: Phase) -> str:
+    if phase.source != "features":
         return "in every step"
     where = f", in {plan.num_extractors} processes of Ray's" if plan.num_extractors else ""
     return f"once for each sample{where}" + (f"; kept in {plan.job.feature_store}" if plan.job.feature_store else "")
@@ -59,9 +59,9 @@ def pairs(rows: Sequence[tuple[str, object]]) -> Table:
     return made
 
 
-def show_plan(plan: Any) -> None:
+def show_plan(plan: Plan) -> None:
     """A Plan as a person reads it."""
-    card, counts, schedule = plan.backbone, plan.data.num_samples, plan.schedule
+    card, counts = plan.backbone, plan.data.num_samples
     rows: list[tuple[str, object]] = [
         ("run", plan.name),
         ("backbone", f"{card.source} @ {card.short_commit} ({card.model_type}, {card.kind})"),
@@ -79,19 +79,25 @@ def show_plan(plan: Any) -> None:
         rows.append(("left out", f"{plan.data.num_duplicates} duplicates, {plan.data.num_skipped} bad samples"))
     if plan.parameters is not None:
         rows += _size(plan.parameters)
-    rows += [
-        ("training", f"{schedule.epochs} epochs x {schedule.steps_per_epoch} steps of {schedule.batch_size} samples"),
+    for phase in plan.recipe.phases:
+        rows += _phase(plan, phase)
+    threads = f"{plan.threads_per_worker}" if plan.threads_per_worker else "the node's"
+    rows.append(("workers", f"{plan.num_workers} x {threads} threads, {'on Ray' if plan.ray else 'in this process'}"))
+    out.print(pairs(rows))
+
+
+def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
+    recipe = plan.recipe
+    rows: list[tuple[str, object]] = [
+        ("training", f"{phase.epochs} epochs x {recipe.steps_per_epoch} steps of {recipe.batch_size} samples"),
         ("optimizer", plan.job.training.optimizer),
-        ("rates", f"body {schedule.learning_rate:g}, head {schedule.head_learning_rate:g}"),
-        ("rate", f"{schedule.head_learning_rate:g}"),
-        ("BatchNorm", schedule.batch_norm),
-        ("body runs", _body_runs(plan)),
-        ("workers", f"{plan.num_workers} x {plan.threads_per_worker} threads"
-                    + (", on Ray" if plan.ray else ", in this process")),
-    ]  # fmt: skip
-    # A frozen body has no rate of its own, and nothing else to decide.
-    left_out = ("rates", "BatchNorm") if plan.job.method == "head" else ("rate",)
-    out.print(pairs([row for row in rows if row[0] not in left_out]))
+    ]
+    if phase.trains == "head":  # a frozen body has no rate of its own, and nothing else to decide
+        rows.append(("rate", f"{phase.head_learning_rate:g}"))
+    else:
+        rows.append(("rates", f"body {phase.learning_rate:g}, head {phase.head_learning_rate:g}"))
+        rows.append(("BatchNorm", phase.batch_norm))
+    return [*rows, ("body runs", _body_runs(plan, phase))]
 
 
 def _size(p: Parameters) -> list[tuple[str, object]]:
@@ -108,7 +114,7 @@ def _size(p: Parameters) -> list[tuple[str, object]]:
     ]
 
 
-def _balance(plan: Any) -> list[tuple[str, object]]:
+def _balance(plan: Plan) -> list[tuple[str, object]]:
     """How many training samples a class has, or where the targets lie."""
     if plan.job.task == "regression":
         data = plan.data

@@ -153,8 +153,8 @@ def _moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[st
 def _check_steps(trial: Trial, modality: Modality) -> None:
     """Some steps on one batch: the loss is finite, the head moves, and what is frozen stays as it was."""
     network, plan = trial.network, trial.plan
-    freeze(network, plan)
-    set_mode(network, plan, training=False)
+    freeze(network, plan.recipe.phases[0])
+    set_mode(network, plan.recipe.phases[0], training=False)
     inputs = collated(trial, modality, train=False)
     again = collated(trial, modality, train=False)
     if set(again) != set(inputs) or any(not torch.equal(inputs[key], again[key]) for key in inputs):
@@ -173,8 +173,8 @@ def _check_steps(trial: Trial, modality: Modality) -> None:
     objective = make_objective(plan, network)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
-        set_mode(network, plan, training=True)
-        optimizer, _ = make_optimizer(network, plan)
+        set_mode(network, plan.recipe.phases[0], training=True)
+        optimizer, _ = make_optimizer(network, plan.job.training, plan.recipe.phases[0])
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"]
         inputs = collated(trial, modality, train=True)
@@ -227,14 +227,14 @@ def _trained(modality: Modality, plan: Plan, directory: Path) -> Network:
     with calling("build", "loading what Network.save wrote, with weights='trained'", "the network that was saved"):
         card = read_card(str(directory))
         network: Network = modality.build(plan.model_copy(update={"backbone": card, "weights": "trained"}), directory)
-    set_mode(network, plan, training=False)
+    set_mode(network, plan.recipe.phases[0], training=False)
     return network
 
 
 def _check_export(trial: Trial, modality: Modality, folder: Path) -> None:
     """What `save` writes gives the same logits, by the collate function of the saved directory too."""
     assert modality.batch is not None
-    set_mode(trial.network, trial.plan, training=False)
+    set_mode(trial.network, trial.plan.recipe.phases[0], training=False)
     folder.mkdir()
     with calling("build", "Network.save"):
         trial.network.save(folder)

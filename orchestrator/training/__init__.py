@@ -4,6 +4,10 @@ In: a Plan, a run's directory, a worker. Out: a finished run: metrics, checkpoin
 The same in one process and on many; knows nothing of Ray.
 
     loop        what one worker does, top to bottom
+    state       where a run stands, and what a worker holds
+    batches     which samples a step takes, and how they get onto the device
+    evaluate    what a network says of a split
+    finish      final figures, export, results
     assembly    the network with its weights, and the samples
     objective   what the task decides: loss, class weights, the scale of targets
     metrics     figures with their intervals, confusion
@@ -13,6 +17,7 @@ The same in one process and on many; knows nothing of Ray.
 """
 
 from orchestrator.training.assembly import WorkerSpec as WorkerSpec, assembled as assembled
-from orchestrator.training.loop import evaluate_batch as evaluate_batch, run_worker as run_worker
+from orchestrator.training.evaluate import evaluate_batch as evaluate_batch
+from orchestrator.training.loop import run_worker as run_worker
 from orchestrator.training.metrics import Predictions as Predictions, measure as measure, wilson as wilson
 from orchestrator.training.objective import Objective as Objective, make_objective as make_objective

@@ -14,7 +14,7 @@ from orchestrator.data import Samples
 from orchestrator.features import SampleSource
 from orchestrator.job import SAMPLES, Plan
 from orchestrator.modality import Modality, registry
-from orchestrator.network import Network, Worker, freeze, set_mode
+from orchestrator.network import Network, Worker
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ def assembled(
     assert modality.decode is not None
     directory = _fetch(plan, worker)
     network = modality.build(plan, directory)
-    freeze(network, plan)
     network.module.to(worker.device)
     network.module.to(memory_format=torch.channels_last)
-    set_mode(network, plan, training=False)
+    network.module.eval()
     source = SampleSource(
         Samples(run / SAMPLES, tuple(field.name for field in modality.sample)),
         modality.decode,

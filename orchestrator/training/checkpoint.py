@@ -89,6 +89,24 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest whole checkpoint."""
+    found = newest(folder)
+    return None if found is None else found.step
+
+
+def load(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step."""
+    return _load(folder / f"step-{step:08d}")
+
+
+def forget_after(folder: Path, step: int | None) -> None:
+    """Remove what lies beyond a step."""
+    for place in folder.glob("step-*"):
+        if step is None or place.name > f"step-{step:08d}":
+            shutil.rmtree(place, ignore_errors=True)
+
+
 def verify(place: Path) -> str:
     """What is wrong with a committed checkpoint, '' if nothing is."""
     try:

@@ -133,7 +133,7 @@ def model_card(
         *(usage or _usage(plan, task if library == "transformers" else "")).splitlines(),
         "```",
         "",
-        f"Trained with seed {plan.job.training.seed} for {plan.schedule.epochs} epochs, the best of which was "
+        f"Trained with seed {plan.job.training.seed} for {plan.recipe.num_epochs} epochs, the best of which was "
         f"number {results['best_epoch']}. `lineage.json` has commits, versions and settings.",
         "",
     ]

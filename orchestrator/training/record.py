@@ -35,15 +35,15 @@ def _show_in_tensorboard(run: Path, line: Mapping[str, Any]) -> None:
                 writer.add_scalar(name, value, line["step"])
 
 
-def cut_metrics(run: Path, step: int) -> None:
-    """Drop the epochs that will be written again, and a line that was cut off."""
+def cut_metrics(run: Path, num_epochs: int) -> None:
+    """Keep the lines of the first epochs alone: the others will be written again, and one that was cut off too."""
     file = run / "metrics.jsonl"
     if not file.exists():
         return
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError, KeyError):
-            if json.loads(line)["step"] <= step:
+            if json.loads(line)["epoch"] <= num_epochs:
                 kept.append(line)
     write_file(file, "".join(f"{line}\n" for line in kept))
 

@@ -67,7 +67,7 @@ def test_who_computes_may_change_and_nothing_else_of_a_run_that_goes_on(
     (plan,) = plans
     assert (plan.num_extractors, plan.extractor_threads, plan.ray) == (num_cores(), 1, True)
     assert plan.threads_per_worker == began.threads_per_worker == num_cores()
-    assert plan.schedule == began.schedule
+    assert plan.recipe == began.recipe
     with pytest.raises(InterruptedRunError):  # and in this process again
         orchestrator.finetune(**job, report=lambda _: None)
     assert len(plans) == 1

@@ -18,7 +18,7 @@ import pytest
 import orchestrator
 from orchestrator.errors import REASONS, JobError, RefusedError
 from orchestrator.gate import planning
-from orchestrator.gate.decide import in_head
+from orchestrator.gate.resolve import in_head
 from orchestrator.job.plans import BackboneRow
 from orchestrator.modality import registry
 
@@ -213,8 +213,8 @@ def test_a_plan_counts_parameters_from_the_header(tiny_resnet: Path, flat_digits
     assert full.parameters is not None
     assert full.parameters.optimizer_bytes == 2 * full.parameters.gradients_bytes == 8 * total
     assert plan.name.startswith(f"image-{tiny_resnet.name}-head-")
-    assert plan.features == "once"
-    assert full.features == "every step"
+    assert plan.recipe.needs_features
+    assert not full.recipe.needs_features
     assert plan.backbone.commit is not None
     assert plan.backbone.commit.startswith("sha256:")
 
@@ -222,7 +222,7 @@ def test_a_plan_counts_parameters_from_the_header(tiny_resnet: Path, flat_digits
 def test_a_plan_is_json_and_back(tiny_resnet: Path, flat_digits: Path) -> None:
     plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), settings={"augment": "light"})
     assert type(plan).model_validate_json(plan.model_dump_json()) == plan
-    assert plan.features == "every step"
+    assert not plan.recipe.needs_features
 
 
 @pytest.mark.parametrize(

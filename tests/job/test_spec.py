@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import JobError
-from orchestrator.job.spec import Job, make_job, parse_setting
+from orchestrator.job import Job, make_job, parse_setting
 
 GOOD = "backbone: a/b\ndata: photos\ntraining:\n  epochs: 3\n"
 

@@ -111,7 +111,7 @@ def test_a_pooled_head_is_served_by_sentence_transformers(minilm: Path, tmp_path
         minilm, write(tmp_path / "t.csv", sentences(60)), method="head", training={"epochs": 15, "batch_size": 8}
     )
     assert run.plan.input == {"max_tokens": 256, "head": "pooled", "pooling": "mean"}
-    assert run.plan.features == "once"
+    assert run.plan.recipe.needs_features
     assert run.accuracy > 0.8
     texts = ["rain and wind", "a hammer", "bread, and a good deal more of it " * 60]
     model = SentenceTransformer(str(run.model), device="cpu")

@@ -15,8 +15,7 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import InterruptedRunError
-from orchestrator.job import EpochEnded, PhaseBegan
-from orchestrator.job.spec import make_job
+from orchestrator.job import EpochEnded, PhaseBegan, make_job
 from orchestrator.predictor import Prediction
 from orchestrator.progress import progress
 from orchestrator.terminal import cli as commands

@@ -1,0 +1,232 @@
+"""What a person wrote -> a checked Job: fields, a dict or a YAML file, each fault with its place and its mend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from orchestrator.errors import JobError, did_you_mean
+from orchestrator.job.spec import Job
+
+_RENAMED: Mapping[str, str] = {"training.num_shards": "training.num_microbatches"}
+"""Keys of earlier versions -> what they are called now; understood, and said."""
+
+
+def make_job(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: Any) -> Job:
+    """A checked Job out of a Job, a dict, the path of a YAML file, or fields alone; fields win.
+
+    A field is a top-level key (`method="full"`), a part (`training={"epochs": 3}`) that is merged into what
+    is there, or a dotted key (`**{"training.epochs": 3}`). Raises `JobError` with the place of the fault.
+    """
+    return make_draft(job, fields).job()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A job before it is checked: settings of whatever type, each where it belongs."""
+
+    tree: dict[str, Any]
+    source: str
+    """The YAML file, '' where there is none."""
+    lines: dict[str, int]
+    """Dotted key -> its line there."""
+
+    def job(self) -> Job:
+        """The checked job. Raises `JobError`."""
+        tree, notes = _with_new_names(self.tree)
+        try:
+            made = Job.model_validate(tree)
+        except ValidationError as error:
+            raise _as_job_error(error, self.source, self.lines) from None
+        made._places.update({key: f"{self.source}:{line}: " for key, line in self.lines.items()})
+        made._notes = notes
+        return made
+
+
+def make_draft(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
+    """What `make_job` is asked for, unchecked; fields win. Raises `JobError` for what has no place."""
+    lines: dict[str, int] = {}
+    source = ""
+    if job is None:
+        base: dict[str, Any] = {}
+    elif isinstance(job, Job):
+        base = job.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(job, Mapping):
+        base = {str(k): v for k, v in job.items()}
+    elif isinstance(job, (str, Path)):
+        source = str(job)
+        base, lines = _read_yaml(Path(job))
+    else:
+        raise JobError(f"a job cannot be made from a {type(job).__name__}", expected="Job, dict or YAML path")
+    for key, value in fields.items():
+        _put(base, key, value)
+        lines.pop(key, None)
+    return Draft(base, source, lines)
+
+
+def _with_new_names(tree: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The tree with keys of earlier versions under today's names, and what to say. Raises `JobError` for both."""
+    notes = []
+    for old, new in _RENAMED.items():
+        part, _, key = old.partition(".")
+        settings = tree.get(part)
+        if not isinstance(settings, Mapping) or key not in settings:
+            continue
+        today = new.partition(".")[2]
+        if today in settings:
+            raise JobError(f"{old} is called {new} now, and both are set", mend=f"leave out {old}")
+        renamed = {today if name == key else name: value for name, value in settings.items()}
+        tree = {**tree, part: renamed}
+        notes.append(f"{old} is called {new} now")
+    return tree, tuple(notes)
+
+
+def _put(tree: dict[str, Any], dotted: str, value: object) -> None:
+    """Set `a.b.c` in a tree of dicts; a dict is merged into the dict that is there."""
+    *path, last = dotted.split(".")
+    for i, key in enumerate(path):
+        here = tree.get(key)
+        if isinstance(here, (str, Path)) and key == "data":
+            here = {"path": str(here)}
+        elif here is None:
+            here = {}
+        elif not isinstance(here, dict):
+            raise JobError(f"{'.'.join(path[: i + 1])} is no group of settings, so {dotted} cannot be set")
+        tree[key] = here = dict(here)
+        tree = here
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_unset=True)
+    old = tree.get(last)
+    if isinstance(value, Mapping) and isinstance(old, dict):
+        tree[last] = {**old, **value}
+    elif last == "data" and isinstance(value, (str, Path)) and isinstance(old, dict):
+        tree[last] = {**old, "path": str(value)}
+    else:
+        tree[last] = value
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """('training.epochs', 3) out of `training.epochs=3`, the value read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise JobError(f"--set {text!r} sets nothing", expected="key=value", mend="for example --set training.epochs=3")
+    try:
+        found = yaml.safe_load(value)
+        # A lone | or > opens a block of text in YAML, an empty one: here it is what was typed.
+        return key.strip(), value if found == "" and value.strip() in ("|", ">") else found
+    except (yaml.YAMLError, ValueError):
+        return key.strip(), value
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The file as a dict, and the line of each dotted key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError(f"there is no job file {path}", mend="check the path") from None
+    except IsADirectoryError:
+        raise JobError(f"{path} is a directory, not a job file", expected="a YAML file", mend=_meant(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path} cannot be read: {error}", expected="a YAML file in UTF-8", mend=_meant(path)) from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or f"not readable as YAML: {error}"
+        raise JobError(f"{where}: {problem}", expected="a YAML file", mend=_meant(path)) from None
+    if not isinstance(value, dict):
+        raise JobError(
+            f"{path} holds no settings", expected="a mapping such as 'backbone: microsoft/resnet-50'",
+            mend=_meant(path),
+        )  # fmt: skip
+    lines: dict[str, int] = {}
+    _note_lines(node, "", lines, path)
+    return {str(key): item for key, item in value.items()}, lines
+
+
+def _meant(path: Path) -> str:
+    """What a file or a folder that is no job file was given for, as far as it tells; '' where it does not."""
+    if (path / "job.yaml").is_file():
+        return f"to go on with that run: {path / 'job.yaml'}; as the backbone of another: --backbone {path}"
+    if (path / "config.json").is_file():
+        return f"if it is the backbone: --backbone {path}"
+    if path.is_dir() or path.suffix.lower() in (".csv", ".tsv", ".parquet", ".jsonl"):
+        return f"if it is the data: --data {path}"
+    return ""
+
+
+def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int], path: Path) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        line = key.start_mark.line + 1
+        if name in lines:
+            raise JobError(f"{path}:{line}: {name} stands here a second time (first in line {lines[name]})")
+        lines[name] = line
+        _note_lines(value, f"{name}.", lines, path)
+
+
+def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) -> JobError:
+    """The first fault, with its place and the values that would do."""
+    faults = error.errors(include_url=False)
+    # What is misspelt comes before what is missing: the one is mostly the reason of the other.
+    fault = min(faults, key=lambda one: one["type"] != "extra_forbidden")
+    place = ".".join(str(part) for part in fault["loc"]) or "the job"
+    where = f"{source}:{lines[place]}: " if place in lines else (f"{source}: " if source else "")
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    given = fault.get("input")
+    if fault["type"] == "extra_forbidden":
+        names = _keys_beside(fault["loc"])
+        return JobError(
+            f"{where}unknown key {place}{more}",
+            expected="one of " + ", ".join(names),
+            mend=did_you_mean(fault["loc"][-1], names) or "take it out, or use one of the keys above",
+        )
+    if fault["type"] == "missing":
+        return JobError(f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]))
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "model_type":
+        message = "is a group of settings, not one value"
+    if fault["type"] == "string_type":
+        message += "; put it in quotes"
+    shown = "" if isinstance(given, dict) else f" = {given!r}"
+    return JobError(f"{where}{place}{shown}: {message[:1].lower()}{message[1:]}{more}", mend=nearest_value(fault))
+
+
+def nearest_value(fault: Mapping[str, Any]) -> str:
+    """The mend of a value that is not among those that there are, '' where none is known; `fault` is pydantic's."""
+    bounds = {"ge": "{} or more", "gt": "more than {}", "le": "{} or less", "lt": "less than {}"}
+    for key, words in bounds.items():
+        if key in fault.get("ctx", {}):
+            return words.format(fault["ctx"][key])
+    if fault["type"] != "literal_error":
+        return ""
+    return did_you_mean(fault["input"], re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
+
+
+def _owner(loc: tuple[int | str, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = Job
+    for part in loc[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return model
+
+
+def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
+    return list(_owner(loc).model_fields)
+
+
+def _meaning(loc: tuple[int | str, ...]) -> str:
+    field = _owner(loc).model_fields.get(str(loc[-1])) if loc else None
+    return (field.description or "") if field else ""

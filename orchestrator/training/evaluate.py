@@ -1,0 +1,64 @@
+"""What a network says of a split: each worker does its share, and all get all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.features import split_evenly
+from orchestrator.network import Inputs, autocast, channels_last, set_mode
+from orchestrator.training.metrics import Predictions
+from orchestrator.training.state import Session
+
+
+def predict_split(session: Session, split: str) -> Predictions | None:
+    """The predictions for a split's samples, on all workers; None if somebody asked to stop meanwhile."""
+    worker, rows = session.worker, session.samples.rows(split)
+    set_mode(session.network, session.phase, training=False)
+    own_rows = split_evenly(rows, worker.rank, worker.num_workers)
+    if session.length_bucketing:
+        own_rows = session.samples.order_by_length(own_rows)
+    parts, stopped = [], False
+    for some in session.samples.batches(own_rows):
+        stopped = session.should_stop()
+        if stopped:
+            break
+        batch = session.source(split).batch(some, train=False)
+        if batch is None:
+            continue
+        inputs = batch.to(worker.device).inputs
+        outputs = evaluate_batch(session.forward, inputs, autocast(session.plan, worker))
+        parts.append(session.objective.columns(batch.rows, outputs, batch.targets, len(rows)))
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else None
+    gathered = worker.gather((columns, stopped))
+    if any(stopped for _, stopped in gathered):
+        return None
+    there = [columns for columns, _ in gathered if columns is not None]
+    if not there:
+        empty = np.zeros(0, np.int64)
+        return Predictions(empty, empty, empty, np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
+    return Predictions(*(np.concatenate(column) for column in zip(*there, strict=True)))
+
+
+def evaluate_batch(
+    forward: Callable[[Inputs], Tensor], inputs: Inputs, precision: AbstractContextManager[Any]
+) -> Tensor:
+    """float32 [samples, classes], on the CPU. `precision`: that of training, so that both see the same network."""
+    with torch.no_grad(), precision:
+        return forward(channels_last(inputs)).float().cpu()
+
+
+def epoch_figures(task: str, predictions: Predictions) -> dict[str, float]:
+    """`validation_loss` and, where the task has such a thing, `validation_accuracy`; {} without samples."""
+    if not len(predictions.rows):
+        return {}
+    figures = {"validation_loss": float(predictions.loss.mean())}
+    if task != "regression":
+        right = predictions.predicted == predictions.targets
+        figures["validation_accuracy"] = float((right if right.ndim == 1 else right.all(axis=1)).mean())
+    return figures

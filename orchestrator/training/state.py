@@ -1,0 +1,109 @@
+"""Where a run stands, as every checkpoint has it; and what this worker holds while it works."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from orchestrator.data import Samples
+from orchestrator.features import SampleSource, Source
+from orchestrator.job import Phase, Plan, Recipe, Report
+from orchestrator.network import Inputs, Network, Worker
+from orchestrator.training.batches import BatchLoader
+from orchestrator.training.objective import Objective
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. JSON, in every checkpoint."""
+
+    phase: int = 0
+    """Of the recipe."""
+    step: int = 0
+    """Steps of the phase that are done."""
+    epochs_ended: int = 0
+    """Epochs of the phase that are done, their validation too."""
+    epoch_loss: float = 0.0
+    epoch_correct: float = 0.0
+    epoch_samples: float = 0.0
+    epoch_weight: float = 0.0
+    best_epoch: int = -1
+    """Of all phases, from 1."""
+    best_loss: float = math.inf
+    best_accuracy: float = -1.0
+    """0 where the task has no accuracy: then the loss alone decides."""
+    seconds: float = 0.0
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Row of the sample table -> why it could not be read, of all workers."""
+
+    @staticmethod
+    def restored(entries: Mapping[str, Any], recipe: Recipe) -> TrainState:
+        """What a checkpoint holds, whose `step` is of all phases; one of an earlier version too, which knew no phases."""
+        names = {one.name for one in dataclasses.fields(TrainState)}
+        state = TrainState(**{name: value for name, value in entries.items() if name in names})
+        state.step -= sum(phase.num_steps for phase in recipe.phases[: state.phase])
+        if "epochs_ended" not in entries:
+            state.epochs_ended = state.step // recipe.steps_per_epoch
+        return state
+
+    def steps_done(self, recipe: Recipe) -> int:
+        """Of all phases."""
+        return sum(phase.num_steps for phase in recipe.phases[: self.phase]) + self.step
+
+    def num_epochs_ended(self, recipe: Recipe) -> int:
+        """Of all phases."""
+        return sum(phase.epochs for phase in recipe.phases[: self.phase]) + self.epochs_ended
+
+
+@dataclass
+class Session:
+    """What this worker holds while it works."""
+
+    plan: Plan
+    run: Path
+    worker: Worker
+    network: Network
+    objective: Objective
+    samples: Samples
+    raw: SampleSource
+    """Samples, decoded when they are asked for; it notes those that cannot be read."""
+    sources: dict[str, dict[str, Source]]
+    """What phases train on ("samples", "features") -> split -> where its batches come from."""
+    forwards: dict[str, Callable[[Inputs], Tensor]]
+    """What phases train on -> inputs -> logits."""
+    loader: BatchLoader
+    length_bucketing: bool
+    report: Report
+    should_stop: Callable[[], bool]
+    started: float
+    state: TrainState = field(default_factory=TrainState)
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def phase(self) -> Phase:
+        """The one that the run is in."""
+        return self.plan.recipe.phases[self.state.phase]
+
+    @property
+    def source_name(self) -> str:
+        """What the phase trains on; samples where no cut of the network holds, so that there are no features."""
+        return self.phase.source if self.phase.source in self.sources else "samples"
+
+    def source(self, split: str) -> Source:
+        """Where the phase's batches of a split come from."""
+        return self.sources[self.source_name][split]
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """float [batch, classes]: what the network, or its head, gives for a batch of the phase's source."""
+        return self.forwards[self.source_name](inputs)
+
+    def seconds(self) -> float:
+        """Of work on this run, those of earlier processes included."""
+        return self.state.seconds + time.monotonic() - self.started
