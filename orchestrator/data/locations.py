@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from orchestrator.errors import DataError, RefusedError, first_line
-from orchestrator.job import is_uri
+from orchestrator.job import is_uri, local_path
 
 Kind = Literal["file", "directory", "missing"]
 _BUFFER_BYTES = 8 * 2**20
@@ -144,7 +144,7 @@ def locate(place: str) -> Location:
 
 def path_or_location(place: str) -> Path | Location:
     """Where a place of the user's is: a URI's location, else a path. Raises as `locate` does."""
-    return locate(place) if is_uri(place) else Path(place).expanduser()
+    return locate(place) if is_uri(place) else local_path(place)
 
 
 def _open(place: str) -> tuple[Any, str]:
