@@ -45,7 +45,7 @@ class TrainState:
 
     @staticmethod
     def restored(entries: Mapping[str, Any], recipe: Recipe) -> TrainState:
-        """What a checkpoint holds, whose `step` is of all phases; one of an earlier version too, which knew no phases."""
+        """What a checkpoint holds, whose `step` is of all phases; an earlier version's too, which knew no phases."""
         names = {one.name for one in dataclasses.fields(TrainState)}
         state = TrainState(**{name: value for name, value in entries.items() if name in names})
         state.step -= sum(phase.num_steps for phase in recipe.phases[: state.phase])

@@ -1,0 +1,141 @@
+"""What a cluster offers and what is made of it: devices, threads, waiting; where events are kept; who stops whom.
+
+A GPU is a number to Ray's scheduler: it is enough to say that a node has some.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import orchestrator
+from orchestrator.errors import RefusedError
+from orchestrator.job import Event, Noted, Plan
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_resnet: Path, flat_digits: Path) -> Plan:
+    """For a cluster that is there."""
+    return orchestrator.plan(
+        backbone=str(tiny_resnet), data=str(flat_digits), method="full", scaling={"num_workers": 2, "address": "auto"}
+    )
+
+
+@pytest.fixture(scope="module")
+def _two_nodes() -> Iterator[None]:
+    """Nodes of 2 and of 4 cores, one of them with a GPU."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=4, num_gpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def with_scaling(plan: Plan, **scaling: object) -> Plan:
+    job = plan.job.model_copy(update={"scaling": plan.job.scaling.model_copy(update=scaling)})
+    return plan.model_copy(update={"job": job, "num_workers": job.scaling.num_workers})
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_what_a_cluster_offers(plan: Plan) -> None:
+    from orchestrator.distributed import cluster
+
+    assert plan.threads_per_worker == 0
+    notes: list[Event] = []
+    offer = cluster._offer(plan, notes.append)  # one GPU for two workers: said, and not taken in silence
+    assert notes == [
+        Noted(
+            "2 processes want a GPU each, and the cluster has 1: all run on CPUs; for the GPUs, lower "
+            "scaling.num_workers to 1"
+        )
+    ]
+    assert offer == {"use_gpu": False, "threads": 2, "extractor_threads": 1}
+    assert cluster._offer(with_scaling(plan, num_workers=1), notes.append)["use_gpu"]
+    assert cluster._offer(with_scaling(plan, num_workers=1), notes.append)["threads"] == 4
+    assert not cluster._offer(with_scaling(plan, num_workers=1, device="cpu"), notes.append)["use_gpu"]
+    assert len(notes) == 1
+    with pytest.raises(RefusedError, match="2 processes want a GPU each, and the cluster has 1") as caught:
+        cluster._offer(with_scaling(plan, device="gpu"), notes.append)
+    assert caught.value.mend
+    with pytest.raises(RefusedError, match="7 workers need 7 CPUs"):
+        cluster._offer(with_scaling(plan, num_workers=7), notes.append)
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_what_an_autoscaler_could_give_is_waited_for(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.distributed import cluster
+
+    monkeypatch.setattr(cluster, "_most_resources", lambda: {"CPU": 64, "GPU": 8})
+    notes: list[Event] = []
+    assert cluster._offer(plan, notes.append)["use_gpu"]
+    (note,) = notes
+    assert note == Noted("the job waits for its place on the cluster: 2 GPUs are wanted and 1 are free")
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_the_queue_of_events_is_on_the_drivers_node() -> None:
+    import ray
+
+    from orchestrator.distributed import cluster
+
+    here = ray.get_runtime_context().get_node_id()
+    for _ in range(4):  # left to Ray, they would be spread
+        queue = cluster._event_queue()
+        assert ray.get(queue.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())) == here
+        ray.kill(queue)
+
+
+def test_workers_that_do_not_answer_are_ended_before_the_run_is_somebody_elses(
+    tiny_resnet: Path, flat_digits: Path
+) -> None:
+    """A worker hangs in a sample; the driver is asked to stop. In a process of its own, since Ray is shut down."""
+    script = textwrap.dedent("""
+        import dataclasses, os, sys, time
+        from pathlib import Path
+        import orchestrator
+        from orchestrator.distributed import cluster
+        from orchestrator.modality import registry
+
+        cluster._STOP_GRACE_S = 3.0
+        hanging = Path("hanging").absolute()
+        image = registry.get("image")
+
+        def decode(sample):
+            if os.getpid() != driver:
+                hanging.write_text(str(os.getpid()))
+                time.sleep(1000)
+            return image.decode(sample)
+
+        driver = os.getpid()
+        orchestrator.register(dataclasses.replace(image, name="slow", decode=decode))
+        try:
+            orchestrator.finetune(
+                modality="slow", backbone=sys.argv[1], data=sys.argv[2], method="full", name="run",
+                scaling={"address": "local", "threads_per_worker": 1}, report=lambda _: None, stop=hanging.exists,
+            )
+        except orchestrator.OrchestratorError as error:
+            print(error.exit_code, error.message)
+        with orchestrator.Run(Path("runs/run").absolute()).locked():
+            for _ in range(100):
+                if not Path(f"/proc/{hanging.read_text()}").exists():
+                    print("ended")
+                    break
+                time.sleep(0.1)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_resnet), str(flat_digits)],
+        capture_output=True, text=True, check=False, timeout=240, env={**os.environ},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["130 stopped; the workers did not answer", "ended"], done.stderr[-3000:]
