@@ -19,6 +19,7 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     labels        classes, targets, and whether they can be learnt
     splits        stratified, grouped and balanced splits
     samples       the sample table on disk: written once, memory-mapped
+    table_store   the sample tables of a storage, each kept once for all of its runs
     contents      digests that samples and data are known by, and a catalogue of files
 """
 
@@ -35,3 +36,9 @@ from orchestrator.data.materialise import materialise_rows as materialise_rows
 from orchestrator.data.prepare import LEAVE_OUT as LEAVE_OUT, Prepared as Prepared, prepare_data as prepare_data
 from orchestrator.data.samples import MAX_AT_ONCE as MAX_AT_ONCE, Samples as Samples
 from orchestrator.data.sources import columns_of as columns_of
+from orchestrator.data.table_store import (
+    StoredTable as StoredTable,
+    TableStore as TableStore,
+    table_key as table_key,
+    table_of as table_of,
+)
