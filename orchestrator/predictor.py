@@ -21,7 +21,7 @@ from orchestrator.data import (
     columns_of,
     input_columns,
     label_columns,
-    prepare as data,
+    prepare_data,
     split_by_size,
 )
 from orchestrator.errors import BadSampleError, DataError, TrainingError
@@ -149,7 +149,7 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
         pool = resources.enter_context(ThreadPoolExecutor(max_workers=loaded.plan.threads_per_worker))
         task, classes = loaded.plan.job.task, loaded.plan.classes
         spec, notes = _as_the_run(_data(labelled, Path(folder)), loaded.plan)
-        prepared = data.prepare(spec, loaded.modality, loaded.plan.backbone, task, classes, Path(folder))
+        prepared = prepare_data(spec, loaded.modality, loaded.plan.backbone, task, classes, Path(folder))
         samples = Samples(Path(folder), loaded.fields)
         source = SampleSource(samples, loaded.decode, loaded.collate, spec.on_bad_sample == "skip", pool)
         predictions = _predictions(loaded, source)

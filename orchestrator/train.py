@@ -54,6 +54,7 @@ from orchestrator.job import (
     is_dataset,
     is_uri,
     list_runs,
+    local_path,
     write_file,
 )
 from orchestrator.modality import registry
@@ -131,7 +132,7 @@ def _start(
         report(PhaseBegan("looking at backbone and data"))
         resolved = resolve_backbone(known)
         # Rows that the caller holds are written down once, on the storage, and are a table from then on.
-        with _written(draft, Path(known.storage).expanduser()) as settled:
+        with _written(draft, local_path(known.storage)) as settled:
             try:
                 return _run(settled, resolved, options)
             except InterruptedRunError as error:
@@ -185,7 +186,7 @@ def _run_of(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
 
     How many microbatches a batch has is part of a run's name, and by default there is one for each worker.
     """
-    storage = Path(job.storage).expanduser().absolute()
+    storage = local_path(job.storage).absolute()
     run = Run(storage / (job.name or run_name(job, resolved.card)))
     if job.name is not None or job.training.num_microbatches is not None or options.fresh or run.path.exists():
         return run
@@ -213,7 +214,7 @@ def _refuse_inside_data(run: Run, job: Job) -> None:
     for place in (job.data.path, job.data.validation, job.data.test):
         if place is None or is_uri(place) or is_dataset(place):
             continue
-        data = Path(place).expanduser().resolve()
+        data = local_path(place).resolve()
         if data == here or here in data.parents or data in here.parents:
             raise RefusedError(
                 "usage",
@@ -268,7 +269,7 @@ def _refuse_without_samples(run: Run) -> None:
 def _texts(run: Run, job: Job, plan: Plan, prepared: Prepared) -> dict[str, str]:
     """{file: its text} of what the run's directory begins with. Raises `DataError` for names that are no Unicode."""
     # With whole paths, so that it says the same from any directory.
-    storage = str(Path(job.storage).expanduser().absolute())
+    storage = str(local_path(job.storage).absolute())
     whole = job.at_whole_paths().model_copy(update={"name": plan.name, "storage": storage})
     lines = [json.dumps({"place": s.place, "problem": s.problem}, ensure_ascii=False) for s in prepared.skipped]
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.errors import RefusedError, first_line
-from orchestrator.job import BackboneCard, Run
+from orchestrator.job import BackboneCard, Run, local_path
 
 METADATA = (
     "config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json", "tokenizer_config.json",
@@ -33,7 +33,7 @@ def read_card(source: str) -> BackboneCard:
 
     A directory of that name wins over a repository. Raises `RefusedError`; asks for no weight byte.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         return _read_run(source, path) if (path / "plan.json").is_file() else _read_directory(source, path)
     if path.is_file():

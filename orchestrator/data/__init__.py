@@ -3,20 +3,27 @@
 In: a folder, a table, a data set of the Hub, rows of a program. Out: `Prepared` for the gate, and `Samples`, which
 reads rows of the table when they are used. Faulty data is a `DataError` that names it. Imports neither torch nor Ray.
 
-    prepare       rows -> a checked sample table
-    ingest        every row looked at once: is it there, can it be read, what is measured on it
+    prepare       rows -> a checked sample table, top to bottom
     sources       a job's data -> its rows, opened one after the other
-    folders, cells, hub_datasets   a folder's files, a table's cells, data sets -> rows
-    rows          what a source gives, and which paths may be read
+    folders       the files of class folders -> rows
+    table_rows    a table's cells -> rows
+    columns       which columns samples and labels stand in
     tables        CSV, Parquet, JSON lines -> batches of cells
-    locations     URIs -> stores (S3 and what else pyarrow and fsspec open)
+    hub_datasets  data sets of the Hub, or saved to disk -> batches of cells
     materialise   rows that a program holds -> a Parquet file
+    rows          what a row is, and which paths it may name
+    locations     URIs -> stores (S3 and what else pyarrow and fsspec open)
+    ingest        every row looked at once: is it there, can it be read, what is measured on it
+    ingested      what is remembered of the rows
+    duplicates    one file twice, one content in two splits
+    labels        classes, targets, and whether they can be learnt
     splits        stratified, grouped and balanced splits
-    samples       the sample table of a run on disk
-    contents      what a sample's content is known by, and what is remembered of files
+    samples       the sample table on disk: written once, memory-mapped
+    table_store   the sample tables of a storage, each kept once for all of its runs
+    contents      digests that samples and data are known by, and a catalogue of files
 """
 
-from orchestrator.data.cells import input_columns as input_columns, label_columns as label_columns
+from orchestrator.data.columns import input_columns as input_columns, label_columns as label_columns
 from orchestrator.data.contents import Catalog as Catalog, Ids as Ids, Ints as Ints, Marks as Marks, known as known
 from orchestrator.data.locations import (
     Found as Found,
@@ -25,6 +32,13 @@ from orchestrator.data.locations import (
     cached as cached,
     feature_store as feature_store,
 )
-from orchestrator.data.prepare import LEAVE_OUT as LEAVE_OUT, Prepared as Prepared
+from orchestrator.data.materialise import materialise_rows as materialise_rows
+from orchestrator.data.prepare import LEAVE_OUT as LEAVE_OUT, Prepared as Prepared, prepare_data as prepare_data
 from orchestrator.data.samples import MAX_AT_ONCE as MAX_AT_ONCE, Samples as Samples, split_by_size as split_by_size
 from orchestrator.data.sources import columns_of as columns_of
+from orchestrator.data.table_store import (
+    StoredTable as StoredTable,
+    TableStore as TableStore,
+    table_key as table_key,
+    table_of as table_of,
+)

@@ -1,12 +1,18 @@
-"""What a sample's content is known by, and what is remembered of files, so that none is read twice to find that out."""
+"""Digests that samples, files and whole data sets are known by.
+
+`Catalog` remembers those of files between jobs, so that no file is read twice to find out what is in it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,28 +25,54 @@ Marks = npt.NDArray[np.uint64]
 """uint64 [samples]: 64 bits that stand for a place, or for a file's size and time of modification; 0: not known."""
 
 _ENTRY = np.dtype([("place", "<u8"), ("mark", "<u8"), ("low", "<u8"), ("high", "<u8")])
-_MOST_FILES = 16
+_MAX_FILES = 16
+_ROWS_AT_ONCE = 65_536
 
 
 def content_id(content: bytes, more: bytes | None = None) -> tuple[int, int]:
-    """(low, high), each of 64 bits: BLAKE2b over a sample's bytes, and over the second text of a pair."""
-    digest = hashlib.blake2b(content, digest_size=16, person=b"" if more is None else b"pair")
+    """(low, high), each of 64 bits: BLAKE2b over a sample's bytes, and over the second text of a pair. Never (0, 0)."""
+    blake2b = hashlib.blake2b(content, digest_size=16, person=b"" if more is None else b"pair")
     if more is not None:
-        digest.update(len(content).to_bytes(8, "little") + more)
-    whole = digest.digest()
-    return int.from_bytes(whole[:8], "little") or 1, int.from_bytes(whole[8:], "little")
+        blake2b.update(len(content).to_bytes(8, "little") + more)
+    digest = blake2b.digest()
+    return int.from_bytes(digest[:8], "little") or 1, int.from_bytes(digest[8:], "little")
 
 
 def known(ids: Ids) -> npt.NDArray[np.bool_]:
     """bool [samples]: whose content is known."""
-    found: npt.NDArray[np.bool_] = (ids[:, 0] | ids[:, 1]) != 0
-    return found
+    is_known: npt.NDArray[np.bool_] = (ids[:, 0] | ids[:, 1]) != 0
+    return is_known
+
+
+def digest64(*values: object) -> int:
+    """64 bits that stand for values that JSON can hold; never 0."""
+    text = json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
+
+
+def fingerprint(columns: Sequence[npt.NDArray[Any]], rows: Ints, split: Ints) -> str:
+    """64 hex digits that stand for samples, whatever their order.
+
+    columns: integers, each [ingested rows]; rows: int64 [samples], which of them are the samples; split: int64
+    [samples].
+    """
+    mixed = np.zeros(len(rows), dtype=np.uint64)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        piece = mixed[some]
+        for column in (*(column[rows[some]] for column in columns), split[some]):
+            # Multiply and shift, as in splitmix64 (Steele et al. 2014): each row's columns become one number.
+            piece += column.astype(np.uint64, copy=False)
+            piece *= np.uint64(0x9E3779B97F4A7C15)
+            piece ^= piece >> np.uint64(29)
+    mixed.sort()
+    return hashlib.sha256(mixed.astype("<u8", copy=False).data).hexdigest()
 
 
 class Catalog:
     """Files of earlier jobs: their place, size and time of modification -> the id of their content.
 
-    Kept as files that are never changed, each named by its digest: what was cut or damaged counts for nothing, and
+    Kept in files that are never changed, each named by its digest: what was cut or damaged counts for nothing, and
     jobs that write at the same time do not meet.
     """
 
@@ -48,16 +80,16 @@ class Catalog:
         self._folder = folder
 
     def find(self, places: Marks, marks: Marks) -> Ids:
-        """The ids of those that are remembered as they are now, (0, 0) of the others."""
-        found = np.zeros((len(places), 2), np.uint64)
+        """The ids of the files at these places, as far as their marks are those remembered; else (0, 0)."""
+        ids = np.zeros((len(places), 2), np.uint64)
         for file in self._files():
             entries = _read(file)
             if entries is None or not len(entries):
                 continue
             at = np.searchsorted(entries["place"], places).clip(max=len(entries) - 1)
             same = (entries["place"][at] == places) & (entries["mark"][at] == marks) & (marks != 0)
-            found[same, 0], found[same, 1] = entries["low"][at[same]], entries["high"][at[same]]
-        return found
+            ids[same, 0], ids[same, 1] = entries["low"][at[same]], entries["high"][at[same]]
+        return ids
 
     def add(self, places: Marks, marks: Marks, ids: Ids) -> None:
         """Remember more files; those without a mark are left out."""
@@ -67,7 +99,7 @@ class Catalog:
         if not len(new):
             return
         old = self._files()
-        merged = old if len(old) >= _MOST_FILES else []
+        merged = old if len(old) >= _MAX_FILES else []
         parts = [entries for file in merged if (entries := _read(file)) is not None]
         # The newest entry of a place is the one to keep.
         entries = np.concatenate([new, *reversed(parts)])
@@ -78,11 +110,11 @@ class Catalog:
 
     def _files(self) -> list[Path]:
         """Oldest first."""
-        found = []
+        by_age = []
         for file in self._folder.glob("*.npy"):
             with contextlib.suppress(FileNotFoundError):  # merged into another one just now
-                found.append((file.stat().st_mtime_ns, file))
-        return [file for _, file in sorted(found)]
+                by_age.append((file.stat().st_mtime_ns, file))
+        return [file for _, file in sorted(by_age)]
 
     def _write(self, entries: npt.NDArray[np.void]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

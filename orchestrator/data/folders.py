@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.data.locations import Location
-from orchestrator.data.rows import Origin, Row, Source, inside
+from orchestrator.data.rows import Origin, Row, Source, inside, is_unicode
 from orchestrator.data.tables import suffix_of
 from orchestrator.errors import DataError
 from orchestrator.job import SPLIT_NAMES
@@ -20,7 +20,10 @@ _LITTER = {"thumbs.db", "desktop.ini", "icon\r"}
 
 
 def open_folder(source: Source, root: Path | Location, sample: SampleField) -> None:
-    """Put the folder's rows behind those of the source."""
+    """Put a row for each file of the class folders behind those of the source; lists only the top of the folder yet.
+
+    Raises `DataError` where there are splits without train/; the rows, when they are read, where there is none.
+    """
     text = str(root) if isinstance(root, Path) else root.text
     resolved = root.resolve() if isinstance(root, Path) else root
     origin = source.add(Origin(text, resolved, is_table=False, listed=isinstance(root, Location)))
@@ -79,7 +82,7 @@ class _Others:
 
 
 def _walk_top(source: Source, root: Path | Location, top: str, sample: SampleField, others: _Others) -> Iterator[Row]:
-    """The rows below one split's folder ('' where the whole is one)."""
+    """The rows of the class folders in `top`, the folder of a split below the root; '' where there are no splits."""
     here = root if not top else root / top if isinstance(root, Path) else root.join(top)
     for name, is_folder in children(here):
         uri = posixpath.join(top, name)
@@ -104,8 +107,8 @@ def _walk_top(source: Source, root: Path | Location, top: str, sample: SampleFie
 
 def _other_modality(suffixes: set[str]) -> str:
     """Which modality takes such files, '' if none does."""
-    found = [name for name, other in registry.available().items() if suffixes & set(other.sample[0].suffixes)]
-    return f"say what they are: --modality {found[0]}" if found else ""
+    fitting = [name for name, other in registry.available().items() if suffixes & set(other.sample[0].suffixes)]
+    return f"say what they are: --modality {fitting[0]}" if fitting else ""
 
 
 def _walk(root: Path, folder: str, others: _Others) -> Iterator[Row]:
@@ -120,7 +123,7 @@ def _walk(root: Path, folder: str, others: _Others) -> Iterator[Row]:
             if name.startswith("."):
                 continue
             file = os.path.join(directory, name)
-            if not _is_text(file):
+            if not is_unicode(file):
                 shown = os.fsencode(file).decode("utf-8", "backslashreplace")
                 yield Row(shown, "", problem="its name is not in UTF-8")
                 continue
@@ -130,9 +133,9 @@ def _walk(root: Path, folder: str, others: _Others) -> Iterator[Row]:
 
 
 def _inside(root: Path, link: str) -> str:
-    """The link. Raises `DataError` where it leads out of the data's root."""
-    found, why = inside(root.resolve(), link, {})
-    if found is None:
+    """The link, which is relative to the root. Raises `DataError` where it leads out of the data's root."""
+    uri, why = inside(root.resolve(), link, {})
+    if uri is None:
         raise DataError(
             f"{root / link}: the linked folder {why} {root}", expected="folders below the data's root",
             mend="remove the link, or move the folder below it",
@@ -141,22 +144,17 @@ def _inside(root: Path, link: str) -> str:
 
 
 def _list(root: Location, folder: str) -> Iterator[Row]:
-    for found in root.join(folder).files():
-        uri = posixpath.join(folder, found.uri)
-        yield Row(root.join(uri).text, "", uri=uri, stat=(found.size, found.modified_ns))
-
-
-def _is_text(name: str) -> bool:
-    """Whether a file's name can be written down; POSIX allows any bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Every file below a folder of a store, hidden ones left out."""
+    for file in root.join(folder).files():
+        uri = posixpath.join(folder, file.uri)
+        yield Row(root.join(uri).text, "", uri=uri, stat=(file.size, file.modified_ns))
 
 
 def children(folder: Path | Location) -> list[tuple[str, bool]]:
-    """(name, whether it is a folder) of what lies directly in it, by name."""
+    """(name, whether it is a folder) of what lies directly in it, by name.
+
+    Raises `DataError` where it may not be listed, `RefusedError` where its store does not answer.
+    """
     if isinstance(folder, Location):
         return folder.children()
     try:

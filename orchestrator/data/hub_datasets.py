@@ -32,11 +32,10 @@ def _is_saved_split(path: Path) -> bool:
 
 
 def open_saved(path: Path) -> tuple[list[Table], list[str]]:
-    """(a table a split, notes) of a directory that `save_to_disk` wrote."""
+    """(a table a split, notes) of a directory that `save_to_disk` wrote. Raises `DataError` where it is damaged."""
     library = _library()
     try:
-        found = library.load_from_disk(str(path))
-        return _tables(found, str(path), path)
+        return _tables(library.load_from_disk(str(path)), str(path), path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} cannot be read: {first_line(error)}", expected="a directory as datasets' save_to_disk writes it",
@@ -60,7 +59,7 @@ def open_repository(place: str, subset: str | None) -> tuple[list[Table], list[s
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise offline(place, error) from error
     try:
-        found = asking(place, lambda: library.load_dataset(name, subset, revision=commit))
+        data = asking(place, lambda: library.load_dataset(name, subset, revision=commit))
     except (HTTPError, OfflineModeIsEnabled, ConnectionError) as error:
         raise offline(place, error) from error
     except library.exceptions.DatasetsError as error:
@@ -74,24 +73,27 @@ def open_repository(place: str, subset: str | None) -> tuple[list[Table], list[s
         raise _unreadable(place, error) from None
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    tables, notes = _tables(found, place, Path(HF_HUB_CACHE))
+    tables, notes = _tables(data, place, Path(HF_HUB_CACHE))
     return tables, [f"{name} at commit {commit}", *notes]
 
 
-def splits_of(found: Any, text: str) -> list[tuple[int | None, Any]]:
-    """(split, data set) of a `DatasetDict` that a program holds, which is warned of others. Raises `DataError`."""
-    chosen, notes = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in found}, text)
+def splits_of(splits: Any, text: str) -> list[tuple[int | None, Any]]:
+    """(split, `Dataset`) of a `DatasetDict` that a program holds; warns of parts that are no split.
+
+    `text` is what messages call it. Raises `DataError` where there is none to train on.
+    """
+    chosen, notes = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in splits}, text)
     for note in notes:
         warnings.warn(f"{text}: {note}", stacklevel=2)
-    return [(split, found[name]) for name, split in chosen.items()]
+    return [(split, splits[name]) for name, split in chosen.items()]
 
 
-def rows_of(found: Any) -> Iterator[Mapping[str, Any]]:
-    """The rows of a `Dataset` or `IterableDataset` that a program holds."""
-    if not found.features:  # of an iterable one that knows its columns only by its rows
-        yield from found
+def rows_of(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows of a `Dataset` or `IterableDataset` that a program holds, {column: cell}."""
+    if not dataset.features:  # of an iterable one that knows its columns only by its rows
+        yield from dataset
         return
-    table = _table(found, "", Path(), None)
+    table = _table(dataset, "", Path(), None)
     for batch in table.batches(table.columns):
         for cells in zip(*batch.values(), strict=True):
             yield dict(zip(batch, cells, strict=True))
@@ -113,33 +115,34 @@ def _unreadable(place: str, error: Exception) -> DataError:
     )
 
 
-def _tables(found: Any, text: str, root: Path) -> tuple[list[Table], list[str]]:
-    if not hasattr(found, "keys"):  # one Dataset
-        return [_table(found, text, root, None)], []
-    chosen, notes = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in found}, text)
-    return [_table(found[name], f"{text} {name}", root, split) for name, split in chosen.items()], notes
+def _tables(data: Any, text: str, root: Path) -> tuple[list[Table], list[str]]:
+    """(a table a split, notes) of a `DatasetDict` or a `Dataset`."""
+    if not hasattr(data, "keys"):
+        return [_table(data, text, root, None)], []
+    chosen, notes = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in data}, text)
+    return [_table(data[name], f"{text} {name}", root, split) for name, split in chosen.items()], notes
 
 
-def _table(found: Any, text: str, root: Path, split: int | None) -> Table:
-    features = found.features
+def _table(dataset: Any, text: str, root: Path, split: int | None) -> Table:
+    features = dataset.features
 
     def read(wanted: Sequence[str]) -> Iterator[Batch]:
         columns = list(dict.fromkeys(wanted))
-        chosen = found.select_columns(columns)
+        chosen = dataset.select_columns(columns)
         for name in columns:
             if hasattr(features[name], "decode"):
                 chosen = chosen.cast_column(name, type(features[name])(decode=False))
         names = {name: names for name in columns if (names := _class_names(features[name])) is not None}
         for batch in chosen.with_format("arrow").iter(batch_size=BATCH_ROWS):
             cells = batch.to_pydict()
-            for name, known in names.items():
-                cells[name] = [_named(cell, known) for cell in cells[name]]
+            for name, classes in names.items():
+                cells[name] = [_named(cell, classes) for cell in cells[name]]
             for name in columns:
                 if hasattr(features[name], "decode"):
                     cells[name] = [_with_bytes(cell) for cell in cells[name]]
             yield cells
 
-    return Table(text, tuple(found.column_names), read, root, split)
+    return Table(text, tuple(dataset.column_names), read, root, split)
 
 
 def _class_names(feature: Any) -> list[str] | None:
@@ -150,6 +153,7 @@ def _class_names(feature: Any) -> list[str] | None:
 
 
 def _named(cell: Any, names: list[str]) -> Any:
+    """The name of a class by its number, of each in a list; None where it is no class."""
     if isinstance(cell, list):
         return [_named(one, names) for one in cell]
     return names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else None  # -1 is no label

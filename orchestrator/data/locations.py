@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from orchestrator.errors import DataError, RefusedError, first_line
+from orchestrator.job import is_uri, local_path
 
 Kind = Literal["file", "directory", "missing"]
 _BUFFER_BYTES = 8 * 2**20
@@ -49,8 +50,8 @@ class Location:
     def kind(self) -> Kind:
         """What is there. Raises `RefusedError` where the store cannot be asked."""
         with asking(self.text):
-            found = self.fs.get_file_info(self.path).type
-        return {pa.fs.FileType.File: "file", pa.fs.FileType.Directory: "directory"}.get(found, "missing")  # type: ignore[return-value]
+            kind = self.fs.get_file_info(self.path).type
+        return {pa.fs.FileType.File: "file", pa.fs.FileType.Directory: "directory"}.get(kind, "missing")  # type: ignore[return-value]
 
     def join(self, uri: str) -> Location:
         """The place of `uri`, which is relative to this one."""
@@ -76,26 +77,26 @@ class Location:
     def stat(self) -> tuple[int, int] | None:
         """(bytes, time of modification in ns), None where there is no such file."""
         with asking(self.text):
-            (found,) = self.fs.get_file_info([self.path])
-        return (found.size, found.mtime_ns or 0) if found.type == pa.fs.FileType.File else None
+            (info,) = self.fs.get_file_info([self.path])
+        return (info.size, info.mtime_ns or 0) if info.type == pa.fs.FileType.File else None
 
     def children(self) -> list[tuple[str, bool]]:
-        """(name, whether it is a folder) of what lies directly in this folder, by name."""
+        """(name, whether it is a folder) of what lies directly in this folder, by name. Raises `RefusedError`."""
         infos = self._list(recursive=False)
         return sorted((info.base_name, info.type == pa.fs.FileType.Directory) for info in infos)
 
     def files(self) -> list[Found]:
-        """All files below this folder, by name; hidden ones left out."""
+        """All files below this folder, by name; hidden ones left out. Raises `RefusedError`."""
         start = len(self.path.rstrip("/")) + 1
-        found = []
+        files = []
         for info in self._list(recursive=True):
             uri = info.path[start:]
             if info.type == pa.fs.FileType.File and not any(part.startswith(".") for part in uri.split("/")):
-                found.append(Found(uri, info.size, info.mtime_ns or 0))
-        return sorted(found, key=lambda one: one.uri)
+                files.append(Found(uri, info.size, info.mtime_ns or 0))
+        return sorted(files, key=lambda file: file.uri)
 
     def names(self) -> list[str]:
-        """Of what lies directly in this folder; [] where there is no such folder. Raises `OSError`."""
+        """The names of what lies directly in this folder; [] where there is no such folder. Raises `OSError`."""
         infos = self.fs.get_file_info(pa.fs.FileSelector(self.path, allow_not_found=True))
         return [info.base_name for info in infos]
 
@@ -141,6 +142,11 @@ def locate(place: str) -> Location:
         ) from None
 
 
+def path_or_location(place: str) -> Path | Location:
+    """Where a place of the user's is: a URI's location, else a path. Raises as `locate` does."""
+    return locate(place) if is_uri(place) else local_path(place)
+
+
 def _open(place: str) -> tuple[Any, str]:
     try:
         fs, path = pa.fs.FileSystem.from_uri(place)
@@ -172,10 +178,10 @@ def feature_store(place: str) -> Location:
 
 @contextlib.contextmanager
 def asking(place: str) -> Iterator[None]:
-    """The store's errors become one of ours."""
+    """Errors of the store at `place` become `RefusedError`; a `ValueError`, of a place that is wrong, passes."""
     try:
         yield
-    except ValueError:  # ArrowInvalid too: the place itself is wrong
+    except ValueError:  # ArrowInvalid too
         raise
     except (OSError, pa.ArrowException) as error:
         raise RefusedError(

@@ -32,7 +32,7 @@ _MEND = (
 )
 
 
-def materialise(data: object, directory: Path, new: list[Path] | None = None) -> object:
+def materialise_rows(data: object, directory: Path, new: list[Path] | None = None) -> object:
     """`data` of a job's fields, with all that is no place replaced by a Parquet file in `directory`.
 
     Takes rows, or a mapping whose path, validation or test are rows. Paths in rows are relative to the working
@@ -53,14 +53,14 @@ def materialise(data: object, directory: Path, new: list[Path] | None = None) ->
 
 
 def _by_split(settings: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """{path, validation or test: its rows}, a DatasetDict cut into its splits."""
-    found: dict[str, list[Any]] = {}
+    """{path, validation or test: what holds its rows}, a DatasetDict cut into its splits."""
+    rows: dict[str, list[Any]] = {}
     for key in SPLIT_KEYS:
         value = settings.get(key)
         if not is_rows(value):
             continue
         if not isinstance(value, Mapping) or library_of(value) != "datasets":
-            found.setdefault(key, []).append(value)
+            rows.setdefault(key, []).append(value)
             continue
         parts = splits_of(value, "the data set")
         for split, part in parts:
@@ -75,8 +75,8 @@ def _by_split(settings: Mapping[str, Any]) -> dict[str, list[Any]]:
                     f"data.{name} is given, and the data set has a split {name} of its own",
                     mend="leave one of them out",
                 )
-            found.setdefault(name, []).append(part)
-    return found
+            rows.setdefault(name, []).append(part)
+    return rows
 
 
 def _batches(value: Any) -> Iterator[pa.RecordBatch]:
@@ -104,6 +104,7 @@ def _batches(value: Any) -> Iterator[pa.RecordBatch]:
 
 
 def _of_rows(rows: Iterator[Any]) -> Iterator[pa.RecordBatch]:
+    """Mappings as batches of one schema, that of the first `_INFERRED_ROWS`. Raises `DataError` for what differs."""
     schema: pa.Schema | None = None
     number = 0
     for chunk in _chunks(_plain(row) for row in rows):
@@ -206,6 +207,7 @@ def _write(batches: Iterator[pa.RecordBatch], directory: Path, new: list[Path]) 
 
 
 def _write_to(file: Path, batches: Iterator[pa.RecordBatch]) -> int:
+    """Write the batches as Parquet, about `_CHUNK_BYTES` a row group; the number of rows. Raises `DataError`."""
     writer: pa.parquet.ParquetWriter | None = None
     waiting: list[pa.RecordBatch] = []
     num_rows = 0

@@ -7,9 +7,12 @@ import posixpath
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from orchestrator.data.locations import Location
 from orchestrator.job import is_uri
+
+_AS_URLS_ARE_READ = str.maketrans("\\", "/", "\t\r\n")
 
 Label = str | tuple[str, ...] | tuple[float, ...]
 """The class; multi-label: all that the sample has; regression: the targets."""
@@ -28,6 +31,11 @@ class Origin:
     """Whether its files were listed, so that they are there and their sizes are known."""
     is_place: bool = True
     """Whether the user knows it by its name; rows that a program gave have none."""
+
+    @property
+    def root_text(self) -> str:
+        """The root as a path or a URI."""
+        return self.root.text if isinstance(self.root, Location) else str(self.root)
 
     def row(self, number: int) -> str:
         """A row of the table, as messages call it."""
@@ -86,11 +94,13 @@ class Source:
 def inside(root: Path, uri: str, resolved: dict[str, str]) -> tuple[str | None, str]:
     """(the file relative to `root`, the same with its links resolved) or (None, why not).
 
-    A path may not leave the data's root, links included. `resolved` remembers directories, so that each is resolved
-    once.
+    `root` is absolute, its own links resolved. A path may not leave it, over links neither. `resolved` remembers
+    directories, so that each is resolved once.
     """
     if is_uri(uri):
         return None, "lies in a store, outside of"
+    if not _can_be_path(uri):
+        return None, "is no path below"
     pure = PurePosixPath(uri.replace("\\", "/")) if "\\" in uri and not os.path.exists(root / uri) else Path(uri)
     file = os.path.normpath(root / pure)
     directory, name = os.path.split(file)
@@ -101,18 +111,45 @@ def inside(root: Path, uri: str, resolved: dict[str, str]) -> tuple[str | None, 
         real = os.path.realpath(real)
     if os.path.commonpath([str(root), real]) != str(root):
         return None, "leaves the data's root"
-    named, found = os.path.relpath(file, root), os.path.relpath(real, root)
-    return (found if named.startswith("..") else named), found  # the root itself may be named by a link
+    named, resolved_name = os.path.relpath(file, root), os.path.relpath(real, root)
+    # The root itself may be named by a link.
+    return (resolved_name if named.startswith("..") else named), resolved_name
+
+
+def _can_be_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half a character
+        return False
 
 
 def inside_store(root: Location, uri: str) -> tuple[str | None, str]:
-    """`inside` of a store, where there are no links: (the URI relative to `root`, '') or (None, why not)."""
+    """`inside` of a store, where there are no links: (the URI relative to `root`, '') or (None, why not).
+
+    One that may leave the root only as some clients and servers read it is refused too: by RFC 3986 `%2e%2e` is `..`.
+    """
     if is_uri(uri):
         start = root.text.rstrip("/") + "/"
         if not uri.startswith(start):
             return None, "leaves the data's root"
         uri = uri[len(start) :]
     uri = posixpath.normpath(uri)
-    if uri.startswith(("/", "../")) or uri in ("..", "."):
+    if uri.startswith("/") or uri == "." or ".." in _as_url(uri).split("/"):
         return None, "leaves the data's root"
     return uri, ""
+
+
+def _as_url(uri: str) -> str:
+    """The URI as the most generous of clients and servers reads it."""
+    while uri != (unescaped := unquote(uri)):
+        uri = unescaped
+    return uri.translate(_AS_URLS_ARE_READ)
+
+
+def is_unicode(name: str) -> bool:
+    """Whether it can be written down: POSIX allows any bytes in names, and JSON halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from orchestrator.data.contents import Ids, Marks, content_id
+from orchestrator.data.contents import Ids, Ints, Marks, content_id
 from orchestrator.data.locations import cached
-from orchestrator.data.rows import Origin, Row
+from orchestrator.data.rows import Row
 from orchestrator.errors import BadSampleError
 from orchestrator.job import SPLITS, is_uri
 from orchestrator.modality import Sample
-
-Ints = npt.NDArray[np.int64]
 
 ROWS_FILE, INDEX_FILE = "samples.arrow", "index.arrow"
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 16 * 2**20
 MAX_AT_ONCE = 64
+"""So many samples are decoded at once, fewer where they are large."""
 _BYTES_AT_ONCE = 64 * 2**20
 """Of files, which are up to some ten times as large once they are decoded."""
 _NAMES_AT_ONCE = 65_536
@@ -75,32 +73,6 @@ class SampleWriter:
             self._flush()
         self._writer.close()
         self._sink.close()
-
-
-class Rows:
-    """What `samples.arrow` says of single rows, for messages; it is opened when it is first asked."""
-
-    def __init__(self, file: Path, origins: Sequence[Origin]) -> None:
-        self._file, self._origins = file, origins
-
-    @cached_property
-    def _table(self) -> Any:
-        return _mapped(self._file)
-
-    def uri(self, row: int) -> str:
-        """'' where the table holds the sample itself."""
-        return str(self._table.column("uri")[row].as_py())
-
-    def file(self, row: int) -> str:
-        """The row's file, its links resolved."""
-        root = self._origins[self._table.column("origin")[row].as_py()].root
-        return os.path.realpath(root / self.uri(row)) if isinstance(root, Path) else root.join(self.uri(row)).text
-
-    def place(self, row: int) -> str:
-        """What the row is called in a message."""
-        origin = self._origins[self._table.column("origin")[row].as_py()]
-        number = self._table.column("number")[row].as_py()
-        return origin.row(number) if origin.is_table else os.path.join(origin.text, self.uri(row))
 
 
 def write_index(
@@ -159,11 +131,11 @@ class Samples:
             self._marks = index.column("mark").to_numpy()
 
     def contents(self, rows: Ints) -> Ids:
-        """What the content of each row is known by, (0, 0) where it was not read before the start."""
+        """The id of each row's content, (0, 0) where it was not read before the start. rows: int64 [some samples]."""
         return np.stack([column[rows] for column in self._contents], axis=1)
 
     def files(self, rows: Ints) -> tuple[Marks, Marks]:
-        """(what each row's file is known by, what its size and time of modification are), 0 for rows without one."""
+        """(digest of each row's file name, digest of its size and time of modification), 0 for rows without a file."""
         roots = [os.path.realpath(root) if not is_uri(root) else root for root in self._roots]
         places, marks = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
         for start in range(0, len(rows), _NAMES_AT_ONCE):
@@ -178,7 +150,7 @@ class Samples:
         return places, marks
 
     def rows(self, split: str) -> Ints:
-        """The samples of a split, int64, ascending."""
+        """The numbers of a split's samples, int64, ascending. `split` is one of `SPLITS`."""
         return np.flatnonzero(self._split == SPLITS.index(split))
 
     def order_by_length(self, rows: Ints) -> Ints:
@@ -198,13 +170,11 @@ class Samples:
 
         What differs in size differs, and is not looked at: a file that has another size by now is another sample.
         """
-        theirs = other._known_by(rows, self.num_bytes)
-        mine = self._known_by(np.arange(len(self.targets)), other.num_bytes[rows])
-        found = set(theirs)
-        return sum(one in found for one in mine)
+        others = set(other._known_by(rows, self.num_bytes))
+        return sum(one in others for one in self._known_by(np.arange(len(self.targets)), other.num_bytes[rows]))
 
     def _known_by(self, rows: Ints, sizes: Ints) -> Iterator[str]:
-        """What the rows of such sizes are known by; of a store's files, whose sizes may be unknown, all are."""
+        """`known_by` of rows whose size is among `sizes`, and of all files in stores, whose sizes may be unknown."""
         in_store = np.array([is_uri(root) for root in self._roots])[self._origin.to_numpy()[self._row[rows]]]
         for row in rows[in_store | np.isin(self.num_bytes[rows], sizes)].tolist():
             yield self.known_by(row)
@@ -233,7 +203,7 @@ class Samples:
         return sample
 
     def id_of(self, sample: Sample) -> tuple[int, int]:
-        """What the content of a sample that was read is known by."""
+        """The id of the content of a sample that was read, (low, high)."""
         first, *more = (sample[name] for name in self._fields if name in sample)
         return content_id(first, more[0] if more else None)
 

@@ -7,21 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.data.cells import (
-    delimiter,
-    fill_file,
-    fill_label,
-    fill_side,
-    fill_text,
-    find_inputs,
-    input_columns,
-    label_columns,
-)
+from orchestrator.data.columns import input_columns, label_columns
 from orchestrator.data.folders import children, open_folder
-from orchestrator.data.locations import Location, locate
-from orchestrator.data.rows import Origin, Row, Source
+from orchestrator.data.locations import Location, path_or_location
+from orchestrator.data.rows import Row, Source
+from orchestrator.data.table_rows import open_rows
 from orchestrator.data.tables import Table, open_table, suffix_of
-from orchestrator.errors import DataError, did_you_mean
+from orchestrator.errors import DataError
 from orchestrator.job import (
     SPLIT_KEYS,
     SPLIT_NAMES,
@@ -31,7 +23,6 @@ from orchestrator.job import (
     choose_splits,
     is_dataset,
     is_materialised,
-    is_uri,
     shown,
 )
 from orchestrator.modality import SampleField
@@ -83,8 +74,8 @@ def columns_of(spec: Data, wanted: Sequence[str]) -> tuple[str, ...]:
 
     Raises `DataError`.
     """
-    found, _ = _tables_of(spec.path, spec.subset, wanted)
-    return tuple(name for name in found[0].columns if all(name in one.columns for one in found)) if found else ()
+    tables, _ = _tables_of(spec.path, spec.subset, wanted)
+    return tuple(name for name in tables[0].columns if all(name in one.columns for one in tables)) if tables else ()
 
 
 def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwise: int | None) -> None:
@@ -98,7 +89,7 @@ def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwi
         source.ready_made = True
     for table in tables:
         named = replace(table, text=_ROWS[split or 0]) if is_materialised(place) else table
-        _open_table(source, named, wanted, is_place=not is_materialised(place))
+        open_rows(source, named, wanted.spec, wanted.sample, wanted.task, is_place=not is_materialised(place))
     if not tables:
         _open_folder(source, place, wanted)
 
@@ -121,7 +112,7 @@ def _tables_of(place: str, subset: str | None, wanted: Sequence[str]) -> tuple[l
         from orchestrator.data.hub_datasets import open_repository
 
         return open_repository(place, subset)
-    here = _at(place)
+    here = path_or_location(place)
     kind = here.kind() if isinstance(here, Location) else _kind(here)
     if kind == "missing":
         raise DataError(
@@ -164,11 +155,7 @@ def _open_folder(source: Source, place: str, wanted: _Wanted) -> None:
                 expected="a .csv, .parquet or .jsonl table with that column",
                 mend="write a table with the columns path, label and " + str(getattr(wanted.spec, setting)),
             )
-    open_folder(source, _at(place), wanted.sample[0])
-
-
-def _at(place: str) -> Path | Location:
-    return locate(place) if is_uri(place) else Path(place).expanduser()
+    open_folder(source, path_or_location(place), wanted.sample[0])
 
 
 def _kind(path: Path) -> str:
@@ -180,9 +167,9 @@ def _table_names(folder: Path | Location) -> list[str]:
 
     Every file must be a table of one kind, and there is no folder beside them; hidden ones do not count.
     """
-    found = [(name, is_folder) for name, is_folder in children(folder) if not name.startswith(".")]
-    files = [name for name, is_folder in found if not is_folder and not name.startswith("_")]
-    if any(is_folder for _, is_folder in found) or len({suffix_of(name) for name in files}) != 1:
+    visible = [(name, is_folder) for name, is_folder in children(folder) if not name.startswith(".")]
+    files = [name for name, is_folder in visible if not is_folder and not name.startswith("_")]
+    if any(is_folder for _, is_folder in visible) or len({suffix_of(name) for name in files}) != 1:
         return []
     return files if suffix_of(files[0]) in TABLE_SUFFIXES else []
 
@@ -190,63 +177,3 @@ def _table_names(folder: Path | Location) -> list[str]:
 def _split_of(name: str) -> int | None:
     """Of a part of a folder of tables, by its name: train.csv, test-00000-of-00001.parquet."""
     return SPLIT_NAMES.get(_SHARD.sub("", name.split(".")[0].lower()))
-
-
-def _open_table(source: Source, table: Table, wanted: _Wanted, is_place: bool) -> None:
-    spec, text = wanted.spec, table.text
-    labelled = label_columns(spec)
-    given = [("label_column", column) for column in labelled]
-    given += [(setting, getattr(spec, setting)) for setting in ("group_column", "split_column")]
-    for setting, column in given:
-        if column is not None and column not in table.columns:
-            raise DataError(
-                f"{text} has no column {column!r} (data.{setting})",
-                expected="one of " + ", ".join(table.columns),
-                mend=delimiter(table.columns, text) or did_you_mean(column, table.columns),
-            )
-    inputs = find_inputs(table.columns, spec, wanted.sample, text)
-    given_root = spec.root if spec.root is not None or is_place else spec.rows_root
-    root = table.root if given_root is None else _at(given_root)
-    root = root.resolve() if isinstance(root, Path) else root
-    is_nowhere = given_root is not None and isinstance(root, Path) and not root.is_dir()
-    number = source.add(Origin(text, root, is_table=True, is_place=is_place))
-    origin = source.origins[number]
-    note = "the column 'split' is not used; if it says train, validation or test: data.split_column"
-    if "split" in table.columns and spec.split_column is None and note not in source.notes:
-        source.notes.append(note)
-    if wanted.task == "multi-label" and len(labelled) > 1:
-        source.classes |= set(labelled)
-    extra = [column for column in (spec.group_column, spec.split_column) if column is not None]
-
-    def rows() -> Iterator[Row]:
-        at = 0
-        for batch in table.batches([*inputs, *labelled, *extra]):
-            nothing = [None] * len(batch[inputs[0]])
-            cells = zip(
-                batch[inputs[0]],
-                batch[inputs[1]] if len(inputs) > 1 else nothing,
-                zip(*(batch[column] for column in labelled), strict=True),
-                batch[spec.group_column] if spec.group_column else nothing,
-                batch[spec.split_column] if spec.split_column else nothing,
-                strict=True,
-            )
-            for value, second, label, group, split in cells:
-                at += 1
-                row = Row(origin.row(at), "", number, at, split=table.split)
-                if wanted.sample[0].kind == "text":
-                    fill_text(row, value, second, len(inputs) > 1)
-                else:
-                    fill_file(row, value)
-                if row.uri and is_nowhere:
-                    raise DataError(
-                        f"there is no folder {given_root} (data.root)",
-                        expected="the folder that paths are relative to",
-                        mend="correct it, or leave it out: then paths are relative to the table's folder",
-                    )
-                if not row.problem:
-                    fill_label(row, label, spec, wanted.task)
-                if not row.problem:
-                    fill_side(row, group, split, spec)
-                yield row
-
-    source.parts.append(rows)

@@ -164,10 +164,10 @@ def materialised(draft: Draft, directory: Path, new: list[Path] | None = None) -
     if not holds_rows(data):
         return draft
     try:
-        from orchestrator.data.materialise import materialise
+        from orchestrator.data import materialise_rows
     except ModuleNotFoundError as error:
         raise missing_extra(error) or error from None
-    return replace(draft, tree={**draft.tree, "data": materialise(data, directory, new)})
+    return replace(draft, tree={**draft.tree, "data": materialise_rows(data, directory, new)})
 
 
 def _require_store(place: str) -> None:
@@ -204,7 +204,7 @@ def _prepare(
     spec: Data, plugin: Modality, card: BackboneCard, task: TaskName, directory: Path | None = None
 ) -> Prepared:
     try:
-        from orchestrator.data.prepare import prepare as prepare_data
+        from orchestrator.data import prepare_data
     except ModuleNotFoundError as error:
         raise missing_extra(error, plugin.extra) or error from None
     return prepare_data(spec, plugin, card, task, directory=directory)

@@ -43,6 +43,7 @@ from orchestrator.job.places import (
     is_rows as is_rows,
     is_uri as is_uri,
     library_of as library_of,
+    local_path as local_path,
     shown as shown,
 )
 from orchestrator.job.plans import (

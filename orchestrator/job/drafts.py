@@ -166,12 +166,13 @@ def _meant(path: Path) -> str:
 def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int], path: Path) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
+    first: dict[str, int] = {}  # of this mapping alone: beside {a: {b: 1}} a key may be called a.b
     for key, value in node.value:
         name = f"{prefix}{key.value}"
         line = key.start_mark.line + 1
-        if name in lines:
-            raise JobError(f"{path}:{line}: {name} stands here a second time (first in line {lines[name]})")
-        lines[name] = line
+        if key.value in first:
+            raise JobError(f"{path}:{line}: {name} stands here a second time (first in line {first[key.value]})")
+        first[key.value] = lines[name] = line
         _note_lines(value, f"{name}.", lines, path)
 
 

@@ -31,9 +31,14 @@ def is_uri(place: str) -> bool:
     return _SCHEME.match(place) is not None
 
 
+def local_path(place: str | Path) -> Path:
+    """A path of this machine, `~` replaced by the home directory; `~name` stays where there is no such user."""
+    return Path(os.path.expanduser(place))  # Path.expanduser raises there
+
+
 def whole(place: str) -> str:
     """The place from anywhere: an absolute path, or the URI without a slash at its end."""
-    return place.rstrip("/") if is_uri(place) or is_dataset(place) else os.path.abspath(Path(place).expanduser())
+    return place.rstrip("/") if is_uri(place) or is_dataset(place) else os.path.abspath(local_path(place))
 
 
 def library_of(value: object) -> str:

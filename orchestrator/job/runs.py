@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.errors import RefusedError, first_line
+from orchestrator.job.places import local_path
 from orchestrator.job.plans import Plan, read_plan_json
 
 SAMPLES = "samples"
@@ -212,7 +213,7 @@ def _is_ours(path: Path) -> bool:
 
 def open_run(path: str | Path) -> Run:
     """The run of that directory. Raises `RefusedError` where there is none."""
-    place = Path(path).expanduser()
+    place = local_path(path)
     if not (place / "plan.json").is_file():
         raise RefusedError(
             "not_found",
@@ -232,7 +233,7 @@ def open_finished(path: str | Path) -> Run:
 
 def list_runs(storage: str | Path) -> list[Run]:
     """The runs below a storage directory, by name. Raises `RefusedError` where it is a file."""
-    place = Path(storage).expanduser()
+    place = local_path(storage)
     if place.exists() and not place.is_dir():
         raise RefusedError("usage", f"{storage} is a file", expected="the directory that holds the runs")
     if not place.is_dir():

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic_core import to_jsonable_python
 
-from orchestrator.job.places import whole
+from orchestrator.job.places import local_path, whole
 
 TaskName = Literal["single-label", "multi-label", "regression"]
 Method = Literal["head", "full", "scratch"]
@@ -22,6 +23,9 @@ METHODS: dict[str, str] = {
     "full": "everything is trained, from the pretrained weights",
     "scratch": "everything is trained, from random weights (supervised pretraining)",
 }
+
+
+_UNICODE_BREAKS = "\x85\u2028\u2029"
 
 
 class _Part(BaseModel):
@@ -70,7 +74,7 @@ class Data(_Part):
     @classmethod
     def _plain_paths(cls, place: str | None) -> str | None:
         """A file:// URI is the path: so that links and runs inside the data are looked at as everywhere here."""
-        return place if place is None else re.sub(r"^(file|local)://(localhost(?=/))?", "", place)
+        return place if place is None else re.sub(r"^((file|local)://(localhost(?=/))?)+", "", place)
 
     @model_validator(mode="after")
     def _fractions(self) -> Data:
@@ -197,6 +201,8 @@ class Job(_Part):
     def _local(cls, storage: str) -> str:
         if "://" in storage:
             raise ValueError("storage is a directory, on this machine or shared by the cluster's nodes")
+        if storage.startswith("~") and str(local_path(storage)).startswith("~"):
+            raise ValueError("there is no user of this name, so no home directory")
         return storage
 
     @field_validator("feature_store")
@@ -210,6 +216,14 @@ class Job(_Part):
     @classmethod
     def _path_alone(cls, data: object) -> object:
         return {"path": str(data)} if isinstance(data, (str, Path)) else data
+
+    @field_validator("settings")
+    @classmethod
+    def _as_in_a_file(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """As a YAML file and the plan hold them: a tuple is a list, a path or a date a text, a number finite."""
+        plain: dict[str, Any] = to_jsonable_python(settings)
+        json.dumps(plain, allow_nan=False)
+        return plain
 
     @property
     def num_microbatches(self) -> int:
@@ -237,7 +251,7 @@ class Job(_Part):
             for key in ("path", "validation", "test", "root", "rows_root")
             if (place := getattr(self.data, key)) is not None
         }
-        backbone = Path(self.backbone).expanduser()
+        backbone = local_path(self.backbone)
         return self.model_copy(
             update={
                 "data": self.data.model_copy(update=places),
@@ -247,7 +261,18 @@ class Job(_Part):
 
     def to_yaml(self) -> str:
         """The job as a YAML file that gives this job again; defaults are left out."""
-        text: str = yaml.safe_dump(
-            self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True
-        )
+        settings = self.model_dump(mode="json", exclude_defaults=True)
+        text: str = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes every text so that it is read as it was: a reader makes a plain line break of those of Unicode."""
+
+
+def _as_yaml(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(mark in text for mark in _UNICODE_BREAKS) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _as_yaml)

@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator.data import Found, Location, asking, feature_store
 from orchestrator.errors import JobError
-from orchestrator.job import IN_A_STORE
+from orchestrator.job import IN_A_STORE, local_path
 from orchestrator.store import locks
 from orchestrator.store.sets import FOLDER, FORMAT_FILE, KEY_FILE, USED, write_shared
 from orchestrator.store.shards import NUM_READERS, FeatureSet, Shard
@@ -32,7 +32,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)")
 
 def of_storage(storage: str | Path) -> Path:
     """The features of a storage directory. Raises `JobError` where the storage is no directory."""
-    place = Path(storage).expanduser()
+    place = local_path(storage)
     if not place.is_dir():
         what = "is a file" if place.exists() else "is not there"
         raise JobError(f"the storage {storage} {what}", expected="the directory of the runs", mend="name it: --storage")

@@ -49,14 +49,14 @@ def write(kind: str, num_rows: int, file: Path) -> None:
 
 def measure(kind: str, file: str) -> None:
     """In a process of its own: read the data as a job does, and print the peak in bytes."""
-    from orchestrator.data.prepare import prepare
+    from orchestrator.data.prepare import prepare_data
     from orchestrator.job.plans import BackboneCard
     from orchestrator.job.spec import Data
     from orchestrator.modality import registry
 
     with tempfile.TemporaryDirectory(dir=Path(file).parent) as folder:
         card = BackboneCard(source="b", kind="directory", name="b")
-        found = prepare(Data(path=file), registry.get(kind), card, directory=Path(folder))
+        found = prepare_data(Data(path=file), registry.get(kind), card, directory=Path(folder))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"peak": peak, "rows": sum(found.summary.num_samples.values())}))
 

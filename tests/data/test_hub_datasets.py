@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 import orchestrator
-from orchestrator.data.prepare import Prepared, prepare
+from orchestrator.data.prepare import Prepared, prepare_data
 from orchestrator.data.samples import Samples
 from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.job.places import is_dataset, whole
@@ -38,7 +38,7 @@ dataset_info:
 
 
 def read(place: object, modality: str = "text", **settings: Any) -> Prepared:
-    return prepare(Data(path=str(place), **settings), registry.get(modality), CARD, directory=into())
+    return prepare_data(Data(path=str(place), **settings), registry.get(modality), CARD, directory=into())
 
 
 def refusal(place: object, **settings: Any) -> RefusedError:
@@ -146,7 +146,9 @@ def test_a_directory_that_save_to_disk_wrote(tmp_path: Path, form: str) -> None:
     assert found.summary.num_samples["test"] == (2 if form == "one" else 4)
     samples = Samples(Path("samples").absolute(), ("image",))
     assert samples.read(5)["image"] == png(45)
-    many = prepare(Data(path=str(tmp_path / "saved"), label_column="kinds"), registry.get("image"), CARD, "multi-label")
+    many = prepare_data(
+        Data(path=str(tmp_path / "saved"), label_column="kinds"), registry.get("image"), CARD, "multi-label"
+    )
     assert many.classes == ("green", "red")
     (tmp_path / "saved" / ("state.json" if form == "one" else "dataset_dict.json")).write_text("{")
     assert "cannot be read" in refusal(tmp_path / "saved").message

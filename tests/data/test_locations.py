@@ -13,7 +13,7 @@ import pytest
 
 import orchestrator
 from orchestrator.data import ingest
-from orchestrator.data.prepare import Prepared, prepare
+from orchestrator.data.prepare import Prepared, prepare_data
 from orchestrator.data.samples import Samples
 from orchestrator.errors import BadSampleError, RefusedError
 from orchestrator.job.plans import BackboneCard
@@ -30,7 +30,7 @@ def put(store: Any, name: str, content: bytes) -> None:
 
 
 def read(place: str, modality: str = "image", **settings: Any) -> Prepared:
-    return prepare(Data(path=place, **settings), registry.get(modality), CARD, directory=into())
+    return prepare_data(Data(path=place, **settings), registry.get(modality), CARD, directory=into())
 
 
 def refusal(place: str, **settings: Any) -> RefusedError:

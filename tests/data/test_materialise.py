@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 import orchestrator
-from orchestrator.data.materialise import _of_rows, materialise
+from orchestrator.data.materialise import _of_rows, materialise_rows
 from orchestrator.errors import DataError, RefusedError
 from orchestrator.job import Event
 from tests.data.test_prepare import png
@@ -50,7 +50,7 @@ FORMS: dict[str, Callable[[], Any]] = {
 
 
 def written(data: Any, folder: Path = Path("materialised")) -> dict[str, Any]:
-    found = materialise(data, folder)
+    found = materialise_rows(data, folder)
     assert isinstance(found, dict)
     return found
 
@@ -89,7 +89,7 @@ def test_splits_and_settings_beside_the_rows() -> None:
     assert found["label_column"] == "label"
     assert found["validation"] == "here/val"
     places = {"path": "photos", "test": "others"}
-    assert materialise(places, Path("materialised")) is places
+    assert materialise_rows(places, Path("materialised")) is places
     one = datasets.Dataset.from_list(list(rows(6)))
     both = written(datasets.DatasetDict({"train": one, "test": one.select(range(2))}))
     assert pyarrow.parquet.read_table(both["path"]).num_rows == 6
@@ -218,7 +218,7 @@ def test_a_refused_job_leaves_no_rows_behind(tiny_resnet: Path) -> None:
     with pytest.raises(DataError, match="the data holds one class only: 'cat'"):
         orchestrator.finetune(data=same, **job)
     assert not Path("runs").exists()
-    kept = materialise(same, Path("runs/.data"))  # by an earlier call, which may need it
+    kept = materialise_rows(same, Path("runs/.data"))  # by an earlier call, which may need it
     with pytest.raises(DataError):
         orchestrator.finetune(data=same, **job)
     assert Path(kept["path"]).is_file()  # type: ignore[index]
@@ -248,7 +248,7 @@ def late_word() -> Iterator[dict[str, Any]]:
 def test_a_fraction_behind_whole_numbers_is_not_cut_off() -> None:
     numbers = [*({"text": "a", "y": 0} for _ in range(1024)), {"text": "b", "y": 1.5}]
     with pytest.raises(DataError, match="row 1025 of the data has a fraction in 'y'"):
-        materialise(numbers, Path("materialised"))
+        materialise_rows(numbers, Path("materialised"))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_fraction_behind_whole_numbers_is_not_cut_off() -> None:
 )
 def test_rows_that_are_none(data: Any, problem: str) -> None:
     with pytest.raises(DataError) as caught:
-        materialise(data, Path("materialised"))
+        materialise_rows(data, Path("materialised"))
     assert problem in caught.value.message
     assert "give rows such as" in caught.value.mend
     assert not Path("materialised").exists() or not list(Path("materialised").iterdir())

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from orchestrator.data import ingest, samples
-from orchestrator.data.prepare import Prepared, prepare
+from orchestrator.data.prepare import Prepared, prepare_data
 from orchestrator.data.samples import Samples
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job.plans import BackboneCard
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(path: Path, **settings: object) -> Prepared:
-    return prepare(Data(path=str(path), **settings), registry.get("image"), CARD, directory=into())  # type: ignore[arg-type]
+    return prepare_data(Data(path=str(path), **settings), registry.get("image"), CARD, directory=into())  # type: ignore[arg-type]
 
 
 def into() -> Path:
@@ -165,6 +165,9 @@ def test_a_group_stays_on_one_side(tmp_path: Path) -> None:
     rows = [{**row, "split": "train" if i < 42 else "test"} for i, row in enumerate(rows)]
     error = refusal(table(tmp_path / "s.csv", rows), group_column="speaker", split_column="split")
     assert "the group 's10' stands in train and in test" in error.message
+    only_tests = table(tmp_path / "o.csv", [{**row, "split": "test"} for row in rows])
+    error = refusal(only_tests, group_column="speaker", split_column="split")
+    assert "training never sees it" in error.message
     by_class = [{**row, "speaker": row["label"]} for row in rows] + [{**rows[0], "path": "0.png"}]
     assert "too few" in refusal(table(tmp_path / "c.csv", by_class[:-1]), group_column="speaker").message
     few = [{**row, "speaker": "only"} for row in rows]
@@ -409,7 +412,8 @@ def test_a_file_uri_is_the_path_with_its_links(folder: Path, tmp_path: Path) -> 
 
 def test_cells_that_no_library_expects(folder: Path, tmp_path: Path) -> None:
     named = [{"path": str(f.relative_to(folder)), "label": f.parent.name} for f in sorted(folder.rglob("*.png"))]
-    for i, path in enumerate(("a\\b" * 200, "\ud800.png")):
+    Path(os.fsdecode(bytes(folder) + b"/\xff.png")).write_bytes(png(1))  # the third names it
+    for i, path in enumerate(("a\\b" * 200, "\ud800.png", "\udcff.png", "\ud800/x.png")):
         file = tmp_path / f"{i}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in [*named, {"path": path, "label": "cat"}]))
         assert "row 21" in refusal(file, root=str(folder)).message
@@ -420,7 +424,7 @@ def test_cells_that_no_library_expects(folder: Path, tmp_path: Path) -> None:
     huge.write_text("".join(numbers))
     spec = Data(path=str(huge), root=str(folder), label_column="y")
     with pytest.raises(DataError, match="row 5: has a number beyond all bounds"):
-        prepare(spec, registry.get("image"), CARD, "regression")
+        prepare_data(spec, registry.get("image"), CARD, "regression")
 
 
 # --- links and folders that cannot be listed ---

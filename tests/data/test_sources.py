@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from orchestrator.data.prepare import Prepared, prepare
+from orchestrator.data.prepare import Prepared, prepare_data
 from orchestrator.data.samples import Samples
 from orchestrator.errors import DataError
 from orchestrator.job.plans import BackboneCard
@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 
 
 def read(path: Path, modality: str = "text", task: Any = "single-label", classes: Any = None, **settings: Any) -> Any:
-    return prepare(Data(path=str(path), **settings), registry.get(modality), CARD, task, classes, into())
+    return prepare_data(Data(path=str(path), **settings), registry.get(modality), CARD, task, classes, into())
 
 
 def refusal(path: Path, *args: Any, **settings: Any) -> DataError:

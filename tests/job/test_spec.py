@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import re
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings, strategies as st
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from orchestrator.errors import JobError
-from orchestrator.job import Job, make_job, parse_setting
+from orchestrator.job import Data, Job, Training, make_job, parse_setting
+from orchestrator.job.spec import METHODS, Scaling
 
 GOOD = "backbone: a/b\ndata: photos\ntraining:\n  epochs: 3\n"
 
@@ -116,6 +123,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({"training.learning_rate": float("inf")}, "finite number"),
         ({"training.epochs": True}, "true and false mean nothing here"),
         ({"storage": "s3://bucket/runs"}, "storage is a directory"),
+        ({"storage": "~nobody-of-this-name/runs"}, "there is no user of this name"),
         ({"backbone.path": 3}, "backbone is no group"),
         ({"scaling.num_workers": 0}, "scaling.num_workers = 0"),
     ],
@@ -157,3 +165,113 @@ def test_a_job_is_frozen() -> None:
 @pytest.mark.parametrize(("text", "value"), [("a=|", "|"), ("a=>", ">"), ("a=;", ";"), ("a=''", ""), ("a=3", 3)])
 def test_a_setting_is_what_was_typed(text: str, value: object) -> None:
     assert parse_setting(text) == ("a", value)
+
+
+# --- what a job.yaml holds ---
+
+
+def written(tmp_path: Path, **fields: Any) -> tuple[Job, Job]:
+    """A job, and the same one out of its YAML file."""
+    job = make_job(backbone="a/b", **{"data": "x", **fields})
+    (tmp_path / "job.yaml").write_text(job.to_yaml(), encoding="utf-8")
+    return job, make_job(tmp_path / "job.yaml")
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029", "\r", "\ufeff"])
+def test_breaks_of_lines_that_are_no_newline_are_kept(tmp_path: Path, mark: str) -> None:
+    job, again = written(tmp_path, name=f"a{mark}b", data=f"{mark}photos")
+    assert again == job
+    assert again.data.path == f"{mark}photos"
+
+
+def test_settings_are_as_the_file_and_the_plan_hold_them(tmp_path: Path) -> None:
+    job, again = written(
+        tmp_path, settings={"size": (64, 64), "vocabulary": Path("words.txt"), "since": date(2024, 1, 2)}
+    )
+    assert again == job
+    assert job.settings == {"size": [64, 64], "vocabulary": "words.txt", "since": "2024-01-02"}
+    job, again = written(tmp_path, settings={"a": {"b": 1}, "a.b": 2})
+    assert again == job
+    for value in (float("nan"), float("inf"), object(), b"\xff"):
+        assert refusal({"backbone": "a/b", "data": "x"}, settings={"x": value}).message.startswith("settings: ")
+
+
+def test_a_file_uri_is_the_path_however_often_it_says_so(tmp_path: Path) -> None:
+    job, again = written(tmp_path, data="file://file://localhost/photos")
+    assert again == job
+    assert job.data.path == "/photos"
+
+
+# --- any job ---
+
+TEXTS = st.text(max_size=20) | st.sampled_from(
+    ["null", "~", "yes", "1e3", "0o7", "2024-01-01", "1:30", "<<", "=", "*a", "&a", "- a", "a: b", "a #b", "|", " a ",
+     "\t", "a\x85b", "a\u2028b", "\ufeff", "a\r\nb", "\x00", "\x7f", "猫", "file://file://a", "x" * 90 + "\n y" * 9,
+     "a.b"]
+)  # fmt: skip
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**70), 2**70)
+SETTINGS = st.dictionaries(
+    TEXTS,
+    st.recursive(
+        st.none() | st.booleans() | NUMBERS | TEXTS,
+        lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(TEXTS, inner, max_size=3),
+        max_leaves=5,
+    ),
+    max_size=4,
+)
+
+
+def part(model: type[BaseModel], **known: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Some of the fields of a part of a job, each with any value that it may have."""
+    fields = {name: known[name] if name in known else values(field) for name, field in model.model_fields.items()}
+    required = {name: fields.pop(name) for name, field in model.model_fields.items() if field.is_required()}
+    return st.fixed_dictionaries(required, optional=fields)
+
+
+def values(field: FieldInfo) -> st.SearchStrategy[Any]:
+    """Any value of the field's type within its bounds."""
+    bound = {
+        name: getattr(one, name) for one in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(one, name)
+    }
+    kinds = {
+        "Literal": st.from_type(field.annotation),
+        "int": st.integers(bound.get("ge"), bound.get("le")),
+        "float": st.floats(
+            bound.get("ge", bound.get("gt", 0)),
+            bound.get("lt", 1e300),
+            exclude_min="gt" in bound,
+            exclude_max="lt" in bound,
+        ),
+        "str": TEXTS.filter(bool),
+        "tuple": st.lists(TEXTS, min_size=1, max_size=3).map(tuple),
+        "None": st.none(),
+    }
+    named = [kind for kind in kinds if re.search(rf"\b{kind}\b", str(field.annotation))]
+    return st.one_of([kinds[kind] for kind in named if named[0] != "Literal" or kind == "Literal"])
+
+
+JOBS = part(
+    Job,
+    method=st.sampled_from(sorted(METHODS)),
+    data=part(Data, validation_fraction=st.floats(0, 0.49), test_fraction=st.floats(0, 0.49)),
+    training=part(Training),
+    scaling=part(Scaling),
+    settings=SETTINGS,
+    storage=TEXTS.filter(lambda text: "://" not in text and not text.startswith("~")),
+    feature_store=st.none() | st.just("s3://bucket/features"),
+    name=st.none() | TEXTS.filter(lambda text: text.strip() and not set(text) & set("/\\") and text not in (".", "..")),
+)
+
+
+@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@given(fields=JOBS)
+def test_any_job_written_as_yaml_is_the_same_job(
+    fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    job = make_job(fields)
+    file = tmp_path_factory.mktemp("job") / "job.yaml"
+    file.write_text(job.to_yaml(), encoding="utf-8")
+    again = make_job(file)
+    assert again == job
+    assert again.digest() == job.digest()
+    assert again.to_yaml() == job.to_yaml()

@@ -1,78 +1,92 @@
-"""A table's columns and cells -> the fields of rows, and what is wrong with them."""
+"""A table's cells -> rows, and what is wrong with each."""
 
 from __future__ import annotations
 
 import math
-import posixpath
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from orchestrator.data.rows import Row
+from orchestrator.data.columns import find_inputs, label_columns, require_columns
+from orchestrator.data.locations import Location, path_or_location
+from orchestrator.data.rows import Origin, Row, Source, is_unicode
+from orchestrator.data.tables import Table
 from orchestrator.errors import DataError
 from orchestrator.job import SPLIT_NAMES, Data, TaskName
-from orchestrator.modality import SampleField, registry
+from orchestrator.modality import SampleField
 
-_TEXT_COLUMNS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",),
-                 ("content",))  # fmt: skip
 _SWITCHES = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True, "no": False, "yes": True}
 _LARGEST = 3.4e38  # of a float32
-_PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "uri")
+
+_Cells = tuple[object, object, Sequence[object], object, object]
+"""Of one row: input, second input, labels, group, split."""
 
 
-def label_columns(spec: Data) -> tuple[str, ...]:
-    """The names of the columns that say what is to be learnt."""
-    return (spec.label_column,) if isinstance(spec.label_column, str) else spec.label_column
+def open_rows(
+    source: Source, table: Table, spec: Data, sample: Sequence[SampleField], task: TaskName, is_place: bool
+) -> None:
+    """Put the table's rows behind those of the source. Reads none yet.
+
+    Raises `DataError` where it lacks a column that the job names, or one that samples stand in.
+    """
+    require_columns(table, spec)
+    inputs, labelled = find_inputs(table, spec, sample), label_columns(spec)
+    root, given_root = _root_of(table, spec, is_place)
+    is_nowhere = given_root is not None and isinstance(root, Path) and not root.is_dir()
+    number = source.add(Origin(table.text, root, is_table=True, is_place=is_place))
+    origin = source.origins[number]
+    note = "the column 'split' is not used; if it says train, validation or test: data.split_column"
+    if "split" in table.columns and spec.split_column is None and note not in source.notes:
+        source.notes.append(note)
+    if task == "multi-label" and len(labelled) > 1:
+        source.classes |= set(labelled)
+
+    def rows() -> Iterator[Row]:
+        for at, (value, second, label, group, split) in enumerate(_cells(table, inputs, spec), 1):
+            row = Row(origin.row(at), "", number, at, split=table.split)
+            if sample[0].kind == "text":
+                _fill_text(row, value, second, len(inputs) > 1)
+            else:
+                _fill_file(row, value)
+            if row.uri and is_nowhere:
+                raise DataError(
+                    f"there is no folder {given_root} (data.root)",
+                    expected="the folder that paths are relative to",
+                    mend="correct it, or leave it out: then paths are relative to the table's folder",
+                )
+            if not row.problem:
+                _fill_label(row, label, spec, task)
+            if not row.problem:
+                _fill_group_and_split(row, group, split, spec)
+            yield row
+
+    source.parts.append(rows)
 
 
-def input_columns(spec: Data) -> tuple[str, ...]:
-    """The names of the columns that samples stand in, where the user gave them."""
-    return (spec.input_column,) if isinstance(spec.input_column, str) else spec.input_column or ()
+def _root_of(table: Table, spec: Data, is_place: bool) -> tuple[Path | Location, str | None]:
+    """(what paths in the table's cells are relative to, that as the job gives it)."""
+    given = spec.root if spec.root is not None or is_place else spec.rows_root
+    root = table.root if given is None else path_or_location(given)
+    return root.resolve() if isinstance(root, Path) else root, given
 
 
-def find_inputs(columns: Sequence[str], spec: Data, sample: Sequence[SampleField], text: str) -> Sequence[str]:
-    """The columns of the samples: one, or two of a pair of texts."""
-    given = input_columns(spec)
-    if len(given) > len(sample):
-        raise DataError(
-            f"data.input_column names {len(given)} columns, and a sample has {len(sample)} at most",
-            expected=" and ".join(field.name for field in sample),
+def _cells(table: Table, inputs: Sequence[str], spec: Data) -> Iterator[_Cells]:
+    """The cells of each row; None where there is no such column."""
+    labelled = label_columns(spec)
+    extra = [column for column in (spec.group_column, spec.split_column) if column is not None]
+    for batch in table.batches([*inputs, *labelled, *extra]):
+        nothing = [None] * len(batch[inputs[0]])
+        yield from zip(
+            batch[inputs[0]],
+            batch[inputs[1]] if len(inputs) > 1 else nothing,
+            zip(*(batch[column] for column in labelled), strict=True),
+            batch[spec.group_column] if spec.group_column else nothing,
+            batch[spec.split_column] if spec.split_column else nothing,
+            strict=True,
         )
-    if given:
-        wanted: list[tuple[str, ...]] = [given]
-    elif sample[0].kind == "text":
-        wanted = [columns for columns in _TEXT_COLUMNS if len(columns) <= len(sample)]
-    else:
-        wanted = [(name,) for name in (sample[0].name, *_PATH_COLUMNS, "bytes")]
-    for names in wanted:
-        if all(name in columns for name in names):
-            return names
-    kind = "texts" if sample[0].kind == "text" else f"{sample[0].name} paths or bytes"
-    raise DataError(
-        f"{text} has no column of {kind}: it has {', '.join(columns)}",
-        expected="one of " + ", ".join(" + ".join(names) for names in wanted),
-        mend=delimiter(columns, text) or _modality_of(columns, sample) or "name it: data.input_column",
-    )
 
 
-def _modality_of(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
-    """Which other modality such columns are for, '' if that is not plain."""
-    for name, other in registry.available().items():
-        first = other.sample[0]
-        if first.name != sample[0].name and first.name in columns:
-            return (
-                f"if the data is {first.name}: modality {name} (--modality {name}); "
-                "else name the column: data.input_column"
-            )
-    return ""
-
-
-def delimiter(columns: Sequence[str], text: str) -> str:
-    """What to do about a table of one column whose name holds another delimiter."""
-    found = next((mark for mark in (";", "\t", "|") if len(columns) == 1 and mark in columns[0]), None)
-    return f"its columns are separated by {found!r}: write {posixpath.basename(text)} with commas" if found else ""
-
-
-def fill_text(row: Row, value: object, second: object, pair: bool) -> None:
+def _fill_text(row: Row, value: object, second: object, pair: bool) -> None:
     """The text, or the two of a pair."""
     for text in (value, second) if pair else (value,):
         if not isinstance(text, str):
@@ -82,7 +96,7 @@ def fill_text(row: Row, value: object, second: object, pair: bool) -> None:
     row.second = str(second).encode("utf-8", "surrogatepass") if pair else None
 
 
-def fill_file(row: Row, value: object) -> None:
+def _fill_file(row: Row, value: object) -> None:
     """The path or the bytes; also the Hugging Face form {bytes, path}."""
     if isinstance(value, dict):  # the Hugging Face form: {bytes, path}
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -90,21 +104,22 @@ def fill_file(row: Row, value: object) -> None:
         row.content = value
     elif isinstance(value, str) and "\0" in value:
         row.problem = "has a path with a NUL byte"
-        return
+    elif isinstance(value, str) and not is_unicode(value):
+        row.problem = "has a path that is no Unicode"
     elif isinstance(value, str) and value.strip():
         row.uri = value
     else:
         row.problem = "has neither a path nor bytes"
 
 
-def fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName) -> None:
+def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName) -> None:
     """The first cell that cannot be used becomes the row's problem."""
     columns = label_columns(spec)
     if task == "regression":
         row.label = tuple(_number(row, cell, column) for cell, column in zip(cells, columns, strict=True))
         return
     if task == "multi-label" and len(columns) > 1:
-        on = [_SWITCHES.get(str(label_text(cell)).lower()) for cell in cells]
+        on = [_SWITCHES.get(str(_label_text(cell)).lower()) for cell in cells]
         for column, cell, switch in zip(columns, cells, on, strict=True):
             if switch is None:
                 row.problem = f"has {cell!r} in {column!r}, not 0 or 1"
@@ -114,10 +129,10 @@ def fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName) ->
     if task == "multi-label":
         parts = cell if isinstance(cell, list) else None
         if parts is None and spec.label_separator is not None:
-            parts = [part for part in (label_text(cell) or "").split(spec.label_separator) if part.strip()]
+            parts = [part for part in (_label_text(cell) or "").split(spec.label_separator) if part.strip()]
         if parts is None:
             parts = [cell]
-        names = [label_text(part) for part in parts]
+        names = [_label_text(part) for part in parts]
         if None in names:
             row.problem = f"has no label in {column!r}"
         row.label = tuple(sorted({name for name in names if name is not None}))
@@ -127,7 +142,7 @@ def fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName) ->
             f"{row.place} has a list of labels in {column!r}, and the task is single-label",
             mend="set task to multi-label (--task multi-label)",
         )
-    text = label_text(cell)
+    text = _label_text(cell)
     if text is None:
         row.problem = f"has no label in {column!r}"
     else:
@@ -155,10 +170,10 @@ def _number(row: Row, cell: object, column: str) -> float:
     return number
 
 
-def fill_side(row: Row, group: object, split: object, spec: Data) -> None:
+def _fill_group_and_split(row: Row, group: object, split: object, spec: Data) -> None:
     """The group and the split, where the table has columns of them."""
     if spec.group_column:
-        row.group = label_text(group)
+        row.group = _label_text(group)
         if row.group is None:
             row.problem = f"has no group in {spec.group_column!r}"
     if spec.split_column:
@@ -167,7 +182,7 @@ def fill_side(row: Row, group: object, split: object, spec: Data) -> None:
             row.problem = f"has {split!r} in {spec.split_column!r}, not train, validation or test"
 
 
-def label_text(value: object) -> str | None:
+def _label_text(value: object) -> str | None:
     """A label as the class is named: text in NFC, whole numbers without a point; None where it is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None

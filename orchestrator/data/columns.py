@@ -1,0 +1,81 @@
+"""Which of a table's columns samples and labels stand in: those that the job names, else the usual names."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+
+from orchestrator.data.tables import Table
+from orchestrator.errors import DataError, did_you_mean
+from orchestrator.job import Data
+from orchestrator.modality import SampleField, registry
+
+_TEXT_COLUMNS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",),
+                 ("content",))  # fmt: skip
+_PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "uri")
+
+
+def label_columns(spec: Data) -> tuple[str, ...]:
+    """The names of the columns that say what is to be learnt."""
+    return (spec.label_column,) if isinstance(spec.label_column, str) else spec.label_column
+
+
+def input_columns(spec: Data) -> tuple[str, ...]:
+    """The names of the columns that samples stand in, where the user gave them."""
+    return (spec.input_column,) if isinstance(spec.input_column, str) else spec.input_column or ()
+
+
+def require_columns(table: Table, spec: Data) -> None:
+    """Raise `DataError` where the table lacks a column of labels, groups or splits that the job names."""
+    settings = [("label_column", column) for column in label_columns(spec)]
+    settings += [(setting, getattr(spec, setting)) for setting in ("group_column", "split_column")]
+    for setting, column in settings:
+        if column is not None and column not in table.columns:
+            raise DataError(
+                f"{table.text} has no column {column!r} (data.{setting})",
+                expected="one of " + ", ".join(table.columns),
+                mend=_other_delimiter(table) or did_you_mean(column, table.columns),
+            )
+
+
+def find_inputs(table: Table, spec: Data, sample: Sequence[SampleField]) -> Sequence[str]:
+    """The columns that samples stand in: one, or two of a pair of texts. Raises `DataError` where there are none."""
+    given = input_columns(spec)
+    if len(given) > len(sample):
+        raise DataError(
+            f"data.input_column names {len(given)} columns, and a sample has {len(sample)} at most",
+            expected=" and ".join(field.name for field in sample),
+        )
+    if given:
+        wanted: list[tuple[str, ...]] = [given]
+    elif sample[0].kind == "text":
+        wanted = [names for names in _TEXT_COLUMNS if len(names) <= len(sample)]
+    else:
+        wanted = [(name,) for name in (sample[0].name, *_PATH_COLUMNS, "bytes")]
+    for names in wanted:
+        if all(name in table.columns for name in names):
+            return names
+    kind = "texts" if sample[0].kind == "text" else f"{sample[0].name} paths or bytes"
+    raise DataError(
+        f"{table.text} has no column of {kind}: it has {', '.join(table.columns)}",
+        expected="one of " + ", ".join(" + ".join(names) for names in wanted),
+        mend=_other_delimiter(table) or _modality_of(table.columns, sample) or "name it: data.input_column",
+    )
+
+
+def _modality_of(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
+    """Which other modality such columns are for, '' if that is not plain."""
+    for name, other in registry.available().items():
+        first = other.sample[0]
+        if first.name != sample[0].name and first.name in columns:
+            return (
+                f"if the data is {first.name}: modality {name} (--modality {name}); "
+                "else name the column: data.input_column"
+            )
+    return ""
+
+
+def _other_delimiter(table: Table) -> str:
+    """What to do about a table of one column whose name holds another delimiter, '' of others."""
+    mark = next((mark for mark in (";", "\t", "|") if len(table.columns) == 1 and mark in table.columns[0]), None)
+    return f"its columns are separated by {mark!r}: write {posixpath.basename(table.text)} with commas" if mark else ""

@@ -1,0 +1,204 @@
+"""What is to be learnt: the names of the classes, each sample's target, and whether that can be learnt at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.data.columns import label_columns
+from orchestrator.data.contents import Ints
+from orchestrator.data.ingested import IngestedRows, IngestedTable, numbers, view
+from orchestrator.data.rows import Source
+from orchestrator.data.splits import TEST, TRAIN, VALIDATION
+from orchestrator.errors import DataError
+from orchestrator.job import SPLITS, Data, TaskName, shown
+
+Targets = npt.NDArray[Any]
+"""The class, int64 [samples]. Multi-label: 0 or 1, float32 [samples, classes]. Regression: float32 [samples, names]"""
+
+_MANY_NUMBERS = 20
+"""Classes whose names are numbers with fractions; above, it is doubtful that they are classes."""
+_FEW_A_NUMBER = 5
+"""Samples of such a class; below, it is hardly one."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_NUM_BINS = 10
+
+
+def class_names(
+    table: IngestedTable, source: Source, rows: Ints, spec: Data, task: TaskName, given: Sequence[str] | None
+) -> Sequence[str]:
+    """The classes in their order; of regression the targets. `given`: those of a finished model, for its evaluation.
+
+    rows: int64 [samples], those of the table that are samples. Raises `DataError` where there is nothing to tell apart.
+    """
+    if task == "regression":
+        names = label_columns(spec)
+        if given and len(names) != len(given):
+            raise DataError(
+                f"data.label_column names {len(names)} targets, and the model has {len(given)}",
+                expected=", ".join(given),
+            )
+        return names
+    return given or _classes_met(table.ingested, source, rows, spec, task)
+
+
+def _classes_met(ingested: IngestedRows, source: Source, rows: Ints, spec: Data, task: TaskName) -> Sequence[str]:
+    named = sorted(source.classes)
+    if task == "multi-label" and named:
+        return named if isinstance(spec.label_column, str) else list(spec.label_column)
+    counts = np.bincount(_label_numbers(ingested, rows)[1], minlength=len(ingested.names))
+    met = [name for name, number in ingested.names.items() if counts[number]]
+    empty = [name for name in named if name not in met]
+    if empty:
+        raise DataError(
+            f"the class {empty[0]!r} has no usable sample", mend="remove its folder, or put samples into it"
+        )
+    if task == "multi-label" and not met:
+        raise DataError(f"{shown(spec.path)} holds no label at all", expected="labels in data.label_column")
+    if len(met) < 2 and task == "single-label":
+        raise DataError(
+            f"{shown(spec.path)} holds one class only: {met[0]!r}",
+            expected="two classes or more",
+            mend="add samples of another class; everything else can be a class too",
+        )
+    if all(name.isdecimal() and name.isascii() for name in met):
+        return sorted(met, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))
+    return sorted(met)
+
+
+def _label_numbers(ingested: IngestedRows, rows: Ints) -> tuple[Ints, Ints]:
+    """(number of the sample, number of the label), each int64: one entry a label of a sample."""
+    labels = numbers(ingested.label)
+    if not ingested.num_labels:
+        return np.arange(len(rows)), labels[rows]
+    counts = numbers(ingested.num_labels)
+    sample_of = np.full(len(counts), -1, dtype=np.int64)
+    sample_of[rows] = np.arange(len(rows))
+    samples = np.repeat(sample_of, counts)
+    return samples[samples >= 0], labels[samples >= 0]
+
+
+def make_targets(table: IngestedTable, rows: Ints, names: Sequence[str], spec: Data, task: TaskName) -> Targets:
+    """What each sample's label is in numbers. Raises `DataError` for a label that is none of `names`."""
+    ingested = table.ingested
+    if task == "regression":
+        return view(ingested.label).reshape(len(ingested), -1)[rows].astype(np.float32)
+    number_of = {name: i for i, name in enumerate(names)}
+    samples, labels = _label_numbers(ingested, rows)
+    classes = np.array([number_of.get(name, -1) for name in ingested.names], dtype=np.int64)[labels]
+    unknown = np.flatnonzero(classes < 0)
+    if len(unknown):
+        name = list(ingested.names)[labels[unknown[0]]]
+        raise DataError(
+            f"{table.place(int(rows[samples[unknown[0]]]))} has the label {name!r}, which the model never learnt",
+            expected="one of " + ", ".join(list(number_of)[:20]),
+            mend=f"take it out of {shown(spec.path)}",
+        )
+    if task == "single-label":
+        return classes
+    targets = np.zeros((len(rows), len(names)), dtype=np.float32)
+    targets[samples, classes] = 1
+    return targets
+
+
+def strata_of(targets: Targets, names: Sequence[str], task: TaskName) -> tuple[Ints, Sequence[str]]:
+    """(int64 [samples], the name of each number): what the splits hold in equal proportions.
+
+    That is the class; multi-label: a sample's rarest label; regression: the tenth that its first target lies in.
+    """
+    if task == "single-label":
+        return targets, names
+    if task == "multi-label":
+        counts = targets.sum(axis=0)
+        rarest = np.where(targets > 0, counts, np.inf).argmin(axis=1)
+        return np.where(targets.any(axis=1), rarest, len(names)).astype(np.int64), [*names, "no label"]
+    edges = np.quantile(targets[:, 0], np.linspace(0, 1, _NUM_BINS + 1)[1:-1])
+    return np.searchsorted(edges, targets[:, 0]).astype(np.int64), [f"tenth {i + 1}" for i in range(_NUM_BINS)]
+
+
+def notes_on_labels(ingested: IngestedRows, names: Sequence[str], spec: Data, task: TaskName) -> list[str]:
+    """Notes on labels that may be meant otherwise. Raises `DataError` where they can hardly be meant so."""
+    if task == "single-label" and len(names) > _MANY_NUMBERS and all(map(_NUMBER.fullmatch, names)):
+        if sum(not float(name).is_integer() for name in names) < len(names) / 2:
+            return []
+        seen = f"the labels are {len(names)} different numbers with fractions, such as {', '.join(names[:3])}"
+        if len(ingested) < _FEW_A_NUMBER * len(names):
+            raise DataError(
+                f"{seen}, and there are {len(ingested)} samples",
+                expected=f"classes, with {_FEW_A_NUMBER} samples or more each where their names are such numbers",
+                mend="to learn numbers: task regression (--task regression)",
+            )
+        return [f"{seen}, each learnt as a class of its own; to learn numbers: task regression (--task regression)"]
+    if task != "multi-label" or max(ingested.num_labels) > 1 or spec.label_separator is not None:
+        return []
+    if len(label_columns(spec)) > 1:
+        return []
+    counts = np.bincount(numbers(ingested.label), minlength=len(ingested.names)).tolist()
+    num_with = {mark: sum(n for name, n in zip(ingested.names, counts, strict=True) if mark in name) for mark in ",;|"}
+    mark = max(num_with, key=num_with.__getitem__)
+    if num_with[mark] > sum(counts) / 2:
+        return [
+            f"{num_with[mark]} of {sum(counts)} cells hold {mark!r}, and each cell is learnt as one label; to cut "
+            f"them: data.label_separator {mark!r} (--label-separator {mark!r})"
+        ]
+    return [
+        "no sample has more than one label; if cells hold several, say what is between: data.label_separator "
+        "(--label-separator)"
+    ]
+
+
+def refuse_unlearnable(targets: Targets, split: Ints, names: Sequence[str], task: TaskName) -> None:
+    """Raise `DataError` where the training samples do not tell what is to be learnt. split: int64 [samples]."""
+    _REFUSALS[task](targets, split, names)
+
+
+def _refuse_unseen_classes(targets: Targets, split: Ints, names: Sequence[str]) -> None:
+    trained = set(targets[split == TRAIN].tolist())
+    for side in (VALIDATION, TEST):
+        unseen = sorted(set(targets[split == side].tolist()) - trained)
+        if unseen:
+            raise DataError(
+                f"the class {names[unseen[0]]!r} is in {SPLITS[side]}, but training never sees it",
+                expected="every class in train",
+                mend=f"add training samples of it, or take it out of {SPLITS[side]}",
+            )
+    if not trained:
+        raise DataError("there is no training sample")
+    missing = [name for i, name in enumerate(names) if i not in trained]
+    if missing:
+        raise DataError(f"the class {missing[0]!r} has no training sample", mend="add some, or take the class out")
+
+
+def _refuse_constant_labels(targets: Targets, split: Ints, names: Sequence[str]) -> None:
+    train = targets[split == TRAIN]
+    if not len(train):
+        raise DataError("there is no training sample")
+    for name, share in zip(names, train.mean(axis=0), strict=True):
+        if share in (0, 1):
+            raise DataError(
+                f"{'every' if share else 'no'} training sample has the label {name!r}",
+                expected="samples with the label and samples without it",
+                mend="add some, or leave the label out",
+            )
+
+
+def _refuse_constant_targets(targets: Targets, split: Ints, names: Sequence[str]) -> None:
+    train = targets[split == TRAIN]
+    if not len(train):
+        raise DataError("there is no training sample")
+    for i, name in enumerate(names):
+        if (train[:, i] == train[0, i]).all():
+            raise DataError(
+                f"the target {name!r} is {train[0, i]:g} in every training sample", expected="numbers that differ"
+            )
+
+
+_REFUSALS: dict[TaskName, Callable[[Targets, Ints, Sequence[str]], None]] = {
+    "single-label": _refuse_unseen_classes,
+    "multi-label": _refuse_constant_labels,
+    "regression": _refuse_constant_targets,
+}
