@@ -19,6 +19,7 @@ import pytest
 
 import orchestrator
 from tests.hub_server import Hub, serve
+from tests.refusals import Recorder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -45,6 +46,18 @@ os.environ |= {
     "TERM": "dumb",
 }
 os.environ.pop("HF_TOKEN", None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-reason", action="store_true",
+        help="for a run of all tests: fail where a published reason was never given, or a refusal had no mend",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--every-reason"):
+        config.pluginmanager.register(Recorder())
 
 
 def pytest_unconfigure() -> None:

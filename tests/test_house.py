@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -14,10 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.job import Job
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "orchestrator"
 SOURCES = sorted(file for folder in (PACKAGE, REPOSITORY / "plugins") for file in folder.rglob("*.py"))
+PAGES = sorted(
+    file for folder in (".", "docs", "cluster", "examples", "examples/*") for file in REPOSITORY.glob(f"{folder}/*.md")
+)
 WINGS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 
 # Modules that other wings import by name and not by what their wing hands on.
@@ -28,6 +33,7 @@ BESIDE_THE_DOOR = {
     "orchestrator.modality.registry": "a module that is called as one: registry.get(name)",
     "orchestrator.store.inventory": "likewise: inventory.listings(root)",
 }
+OLD_NAMES = {"training.num_shards"}  # told where a page says what a key was called before
 
 
 # --- layers ---
@@ -121,3 +127,44 @@ def test_wings_are_entered_by_their_doors() -> None:
                 past[module] = f"{file.relative_to(REPOSITORY)}:{line} imports {name}"
     assert {module: where for module, where in past.items() if module not in BESIDE_THE_DOOR} == {}
     assert set(BESIDE_THE_DOOR) == set(past), "an exception that nothing needs"
+
+
+# --- pictures and pages ---
+
+
+def test_the_picture_is_drawn_from_the_code() -> None:
+    program = REPOSITORY / "scripts" / "draw_wings.py"
+    done = subprocess.run([sys.executable, program, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "](docs/wings.svg)" in (REPOSITORY / "README.md").read_text()
+
+
+def test_the_readme_has_a_line_for_each_wing() -> None:
+    layout = (REPOSITORY / "README.md").read_text().split("## The layout")[1]
+    shown = re.findall(r"^  ([a-z]+)(?:/|\.py) {2,}\S", layout, re.MULTILINE)
+    assert shown == [name for line in layers() for name in line.split(" | ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_a_page_names_what_is_there(page: Path) -> None:
+    """Modules and names of the code, files of the repository, other pages, and settings of a job."""
+    text = page.read_text()
+    for dotted in set(re.findall(r"\borchestrator(?:_image|_audio|_text)?(?:\.[A-Za-z_]+)+", text)):
+        if dotted != "orchestrator.modalities":  # the group of entry points
+            _import(dotted)
+    for name in set(re.findall(r"\b(?:orchestrator|tests|scripts|docs|plugins)/[\w./*-]*\w", text)):
+        assert list(REPOSITORY.glob(name)), name
+    for name in set(re.findall(r"\]\(([\w./-]+)\)", text)):
+        assert (page.parent / name).exists(), name
+    for group, name in set(re.findall(r"\b(training|data|scaling)\.([a-z_]+)\b", text)):
+        if f"{group}.{name}" not in OLD_NAMES and name not in ("py", "md"):
+            assert name in Job.model_fields[group].annotation.model_fields, f"{group}.{name}"  # type: ignore[union-attr]
+
+
+def _import(dotted: str) -> None:
+    """Import a module, or what a module holds; ImportError or AttributeError if there is none such."""
+    module, _, name = dotted.rpartition(".")
+    try:
+        getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        importlib.import_module(dotted)
