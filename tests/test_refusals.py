@@ -53,6 +53,14 @@ def test_a_library_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPat
     assert caught.value.mend == "pip install 'orchestrator[audio]'"
 
 
+def test_a_run_is_worked_on_by_one_at_a_time(tmp_path: Path) -> None:
+    run = orchestrator.Run(tmp_path / "runs" / "a")
+    with run.locked(), pytest.raises(RefusedError) as caught, run.locked():
+        pass
+    assert caught.value.reason == "busy"
+    assert caught.value.mend
+
+
 def test_a_reason_that_no_test_gives_is_told(tmp_path: Path) -> None:
     """`pytest --every-reason`, which `make test` runs: of one test that is refused once, in a process of xdist's."""
     test = tmp_path / "test_refused.py"
