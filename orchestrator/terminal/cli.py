@@ -248,7 +248,12 @@ def run(arguments: list[str]) -> int:
         return 0
     except OSError as error:  # one that a run met on its way is a TrainingError by now
         place = error.filename or "the file system"
-        return _fail(JobError(f"{place} cannot be used: {error.strerror or error}"), as_json)
+        return _fail(
+            JobError(
+                f"{place} cannot be used: {error.strerror or error}", mend="name another place, or make this one usable"
+            ),
+            as_json,
+        )
     except ModuleNotFoundError as error:
         refusal = missing_extra(error)
         if refusal is None:
