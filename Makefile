@@ -1,9 +1,9 @@
-# make install | demo | test | lint | bench; each makes .venv first, if it is missing or out of date.
+# make install | demo | test | lint | bench | picture; each makes .venv first, if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-fast lint bench rows clean
+.PHONY: install demo test test-most test-ray test-fast lint bench rows picture clean
 
 install: $(STAMP)
 
@@ -23,9 +23,15 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --ignore tests/distributed/test_ray.py
-	$(BIN)/python -m pytest -q --durations=5 tests/distributed/test_ray.py  # wants all cores for itself
+# All parts run, one after the other, whatever the first ones say; it fails in the end if one did.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory --keep-going --jobs=1 lint test-most test-ray
+
+test-most: $(STAMP)
+	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason --ignore tests/distributed/test_ray.py
+
+test-ray: $(STAMP)  # wants all cores for itself
+	$(BIN)/python -m pytest -q --durations=5 tests/distributed/test_ray.py
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -37,6 +43,10 @@ bench: $(STAMP)
 
 rows: $(STAMP)
 	$(BIN)/python scripts/generate_rows.py
+
+# docs/wings.svg, from the code; a test holds the two together.
+picture: $(STAMP)
+	$(BIN)/python scripts/draw_wings.py
 
 clean:
 	rm -rf .venv build dist runs examples/digits/data examples/digits/backbone

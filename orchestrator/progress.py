@@ -21,8 +21,8 @@ err = Console(stderr=True, highlight=False, emoji=False)
 _PLAIN_EVERY_S = 10.0
 
 
-class _Share(ProgressColumn):
-    """Percent done, nothing where the end is not known."""
+class _Percent(ProgressColumn):
+    """How much is done; nothing where the end is not known."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.percentage:>3.0f}%" if task.total else "    ")
@@ -53,7 +53,7 @@ def progress() -> Iterator[Report]:
     bar = Progress(
         TextColumn("{task.description}", style="bold"),
         BarColumn(bar_width=None),
-        _Share(table_column=Column(no_wrap=True)),
+        _Percent(table_column=Column(no_wrap=True)),
         _Rate(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[status]}", style="green", table_column=Column(no_wrap=True)),
         console=err,

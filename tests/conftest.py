@@ -6,6 +6,7 @@ Nothing is downloaded: the digits are scikit-learn's (8 x 8, 1,797 of them), the
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 import orchestrator
 from tests.hub_server import Hub, serve
+from tests.refusals import Recorder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -45,6 +47,18 @@ os.environ |= {
     "TERM": "dumb",
 }
 os.environ.pop("HF_TOKEN", None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-reason", action="store_true",
+        help="for a run of all tests: fail where a published reason was never given, or a refusal had no mend",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--every-reason"):
+        config.pluginmanager.register(Recorder())
 
 
 def pytest_unconfigure() -> None:
@@ -169,9 +183,35 @@ def card_files(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture
-def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The command line as a process of its own."""
+def cli() -> Cli:
+    """The command line in this process, as a terminal would see it: `cli("runs", "--json").stdout`."""
+    from orchestrator.terminal.cli import run as run_command
+
+    def run(*arguments: object, input: str = "") -> subprocess.CompletedProcess[str]:
+        words = [str(one) for one in arguments]
+        stdin = io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8")
+        before = dict(os.environ)
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as err,
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr(sys, "stdin", stdin)
+            code = run_command(words)
+        for name in os.environ.keys() - before.keys():  # what is set for a process of its own
+            del os.environ[name]
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def cli_process() -> Cli:
+    """The command line as a process of its own: for signals, an environment, what it imports, what its streams take."""
 
     def run(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -78,6 +78,9 @@ def serve() -> Iterator[Hub]:
         def _answer(self, with_body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((self.command, self.path, self.headers.get("Range", "")))
+            if self.headers.get("Authorization") == "Bearer hf_expired":  # whatever it asks for, as the real Hub does
+                expired = {"X-Error-Message": "Invalid credentials in Authorization header"}
+                return self._send(401, b"", with_body, expired)
             if hub.failures:
                 hub.failures -= 1
                 return self._send(503, b"try again", with_body)

@@ -18,4 +18,5 @@ from orchestrator.backbone.weights import (
     fetch as fetch,
     read_tensors as read_tensors,
     require_weights as require_weights,
+    with_digest as with_digest,
 )

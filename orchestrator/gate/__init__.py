@@ -10,6 +10,7 @@ the mend. Reads metadata and data, never a weight; imports neither torch nor Ray
     planning  check and plan: reads what these are given
 """
 
+from orchestrator.gate.decide import match as match, parse_settings as parse_settings
 from orchestrator.gate.planning import (
     Checked as Checked,
     ResolvedBackbone as ResolvedBackbone,

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.backbone import read_card, weights
+from orchestrator.backbone import read_card, read_tensors, require_weights, with_digest
 from orchestrator.errors import RefusedError, missing_extra
 from orchestrator.gate import decide
 from orchestrator.gate.recipes import first_weights, may_keep_features
@@ -71,7 +71,7 @@ def inspect(
     plugin = registry.get(modality)
     card = read_card(backbone)
     row = _match(card, plugin)
-    weights.require_weights(card)
+    require_weights(card)
     profile = None
     if data is not None:
         if not plugin.trainable:
@@ -111,7 +111,7 @@ def resolve_backbone(job: Job) -> ResolvedBackbone:
     if not plugin.trainable:
         raise decide.not_built(plugin)
     if first_weights(job) == "pretrained":
-        weights.require_weights(card)
+        require_weights(card)
     if job.feature_store is not None and may_keep_features(job):
         _require_store(job.feature_store)
     decide.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
@@ -122,11 +122,11 @@ def prepare(job: Job, resolved: ResolvedBackbone, directory: Path | None = None)
     """The Plan, and what was found in the data; the sample table is written into `directory`, if there is one."""
     card = resolved.card
     prepared = _prepare(job.data, resolved.plugin, card, job.task, directory)
-    tensors = weights.read_tensors(card) if card.weight_files else None
+    tensors = read_tensors(card) if card.weight_files else None
     made = make_plan(
         job,
         resolved.plugin,
-        weights.with_digest(card),
+        with_digest(card),
         resolved.row,
         tensors,
         prepared.classes,

@@ -16,14 +16,19 @@ from orchestrator.job import (  # what a plugin's `fit`, `build` and rules are m
 from orchestrator.modality.contract import (
     BackboneRule as BackboneRule,
     BackboneRules as BackboneRules,
+    Batch as Batch,
+    Build as Build,
     Collate as Collate,
     Decode as Decode,
     Facts as Facts,
     Fit as Fit,
+    FitFunction as FitFunction,
+    Measure as Measure,
     Modality as Modality,
     Profile as Profile,
     Sample as Sample,
     SampleField as SampleField,
     Task as Task,
+    Toy as Toy,
 )
 from orchestrator.modality.registry import Listing as Listing, register as register

@@ -1,6 +1,6 @@
-"""What a person types and sees: commands, flags, tables, refusals. Reads well at 80 columns.
+"""What a person types and sees: commands, flags, tables, refusals.
 
-In: arguments. Out: the same calls that Python makes, printed as tables or as JSON, and an exit code.
+In: arguments. Out: the same calls that Python makes, printed as tables at 80 columns or as JSON, and an exit code.
 
     cli               the commands
     feature_commands  those of `orchestrator features`

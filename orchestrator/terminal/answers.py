@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.job import FIGURES, Run, figure
 from orchestrator.modality import registry
-from orchestrator.terminal.console import middle, out, pairs, setting, show_results, table
+from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
 
 if TYPE_CHECKING:
     from orchestrator.gate import Checked
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 _WIDEST_EXAMPLE = 16
 
 
-def finished(run: Run, as_json: bool) -> None:
+def show_run(run: Run, as_json: bool) -> None:
     """The figures of a run, where its files are, and what to do with it next."""
     if as_json:
         _print({"run": str(run.path), **run.results})
         return
     show_results(run.results)
-    where = _short(run.path)
+    where = _relative(run.path)
     takes = '"A TEXT"...' if registry.get(run.plan.job.modality).sample[0].kind == "text" else "FILE..."
     out.print(
         pairs(
@@ -42,9 +42,9 @@ def finished(run: Run, as_json: bool) -> None:
     )
 
 
-def checked(found: Checked, modality: str, as_json: bool) -> None:
+def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
     """What a backbone is, and how the data becomes its input."""
-    card, fit = found.card, found.fit
+    card, fit = backbone.card, backbone.fit
     if as_json:
         _print(
             {
@@ -54,7 +54,7 @@ def checked(found: Checked, modality: str, as_json: bool) -> None:
                 "commit": card.commit,
                 "library": card.library,
                 "type": card.model_type,
-                "architecture": found.row.architecture,
+                "architecture": backbone.row.architecture,
                 "modality": modality,
                 "input": dict(fit.input) if fit else None,
                 "adaptations": [one.model_dump() for one in fit.adaptations] if fit else [],
@@ -68,21 +68,21 @@ def checked(found: Checked, modality: str, as_json: bool) -> None:
         ("what", f"{card.library} {card.model_type}, {card.kind}{at}"),
     ]
     if fit is not None:
-        rows.append(("input", setting(fit.input)))
+        rows.append(("input", settings_line(fit.input)))
         rows += [("warning", one) for one in fit.warnings]
     out.print(pairs(rows))
-    if found.profile is not None:
-        measured = {key: str(value) for key, value in found.profile.ranges.items()}
-        measured |= {key: ", ".join(f"{w} x {n}" for w, n in c.items()) for key, c in found.profile.counts.items()}
-        out.print(table([f"of {found.profile.num_measured} samples", "measured"], list(measured.items())))
+    if backbone.profile is not None:
+        measured = {key: str(value) for key, value in backbone.profile.ranges.items()}
+        measured |= {key: ", ".join(f"{w} x {n}" for w, n in c.items()) for key, c in backbone.profile.counts.items()}
+        out.print(table([f"of {backbone.profile.num_measured} samples", "measured"], list(measured.items())))
     if fit is not None and fit.adaptations:
         cells = [[one.what, one.received, one.used, f"{one.share:.0%}"] for one in fit.adaptations]
         out.print(table(["adapted", "the data", "becomes", "samples"], cells, right=(3,)))
-    elif found.profile is not None:
+    elif backbone.profile is not None:
         out.print("nothing has to be adapted")
 
 
-def predicted(found: Sequence[Prediction], task: str, as_json: bool) -> None:
+def show_predictions(predictions: Sequence[Prediction], task: str, as_json: bool) -> None:
     """A line an input: what the model says of it, or why it cannot be read."""
     if as_json:
         _print(
@@ -90,17 +90,17 @@ def predicted(found: Sequence[Prediction], task: str, as_json: bool) -> None:
                 {"input": one.input, "problem": one.problem}
                 if one.problem
                 else {"input": one.input, "label": one.label, "score": one.score, "top": [list(t) for t in one.top]}
-                for one in found
+                for one in predictions
             ]
         )
         return
     titles = ["target", "value"] if task == "regression" else ["label", "score"]
     # Whole where there is room; `--json` has them whole in any case.
-    cells = [[middle(one.input, out.width * 2 // 5), *_said(one, task)] for one in found]
+    cells = [[cut_middle(one.input, out.width * 2 // 5), *_prediction_cells(one, task)] for one in predictions]
     out.print(table(["input", *titles, "then"], cells, right=(2,)))
 
 
-def _said(one: Prediction, task: str) -> list[str]:
+def _prediction_cells(one: Prediction, task: str) -> list[str]:
     if one.problem:
         return ["", "", one.problem]
     shown = figure if task == "regression" else "{:.3f}".format
@@ -109,7 +109,7 @@ def _said(one: Prediction, task: str) -> list[str]:
     return [label, shown(value), ", ".join(f"{name} {shown(value)}" for name, value in others)]
 
 
-def evaluated(figures: Mapping[str, Any], as_json: bool) -> None:
+def show_evaluation(figures: Mapping[str, Any], as_json: bool) -> None:
     """The figures on labelled data, over all and for each class."""
     if as_json:
         _print(figures)
@@ -133,9 +133,9 @@ def evaluated(figures: Mapping[str, Any], as_json: bool) -> None:
         out.print(f"{figures['num_skipped']} samples could not be read and were left out")
 
 
-def listed(found: Sequence[Run], storage: str, as_json: bool) -> None:
+def show_runs(runs: Sequence[Run], storage: str, as_json: bool) -> None:
     """The runs, how far they are, and the figure that counts."""
-    rows = [_row(run) for run in found]
+    rows = [_run_row(run) for run in runs]
     if as_json:
         _print(rows)
         return
@@ -150,7 +150,7 @@ def listed(found: Sequence[Run], storage: str, as_json: bool) -> None:
     out.print(table(["run", "state", "epochs", "result", "seconds"], cells, right=(2, 3, 4)))
 
 
-def _row(run: Run) -> dict[str, Any]:
+def _run_row(run: Run) -> dict[str, Any]:
     state, metrics = run.state, run.metrics
     results = run.results if state == "finished" else {}
     figures = results.get("test") or results.get("validation") or {}
@@ -165,7 +165,7 @@ def _row(run: Run) -> dict[str, Any]:
     }
 
 
-def plugins(found: Sequence[Listing], as_json: bool) -> None:
+def show_plugins(listings: Sequence[Listing], as_json: bool) -> None:
     """What each modality takes and which backbones fit; below, why a broken one does not load."""
     if as_json:
         _print(
@@ -180,18 +180,18 @@ def plugins(found: Sequence[Listing], as_json: bool) -> None:
                     "num_timm": len(one.modality.rules.timm) if one.modality else 0,
                     "error": one.error or None,
                 }
-                for one in found
+                for one in listings
             ]
         )
         return
     rows = []
-    for one in found:
+    for one in listings:
         takes = one.modality.title if one.modality else "broken"
         if one.modality and not one.modality.trainable:
             takes += " (check only, no training yet)"
         rows.append([one.name, f"{one.distribution} {one.version}".strip(), takes, _families(one)])
     out.print(table(["modality", "from", "takes", "backbone families"], rows))
-    for one in found:
+    for one in listings:
         if one.error:
             out.print(f"{one.name}: {one.error}", markup=False)
 
@@ -206,7 +206,7 @@ def _families(one: Listing) -> str:
     return f"{count}{timm}: {', '.join(names[:3])}" + (", …" if names[3:] else "")
 
 
-def types(modality: str, as_json: bool) -> None:
+def show_types(modality: str, as_json: bool) -> None:
     """Every model type that a modality takes."""
     rules = registry.get(modality).rules
     if as_json:
@@ -222,27 +222,27 @@ def _print(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False))
 
 
-def _short(path: Path) -> str:
+def _relative(path: Path) -> str:
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
 
 
-def features(found: Sequence[FeatureListing], place: str, as_json: bool) -> None:
+def show_features(listings: Sequence[FeatureListing], place: str, as_json: bool) -> None:
     """The sets of features of a storage, or of an object store."""
     if as_json:
-        _print([_as_dict(one) for one in found])
+        _print([_as_dict(one) for one in listings])
         return
-    if not found:
+    if not listings:
         out.print(f"there are no features in {place}", markup=False)
         return
-    cells = [[one.name, one.num_samples, _size(one.num_bytes), _when(one.used)] for one in found]
+    cells = [[one.name, one.num_samples, _size(one.num_bytes), _when(one.used)] for one in listings]
     out.print(table(["features", "samples", "size", "used"], cells, right=(1, 2)))
-    out.print(f"{_size(sum(one.num_bytes for one in found))} in all; orchestrator features prune --max-size 50GB")
+    out.print(f"{_size(sum(one.num_bytes for one in listings))} in all; orchestrator features prune --max-size 50GB")
 
 
-def feature_set(one: FeatureListing, as_json: bool) -> None:
+def show_feature_set(one: FeatureListing, as_json: bool) -> None:
     """What a set of features is of."""
     if as_json:
         _print(_as_dict(one))
@@ -254,7 +254,7 @@ def feature_set(one: FeatureListing, as_json: bool) -> None:
         ("backbone", f"{key.get('backbone')} @ {str(key.get('commit')).removeprefix('sha256:')[:12]}"),
         ("modality", key.get("modality")),
         ("body ends", key.get("cut")),
-        ("input", setting(inputs) if isinstance(inputs, dict) else ""),
+        ("input", settings_line(inputs) if isinstance(inputs, dict) else ""),
         ("samples", one.num_samples),
         ("shards", f"{one.num_shards}, {_size(one.num_bytes)}"),
         ("used", _when(one.used)),
@@ -262,7 +262,7 @@ def feature_set(one: FeatureListing, as_json: bool) -> None:
     out.print(pairs(rows))
 
 
-def pruned(
+def show_pruned(
     removed: Sequence[FeatureListing], left: Sequence[FeatureListing], dry_run: bool, as_json: bool
 ) -> None:  # fmt: skip
     """What was removed, or would be, and what is left."""

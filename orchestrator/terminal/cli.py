@@ -13,7 +13,7 @@ import typer
 
 from orchestrator.errors import REASONS, InterruptedRunError, JobError, OrchestratorError, missing_extra
 from orchestrator.terminal import feature_commands
-from orchestrator.terminal.flags import Json, takes, with_options
+from orchestrator.terminal.flags import Json, name_flags, takes_flags
 
 app = typer.Typer(
     add_completion=False,
@@ -44,7 +44,7 @@ def _before(
 
 
 @app.command()
-@takes()
+@takes_flags()
 def finetune(
     fields: dict[str, Any],
     job: JobFile = None,
@@ -63,11 +63,11 @@ def finetune(
     from orchestrator.terminal import answers
     from orchestrator.train import finetune as run_finetune
 
-    answers.finished(run_finetune(job, fresh=fresh, verify_content=verify_content, **fields), json_)
+    answers.show_run(run_finetune(job, fresh=fresh, verify_content=verify_content, **fields), json_)
 
 
 @app.command()
-@takes(but="--method")
+@takes_flags(but="--method")
 def pretrain(fields: dict[str, Any], job: JobFile = None, fresh: Fresh = False, json_: Json = False) -> None:
     """Train a backbone's architecture from random weights. The run is a backbone for `finetune`.
 
@@ -78,11 +78,11 @@ def pretrain(fields: dict[str, Any], job: JobFile = None, fresh: Fresh = False, 
     from orchestrator.terminal import answers
     from orchestrator.train import pretrain as run_pretrain
 
-    answers.finished(run_pretrain(job, fresh=fresh, **fields), json_)
+    answers.show_run(run_pretrain(job, fresh=fresh, **fields), json_)
 
 
 @app.command()
-@takes()
+@takes_flags()
 def plan(fields: dict[str, Any], job: JobFile = None, json_: Json = False) -> None:
     """Print what `finetune` would do, and run nothing."""
     from orchestrator.gate import plan as make_plan
@@ -96,7 +96,9 @@ def plan(fields: dict[str, Any], job: JobFile = None, json_: Json = False) -> No
 
 
 @app.command()
-@takes("--modality", "--task", "--set", "--data", "--input-column", "--label-column", "--label-separator", "--size")
+@takes_flags(
+    "--modality", "--task", "--set", "--data", "--input-column", "--label-column", "--label-separator", "--size"
+)
 def check(
     fields: dict[str, Any],
     backbone: Annotated[str, typer.Argument(help="org/name[@revision], a directory, or an earlier run")],
@@ -113,8 +115,8 @@ def check(
     from orchestrator.terminal import answers
 
     job = make_job(**{"data": "-", "backbone": backbone, **fields})
-    found = inspect(backbone, job.modality, job.data if "data" in fields else None, job.settings, job.task)
-    answers.checked(found, job.modality, json_)
+    checked = inspect(backbone, job.modality, job.data if "data" in fields else None, job.settings, job.task)
+    answers.show_backbone(checked, job.modality, json_)
 
 
 @app.command()
@@ -136,9 +138,9 @@ def predict(
     from orchestrator.predictor import predict as run_predict
     from orchestrator.terminal import answers
 
-    found = run_predict(opened, [one for given in inputs for one in (_lines() if given == "-" else [given])], top)
-    answers.predicted(found, opened.plan.job.task, json_)
-    if any(one.problem for one in found):
+    predictions = run_predict(opened, [one for given in inputs for one in (_lines() if given == "-" else [given])], top)
+    answers.show_predictions(predictions, opened.plan.job.task, json_)
+    if any(one.problem for one in predictions):
         raise typer.Exit(1)
 
 
@@ -149,7 +151,7 @@ def _lines() -> list[str]:
 
 
 @app.command()
-@takes("--input-column", "--label-column", "--label-separator", "--on-bad-sample")
+@takes_flags("--input-column", "--label-column", "--label-separator", "--on-bad-sample")
 def evaluate(
     fields: dict[str, Any],
     run: FinishedRun,
@@ -164,7 +166,7 @@ def evaluate(
     from orchestrator.predictor import evaluate as run_evaluate
     from orchestrator.terminal import answers
 
-    answers.evaluated(run_evaluate(opened, spec), json_)
+    answers.show_evaluation(run_evaluate(opened, spec), json_)
 
 
 @app.command()
@@ -176,7 +178,7 @@ def runs(
     from orchestrator.job import list_runs
     from orchestrator.terminal import answers
 
-    answers.listed(list_runs(storage), storage, json_)
+    answers.show_runs(list_runs(storage), storage, json_)
 
 
 @app.command()
@@ -189,9 +191,9 @@ def plugins(
     from orchestrator.terminal import answers
 
     if types is not None:
-        answers.types(types, json_)
+        answers.show_types(types, json_)
     else:
-        answers.plugins(registry.listings(), json_)
+        answers.show_plugins(registry.listings(), json_)
 
 
 app.add_typer(feature_commands.app, name="features")
@@ -248,7 +250,12 @@ def run(arguments: list[str]) -> int:
         return 0
     except OSError as error:  # one that a run met on its way is a TrainingError by now
         place = error.filename or "the file system"
-        return _fail(JobError(f"{place} cannot be used: {error.strerror or error}"), as_json)
+        return _fail(
+            JobError(
+                f"{place} cannot be used: {error.strerror or error}", mend="name another place, or make this one usable"
+            ),
+            as_json,
+        )
     except ModuleNotFoundError as error:
         refusal = missing_extra(error)
         if refusal is None:
@@ -265,7 +272,7 @@ def _fail(error: OrchestratorError, as_json: bool) -> int:
         from orchestrator.terminal.console import show_error
 
         # A job file and Python know the settings; who sits at the command line has flags.
-        error.message, error.expected, error.mend = map(with_options, (error.message, error.expected, error.mend))
+        error.message, error.expected, error.mend = map(name_flags, (error.message, error.expected, error.mend))
         show_error(error)
     return error.exit_code
 

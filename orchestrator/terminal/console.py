@@ -70,7 +70,7 @@ def show_plan(plan: Plan) -> None:
         ("targets" if plan.job.task == "regression" else "classes", f"{len(plan.classes)}: {_some(plan.classes, 10)}"),
         ("samples", f"train {counts['train']}, validation {counts['validation']}, test {counts['test']}"),
         *_balance(plan),
-        ("input", setting(plan.input)),
+        ("input", settings_line(plan.input)),
         *(("adapted", str(one)) for one in plan.adaptations),
         *(("warning", one) for one in plan.warnings),
         *(("note", one) for one in plan.data.notes),
@@ -128,15 +128,15 @@ def _balance(plan: Plan) -> list[tuple[str, object]]:
     return [("a class", _spread(plan.data.per_class["train"]) + " in train" + weighed)]
 
 
-def setting(given: Mapping[str, Any]) -> str:
+def settings_line(settings: Mapping[str, Any]) -> str:
     """The resolved input settings on one line: `size 64 x 64, channels 3`."""
     return ", ".join(
         f"{key} {' x '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
-        for key, value in given.items()
+        for key, value in settings.items()
     )
 
 
-def middle(text: str, width: int) -> str:
+def cut_middle(text: str, width: int) -> str:
     """The text on one line, its middle left out where it is wider than `width`: `recordings/a…b/left.wav`."""
     text = " ".join(text.split())
     if cell_len(text) <= width:

@@ -24,7 +24,7 @@ def list_features(storage: Storage = "runs", feature_store: FeatureStore = None,
     from orchestrator.store import inventory
     from orchestrator.terminal import answers
 
-    answers.features(inventory.listings(_features_at(storage, feature_store)), feature_store or storage, json_)
+    answers.show_features(inventory.listings(_features_at(storage, feature_store)), feature_store or storage, json_)
 
 
 @app.command("show")
@@ -38,7 +38,7 @@ def show_features(
     from orchestrator.store import inventory
     from orchestrator.terminal import answers
 
-    answers.feature_set(inventory.find_listing(_features_at(storage, feature_store), name), json_)
+    answers.show_feature_set(inventory.find_listing(_features_at(storage, feature_store), name), json_)
 
 
 @app.command("prune")
@@ -60,7 +60,7 @@ def prune_features(
     before = inventory.listings(root)
     removed = inventory.prune(root, size, dry_run, before)
     gone = {one.name for one in removed}
-    answers.pruned(removed, [one for one in before if one.name not in gone], dry_run, json_)
+    answers.show_pruned(removed, [one for one in before if one.name not in gone], dry_run, json_)
 
 
 def _features_at(storage: str, feature_store: str | None) -> Root:

@@ -81,26 +81,26 @@ _PLAIN = "|".join(setting for setting in _OPTIONS if "." not in setting)
 _NAMED = re.compile(rf"(?<![\w.-])(?<!--set )(?:(?:{_DOTTED})(?![\w.=])|(?:^|(?<=: ))(?:{_PLAIN})(?= = | is missing))")
 
 
-def takes(*only: str, but: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_flags(*only: str, but: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the command takes all flags, or these, and gets as `fields` what was given, {setting: value}."""
     chosen = [flag for flag in FLAGS if (not only or flag.option in only) and flag.option != but]
 
-    def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = dict(inspect.signature(command, eval_str=True).parameters)
         del own["fields"]
         made = [flag.as_parameter() for flag in chosen]
 
         @functools.wraps(command)
-        def taking(**given: Any) -> None:
+        def with_fields(**given: Any) -> None:
             command(**{name: given[name] for name in own}, fields=_fields(given, chosen))
 
         positional = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own.values()]
-        taking.__signature__ = inspect.Signature([*positional, *made])  # type: ignore[attr-defined]
+        with_fields.__signature__ = inspect.Signature([*positional, *made])  # type: ignore[attr-defined]
         annotations = {one.name: one.annotation for one in (*positional, *made)}
-        taking.__annotations__ = {**annotations, "return": None}
-        return taking
+        with_fields.__annotations__ = {**annotations, "return": None}
+        return with_fields
 
-    return with_flags
+    return decorate
 
 
 def _fields(given: Mapping[str, Any], chosen: list[Flag]) -> dict[str, Any]:
@@ -114,15 +114,15 @@ def _fields(given: Mapping[str, Any], chosen: list[Flag]) -> dict[str, Any]:
     return fields | dict(parse_setting(text) for text in given.get("set") or [])
 
 
-def with_options(text: str) -> str:
+def name_flags(text: str) -> str:
     """A message with the flag behind each setting that has one: `data.label_column (--label-column)`."""
 
-    def name(found: re.Match[str]) -> str:
-        setting = found.group()
+    def named(match: re.Match[str]) -> str:
+        setting = match.group()
         option = _OPTIONS[setting]
         if re.search(rf"{option}(?![\w-])", text):
             return setting
-        in_brackets = text[: found.start()].endswith("(") and text[found.end() :].startswith(")")
+        in_brackets = text[: match.start()].endswith("(") and text[match.end() :].startswith(")")
         return f"{setting}, {option}" if in_brackets else f"{setting} ({option})"
 
-    return _NAMED.sub(name, text)
+    return _NAMED.sub(named, text)

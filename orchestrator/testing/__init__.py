@@ -1,80 +1,13 @@
 """`check_modality`: the one line of a plugin's test. It holds a modality against the contract, and trains with it.
 
-`testing_declared.py` looks at what is declared, `testing_samples.py` takes the toy samples through the gate;
-`testing_batch.py` and `testing_network.py`, which need torch, build the network, take steps and run jobs.
+In: a `Modality`, and a backbone for it. Out: nothing, or a `ContractError` that names the field, what was found and the
+mend. Works in a temporary directory, on the plugin's own toy samples, and downloads nothing.
+
+    check        check_modality, top to bottom
+    declaration  what is declared: name, rules, and whether it can travel to another process
+    samples      the toy samples through `decode`, `measure` and `fit`, without torch
+    network      the network: steps, an export, and jobs from end to end
+    batch        what the collate function gives, held against the declaration and the network
 """
 
-from __future__ import annotations
-
-import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
-
-from orchestrator.modality import Modality, registry
-from orchestrator.testing.declared import (
-    check_declaration,
-    check_in_another_process,
-    check_name,
-    check_pickle,
-    check_rules,
-)
-from orchestrator.testing.samples import check_garbage, check_gate, check_toys
-
-
-def check_modality(
-    modality: Modality,
-    backbone: str | Path | Mapping[str, Any],
-    *,
-    settings: Mapping[str, Any] | None = None,
-    shares: Sequence[str] = (),
-) -> None:
-    """Return if the modality keeps the contract and trains; raise `ContractError`, naming the field, if not.
-
-        check_modality(modality, backbone={"model_type": "sensor-cnn", "channels": 3, "width": 16})
-
-    `backbone` is a directory in Hub layout, or what its config.json holds; one without weights is pretrained on
-    the toy samples first. `settings` are the plugin's own. `shares` names the modalities whose backbones
-    fit this one too, on purpose. Every task that is declared is trained for. Takes seconds, works in a temporary
-    directory and downloads nothing.
-    """
-    check_declaration(modality)
-    check_name(modality)
-    check_rules(modality, shares)
-    toys = check_toys(modality)
-    check_garbage(modality, toys)
-    check_pickle(modality)
-    with TemporaryDirectory(prefix="orchestrator-check-") as folder, _registered(modality):
-        directory = _lay_out(Path(folder), backbone)
-        card = check_gate(modality, directory, toys, settings or {})
-        check_in_another_process(modality, card, toys.samples[0], settings or {})
-        from orchestrator.testing.network import check_network  # noqa: PLC0415  # torch
-
-        check_network(modality, directory, Path(folder), toys, settings or {})
-
-
-@contextlib.contextmanager
-def _registered(modality: Modality) -> Iterator[None]:
-    """The modality can be asked for by its name, installed or not."""
-    if registry.claims(modality.name):
-        yield
-        return
-    before = registry.get(modality.name) if registry.is_registered(modality.name) else None
-    registry.register(modality)
-    try:
-        yield
-    finally:
-        registry.unregister(modality.name)
-        if before is not None:
-            registry.register(before)
-
-
-def _lay_out(folder: Path, backbone: str | Path | Mapping[str, Any]) -> Path:
-    if not isinstance(backbone, Mapping):
-        return Path(backbone).expanduser().absolute()
-    directory = folder / "backbone"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(dict(backbone)), encoding="utf-8")
-    return directory
+from orchestrator.testing.check import check_modality as check_modality

@@ -1,4 +1,4 @@
-"""The part of `check_modality` that holds a batch against what is declared, and against what the network takes."""
+"""What a plugin's collate function gives, held against its declaration and against what the network takes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Trial:
 
 
 def collated(trial: Trial, modality: Modality, train: bool) -> dict[str, Tensor]:
-    """The batch, held against what is declared, and against what the network takes."""
+    """The trial's samples as one batch, {name: tensor [batch, ...]}; `ContractError` where it cannot be used."""
     num, what = len(trial.decoded), f"collate(decoded, {train})"
     with calling("batch", what), torch.random.fork_rng():
         inputs = trial.collate(trial.decoded, train)
@@ -79,20 +79,21 @@ def _fits(value: Tensor, shape: Sequence[int | str]) -> bool:
 
 def _check_keys(network: Network, inputs: Mapping[str, Tensor]) -> None:
     """The keys are parameters of `forward`; those that `parts` takes out are its own."""
-    taken = inspect.signature(network.module.forward).parameters
+    parameters = inspect.signature(network.module.forward).parameters
     parts: Sequence[Mapping[str, Tensor]] = [inputs]
     if network.parts is not None:
         with calling("build", "Network.parts"):
             parts = [part for _, part in network.parts(inputs)]
-    undeclared = sorted({key for part in parts for key in part} - set(taken))
-    if undeclared and not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+    undeclared = sorted({key for part in parts for key in part} - set(parameters))
+    if undeclared and not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         raise ContractError(
             "batch", f"gives {undeclared[0]!r}, which the network's forward does not take",
-            expected="some of " + ", ".join(taken), mend="leave the key out, or name it as forward does",
+            expected="some of " + ", ".join(parameters), mend="leave the key out, or name it as forward does",
         )  # fmt: skip
 
 
 def logits_of(trial: Trial, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What the network makes of a batch: floating point [batch, classes], or a `ContractError`."""
     with calling("build", "calling the network with the batch"):
         logits = trial.network.logits(inputs)
     wanted = [len(trial.decoded), len(trial.plan.classes)]

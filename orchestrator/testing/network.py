@@ -1,4 +1,4 @@
-"""The half of `check_modality` that needs torch: a batch, steps, an export, and jobs from end to end."""
+"""A plugin's network on its toy samples: steps, an export, and jobs from end to end, for each task. Needs torch."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def _check_run(run: Run, trial: Trial, modality: Modality, toys: Toys) -> None:
     """A finished run has the body that it began with, and predicts."""
     _check_frozen(run, trial, modality)
     with calling("build", "predicting with the finished run"):
-        (found,) = predict(run, [toys.samples[0][modality.sample[0].name]])
+        (prediction,) = predict(run, [toys.samples[0][modality.sample[0].name]])
     single = run.plan.job.task == "single-label"
-    if found.problem or (single and found.label not in run.plan.classes):
-        raise ContractError("decode", f"predicting for a toy sample gives {found.label!r} {found.problem!r}")
+    if prediction.problem or (single and prediction.label not in run.plan.classes):
+        raise ContractError("decode", f"predicting for a toy sample gives {prediction.label!r} {prediction.problem!r}")
 
 
 def _write(modality: Modality, toys: Toys, folder: Path, task: str) -> Path:
@@ -110,8 +110,8 @@ def _trial(modality: Modality, job: Mapping[str, Any], toys: Toys) -> Trial:
         network = modality.build(plan, directory)
     if not isinstance(network, Network):
         raise ContractError(
-            "build", f"gives a {type(network).__name__}", expected="orchestrator.network.model.Network",
-            mend="build_module or build_transformers of orchestrator.network.model make one",
+            "build", f"gives a {type(network).__name__}", expected="orchestrator.network.Network",
+            mend="build_module or build_transformers of orchestrator.network make one",
         )  # fmt: skip
     modules = dict(network.module.named_modules())
     wrong = [name for name in network.head if name not in modules]

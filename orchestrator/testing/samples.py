@@ -1,4 +1,4 @@
-"""The part of `check_modality` that takes the toy samples through `decode`, `measure` and `fit`, without torch."""
+"""The toy samples through `decode`, `measure` and `fit`, as the gate takes a user's; without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.backbone import read_card
 from orchestrator.errors import BadSampleError, ContractError, calling
-from orchestrator.gate import decide
+from orchestrator.gate import match, parse_settings
 from orchestrator.job import Adaptation, BackboneCard
 from orchestrator.modality import Fit, Modality, Profile, Sample, registry
 
@@ -131,15 +131,14 @@ def check_gate(modality: Modality, directory: Path, toys: Toys, chosen: Mapping[
     assert modality.fit is not None
     with calling("rules", f"looking the backbone {directory.name} up", "a row for its type"):
         card = read_card(str(directory))
-        row = decide.match(card, modality, registry.available())
+        row = match(card, modality, registry.available())
     with calling("settings", f"settings = {dict(chosen)}", "settings that can be left out, or give them to the check"):
-        settings = decide.parse_settings(modality, chosen)
+        settings = parse_settings(modality, chosen)
     facts = []
     for decoded in toys.decoded:
         with calling("measure", "measuring a toy sample"):
-            found = modality.measure(decoded, card)
-        _check_facts(found)
-        facts.append(found)
+            facts.append(modality.measure(decoded, card))
+        _check_facts(facts[-1])
     profile = Profile.of(facts)
     expected = "a Fit; RefusedError where the data cannot become the backbone's input, which toy samples can"
     for given in (None, profile):
@@ -164,9 +163,9 @@ def _as_text(*values: Any) -> str:
     return repr([value.model_dump() if hasattr(value, "model_dump") else value for value in values])
 
 
-def _check_facts(found: Any) -> None:
-    problem = f"is a {type(found).__name__}" if not isinstance(found, Mapping) else ""
-    for key, value in found.items() if not problem else ():
+def _check_facts(facts: Any) -> None:
+    problem = f"is a {type(facts).__name__}" if not isinstance(facts, Mapping) else ""
+    for key, value in facts.items() if not problem else ():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not isinstance(key, str) or not (is_number or isinstance(value, str)):
             problem = f"holds {key!r}: {value!r} ({type(value).__name__})"
@@ -177,19 +176,19 @@ def _check_facts(found: Any) -> None:
         )  # fmt: skip
 
 
-def _check_fit(found: Any) -> None:
-    if not isinstance(found, Fit):
-        raise ContractError("fit", f"gives a {type(found).__name__}", expected="orchestrator.modality.Fit")
+def _check_fit(fit: Any) -> None:
+    if not isinstance(fit, Fit):
+        raise ContractError("fit", f"gives a {type(fit).__name__}", expected="orchestrator.modality.Fit")
     try:
-        same = json.loads(json.dumps(dict(found.input))) == dict(found.input)
+        same = json.loads(json.dumps(dict(fit.input))) == dict(fit.input)
     except (TypeError, ValueError) as error:
         raise ContractError("fit", f"Fit.input is no JSON: {error}", expected="what can stand in plan.json") from None
     if not same:
         raise ContractError(
-            "fit", f"Fit.input = {dict(found.input)} is something else when it comes back from JSON",
+            "fit", f"Fit.input = {dict(fit.input)} is something else when it comes back from JSON",
             expected="strings as keys; lists, not tuples",
         )  # fmt: skip
-    for what, of, kind in (("adaptations", found.adaptations, Adaptation), ("warnings", found.warnings, str)):
+    for what, of, kind in (("adaptations", fit.adaptations, Adaptation), ("warnings", fit.warnings, str)):
         wrong = [one for one in of if not isinstance(one, kind)]
         if wrong:
             raise ContractError("fit", f"Fit.{what} holds {wrong[0]!r}", expected=f"a sequence of {kind.__name__}")

@@ -110,13 +110,13 @@ def test_a_hub_that_stumbles_is_asked_again(hub: Hub, tiny_resnet: Path) -> None
 
 
 def test_without_a_connection_the_cache_serves(
-    hub: Hub, tiny_resnet: Path, cli: Callable[..., subprocess.CompletedProcess[str]]
+    hub: Hub, tiny_resnet: Path, cli_process: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     hub.repositories["org/cached"] = Repository({**files_of(tiny_resnet), "y.json": b"{}"})
     card = orchestrator.check("org/cached", "image")
     fetch(card)
     down = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    found = cli("check", "org/cached", "--json", env=down)
+    found = cli_process("check", "org/cached", "--json", env=down)
     assert json.loads(found.stdout)["commit"] == card.commit
-    unknown = cli("check", "org/never-seen", "--json", env=down)
+    unknown = cli_process("check", "org/never-seen", "--json", env=down)
     assert (unknown.returncode, json.loads(unknown.stdout)["reason"]) == (2, "offline")

@@ -362,7 +362,7 @@ def test_texts_that_are_none(content: bytes, problem: str) -> None:
     assert bad("text", content) == problem
 
 
-def test_texts_of_any_length_and_character_are_learnt_from_and_predicted_for(tmp_path: Path, cli: Cli) -> None:
+def test_texts_of_any_length_and_character_are_learnt_from_and_predicted_for(tmp_path: Path, cli_process: Cli) -> None:
     odd = ["a\0b c", "\u202eniar", "🌧️", "[bold]rain[/bold]", "\x1b[31mred", "a\r\nb\u2028c"]
     rows = [{"text": f"{text}, {i}", "label": "ab"[i % 2]} for i, text in enumerate(odd * 5)]
     rows.append({"text": "rain " * 2000, "label": "a"})
@@ -374,7 +374,7 @@ def test_texts_of_any_length_and_character_are_learnt_from_and_predicted_for(tmp
     assert run.plan.adaptations[0].what == "truncate"
     problems = [one.problem for one in orchestrator.predict(run, [*odd, "x" * 10**6, "", "\ud800"])]
     assert problems == [""] * 7 + ["the text is empty", "the text is not in UTF-8 (byte 0)"]
-    done = cli("predict", "runs/odd", "[bold]a[/bold] :fish:", os.fsdecode(b"\xff rain"), errors="replace")
+    done = cli_process("predict", "runs/odd", "[bold]a[/bold] :fish:", os.fsdecode(b"\xff rain"), errors="replace")
     assert "[bold]a[/bold] :fish:" in done.stdout
     assert "Traceback" not in done.stderr
     assert flat("not in UTF-8 (byte 0)") in flat(done.stdout + done.stderr)

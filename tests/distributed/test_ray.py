@@ -270,7 +270,7 @@ def processes(name: bytes) -> list[int]:
 
 
 def test_one_ray_worker_is_this_process_bit_for_bit_interrupted_and_killed(
-    uninterrupted: orchestrator.Run, tiny_resnet: Path, digits: Path, cli: Cli
+    uninterrupted: orchestrator.Run, tiny_resnet: Path, digits: Path, cli_process: Cli
 ) -> None:
     command = ["finetune", "--backbone", tiny_resnet, "--data", digits, *LONG]
     for how in (signal.SIGINT, signal.SIGKILL):
@@ -286,7 +286,7 @@ def test_one_ray_worker_is_this_process_bit_for_bit_interrupted_and_killed(
         _, stderr = process.communicate(timeout=90)
         assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), stderr
         assert not Path("runs/ray/results.json").exists()
-    done = cli(*command, "--name", "ray", "--address", "local")
+    done = cli_process(*command, "--name", "ray", "--address", "local")
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
     assert same(weights_of(uninterrupted), weights_of(orchestrator.open_run("runs/ray")))

@@ -19,8 +19,8 @@ from orchestrator.job import EpochEnded, PhaseBegan, make_job
 from orchestrator.predictor import Prediction
 from orchestrator.progress import progress
 from orchestrator.terminal import cli as commands
-from orchestrator.terminal.console import middle, show_error, show_plan
-from orchestrator.terminal.flags import FLAGS, with_options
+from orchestrator.terminal.console import cut_middle, show_error, show_plan
+from orchestrator.terminal.flags import FLAGS, name_flags
 
 
 class Screen:
@@ -84,12 +84,12 @@ def test_a_message_names_the_flag_behind_a_setting() -> None:
         ("job.yaml:3: task = 'x': no", "job.yaml:3: task (--task) = 'x': no"),
         ("data is missing", "data (--data) is missing"),
         ("the data is missing", "the data is missing"),
-        ("lower training.num_shards or scaling.num_workers",
-         "lower training.num_shards or scaling.num_workers (--workers)"),
+        ("lower training.num_microbatches or scaling.num_workers",
+         "lower training.num_microbatches or scaling.num_workers (--workers)"),
         ("--set training.epochs=3, or leave training.epochs.x", "--set training.epochs=3, or leave training.epochs.x"),
         ("data.on_bad_sample: --on-bad-sample skip", "data.on_bad_sample: --on-bad-sample skip"),
     ):  # fmt: skip
-        assert with_options(given) == shown
+        assert name_flags(given) == shown
 
 
 def test_a_refusal_names_flags_on_the_screen_and_settings_in_json(screen: Screen) -> None:
@@ -196,19 +196,21 @@ def test_listing_the_runs_does_not_stop_one_from_starting(tmp_path: Path) -> Non
 
 def test_long_inputs_are_cut_in_the_middle() -> None:
     path = "recordings/" + "very/" * 20 + "left.wav"
-    assert middle(path, 32) == "recordings/very/…y/very/left.wav"
-    assert middle("a\n b", 32) == "a b"
-    assert middle("雨" * 40, 33).count("雨") == 16
+    assert cut_middle(path, 32) == "recordings/very/…y/very/left.wav"
+    assert cut_middle("a\n b", 32) == "a b"
+    assert cut_middle("雨" * 40, 33).count("雨") == 16
 
 
 def test_predictions_of_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     from orchestrator.terminal import answers
 
-    answers.predicted([Prediction("x.png", "", 1234.5, (("weight", 1234.5), ("height", 0.25)))], "regression", False)
+    answers.show_predictions(
+        [Prediction("x.png", "", 1234.5, (("weight", 1234.5), ("height", 0.25)))], "regression", False
+    )
     shown = capsys.readouterr().out
     assert "target   value" in shown
     assert "weight   1,234   height 0.250" in shown
-    answers.predicted(
+    answers.show_predictions(
         [
             Prediction("x.png", "", 0.31, (("cat", 0.31), ("dog", 0.2))),
             Prediction("y.png", "cat + dog", 0.9, (("cat", 0.9), ("dog", 0.6))),

@@ -101,7 +101,8 @@ def test_the_public_names_are_these() -> None:
     ]  # fmt: skip
     for name in orchestrator.__all__:
         assert callable(getattr(orchestrator, name))
-        assert not Path(orchestrator.__file__).with_name(f"{name}.py").exists()
+        for module in (f"{name}.py", name):
+            assert not Path(orchestrator.__file__).with_name(module).exists()
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = orchestrator.nonsense
 

@@ -293,7 +293,7 @@ def test_the_table(vowels: Path, backbones: dict[str, Path]) -> None:
 
 
 def test_as_pip_installs_it(
-    tmp_path: Path, cli: Callable[..., CompletedProcess[str]], backbones: dict[str, Path]
+    tmp_path: Path, cli_process: Callable[..., CompletedProcess[str]], backbones: dict[str, Path]
 ) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
@@ -302,7 +302,7 @@ def test_as_pip_installs_it(
     )  # fmt: skip
     there = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": there}
-    rows = {row["name"]: row for row in json.loads(cli("plugins", "--json", env=environment).stdout)}
+    rows = {row["name"]: row for row in json.loads(cli_process("plugins", "--json", env=environment).stdout)}
     assert (rows["speech"]["distribution"], rows["speech"]["trainable"]) == ("orchestrator-speech", True)
-    accepted = cli("check", backbones["crepe-tiny"], "--modality", "speech", env=environment)
+    accepted = cli_process("check", backbones["crepe-tiny"], "--modality", "speech", env=environment)
     assert accepted.returncode == 0, accepted.stderr

@@ -82,21 +82,21 @@ def test_the_commands_of_the_page_do_what_it_says(installed: dict[str, str]) -> 
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused_and_a_broken_file_named(
-    installed: dict[str, str], cli: Cli, tiny_resnet: Path
+    installed: dict[str, str], cli_process: Cli, tiny_resnet: Path
 ) -> None:
-    rows = {row["name"]: row for row in json.loads(cli("plugins", "--json", env=installed).stdout)}
+    rows = {row["name"]: row for row in json.loads(cli_process("plugins", "--json", env=installed).stdout)}
     assert (rows["sensor"]["distribution"], rows["sensor"]["trainable"]) == ("orchestrator-sensor", True)
-    refused = cli("check", tiny_resnet, "--modality", "sensor", "--json", env=installed)
+    refused = cli_process("check", tiny_resnet, "--modality", "sensor", "--json", env=installed)
     assert (refused.returncode, json.loads(refused.stdout)["reason"]) == (2, "wrong_modality")
     subprocess.run([sys.executable, SOURCE / "make_data.py"], check=True, env=installed)
     for channels, name in ((3, "three"), (4, "four")):
         Path(name).mkdir()
         Path(name, "config.json").write_text(json.dumps({"model_type": "sensor-cnn", "channels": channels, "width": 4}))
     train = ("pretrain", "--modality", "sensor", "--data", "pumps", "--json")
-    other = json.loads(cli(*train, "--backbone", "four", env=installed).stdout)
+    other = json.loads(cli_process(*train, "--backbone", "four", env=installed).stdout)
     assert (other["reason"], other["message"]) == ("channels", "four takes 4 channels, not 3")
     Path("pumps/left/broken.npy").write_bytes(b"\x93NUMPY")
-    broken = json.loads(cli(*train, "--backbone", "three", env=installed).stdout)
+    broken = json.loads(cli_process(*train, "--backbone", "three", env=installed).stdout)
     assert broken["reason"] == "data"
     assert "broken.npy: is no .npy file of numbers" in broken["message"]
 

@@ -504,10 +504,10 @@ def test_one_place_is_one_run_from_any_directory(
         orchestrator.finetune(run.path / "job.yaml", report=silent, **{"training.epochs": 2})
 
 
-def test_two_processes_cannot_work_on_one_run(tiny_resnet: Path, digits: Path, cli: Cli) -> None:
+def test_two_processes_cannot_work_on_one_run(tiny_resnet: Path, digits: Path, cli_process: Cli) -> None:
     run = train(tiny_resnet, digits, name="shared")
     with run.locked():
-        done = cli(
+        done = cli_process(
             "finetune",
             "--backbone",
             tiny_resnet,

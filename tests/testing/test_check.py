@@ -175,6 +175,14 @@ def test_a_fault_is_named(change: dict[str, Any], field: str, words: str) -> Non
     assert words in str(error)
 
 
+@pytest.mark.parametrize("field", ["decode", "measure", "fit", "build", "batch", "toy"])
+def test_what_is_left_out_is_told_with_its_signature(field: str) -> None:
+    error = caught(dataclasses.replace(SENSOR, **{field: None}))
+    assert error.field == field
+    module, _, name = error.mend.split()[2].rpartition(".")
+    assert callable(getattr(sys.modules[module], name))
+
+
 def test_a_top_module_that_imports_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (REPOSITORY / "examples" / "third_party" / "orchestrator_sensor.py").read_text()
     (tmp_path / "heavy_sensor.py").write_text("import torch\n" + code)

@@ -1,4 +1,4 @@
-"""The part of `check_modality` that looks at what is declared: name, rules, and whether it can travel."""
+"""What a plugin declares: its name, its rules, and whether it can travel to another process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import ContractError, PluginError, RefusedError, calling
-from orchestrator.gate import decide
+from orchestrator.gate import match
 from orchestrator.job import FIGURES, BackboneCard
 from orchestrator.modality import Modality, Sample, registry
 
@@ -24,6 +24,7 @@ _CALLED = ("decode", "measure", "fit", "build", "batch", "toy")
 
 
 def check_declaration(modality: Modality) -> None:
+    """The fields that a registry needs are right, nothing is left out, and files and settings can be told apart."""
     try:
         registry.validate(modality, "modality")
     except PluginError as error:
@@ -57,6 +58,7 @@ def check_declaration(modality: Modality) -> None:
 
 
 def check_name(modality: Modality) -> None:
+    """No installed distribution has the name, but the one that this modality comes from."""
     points = registry.claims(modality.name)
     mend = f"give yours another name, or uninstall what claims it; taken are {', '.join(registry.names())}"
     if len(points) > 1:
@@ -94,7 +96,7 @@ def check_rules(modality: Modality, shares: Sequence[str]) -> None:
 
 def _is_refused(card: BackboneCard, modality: Modality) -> bool:
     try:
-        decide.match(card, modality, {})
+        match(card, modality, {})
     except RefusedError:
         return True
     return False
@@ -158,13 +160,13 @@ for name in modules:
     importlib.import_module(name)
     done(name)
 modality, card, sample, settings = pickle.loads(sys.stdin.buffer.read())
-from orchestrator.gate import decide
+from orchestrator.gate import match
 from orchestrator.modality import Profile
 decoded = modality.decode(sample)
 done("decode")
 facts = modality.measure(decoded, card)
 done("measure")
-row = decide.match(card, modality, {})
+row = match(card, modality, {})
 modality.fit(card, row, modality.settings.model_validate(settings), Profile.of([facts]))
 done("fit")
 print(json.dumps(["", []]))
