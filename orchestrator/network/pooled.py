@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from orchestrator.errors import TrainingError
 from orchestrator.job import Plan
-from orchestrator.network.model import Inputs, Network, load_body, make_config, new_layer, quiet
+from orchestrator.network.config import make_config
+from orchestrator.network.loading import load_body, new_layer, quiet
+from orchestrator.network.network import Inputs, Network
 
 _NOTHING: tuple[str, ...] = ()
 HEAD_FILE = "head.safetensors"

@@ -110,8 +110,8 @@ def _trial(modality: Modality, job: Mapping[str, Any], toys: Toys) -> Trial:
         network = modality.build(plan, directory)
     if not isinstance(network, Network):
         raise ContractError(
-            "build", f"gives a {type(network).__name__}", expected="orchestrator.network.model.Network",
-            mend="build_module or build_transformers of orchestrator.network.model make one",
+            "build", f"gives a {type(network).__name__}", expected="orchestrator.network.Network",
+            mend="build_module or build_transformers of orchestrator.network make one",
         )  # fmt: skip
     modules = dict(network.module.named_modules())
     wrong = [name for name in network.head if name not in modules]

@@ -19,7 +19,7 @@ from orchestrator.features import extraction
 from orchestrator.features.pipeline import bodies_for, passed
 from orchestrator.network import compiling
 from orchestrator.network.cut import Body, Cut
-from orchestrator.network.model import Network
+from orchestrator.network.network import Network
 
 CUT = Cut(("1",), "chain")
 

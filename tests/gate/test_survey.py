@@ -24,7 +24,8 @@ from orchestrator.gate.decide import fit, match
 from orchestrator.job.plans import BackboneCard
 from orchestrator.modality import registry
 from orchestrator.network.cut import Cut, find_cut
-from orchestrator.network.model import Network, _head
+from orchestrator.network.loading import _head
+from orchestrator.network.network import Network
 
 MODALITIES = ("image", "audio", "text")
 CUTS: dict[tuple[str, str], Cut | None] = {}

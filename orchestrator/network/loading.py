@@ -1,15 +1,13 @@
-"""Body and head: a network with its new last layer, what of it is frozen, and where it is split.
+"""A backbone's checkpoint -> a network with a new head: through transformers, or into a module that a plugin makes.
 
-The head is the modules whose shape depends on the number of classes, and every module with a parameter that
-the checkpoint does not hold: no randomly initialised parameter is ever frozen.
+What has no place in the network, or is missing outside of the head, is a `WeightsError`; what is new is named.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,63 +16,15 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from orchestrator.errors import WeightsError
-from orchestrator.job import Plan, Training
-
-Inputs = Mapping[str, Tensor]
+from orchestrator.job import Plan
+from orchestrator.network.config import make_config
+from orchestrator.network.network import Network, within
 
 _HEAD_STD = 0.02
-_PROBLEM_TYPES = {
-    "single-label": "single_label_classification",
-    "multi-label": "multi_label_classification",
-    "regression": "regression",
-}
 _MAY_BE_MISSING = ("num_batches_tracked", "position_ids", "masked_spec_embed")  # the last is for pretraining alone
 _MAY_BE_UNUSED = ("pooler", "mask_token", "position_ids", "num_batches_tracked")
-
-
-@dataclass
-class Network:
-    """A model with a head for the plan's classes. Its parameters are all those of `module`."""
-
-    module: nn.Module
-    """Called with the collate function's output as keywords; gives logits [batch, classes], float, alone or
-    as the `.logits` of an output object."""
-    head: tuple[str, ...]
-    """Names of the submodules that `method: head` trains, in forward order."""
-    new: tuple[str, ...]
-    """Parameters and buffers that started from random values."""
-    unused: tuple[str, ...]
-    """Tensors of the checkpoint that this model has no place for (the head of its old task)."""
-    save: Callable[[Path], None]
-    """Write the model as a Hugging Face directory."""
-    outputs: tuple[str, ...] = ()
-    """The layers that give the logits, where they are not all of `head`."""
-    parts: Callable[[Inputs], Sequence[tuple[Tensor, Inputs]]] | None = None
-    """Where samples of a batch must not be computed together (lengths that padding would falsify): the batch as
-    [(int64 indices, inputs), ...]. None: the batch as it is."""
-    usage: str = ""
-    """Python that loads and calls the saved model without this package, for the model card; '' where
-    `transformers.pipeline` serves it."""
-    library: str = "transformers"
-    """Which library that is, by the Hub's name."""
-
-    def logits(self, inputs: Inputs) -> Tensor:
-        """float [batch, classes]."""
-        return self.by_parts(self._logits, inputs)
-
-    def _logits(self, inputs: Inputs) -> Tensor:
-        output = self.module(**inputs)
-        return output if isinstance(output, Tensor) else output.logits
-
-    def by_parts(self, function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
-        """float [batch, ...]: what `function` gives for the samples, those together that may be."""
-        if self.parts is None:
-            return function(inputs)
-        indices, outputs = zip(*((index, function(part)) for index, part in self.parts(inputs)), strict=True)
-        return torch.cat(outputs)[torch.cat(indices).argsort()]
 
 
 def build_transformers(
@@ -109,7 +59,7 @@ def build_transformers(
         raise _mismatch(plan, f"it holds {lost[0]}, which the architecture has no place for", len(lost))
     if plan.weights == "pretrained":
         _renew(module, plan.row.head)
-    new = tuple(name for name in module.state_dict() if _within(name, plan.row.head) or name in missing)
+    new = tuple(name for name in module.state_dict() if within(name, plan.row.head) or name in missing)
     new = () if plan.weights == "trained" else new
     return Network(module, head, new, tuple(sorted(unused)), _saver(module, processor), plan.row.head)
 
@@ -125,12 +75,12 @@ def build_module(plan: Plan, directory: Path, make: Callable[[], nn.Module], hea
     torch.manual_seed(plan.job.training.seed)
     module = make()
     random = module.state_dict()
-    new = tuple(name for name in random if plan.weights == "random" or _within(name, (head,)))
+    new = tuple(name for name in random if plan.weights == "random" or within(name, (head,)))
     if plan.weights != "random":
         found = {
             name: value for file in plan.backbone.weight_files for name, value in load_file(directory / file).items()
         }
-        wanted = {name for name in random if plan.weights == "trained" or not _within(name, (head,))}
+        wanted = {name for name in random if plan.weights == "trained" or not within(name, (head,))}
         wrong = sorted(name for name in wanted if name not in found or found[name].shape != random[name].shape)
         lost = sorted(name for name in found if name not in random)
         if wrong or lost:
@@ -206,43 +156,21 @@ def new_layer(width: int, num_classes: int) -> nn.Linear:
     return layer
 
 
-def make_config(plan: Plan, changes: Mapping[str, Any]) -> Any:
-    """The backbone's config with the plan's classes, for transformers."""
-    whole = plan.backbone.config.get(plan.row.part) if plan.row.part in plan.backbone.config else plan.backbone.config
-    raw = {key: value for key, value in dict(whole or {}).items() if key not in ("label_names", "num_classes")}
-    if raw.get("model_args"):  # timm's save_for_hf puts num_classes in here, which the wrapper gives a second time
-        raw["model_args"] = {key: value for key, value in raw["model_args"].items() if key != "num_classes"}
-    model_type = "timm_wrapper" if plan.backbone.library == "timm" else plan.backbone.model_type
-    config_class = transformers.CONFIG_MAPPING[model_type]
-    if plan.row.pool:  # the body's own class: of a tower it is another than the repository's
-        config_class = getattr(transformers, plan.row.architecture).config_class
-    names = dict(enumerate(plan.classes))
-    for key in ("id2label", "label2id", "num_labels", "model_type"):
-        raw.pop(key, None)
-    return config_class.from_dict(
-        {**raw, **changes},
-        id2label=names,
-        label2id={name: i for i, name in names.items()},
-        num_labels=len(names),
-        problem_type=_PROBLEM_TYPES[plan.job.task],
-    )
-
-
 def _head(plan: Plan, missing: set[str], mismatched: set[str]) -> tuple[str, ...]:
     """The modules of the head; raises `WeightsError` where something outside of it is missing."""
     row = plan.row
     extended = []
     for name in sorted(missing | mismatched):
-        if _within(name, row.head) and plan.weights == "pretrained":
+        if within(name, row.head) and plan.weights == "pretrained":
             continue
-        owner = next((module for module in row.may_be_new if _within(name, (module,))), _pooler(name))
+        owner = next((module for module in row.may_be_new if within(name, (module,))), _pooler(name))
         if owner is None or name in mismatched or plan.weights == "trained":
             what = "has another shape" if name in mismatched else "is missing"
             raise _mismatch(plan, f"{name} {what}", len(missing | mismatched))
         extended.append(owner)
     poolers = [module for module in dict.fromkeys(extended) if module not in row.may_be_new]
     owners = poolers + [module for module in row.may_be_new if module in extended]
-    return tuple(owners + [name for name in row.head if not _within(name, owners)])
+    return tuple(owners + [name for name in row.head if not within(name, owners)])
 
 
 def _pooler(name: str) -> str | None:
@@ -258,10 +186,6 @@ def _mismatch(plan: Plan, problem: str, num: int) -> WeightsError:
         expected=f"every tensor of {plan.row.architecture}, but those of {', '.join(plan.row.head)}",
         mend="fetch or save the backbone again",
     )
-
-
-def _within(name: str, modules: tuple[str, ...] | list[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _any(parts: tuple[str, ...], name: str) -> bool:
@@ -300,57 +224,3 @@ def quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if shown:
             transformers.logging.enable_progress_bar()
-
-
-def freeze(network: Network, plan: Plan) -> None:
-    """Ask for gradients where the method trains, nowhere else."""
-    everything = plan.job.method != "head"
-    for name, parameter in network.module.named_parameters():
-        parameter.requires_grad_(everything or _within(name, network.head))
-
-
-def set_mode(network: Network, plan: Plan, training: bool) -> None:
-    """Train or eval mode. What is frozen stays in eval mode: dropout off, BatchNorm on its own statistics."""
-    if plan.job.method == "head":
-        network.module.eval()
-        for name in network.head:
-            network.module.get_submodule(name).train(training)
-    else:
-        network.module.train(training)
-        if plan.schedule.batch_norm == "frozen":
-            for layer in batch_norms(network.module):
-                layer.eval()
-
-
-def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers that keep running statistics."""
-    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
-
-
-def make_optimizer(network: Network, plan: Plan) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
-    """The optimizer over the trained parameters, and these by name.
-
-    Four groups at most: body and head have their own rates, and vectors (biases, norms) no weight decay.
-    """
-    training = plan.job.training
-    named = {name: p for name, p in network.module.named_parameters() if p.requires_grad}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in named.items():
-        groups.setdefault((_within(name, network.head), parameter.ndim > 1), []).append(parameter)
-    rates = {False: plan.schedule.learning_rate, True: plan.schedule.head_learning_rate}
-    settings = [
-        {
-            "params": parameters,
-            "lr": rates[in_head],
-            "peak_lr": rates[in_head],
-            "weight_decay": training.weight_decay if decays else 0.0,
-        }
-        for (in_head, decays), parameters in groups.items()
-    ]
-    return _optimizer(training, settings), named
-
-
-def _optimizer(training: Training, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, nesterov=training.momentum > 0)
-    return torch.optim.AdamW(groups, lr=0.0)
