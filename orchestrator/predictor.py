@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.backbone import read_card, read_tensors
+from orchestrator.backbone import read_card, read_tensors, require_harmless
 from orchestrator.data import LEAVE_OUT, MAX_AT_ONCE, Samples, columns_of, input_columns, label_columns, prepare as data
 from orchestrator.errors import BadSampleError, DataError, RefusedError, TrainingError
 from orchestrator.features import SampleSource
@@ -172,6 +172,7 @@ def _load(run: Run | str | Path, resources: ExitStack) -> _Loaded:
     _ = run.results  # refuses an unfinished one
     plan = run.plan
     card = read_card(str(run.path))
+    require_harmless(card)
     try:
         read_tensors(card)
     except RefusedError as error:

@@ -44,7 +44,13 @@ def build_network(plan: Plan, directory: Path) -> Network:
 
 def make_tokenizer(plan: Plan, directory: Path) -> Any:
     """The backbone's own tokenizer, which pads on the right and cuts off where the plan says."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    # Old versions wrote into tokenizer_config.json where tokenizer.json lay, and some read it from there.
+    own = directory / "tokenizer.json"
+    files = {"tokenizer_file": str(own) if own.is_file() else None} if "tokenizer_file" in (
+        plan.backbone.tokenizer or {}) else {}  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False, **files
+    )
     tokenizer.model_max_length = plan.input["max_tokens"]
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:  # language models were trained without padding; what is masked may be any token
