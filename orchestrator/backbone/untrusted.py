@@ -95,7 +95,7 @@ def require_harmless(card: BackboneCard) -> None:
     if "adapter_config.json" in card.files:
         raise RefusedError(
             "unsupported" if card.weight_files else "adapter_only",
-            f"{card.source} holds an adapter beside its model, and whether it is put on depends on what is installed",
+            f"{card.source} holds an adapter beside its model, and nothing says which of the two is meant",
             expected="a repository with a whole model",
             mend="merge the adapter into the model, and save that: merge_and_unload(), save_pretrained()",
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ def build_transformers(
         module = fresh(config) if fresh else model_class.from_config(config)
         names = tuple(module.state_dict())
         return Network(module, plan.row.head, names, (), _saver(module, processor), plan.row.head)
-    module, info = _load(directory, model_class, config)
+    module, info = _load(plan, directory, model_class, config)
     missing = {name for name in info["missing_keys"] if not name.endswith(_MAY_BE_MISSING)}
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     unused = set(info["unexpected_keys"])
@@ -109,11 +111,12 @@ def load_body(
 
     Raises `WeightsError` where the checkpoint lacks a parameter of it.
     """
-    module, info = _load(directory, model_class, config, **more)
+    module, info = _load(plan, directory, model_class, config, **more)
     if info["missing_keys"] and plan.row.prefix:
         # transformers finds only some towers in the checkpoint of their whole model (clip's, not align's).
         found = _tower(plan, directory)
-        module, info = _load(None, model_class, config, state_dict=found, **more) if found else (module, info)
+        if found:
+            module, info = _load(plan, None, model_class, config, state_dict=found, **more)
     missing = {name for name in info["missing_keys"] if not name.endswith(_MAY_BE_MISSING)}
     wrong = sorted(missing | {entry[0] for entry in info["mismatched_keys"]})
     if wrong:
@@ -132,10 +135,13 @@ def _tower(plan: Plan, directory: Path) -> dict[str, Tensor]:
     return found
 
 
-def _load(directory: Path | None, model_class: Any, config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
-    with quiet():
+def _load(plan: Plan, directory: Path | None, model_class: Any, config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
+    """transformers' model in float32, and what it tells of the loading; without a directory from `state_dict`."""
+    with ExitStack() as resources:
+        resources.enter_context(quiet())
+        place = None if directory is None else resources.enter_context(_weights_alone(plan, directory))
         module, info = model_class.from_pretrained(
-            directory,
+            place,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
@@ -146,6 +152,28 @@ def _load(directory: Path | None, model_class: Any, config: Any, **more: Any) ->
             **more,
         )
     return module, info
+
+
+@contextlib.contextmanager
+def _weights_alone(plan: Plan, directory: Path) -> Iterator[Path]:
+    """A folder of links to the weights, by the names that transformers looks for, and nothing else that it would read.
+
+    So files of other names are found, and an index of shards is ours: theirs could name files that lie elsewhere.
+    """
+    files = plan.backbone.weight_files
+    with TemporaryDirectory(prefix="orchestrator-weights-") as folder:
+        place = Path(folder)
+        if len(files) == 1:
+            (place / "model.safetensors").symlink_to((directory / files[0]).resolve())
+        else:
+            shards: dict[str, str] = {}
+            for file in files:
+                (place / file).symlink_to((directory / file).resolve())
+                with safe_open(place / file, "pt") as tensors:
+                    shards |= dict.fromkeys(tensors.keys(), file)
+            index = {"metadata": {}, "weight_map": shards}
+            (place / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        yield place
 
 
 def new_layer(width: int, num_classes: int) -> nn.Linear:
