@@ -29,11 +29,13 @@ from orchestrator.network.loading import (
     build_transformers as build_transformers,
     load_body as load_body,
     new_layer as new_layer,
+    part_of as part_of,
     quiet as quiet,
 )
 from orchestrator.network.network import (
     Inputs as Inputs,
     Network as Network,
+    StateDict as StateDict,
     freeze as freeze,
     set_mode as set_mode,
 )

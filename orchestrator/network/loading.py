@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from orchestrator.errors import WeightsError
 from orchestrator.job import Plan
 from orchestrator.network.config import make_config
-from orchestrator.network.network import Network, within
+from orchestrator.network.network import Network, StateDict, within
 
 _HEAD_STD = 0.02
 _MAY_BE_MISSING = ("num_batches_tracked", "position_ids", "masked_spec_embed")  # the last is for pretraining alone
@@ -94,11 +94,11 @@ def build_module(plan: Plan, directory: Path, make: Callable[[], nn.Module], hea
         if plan.weights == "trained":
             new = ()
 
-    def save(folder: Path) -> None:
+    def save(folder: Path, state_dict: StateDict) -> None:
         names = dict(enumerate(plan.classes))
         config = {**plan.backbone.config, "id2label": names, "label2id": {name: i for i, name in names.items()}}
         (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-        tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     return Network(module, (head,), new, (), save, usage=usage, library=plan.backbone.model_type)
@@ -176,6 +176,12 @@ def _weights_alone(plan: Plan, directory: Path) -> Iterator[Path]:
         yield place
 
 
+def part_of(state_dict: StateDict, name: str) -> dict[str, Tensor]:
+    """The tensors of one submodule, by the names that they have in it."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
 def new_layer(width: int, num_classes: int) -> nn.Linear:
     """A last layer with small random weights."""
     layer = nn.Linear(width, num_classes)
@@ -230,10 +236,10 @@ def _renew(module: nn.Module, head: tuple[str, ...]) -> None:
                     nn.init.zeros_(layer.bias)
 
 
-def _saver(module: Any, processor: Any | None) -> Callable[[Path], None]:
-    def save(directory: Path) -> None:
+def _saver(module: Any, processor: Any | None) -> Callable[[Path, StateDict], None]:
+    def save(directory: Path, state_dict: StateDict) -> None:
         with quiet():
-            module.save_pretrained(directory)
+            module.save_pretrained(directory, state_dict=dict(state_dict))  # a copy: it takes them out one by one
             if processor is not None:
                 processor.save_pretrained(directory)
 

@@ -18,6 +18,8 @@ from orchestrator.job import Plan
 
 Inputs = Mapping[str, Tensor]
 """What a model is called with: name -> tensor, first dimension the batch."""
+StateDict = Mapping[str, Tensor]
+"""A module's parameters and buffers by name, as `module.state_dict()` gives them."""
 
 
 @dataclass
@@ -33,8 +35,9 @@ class Network:
     """Parameters and buffers that started from random values."""
     unused: tuple[str, ...]
     """Tensors of the checkpoint that this model has no place for (the head of its old task)."""
-    save: Callable[[Path], None]
-    """Write the model as a Hugging Face directory."""
+    save: Callable[[Path, StateDict], None]
+    """Write the model as a Hugging Face directory: the configuration of `module`, and the tensors that are given by the
+    names of `module.state_dict()`. They may lie elsewhere than in `module`, of which a worker may hold a part alone."""
     outputs: tuple[str, ...] = ()
     """The layers that give the logits, where they are not all of `head`."""
     parts: Callable[[Inputs], Sequence[tuple[Tensor, Inputs]]] | None = None

@@ -14,7 +14,7 @@ import yaml
 
 from orchestrator.job import FIGURES, Plan, figure, interval
 from orchestrator.modality import registry
-from orchestrator.network import Network
+from orchestrator.network import Network, StateDict
 
 _PIPELINES = {
     # What `forward` takes first -> the Hub's name of the task, whatever plugin trained the model.
@@ -36,13 +36,17 @@ orchestrator.predict("..", [{what}])"""
 
 
 def export(
-    network: Network, plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any], directory: Path
-) -> None:
-    """Write `directory` whole or not at all: model, processor, README.md, lineage.json."""
+    network: Network, plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any], directory: Path,
+    state_dict: StateDict | None = None,
+) -> None:  # fmt: skip
+    """Write `directory` whole or not at all: model, processor, README.md, lineage.json.
+
+    `state_dict` are the tensors to write, the module's own if left out.
+    """
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    network.save(partial)
+    network.save(partial, network.module.state_dict() if state_dict is None else state_dict)
     (partial / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
     (partial / "README.md").write_text(
         model_card(plan, results, lineage, network.usage, network.library), encoding="utf-8"

@@ -43,7 +43,8 @@ def in_shards(tensors: Tensors, stem: str, index: str = "", num: int = 2) -> dic
 
 def repository(hub: Hub, tiny_resnet: Path, files: dict[str, bytes]) -> str:
     small = {one.name: one.read_bytes() for one in tiny_resnet.iterdir() if one.suffix == ".json"}
-    name = f"org/named-{hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()[:8]}"  # the client keeps what it has
+    # A name of its own for each content: the client keeps what it has of a repository.
+    name = f"org/named-{hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()[:8]}"
     hub.repositories[name] = Repository({**small, **files})
     return name
 

@@ -144,7 +144,7 @@ class Two(nn.Module):
 
 
 def network(module: nn.Module, *head: str) -> Network:
-    return Network(module.eval(), head, (), (), lambda _: None)
+    return Network(module.eval(), head, (), (), lambda *_: None)
 
 
 @pytest.mark.parametrize(
