@@ -3,12 +3,13 @@
 In: a Plan and the backbone's directory. Out: a `Network` with its new head, cut where a proof on real samples holds;
 a `Worker`, which knows its rank and device and exchanges tensors with the others.
 
-    worker     one worker: rank, device, threads, what it sums up with the others
+    worker     one worker: rank, device, threads, what it exchanges with the others
     network    body and head, what is frozen, train and eval mode
     config     config.json -> what a network is built from
     loading    a checkpoint -> a network with its new head: transformers, timm, a plugin's own module
     optimizer  parameter groups and their rates
     pooled     a head of our own on bodies that transformers has no head for
+    strategy   how the network lies on the workers: gradients, checkpoint, export, initial weights
     cut        where a network is cut into body and head, and the proof
     compiling  a body as machine code, where that pays back
     batchnorm  running statistics over microbatches, the same on any number of workers
@@ -41,6 +42,11 @@ from orchestrator.network.network import (
 )
 from orchestrator.network.optimizer import make_optimizer as make_optimizer
 from orchestrator.network.pooled import build_pooled as build_pooled
+from orchestrator.network.strategy import (
+    GradientReduction as GradientReduction,
+    Replicated as Replicated,
+    Strategy as Strategy,
+)
 from orchestrator.network.worker import (
     Worker as Worker,
     autocast as autocast,

@@ -31,6 +31,7 @@ from orchestrator.network import (
     Inputs,
     MicrobatchStatistics,
     Network,
+    Replicated,
     Worker,
     autocast,
     channels_last,
@@ -257,7 +258,8 @@ def _step(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, t
         )
     if weight:
         parameters = list(named.values())
-        worker.all_reduce_gradients(parameters, 1.0 / weight)
+        with Replicated(session.network, worker).reduction(parameters) as reduction:
+            reduction.finish(1.0 / weight)
         if plan.job.training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, plan.job.training.clip_norm)
         factor = _rate_factor(plan, state.step)
