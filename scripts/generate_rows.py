@@ -1,6 +1,6 @@
-"""Write each plugin's rows.json from the installed transformers and timm.
+"""Write each plugin's rows.json from the installed transformers and timm, and what else is read from them.
 
-    python scripts/generate_rows.py            # writes plugins/orchestrator_*/rows.json
+    python scripts/generate_rows.py            # writes plugins/orchestrator_*/rows.json, backbone/timm_args.json
     python scripts/generate_rows.py --check    # exit 1 if they would change
 
 A row says which class a model type is loaded with, what its forward takes, and which modules depend on the
@@ -11,8 +11,12 @@ meta device), for 2 and for 3 classes, and the parameters whose shape differs ar
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
 import inspect
 import json
+import pkgutil
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -330,6 +334,33 @@ def timm_heads() -> tuple[dict[str, list[str]], dict[str, Any]]:
     return heads, refuses
 
 
+# What reaches `timm.create_model` and is no setting of an architecture; why each is no repository's to say.
+NOT_TIMM_ARGS = {
+    "it names weights that lie elsewhere, in any file or at any address":
+        "cache_dir checkpoint_path pretrained pretrained_cfg pretrained_cfg_overlay pretrained_filter_fn "
+        "pretrained_model_args pretrained_strict",
+    "it sets what is the process's, for all networks after it": "exportable no_jit scriptable",
+    "it says where the network is and in which number format, which the job says": "device dtype",
+    "it makes a network without a classifier": "feature_cfg feature_cls features_only out_indices",
+    "it reads a file of timm's that goes with another architecture": "pruned",
+    "it is no setting, but how settings are handed on": "args cfg kwargs kwargs_filter model_cfg self",
+}  # fmt: skip
+
+
+def timm_args() -> list[str]:
+    """The settings that timm's architectures take: of their constructors, and what these take out of `kwargs`."""
+    from timm.models import naflexvit
+
+    names = {field.name for field in dataclasses.fields(naflexvit.NaFlexVitCfg)}
+    for module in pkgutil.iter_modules(timm.models.__path__):
+        loaded = importlib.import_module(f"timm.models.{module.name}")
+        names |= set(re.findall(r"kwargs\.(?:pop|get|setdefault)\([\"'](\w+)", inspect.getsource(loaded)))
+        for cls in vars(loaded).values():
+            if inspect.isclass(cls) and cls.__module__ == loaded.__name__ and hasattr(cls, "get_classifier"):
+                names |= set(inspect.signature(cls).parameters)
+    return sorted(names - set(" ".join(NOT_TIMM_ARGS.values()).split()))
+
+
 # Bodies that transformers names no image processor for: those of the models or families that they belong to.
 TOWERS = {
     "align": ("align_vision_model",),
@@ -388,12 +419,16 @@ def main() -> int:
         print(f"{modality}: {len(rows['accepts'])} accepted, {len(rows.get('pooled', {}))} with a head of ours, "
               f"{len(rows['refuses'])} refused by name, "
               f"{len(rows.get('timm', {}))} timm")  # fmt: skip
-    lines = json.dumps(processors(), indent=1, sort_keys=True) + "\n"
-    file = PLUGINS / "orchestrator_image" / "processors.json"
-    if not file.is_file() or file.read_text() != lines:
-        changed += 1
-        if not check:
-            file.write_text(lines)
+    not_args = {name: why for why, names in NOT_TIMM_ARGS.items() for name in names.split() if len(name) > 4}
+    for file, content in (
+        (PLUGINS / "orchestrator_image" / "processors.json", processors()),
+        (PLUGINS.parent / "orchestrator" / "backbone" / "timm_args.json", {"allowed": timm_args(), "not": not_args}),
+    ):
+        lines = json.dumps(content, indent=1, sort_keys=True) + "\n"
+        if not file.is_file() or file.read_text() != lines:
+            changed += 1
+            if not check:
+                file.write_text(lines)
     return 1 if check and changed else 0
 
 

@@ -3,8 +3,10 @@
 In: `org/name[@revision]`, a directory in Hub layout, or an earlier run. Out: a `BackboneCard` from metadata files;
 later the directory that holds all files, downloaded at the pinned commit. Imports neither torch nor Ray.
 
-    cards     repository, directory or run -> BackboneCard
-    weights   are there any, their shapes and digest, and the files themselves
+    cards      repository, directory or run -> BackboneCard
+    untrusted  what its JSON files may set: nothing that opens, loads or runs anything else
+    timm_settings  the settings that timm's architectures take
+    weights    are there any, their shapes and digest, and the files themselves
 """
 
 from orchestrator.backbone.cards import (
@@ -13,6 +15,7 @@ from orchestrator.backbone.cards import (
     offline as offline,
     read_card as read_card,
 )
+from orchestrator.backbone.untrusted import require_harmless as require_harmless
 from orchestrator.backbone.weights import (
     Tensors as Tensors,
     fetch as fetch,

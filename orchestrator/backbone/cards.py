@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestrator.backbone.timm_settings import without_sources
 from orchestrator.errors import RefusedError, first_line
 from orchestrator.job import BackboneCard, Run, local_path
 
@@ -235,6 +236,8 @@ def _make_card(
         raise _no_config(source, files, parsed)
     config = parsed["config.json"]
     library, model_type = _identify(source, config)
+    if library == "timm":
+        config = without_sources(config)
     processor = parsed.get("processor_config.json") or {}
     preprocessor = (
         processor.get("image_processor")

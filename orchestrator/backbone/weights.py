@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from orchestrator.backbone.cards import asking, offline
@@ -14,19 +16,25 @@ from orchestrator.job import BackboneCard
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # configurations, vocabularies, tokenizers
 _MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library itself sets
+_NUM_ASKED_AT_ONCE = 8
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+_DISTRIBUTED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor name -> (dtype, shape), from the safetensors headers."""
 
 
 def require_weights(card: BackboneCard) -> None:
-    """Refuse a card without safetensors weights, saying what there is instead."""
+    """Refuse a card without safetensors weights that are one network's, saying what there is instead."""
     if card.weight_files:
+        _require_one_set(card)
         return
+    others = [file for file in card.files if file.endswith(".safetensors")]
+    also = f"; what is in {others[0]} is for another library, or a part of a model" if others else ""
     if any(file.endswith(_PICKLES) for file in card.files):
         raise RefusedError(
             "pickle_only",
-            f"{card.source} holds pickled weights only; a pickle can run code, so it is not opened",
+            f"{card.source} holds pickled weights only; a pickle can run code, so it is not opened{also}",
             expected="model.safetensors",
             mend="convert it once, where you trust it: load with transformers, save_pretrained()",
         )
@@ -34,14 +42,47 @@ def require_weights(card: BackboneCard) -> None:
         raise RefusedError("gguf_only", f"{card.source} holds GGUF weights only", expected="safetensors weights")
     raise RefusedError(
         "no_weights",
-        f"{card.source} holds no weights",
+        f"{card.source} holds no weights{also}",
         expected="model.safetensors",
         mend="use method scratch to train this architecture from random weights",
     )
 
 
+def _require_one_set(card: BackboneCard) -> None:
+    """Refuse safetensors files that are not all shards of one model, or of which some are missing."""
+    files = card.weight_files
+    shards = [match for file in files if (match := _SHARD.fullmatch(file))]
+    if any(_DISTRIBUTED.fullmatch(file) for file in files):
+        raise RefusedError(
+            "unsupported",
+            f"{card.source} holds the pieces that the processes of a distributed training saved ({files[0]}, ...)",
+            expected="model.safetensors",
+            mend="put them together: transformers' consolidate_distributed_checkpoint()",
+        )
+    if len(files) > 1 and (len(shards) < len(files) or len({match[1] for match in shards}) > 1):
+        raise RefusedError(
+            "unsupported",
+            f"{card.source} holds several safetensors files, and nothing says which of them is the network: "
+            + ", ".join(files[:4]) + (", ..." if len(files) > 4 else ""),
+            expected="model.safetensors, or its shards model-00001-of-0000N.safetensors",
+            mend="call the right one model.safetensors in a copy of the repository",
+        )  # fmt: skip
+    numbers = {int(match[2]) for match in shards}
+    missing = sorted(set(range(1, max((int(match[3]) for match in shards), default=0) + 1)) - numbers)
+    if missing:
+        raise RefusedError(
+            "bad_config",
+            f"{card.source} lacks shard {missing[0]} of its weights: there is {', '.join(files[:3])}",
+            expected="every shard that the names count",
+            mend="fetch or save the backbone again",
+        )
+
+
 def read_tensors(card: BackboneCard) -> Tensors:
-    """Name, dtype and shape of every tensor, from the headers of the safetensors files."""
+    """Name, dtype and shape of every tensor, from the headers of the files that `card.weight_files` names.
+
+    Of files on the Hub the beginning is asked for, no more. Raises `RefusedError` where one is no safetensors file.
+    """
     if card.path:
         tensors: Tensors = {}
         for name in card.weight_files:
@@ -49,14 +90,28 @@ def read_tensors(card: BackboneCard) -> Tensors:
         return tensors
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
+        SafetensorsParsingError,
+    )
 
     assert card.repo_id
+    repo_id = str(card.repo_id)
+
+    def ask(name: str) -> Tensors:
+        try:
+            header = asking(
+                card.source, lambda: HfApi().parse_safetensors_file_metadata(repo_id, name, revision=card.commit)
+            )
+        except (SafetensorsParsingError, RemoteEntryNotFoundError, AttributeError, TypeError) as error:
+            raise _broken(name, card.source) from error
+        return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in header.tensors.items()}
+
     try:
-        found = asking(
-            card.source,
-            lambda: HfApi().get_safetensors_metadata(str(card.repo_id), revision=card.commit),
-        )
+        with ThreadPoolExecutor(_NUM_ASKED_AT_ONCE) as pool:
+            return {key: tensor for part in pool.map(ask, card.weight_files) for key, tensor in part.items()}
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         from huggingface_hub import try_to_load_from_cache
 
@@ -67,19 +122,16 @@ def read_tensors(card: BackboneCard) -> Tensors:
                 raise offline(card.source, error) from error
             tensors.update(_read_header(Path(path), card.source))
         return tensors
-    return {
-        name: (tensor.dtype, tuple(tensor.shape))
-        for file in found.files_metadata.values()
-        for name, tensor in file.tensors.items()
-    }
+
+
+def _broken(name: str, source: str) -> RefusedError:
+    return RefusedError(
+        "bad_config", f"{source}: {name} is no valid safetensors file", mend="fetch or save the file again"
+    )
 
 
 def _read_header(path: Path, source: str) -> Tensors:
-    broken = RefusedError(
-        "bad_config",
-        f"{source}: {path.name} is no valid safetensors file",
-        mend="fetch or save the file again",
-    )
+    broken = _broken(path.name, source)
     with path.open("rb") as file:
         start = file.read(8)
         if len(start) < 8:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.backbone import read_card, read_tensors, require_weights, with_digest
+from orchestrator.backbone import read_card, read_tensors, require_harmless, require_weights, with_digest
 from orchestrator.errors import RefusedError, missing_extra
 from orchestrator.gate import decide
 from orchestrator.gate.recipes import first_weights, may_keep_features
@@ -193,10 +193,13 @@ def num_cores() -> int:
 def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
     known = {plugin.name: plugin}
     try:
-        return decide.match(card, plugin, known)
+        row = decide.match(card, plugin, known)
     except RefusedError as error:
         if error.reason != "unknown_type":
             raise
+    else:
+        require_harmless(card)
+        return row
     return decide.match(card, plugin, registry.available())  # only a refusal asks what the others take
 
 

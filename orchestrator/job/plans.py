@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.job.spec import Job
 
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_SHARD = re.compile(r"(.+)-\d+-of-\d+\.safetensors")
+_FOREIGN = ("adapter", "consolidated", "open_clip")  # weights of something else, or by the names of another library
 
 SPLITS = ("train", "validation", "test")
 
@@ -58,10 +59,19 @@ class BackboneCard(_Plain):
     @property
     def weight_files(self) -> tuple[str, ...]:
         """The safetensors files that hold the weights: the whole one, else its shards in order, else all there are."""
-        found = sorted(f for f in self.files if f.endswith(".safetensors") and "/" not in f and "adapter" not in f)
-        if "model.safetensors" in found:
+        names = sorted(
+            name for name in self.files
+            if name.endswith(".safetensors") and "/" not in name and not any(part in name for part in _FOREIGN)
+        )  # fmt: skip
+        if "model.safetensors" in names:
             return ("model.safetensors",)
-        return tuple([f for f in found if _SHARD.fullmatch(f)] or found)
+        shards: dict[str, list[str]] = {}
+        for name in names:
+            if match := _SHARD.fullmatch(name):
+                shards.setdefault(match[1], []).append(name)
+        if "model" in shards or len(shards) == 1:
+            return tuple(shards.get("model") or next(iter(shards.values())))
+        return tuple(names)
 
 
 class BackboneRow(_Plain):

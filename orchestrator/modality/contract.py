@@ -210,7 +210,7 @@ class Batch(Protocol):
 
 class Build(Protocol):
     def __call__(self, plan: Plan, directory: Path) -> Any:
-        """An `orchestrator.network.model.Network`: the model with its weights and its head for `plan.classes`."""
+        """An `orchestrator.network.Network`: the model with its weights and its head for `plan.classes`."""
 
 
 class Toy(Protocol):

@@ -3,9 +3,13 @@
 In: a Plan and the backbone's directory. Out: a `Network` with its new head, cut where a proof on real samples holds;
 a `Worker`, which knows its rank and device and exchanges tensors with the others.
 
-    worker     one worker: rank, device, threads, what it sums up with the others
-    model      body and head: build, load, freeze, parameter groups
+    worker     one worker: rank, device, threads, what it exchanges with the others
+    network    body and head, what is frozen, train and eval mode
+    config     config.json -> what a network is built from
+    loading    a checkpoint -> a network with its new head: transformers, timm, a plugin's own module
+    optimizer  parameter groups and their rates
     pooled     a head of our own on bodies that transformers has no head for
+    strategy   how the network lies on the workers: gradients, checkpoint, export, initial weights
     cut        where a network is cut into body and head, and the proof
     compiling  a body as machine code, where that pays back
     batchnorm  running statistics over microbatches, the same on any number of workers
@@ -19,21 +23,30 @@ from orchestrator.network.compiling import (
     compiled as compiled,
     seconds_of as seconds_of,
 )
+from orchestrator.network.config import make_config as make_config
 from orchestrator.network.cut import Body as Body, Cut as Cut, Head as Head, find_cut as find_cut
-from orchestrator.network.model import (
-    Inputs as Inputs,
-    Network as Network,
+from orchestrator.network.loading import (
     build_module as build_module,
     build_transformers as build_transformers,
-    freeze as freeze,
     load_body as load_body,
-    make_config as make_config,
-    make_optimizer as make_optimizer,
     new_layer as new_layer,
+    part_of as part_of,
     quiet as quiet,
+)
+from orchestrator.network.network import (
+    Inputs as Inputs,
+    Network as Network,
+    StateDict as StateDict,
+    freeze as freeze,
     set_mode as set_mode,
 )
+from orchestrator.network.optimizer import make_optimizer as make_optimizer
 from orchestrator.network.pooled import build_pooled as build_pooled
+from orchestrator.network.strategy import (
+    GradientReduction as GradientReduction,
+    Replicated as Replicated,
+    Strategy as Strategy,
+)
 from orchestrator.network.worker import (
     Worker as Worker,
     autocast as autocast,

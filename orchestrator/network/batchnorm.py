@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from orchestrator.network.model import batch_norms
+from orchestrator.network.network import batch_norms
 from orchestrator.network.worker import Worker
 
 

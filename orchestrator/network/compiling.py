@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import first_line
-from orchestrator.network.model import Inputs
+from orchestrator.network.network import Inputs
 
 WORTH_S = 180.0
 """How long the body must be expected to run. A sixth less of it is more than twice what compiling takes."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.errors import WeightsError
-from orchestrator.network.model import Inputs, Network
+from orchestrator.network.network import Inputs, Network
 
 TOLERANCE = 1e-4
 """Between head(body(x)) and the whole network in float32, relative to the largest logit."""

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from orchestrator.errors import TrainingError
 from orchestrator.job import Plan
-from orchestrator.network.model import Inputs, Network, load_body, make_config, new_layer, quiet
+from orchestrator.network.config import make_config
+from orchestrator.network.loading import load_body, new_layer, part_of, quiet
+from orchestrator.network.network import Inputs, Network, StateDict
 
 _NOTHING: tuple[str, ...] = ()
 HEAD_FILE = "head.safetensors"
@@ -96,11 +98,11 @@ def build_pooled(
     if plan.weights == "trained":
         module.classifier.load_state_dict(load_file(directory / HEAD_FILE))
 
-    def save(folder: Path) -> None:
+    def save(folder: Path, state_dict: StateDict) -> None:
         with quiet():
-            body.save_pretrained(folder)
+            body.save_pretrained(folder, state_dict=part_of(state_dict, "body"))
             processor.save_pretrained(folder)
-        save_file({name: value.contiguous().cpu() for name, value in module.classifier.state_dict().items()},
+        save_file({name: value.contiguous().cpu() for name, value in part_of(state_dict, "classifier").items()},
                   folder / HEAD_FILE, metadata={"format": "pt"})  # fmt: skip
 
     usage = _USAGE.format(

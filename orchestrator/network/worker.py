@@ -1,4 +1,4 @@
-"""One worker among many: its rank, its device, and what it adds up with the others."""
+"""One worker among many: its rank, its device, and what it exchanges with the others."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from orchestrator.errors import RefusedError
 from orchestrator.job import Plan
 
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
-_BUCKET_BYTES = 25 * 2**20
 
 
 @dataclass(frozen=True)
@@ -40,22 +39,6 @@ class Worker:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_reduce_gradients(self, parameters: list[nn.Parameter], scale: float | Tensor) -> None:
-        """Sum each gradient over the workers and multiply it by `scale`, in buckets of 25 MB."""
-        grads = []
-        for parameter in parameters:
-            if parameter.grad is None:
-                # Every worker must bring the same tensors, also one whose microbatches were all unreadable.
-                parameter.grad = torch.zeros_like(parameter)
-            grads.append(parameter.grad)
-        if self.num_workers > 1:
-            for bucket in _buckets(grads):
-                flat = torch.cat([grad.reshape(-1) for grad in bucket])
-                dist.all_reduce(flat)
-                for grad, part in zip(bucket, torch.split(flat, [grad.numel() for grad in bucket]), strict=True):
-                    grad.copy_(part.view_as(grad))
-        torch._foreach_mul_(grads, scale)
-
     def gather(self, value: Any) -> list[Any]:
         """What each worker has, by rank, on all of them."""
         if self.num_workers == 1:
@@ -68,19 +51,6 @@ class Worker:
         """Until all workers are here."""
         if self.num_workers > 1:
             dist.barrier()
-
-
-def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:
-    buckets: list[list[Tensor]] = []
-    size = _BUCKET_BYTES
-    for grad in grads:
-        num_bytes = grad.numel() * grad.element_size()
-        if not buckets or size + num_bytes > _BUCKET_BYTES or grad.dtype != buckets[-1][0].dtype:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(grad)
-        size += num_bytes
-    return buckets
 
 
 @contextlib.contextmanager

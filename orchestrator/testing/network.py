@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -232,12 +233,22 @@ def _trained(modality: Modality, plan: Plan, directory: Path) -> Network:
 
 
 def _check_export(trial: Trial, modality: Modality, folder: Path) -> None:
-    """What `save` writes gives the same logits, by the collate function of the saved directory too."""
+    """What `save` writes gives the same logits, by the collate function of the saved directory too.
+
+    It is given the tensors while the network holds others, as where each worker holds a part of them.
+    """
     assert modality.batch is not None
     set_mode(trial.network, trial.plan.recipe.phases[0], training=False)
     folder.mkdir()
-    with calling("build", "Network.save"):
-        trial.network.save(folder)
+    state = _state(trial.network)
+    _require_state_dict(trial.network, folder, state)
+    try:
+        with calling("build", "Network.save"), torch.no_grad():
+            for tensor in trial.network.module.state_dict().values():
+                tensor.zero_()
+            trial.network.save(folder, state)
+    finally:
+        trial.network.module.load_state_dict(state)
     again = _trained(modality, trial.plan, folder)
     with calling("batch", "making the collate function of the exported directory"):
         collate = modality.batch(trial.plan.model_copy(update={"backbone": read_card(str(folder))}), folder)
@@ -250,8 +261,20 @@ def _check_export(trial: Trial, modality: Modality, folder: Path) -> None:
         raise ContractError(
             "build", f"the exported network gives other logits than the one in memory, by {error:.2g}",
             expected=f"the same within {_TOLERANCE:g}",
-            mend="save every tensor, and load every tensor where plan.weights is 'trained'",
+            mend="save every tensor of the state_dict that save is given, and load every tensor where plan.weights is "
+            "'trained'",
         )  # fmt: skip
+
+
+def _require_state_dict(network: Network, folder: Path, state: Mapping[str, Tensor]) -> None:
+    try:
+        inspect.signature(network.save).bind(folder, state)
+    except TypeError as error:
+        raise ContractError(
+            "build", f"its Network.save does not take a folder and the tensors to write: {error}",
+            expected="save(folder, state_dict), with the names of module.state_dict()",
+            mend="write the tensors that it is given, not those of the module, which may hold a part of them alone",
+        ) from error  # fmt: skip
 
 
 def _run(what: str, job: Mapping[str, Any]) -> Run:

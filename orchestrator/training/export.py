@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.job import Plan, sync
-from orchestrator.network import Network
+from orchestrator.network import Network, StateDict
 from orchestrator.training.card import model_card
 
 
 def export(
-    network: Network, plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any], directory: Path
-) -> None:
+    network: Network, state_dict: StateDict, plan: Plan, results: Mapping[str, Any], lineage: Mapping[str, Any],
+    directory: Path,
+) -> None:  # fmt: skip
     """Write `directory` whole or not at all: model, processor, README.md, lineage.json.
 
-    Once this returns, it is on the disk under its name.
+    `state_dict` are the whole network's tensors. Once this returns, it is on the disk under its name.
     """
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    network.save(partial)
+    network.save(partial, state_dict)
     (partial / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
     card = partial / "README.md"
     card.write_text(model_card(plan, results, lineage, network.usage, network.library), encoding="utf-8")

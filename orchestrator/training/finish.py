@@ -24,7 +24,8 @@ def finish(session: Session) -> None:
     if None in predictions.values():
         raise InterruptedRunError("stopped before the final figures", mend="the same command goes on from there")
     skips = dict(skip for part in session.worker.gather(session.raw.skipped) for skip in part.items())
-    if session.worker.rank != 0:
+    state_dict = session.strategy.gather()
+    if state_dict is None:
         return
     write_skipped(session.run, {session.samples.place(row): why for row, why in sorted(skips.items())})
     results: dict[str, Any] = {
@@ -43,7 +44,7 @@ def finish(session: Session) -> None:
     session.report(PhaseBegan("writing the model"))
     lineage = json.loads((session.run / "lineage.json").read_text(encoding="utf-8"))
     fold(session.objective, session.network)
-    export(session.network, plan, results, lineage, session.run / "model")
+    export(session.network, state_dict, plan, results, lineage, session.run / "model")
     shutil.rmtree(session.run / "features", ignore_errors=True)
     results["seconds"] = round(session.seconds(), 3)
     write_file(session.run / "results.json", json.dumps(results, indent=1, ensure_ascii=False))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.backbone import read_card, read_tensors
+from orchestrator.backbone import read_card, read_tensors, require_harmless
 from orchestrator.errors import BadSampleError, OrchestratorError, RefusedError, first_line
 from orchestrator.gate import num_cores
 from orchestrator.job import Plan, Run, open_run
@@ -79,6 +79,7 @@ def load_run(run: Run | str | Path, resources: ExitStack) -> LoadedRun:
     run = run if isinstance(run, Run) else open_run(run)
     _ = run.results  # refuses an unfinished one
     card = read_card(str(run.path))
+    require_harmless(card)
     try:
         read_tensors(card)
     except RefusedError as error:

@@ -8,6 +8,7 @@ that was interrupted goes on as if it had not been.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orchestrator.data import Ints
 from orchestrator.errors import InterruptedRunError, TrainingError
 from orchestrator.features import FeatureSource, MakeRemoteExtractor, Source, run_body_once, split_evenly
 from orchestrator.job import SPLITS, Advanced, EpochEnded, Event, Noted, PhaseBegan, Plan, Report
 from orchestrator.network import (
+    GradientReduction,
     MicrobatchStatistics,
+    Replicated,
     Worker,
     autocast,
     channels_last,
@@ -74,6 +77,8 @@ def _prepare(
     modality = spec.find_modality(plan)
     report(PhaseBegan("loading the backbone"))
     network, raw = assembled(plan, run, worker, modality, resources)
+    strategy = Replicated(network, worker)
+    strategy.broadcast_new()  # what began at random is rank 0's on all
     sources: dict[str, dict[str, Source]] = {"samples": dict.fromkeys(SPLITS, raw)}
     forwards: dict[str, Any] = {"samples": network.logits}
     lineage: dict[str, Any] = {"features": "every step"}
@@ -87,7 +92,7 @@ def _prepare(
     if worker.rank == 0:
         write_lineage(run, plan, network, worker, lineage)
     return Session(
-        plan=plan, run=run, worker=worker, network=network, objective=make_objective(plan, network),
+        plan=plan, run=run, worker=worker, network=network, strategy=strategy, objective=make_objective(plan, network),
         samples=raw.samples, raw=raw, sources=sources, forwards=forwards,
         loader=BatchLoader(worker.device, resources), length_bucketing=modality.length_bucketing,
         report=report, should_stop=should_stop, started=started,
@@ -139,7 +144,7 @@ class _Phase:
         freeze(network, self.phase)
         self.optimizer, self.named = make_optimizer(network, plan.job.training, self.phase)
         moving = ("",) if self.phase.trains == "everything" else network.head
-        self.tensors = ckpt.trained_tensors(network.module, moving)
+        self.tensors = session.strategy.state(ckpt.trained_tensors(network.module, moving))
         self._unread: list[tuple[Tensor, float, int]] = []
         """(sums of loss, weight and right ones on the device, samples, the step) that were not looked at yet."""
         self._epoch_started = time.monotonic()
@@ -161,6 +166,14 @@ class _Phase:
         recipe, rows = session.plan.recipe, session.samples.rows("train")
         what = "training the head" if self.phase.trains == "head" else "training everything"
         session.report(PhaseBegan(what, self.phase.num_steps, state.step, "steps", len(rows) / recipe.steps_per_epoch))
+        with session.strategy.reduction(list(self.named.values())) as reduction:
+            self._run_steps(rows, reduction)
+        self._save()
+        ckpt.load_into(self.best, self.tensors)
+        return self.best
+
+    def _run_steps(self, rows: Ints, reduction: GradientReduction) -> None:
+        session, state, recipe = self.session, self.session.state, self.session.plan.recipe
         batches: list[Ints] = []
         epoch_of_batches = -1
         stop = is_due = False
@@ -178,11 +191,8 @@ class _Phase:
                 epoch_of_batches, batches = epoch, self._epoch_batches(rows, epoch)
                 set_mode(session.network, self.phase, training=True)  # only an epoch's evaluation changes it
             following = batches[within + 1] if within + 1 < len(batches) else None
-            stop, is_due = self._step(batches[within], following)
+            stop, is_due = self._step(batches[within], following, reduction)
             session.report(Advanced(1))
-        self._save()
-        ckpt.load_into({name: tensor.to(self.tensors[name].device) for name, tensor in self.best.items()}, self.tensors)
-        return self.best
 
     def _epoch_batches(self, rows: Ints, epoch: int) -> list[Ints]:
         session, recipe = self.session, self.session.plan.recipe
@@ -201,7 +211,7 @@ class _Phase:
 
     # --- a step ---
 
-    def _step(self, rows: Ints, following: Ints | None) -> tuple[bool, bool]:
+    def _step(self, rows: Ints, following: Ints | None, reduction: GradientReduction) -> tuple[bool, bool]:
         """One optimizer step over all microbatches of a batch: (somebody asked to stop, a checkpoint is due)."""
         session, state = self.session, self.session.state
         plan, worker = session.plan, session.worker
@@ -210,7 +220,8 @@ class _Phase:
         sums = torch.zeros(3, dtype=torch.float64 if worker.device.type != "mps" else torch.float32)
         sums = sums.to(worker.device)
         num_samples = 0
-        for microbatch, some in self._own_microbatches(rows):
+        own = self._own_microbatches(rows)
+        for microbatch, some in own:
             batch = session.loader.load(session.source("train"), (plan.job.training.seed, number, microbatch), some)
             if batch is None:
                 continue
@@ -218,10 +229,13 @@ class _Phase:
                 with autocast(plan, worker):
                     logits = session.forward(channels_last(batch.inputs))
                 loss, weight = session.objective.loss(logits.float(), batch.targets)
-                loss.backward()  # type: ignore[no-untyped-call]
+                is_last = microbatch == own[-1][0]
+                with reduction.overlapped() if is_last else contextlib.nullcontext():
+                    loss.backward()  # type: ignore[no-untyped-call]
             right = session.objective.num_right(logits.detach(), batch.targets)
             sums += torch.stack([torch.as_tensor(one, device=worker.device) for one in (loss.detach(), weight, right)])
             num_samples += len(batch.rows)
+        reduction.begin()
         state.step += 1
         if following is not None:
             for microbatch, some in self._own_microbatches(following):
@@ -231,9 +245,12 @@ class _Phase:
         sums = worker.all_reduce_sum(sums)
         told = worker.all_reduce_sum(torch.tensor([num_samples, session.should_stop(), due], dtype=torch.float64))
         num_samples, stop, due = told.tolist()
+        # Of a batch that nobody could read there is nothing to learn.
+        reduction.finish((1.0 / sums[1]).float() if num_samples else 0.0)
         if num_samples:
-            self._apply_gradients(sums[1])
+            self._take_step()
             statistics.average()
+        self.optimizer.zero_grad(set_to_none=True)
         self._unread.append((sums, num_samples, number))
         # What a GPU has computed is looked at a step later, when it is there: so nobody waits for it.
         self._read_sums(keep=0 if worker.device.type == "cpu" else 1)
@@ -243,18 +260,14 @@ class _Phase:
         worker, num = self.session.worker, self.session.plan.recipe.num_microbatches
         return [(one, split_evenly(rows, one, num)) for one in range(worker.rank, num, worker.num_workers)]
 
-    def _apply_gradients(self, weight: Tensor) -> None:
-        """Sum them over the workers, divide by the batch's weight, clip, and take the step."""
+    def _take_step(self) -> None:
         training = self.session.plan.job.training
-        parameters: list[nn.Parameter] = list(self.named.values())
-        self.session.worker.all_reduce_gradients(parameters, (1.0 / weight).float())
         if training.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.named.values(), training.clip_norm)
         factor = rate_factor(self.session.plan, self.phase.num_steps, self.session.state.step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def _read_sums(self, keep: int = 0) -> None:
         """Add what steps summed up to the epoch's figures, but for the `keep` newest. Raises `TrainingError`."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from orchestrator.data import Samples
 from orchestrator.features import SampleSource, Source
 from orchestrator.job import Phase, Plan, Recipe, Report
-from orchestrator.network import Inputs, Network, Worker
+from orchestrator.network import Inputs, Network, Strategy, Worker
 from orchestrator.training.batches import BatchLoader
 from orchestrator.training.objective import Objective
 
@@ -70,6 +70,8 @@ class Session:
     run: Path
     worker: Worker
     network: Network
+    strategy: Strategy
+    """How the network lies on the workers."""
     objective: Objective
     samples: Samples
     raw: SampleSource

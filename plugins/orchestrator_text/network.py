@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from orchestrator.errors import WeightsError
 from orchestrator.modality import Plan
-from orchestrator.network import Network, build_transformers, load_body, make_config, new_layer, quiet
+from orchestrator.network import (
+    Network,
+    StateDict,
+    build_transformers,
+    load_body,
+    make_config,
+    new_layer,
+    part_of,
+    quiet,
+)
 from orchestrator_text import Text
 
 if TYPE_CHECKING:
@@ -44,7 +53,13 @@ def build_network(plan: Plan, directory: Path) -> Network:
 
 def make_tokenizer(plan: Plan, directory: Path) -> Any:
     """The backbone's own tokenizer, which pads on the right and cuts off where the plan says."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    # Old versions wrote into tokenizer_config.json where tokenizer.json lay, and some read it from there.
+    own = directory / "tokenizer.json"
+    files = {"tokenizer_file": str(own) if own.is_file() else None} if "tokenizer_file" in (
+        plan.backbone.tokenizer or {}) else {}  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False, **files
+    )
     tokenizer.model_max_length = plan.input["max_tokens"]
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:  # language models were trained without padding; what is masked may be any token
@@ -118,14 +133,15 @@ def _build_pooled(plan: Plan, directory: Path, tokenizer: Any, changes: dict[str
     new = {"trained": (), "pretrained": ("classifier.weight", "classifier.bias"), "random": tuple(module.state_dict())}
     return Network(
         module, ("classifier",), new[plan.weights], unused,
-        save=lambda folder: _save(module, tokenizer, plan, folder), usage=_USAGE, library="sentence-transformers",
+        save=lambda folder, state_dict: _save(module, tokenizer, plan, folder, state_dict),
+        usage=_USAGE, library="sentence-transformers",
     )  # fmt: skip
 
 
-def _save(module: Pooled, tokenizer: Any, plan: Plan, directory: Path) -> None:
+def _save(module: Pooled, tokenizer: Any, plan: Plan, directory: Path, state_dict: StateDict) -> None:
     """A directory in the layout of sentence-transformers: Transformer, Pooling, Dense."""
     with quiet():
-        module.body.save_pretrained(directory)  # type: ignore[operator]
+        module.body.save_pretrained(directory, state_dict=part_of(state_dict, "body"))  # type: ignore[operator]
         tokenizer.save_pretrained(directory)
     parts = (("", "Transformer"), ("1_Pooling", "Pooling"), (_DENSE, "Dense"))
     modules = [
@@ -154,5 +170,5 @@ def _save(module: Pooled, tokenizer: Any, plan: Plan, directory: Path) -> None:
         file = directory / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    layer = {f"linear.{name}": value.contiguous().cpu() for name, value in module.classifier.state_dict().items()}
+    layer = {f"linear.{name}": value.contiguous().cpu() for name, value in part_of(state_dict, "classifier").items()}
     save_file(layer, directory / _DENSE / "model.safetensors", metadata={"format": "pt"})

@@ -19,7 +19,7 @@ from orchestrator.features import extraction
 from orchestrator.features.pipeline import bodies_for, passed
 from orchestrator.network import compiling
 from orchestrator.network.cut import Body, Cut
-from orchestrator.network.model import Network
+from orchestrator.network.network import Network
 
 CUT = Cut(("1",), "chain")
 
@@ -45,7 +45,7 @@ class Whole(nn.Sequential):
 
 def a_body(first: nn.Module | None = None) -> Body:
     module = Whole(first or Keeping(), nn.Linear(4, 2)).eval()
-    return Body(Network(module, ("1",), (), (), lambda _: None), CUT)
+    return Body(Network(module, ("1",), (), (), lambda *_: None), CUT)
 
 
 def test_in_threads_the_body_gives_what_it_gives_alone() -> None:
@@ -128,7 +128,7 @@ def a_convnet() -> Body:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Conv2d(width, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU6()) for width in (3, 16)]
     module = Pictures(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)).eval()
-    return Body(Network(module, ("4",), (), (), lambda _: None), Cut(("4",), "chain"))
+    return Body(Network(module, ("4",), (), (), lambda *_: None), Cut(("4",), "chain"))
 
 
 @pytest.fixture

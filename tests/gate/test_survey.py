@@ -24,7 +24,8 @@ from orchestrator.gate.decide import fit, match
 from orchestrator.job.plans import BackboneCard
 from orchestrator.modality import registry
 from orchestrator.network.cut import Cut, find_cut
-from orchestrator.network.model import Network, _head
+from orchestrator.network.loading import _head
+from orchestrator.network.network import Network
 
 MODALITIES = ("image", "audio", "text")
 CUTS: dict[tuple[str, str], Cut | None] = {}
@@ -241,7 +242,7 @@ def look_at_the_cut(model: Any, modality: str, batch: dict[str, Any]) -> None:
         head = _head(plan, missing, set())
         frozen = [name for name, _ in model.named_parameters() if name in missing and not _within_any(name, head)]
         assert not frozen, f"{model.config.model_type}, {checkpoint}: {frozen[0]} is random, and frozen"
-        cut, _ = find_cut(Network(model, head, (), (), lambda _: None), of_all_lengths(batch, model.config))
+        cut, _ = find_cut(Network(model, head, (), (), lambda *_: None), of_all_lengths(batch, model.config))
         CUTS[model.config.model_type, checkpoint] = cut
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import orchestrator
 from orchestrator.network.cut import Body, Cut, Head, find_cut
-from orchestrator.network.model import Network
+from orchestrator.network.network import Network
 from tests.conftest import save_backbone
 from tests.tiny import WORDS, make_tokenizer
 from tests.whole.test_train import silent
@@ -144,7 +144,7 @@ class Two(nn.Module):
 
 
 def network(module: nn.Module, *head: str) -> Network:
-    return Network(module.eval(), head, (), (), lambda _: None)
+    return Network(module.eval(), head, (), (), lambda *_: None)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,8 @@ def test_the_own_entry_point_is_no_collision(tmp_path: Path, monkeypatch: pytest
         ({"build": broken.build_thawed}, "build", "steps with method head change"),
         ({"build": broken.build_saving_nothing}, "build", "weights='trained'"),
         ({"build": broken.build_saving_noise}, "build", "other logits than the one in memory"),
+        ({"build": broken.build_saving_its_own}, "build", "other logits than the one in memory"),
+        ({"build": broken.build_saving_the_old_way}, "build", "save(folder, state_dict)"),
     ],
 )  # fmt: skip
 def test_a_fault_is_named(change: dict[str, Any], field: str, words: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.modality import Plan
-from orchestrator.network import Network, build_module
+from orchestrator.network import Network, StateDict, build_module
 from orchestrator_speech import networks
 
 _USAGE = """\
@@ -44,8 +44,8 @@ def build_network(plan: Plan, directory: Path) -> Network:
         usage=usage,
     )
 
-    def save(folder: Path) -> None:
-        network.save(folder)
+    def save(folder: Path, state_dict: StateDict) -> None:
+        network.save(folder, state_dict)
         shutil.copy(directory / "preprocessor_config.json", folder)
         shutil.copy(networks.__file__, folder / "networks.py")
 

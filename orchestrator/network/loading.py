@@ -1,16 +1,16 @@
-"""Body and head: a network with its new last layer, what of it is frozen, and where it is split.
+"""A backbone's checkpoint -> a network with a new head: through transformers, or into a module that a plugin makes.
 
-The head is the modules whose shape depends on the number of classes, and every module with a parameter that
-the checkpoint does not hold: no randomly initialised parameter is ever frozen.
+What has no place in the network, or is missing outside of the head, is a `WeightsError`; what is new is named.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,63 +18,15 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from orchestrator.errors import WeightsError
-from orchestrator.job import Phase, Plan, Training
-
-Inputs = Mapping[str, Tensor]
+from orchestrator.job import Plan
+from orchestrator.network.config import make_config
+from orchestrator.network.network import Network, StateDict, within
 
 _HEAD_STD = 0.02
-_PROBLEM_TYPES = {
-    "single-label": "single_label_classification",
-    "multi-label": "multi_label_classification",
-    "regression": "regression",
-}
 _MAY_BE_MISSING = ("num_batches_tracked", "position_ids", "masked_spec_embed")  # the last is for pretraining alone
 _MAY_BE_UNUSED = ("pooler", "mask_token", "position_ids", "num_batches_tracked")
-
-
-@dataclass
-class Network:
-    """A model with a head for the plan's classes. Its parameters are all those of `module`."""
-
-    module: nn.Module
-    """Called with the collate function's output as keywords; gives logits [batch, classes], float, alone or
-    as the `.logits` of an output object."""
-    head: tuple[str, ...]
-    """Names of the submodules that `method: head` trains, in forward order."""
-    new: tuple[str, ...]
-    """Parameters and buffers that started from random values."""
-    unused: tuple[str, ...]
-    """Tensors of the checkpoint that this model has no place for (the head of its old task)."""
-    save: Callable[[Path], None]
-    """Write the model as a Hugging Face directory."""
-    outputs: tuple[str, ...] = ()
-    """The layers that give the logits, where they are not all of `head`."""
-    parts: Callable[[Inputs], Sequence[tuple[Tensor, Inputs]]] | None = None
-    """Where samples of a batch must not be computed together (lengths that padding would falsify): the batch as
-    [(int64 indices, inputs), ...]. None: the batch as it is."""
-    usage: str = ""
-    """Python that loads and calls the saved model without this package, for the model card; '' where
-    `transformers.pipeline` serves it."""
-    library: str = "transformers"
-    """Which library that is, by the Hub's name."""
-
-    def logits(self, inputs: Inputs) -> Tensor:
-        """float [batch, classes]."""
-        return self.by_parts(self._logits, inputs)
-
-    def _logits(self, inputs: Inputs) -> Tensor:
-        output = self.module(**inputs)
-        return output if isinstance(output, Tensor) else output.logits
-
-    def by_parts(self, function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
-        """float [batch, ...]: what `function` gives for the samples, those together that may be."""
-        if self.parts is None:
-            return function(inputs)
-        indices, outputs = zip(*((index, function(part)) for index, part in self.parts(inputs)), strict=True)
-        return torch.cat(outputs)[torch.cat(indices).argsort()]
 
 
 def build_transformers(
@@ -96,7 +48,7 @@ def build_transformers(
         module = fresh(config) if fresh else model_class.from_config(config)
         names = tuple(module.state_dict())
         return Network(module, plan.row.head, names, (), _saver(module, processor), plan.row.head)
-    module, info = _load(directory, model_class, config)
+    module, info = _load(plan, directory, model_class, config)
     missing = {name for name in info["missing_keys"] if not name.endswith(_MAY_BE_MISSING)}
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     unused = set(info["unexpected_keys"])
@@ -109,7 +61,7 @@ def build_transformers(
         raise _mismatch(plan, f"it holds {lost[0]}, which the architecture has no place for", len(lost))
     if plan.weights == "pretrained":
         _renew(module, plan.row.head)
-    new = tuple(name for name in module.state_dict() if _within(name, plan.row.head) or name in missing)
+    new = tuple(name for name in module.state_dict() if within(name, plan.row.head) or name in missing)
     new = () if plan.weights == "trained" else new
     return Network(module, head, new, tuple(sorted(unused)), _saver(module, processor), plan.row.head)
 
@@ -125,12 +77,12 @@ def build_module(plan: Plan, directory: Path, make: Callable[[], nn.Module], hea
     torch.manual_seed(plan.job.training.seed)
     module = make()
     random = module.state_dict()
-    new = tuple(name for name in random if plan.weights == "random" or _within(name, (head,)))
+    new = tuple(name for name in random if plan.weights == "random" or within(name, (head,)))
     if plan.weights != "random":
         found = {
             name: value for file in plan.backbone.weight_files for name, value in load_file(directory / file).items()
         }
-        wanted = {name for name in random if plan.weights == "trained" or not _within(name, (head,))}
+        wanted = {name for name in random if plan.weights == "trained" or not within(name, (head,))}
         wrong = sorted(name for name in wanted if name not in found or found[name].shape != random[name].shape)
         lost = sorted(name for name in found if name not in random)
         if wrong or lost:
@@ -142,11 +94,11 @@ def build_module(plan: Plan, directory: Path, make: Callable[[], nn.Module], hea
         if plan.weights == "trained":
             new = ()
 
-    def save(folder: Path) -> None:
+    def save(folder: Path, state_dict: StateDict) -> None:
         names = dict(enumerate(plan.classes))
         config = {**plan.backbone.config, "id2label": names, "label2id": {name: i for i, name in names.items()}}
         (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-        tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     return Network(module, (head,), new, (), save, usage=usage, library=plan.backbone.model_type)
@@ -159,11 +111,12 @@ def load_body(
 
     Raises `WeightsError` where the checkpoint lacks a parameter of it.
     """
-    module, info = _load(directory, model_class, config, **more)
+    module, info = _load(plan, directory, model_class, config, **more)
     if info["missing_keys"] and plan.row.prefix:
         # transformers finds only some towers in the checkpoint of their whole model (clip's, not align's).
         found = _tower(plan, directory)
-        module, info = _load(None, model_class, config, state_dict=found, **more) if found else (module, info)
+        if found:
+            module, info = _load(plan, None, model_class, config, state_dict=found, **more)
     missing = {name for name in info["missing_keys"] if not name.endswith(_MAY_BE_MISSING)}
     wrong = sorted(missing | {entry[0] for entry in info["mismatched_keys"]})
     if wrong:
@@ -182,10 +135,13 @@ def _tower(plan: Plan, directory: Path) -> dict[str, Tensor]:
     return found
 
 
-def _load(directory: Path | None, model_class: Any, config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
-    with quiet():
+def _load(plan: Plan, directory: Path | None, model_class: Any, config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
+    """transformers' model in float32, and what it tells of the loading; without a directory from `state_dict`."""
+    with ExitStack() as resources:
+        resources.enter_context(quiet())
+        place = None if directory is None else resources.enter_context(_weights_alone(plan, directory))
         module, info = model_class.from_pretrained(
-            directory,
+            place,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
@@ -198,6 +154,34 @@ def _load(directory: Path | None, model_class: Any, config: Any, **more: Any) ->
     return module, info
 
 
+@contextlib.contextmanager
+def _weights_alone(plan: Plan, directory: Path) -> Iterator[Path]:
+    """A folder of links to the weights, by the names that transformers looks for, and nothing else that it would read.
+
+    So files of other names are found, and an index of shards is ours: theirs could name files that lie elsewhere.
+    """
+    files = plan.backbone.weight_files
+    with TemporaryDirectory(prefix="orchestrator-weights-") as folder:
+        place = Path(folder)
+        if len(files) == 1:
+            (place / "model.safetensors").symlink_to((directory / files[0]).resolve())
+        else:
+            shards: dict[str, str] = {}
+            for file in files:
+                (place / file).symlink_to((directory / file).resolve())
+                with safe_open(place / file, "pt") as tensors:
+                    shards |= dict.fromkeys(tensors.keys(), file)
+            index = {"metadata": {}, "weight_map": shards}
+            (place / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        yield place
+
+
+def part_of(state_dict: StateDict, name: str) -> dict[str, Tensor]:
+    """The tensors of one submodule, by the names that they have in it."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
 def new_layer(width: int, num_classes: int) -> nn.Linear:
     """A last layer with small random weights."""
     layer = nn.Linear(width, num_classes)
@@ -206,43 +190,21 @@ def new_layer(width: int, num_classes: int) -> nn.Linear:
     return layer
 
 
-def make_config(plan: Plan, changes: Mapping[str, Any]) -> Any:
-    """The backbone's config with the plan's classes, for transformers."""
-    whole = plan.backbone.config.get(plan.row.part) if plan.row.part in plan.backbone.config else plan.backbone.config
-    raw = {key: value for key, value in dict(whole or {}).items() if key not in ("label_names", "num_classes")}
-    if raw.get("model_args"):  # timm's save_for_hf puts num_classes in here, which the wrapper gives a second time
-        raw["model_args"] = {key: value for key, value in raw["model_args"].items() if key != "num_classes"}
-    model_type = "timm_wrapper" if plan.backbone.library == "timm" else plan.backbone.model_type
-    config_class = transformers.CONFIG_MAPPING[model_type]
-    if plan.row.pool:  # the body's own class: of a tower it is another than the repository's
-        config_class = getattr(transformers, plan.row.architecture).config_class
-    names = dict(enumerate(plan.classes))
-    for key in ("id2label", "label2id", "num_labels", "model_type"):
-        raw.pop(key, None)
-    return config_class.from_dict(
-        {**raw, **changes},
-        id2label=names,
-        label2id={name: i for i, name in names.items()},
-        num_labels=len(names),
-        problem_type=_PROBLEM_TYPES[plan.job.task],
-    )
-
-
 def _head(plan: Plan, missing: set[str], mismatched: set[str]) -> tuple[str, ...]:
     """The modules of the head; raises `WeightsError` where something outside of it is missing."""
     row = plan.row
     extended = []
     for name in sorted(missing | mismatched):
-        if _within(name, row.head) and plan.weights == "pretrained":
+        if within(name, row.head) and plan.weights == "pretrained":
             continue
-        owner = next((module for module in row.may_be_new if _within(name, (module,))), _pooler(name))
+        owner = next((module for module in row.may_be_new if within(name, (module,))), _pooler(name))
         if owner is None or name in mismatched or plan.weights == "trained":
             what = "has another shape" if name in mismatched else "is missing"
             raise _mismatch(plan, f"{name} {what}", len(missing | mismatched))
         extended.append(owner)
     poolers = [module for module in dict.fromkeys(extended) if module not in row.may_be_new]
     owners = poolers + [module for module in row.may_be_new if module in extended]
-    return tuple(owners + [name for name in row.head if not _within(name, owners)])
+    return tuple(owners + [name for name in row.head if not within(name, owners)])
 
 
 def _pooler(name: str) -> str | None:
@@ -260,10 +222,6 @@ def _mismatch(plan: Plan, problem: str, num: int) -> WeightsError:
     )
 
 
-def _within(name: str, modules: tuple[str, ...] | list[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
 def _any(parts: tuple[str, ...], name: str) -> bool:
     return any(part in name for part in parts)
 
@@ -278,10 +236,10 @@ def _renew(module: nn.Module, head: tuple[str, ...]) -> None:
                     nn.init.zeros_(layer.bias)
 
 
-def _saver(module: Any, processor: Any | None) -> Callable[[Path], None]:
-    def save(directory: Path) -> None:
+def _saver(module: Any, processor: Any | None) -> Callable[[Path, StateDict], None]:
+    def save(directory: Path, state_dict: StateDict) -> None:
         with quiet():
-            module.save_pretrained(directory)
+            module.save_pretrained(directory, state_dict=dict(state_dict))  # a copy: it takes them out one by one
             if processor is not None:
                 processor.save_pretrained(directory)
 
@@ -300,58 +258,3 @@ def quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if shown:
             transformers.logging.enable_progress_bar()
-
-
-def freeze(network: Network, phase: Phase) -> None:
-    """Ask for gradients where the phase trains, nowhere else."""
-    everything = phase.trains == "everything"
-    for name, parameter in network.module.named_parameters():
-        parameter.requires_grad_(everything or _within(name, network.head))
-
-
-def set_mode(network: Network, phase: Phase, training: bool) -> None:
-    """Train or eval mode. What is frozen stays in eval mode: dropout off, BatchNorm on its own statistics."""
-    if phase.trains == "head":
-        network.module.eval()
-        for name in network.head:
-            network.module.get_submodule(name).train(training)
-    else:
-        network.module.train(training)
-        if phase.batch_norm == "frozen":
-            for layer in batch_norms(network.module):
-                layer.eval()
-
-
-def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers that keep running statistics."""
-    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
-
-
-def make_optimizer(
-    network: Network, training: Training, phase: Phase
-) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
-    """The optimizer of a phase over the parameters that it trains, and these by name.
-
-    Four groups at most: body and head have their own rates, and vectors (biases, norms) no weight decay.
-    """
-    named = {name: p for name, p in network.module.named_parameters() if p.requires_grad}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in named.items():
-        groups.setdefault((_within(name, network.head), parameter.ndim > 1), []).append(parameter)
-    rates = {False: phase.learning_rate, True: phase.head_learning_rate}
-    settings = [
-        {
-            "params": parameters,
-            "lr": rates[in_head],
-            "peak_lr": rates[in_head],
-            "weight_decay": training.weight_decay if decays else 0.0,
-        }
-        for (in_head, decays), parameters in groups.items()
-    ]
-    return _optimizer(training, settings), named
-
-
-def _optimizer(training: Training, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, nesterov=training.momentum > 0)
-    return torch.optim.AdamW(groups, lr=0.0)

@@ -1,0 +1,41 @@
+"""The optimizer of the parameters that a job trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from orchestrator.job import Phase, Training
+from orchestrator.network.network import Network, within
+
+
+def make_optimizer(
+    network: Network, training: Training, phase: Phase
+) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
+    """The optimizer of a phase over the parameters that it trains, and these by name.
+
+    Four groups at most: body and head have their own rates, and vectors (biases, norms) no weight decay.
+    """
+    named = {name: p for name, p in network.module.named_parameters() if p.requires_grad}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        groups.setdefault((within(name, network.head), parameter.ndim > 1), []).append(parameter)
+    rates = {False: phase.learning_rate, True: phase.head_learning_rate}
+    settings = [
+        {
+            "params": parameters,
+            "lr": rates[in_head],
+            "peak_lr": rates[in_head],
+            "weight_decay": training.weight_decay if decays else 0.0,
+        }
+        for (in_head, decays), parameters in groups.items()
+    ]
+    return _optimizer(training, settings), named
+
+
+def _optimizer(training: Training, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, nesterov=training.momentum > 0)
+    return torch.optim.AdamW(groups, lr=0.0)
