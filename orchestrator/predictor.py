@@ -23,11 +23,12 @@ from orchestrator.data import (
     label_columns,
     prepare_data,
     split_by_size,
+    table_of,
 )
 from orchestrator.errors import BadSampleError, DataError, TrainingError
 from orchestrator.features import SampleSource
 from orchestrator.gate import drafted, materialised
-from orchestrator.job import DATA_FOLDER, SAMPLES, Data, Plan, Run, shown
+from orchestrator.job import DATA_FOLDER, Data, Plan, Run, shown
 from orchestrator.modality import Modality, Sample
 from orchestrator.training import LoadedRun, Predictions, load_run, measure
 
@@ -225,7 +226,8 @@ def _in_order(spec: Data, plan: Plan) -> tuple[Data, list[str]]:
 
 def _num_seen(loaded: LoadedRun, samples: Samples) -> int | None:
     """How many of the samples the run itself was trained on, or its best epoch chosen by; None if nothing tells."""
-    if not (loaded.run.path / SAMPLES).is_dir():
+    table = table_of(loaded.run.path)
+    if table is None:
         return None
-    own = Samples(loaded.run.path / SAMPLES, loaded.fields)
+    own = Samples(table, loaded.fields)
     return samples.num_among(own, np.concatenate([own.rows("train"), own.rows("validation")]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import threading
@@ -236,6 +235,8 @@ def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, options: RunOption
                 f"{plan.num_workers} workers have none in a step (--fresh starts over, with one for each)"
             ))  # fmt: skip
         return plan
+    from orchestrator.data import TableStore
+
     partial = run.path / f"{SAMPLES}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -248,8 +249,7 @@ def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, options: RunOption
         raise
     if options.fresh:
         run.clear()
-    shutil.rmtree(run.path / SAMPLES, ignore_errors=True)
-    os.replace(partial, run.path / SAMPLES)
+    TableStore(run.path.parent).put(partial, run.path)
     for name, text in texts.items():  # plan.json, written last, says that the run is there
         write_file(run.path / name, text)
     return plan
@@ -257,11 +257,13 @@ def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, options: RunOption
 
 def _refuse_without_samples(run: Run) -> None:
     """Raise `RefusedError` where there is no sample table to go on with, or not this version's."""
-    if run.is_earlier or not (run.finished or (run.path / SAMPLES).is_dir()):
+    from orchestrator.data import table_of
+
+    if run.is_earlier or not (run.finished or table_of(run.path) is not None):
         why = "is of an earlier version" if run.is_earlier else "has lost its samples"
         raise RefusedError(
             "damaged", f"the run {run.path} {why}, and cannot be gone on with",
-            expected=f"its sample table in {SAMPLES}/",
+            expected=f"its sample table, in {DATA_FOLDER}/ of its storage",
             mend="start over with fresh (--fresh), or keep both: name (--name)",
         )  # fmt: skip
 

@@ -18,14 +18,14 @@ from orchestrator.job.places import local_path
 from orchestrator.job.plans import Plan, read_plan_json
 
 SAMPLES = "samples"
-"""The folder of a run that holds its sample table."""
+"""The folder that holds the sample table of a run of an earlier version, and of any run while it is made."""
 ERROR_FILE = "error.txt"
 """The trace of what ended a run that failed."""
 _LOOKED_AT_S = (0.01, 0.05, 0.2)
 """Waits before a lock counts as held: who lists the runs holds one for an instant, to see whether it is free."""
 _OURS = frozenset(
     (
-        "job.yaml", "plan.json", "samples", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl",
+        "job.yaml", "plan.json", "samples", "samples.json", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl",
         "results.json", ERROR_FILE, "STOP", ".lock", "checkpoints", "features", "features.json", "tensorboard",
         "model", ".ray",
     )

@@ -22,7 +22,8 @@ class MicrobatchStatistics:
         self._layers = [layer for layer in batch_norms(module) if layer.training] if num_microbatches > 1 else []
         if self._layers:
             self._start = self._read()
-            self._counts = [int(layer.num_batches_tracked or 0) for layer in self._layers]
+            # Copies on the device: to read the numbers would wait for it in each step.
+            self._counts = [counter.clone() for counter in self._counters()]
             self._of_microbatches = self._start.new_zeros(num_microbatches, len(self._start))
             self._mine = self._start.new_zeros(num_microbatches)
 
@@ -50,9 +51,12 @@ class MicrobatchStatistics:
             self._worker.all_reduce_sum(self._of_microbatches)
             self._worker.all_reduce_sum(self._mine)
             self._write(self._of_microbatches.sum(dim=0) / self._mine.sum().clamp(min=1))
-            for layer, count in zip(self._layers, self._counts, strict=True):
-                if layer.num_batches_tracked is not None:
-                    layer.num_batches_tracked.fill_(count + 1)  # of steps, not of this worker's microbatches
+            for counter, before in zip(self._counters(), self._counts, strict=True):
+                counter.copy_(before + 1)  # of steps, not of this worker's microbatches
+
+    def _counters(self) -> list[Tensor]:
+        """Of the steps that each layer has seen."""
+        return [layer.num_batches_tracked for layer in self._layers if layer.num_batches_tracked is not None]
 
 
 @dataclass

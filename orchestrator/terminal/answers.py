@@ -14,6 +14,7 @@ from orchestrator.modality import registry
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
 
 if TYPE_CHECKING:
+    from orchestrator.data import StoredTable
     from orchestrator.gate import Checked
     from orchestrator.modality import Listing
     from orchestrator.predictor import Prediction
@@ -263,16 +264,21 @@ def show_feature_set(one: FeatureListing, as_json: bool) -> None:
 
 
 def show_pruned(
-    removed: Sequence[FeatureListing], left: Sequence[FeatureListing], dry_run: bool, as_json: bool
+    removed: Sequence[FeatureListing], left: Sequence[FeatureListing], tables: Sequence[StoredTable], dry_run: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
-    """What was removed, or would be, and what is left."""
+    """What was removed, or would be, and what is left; `tables` are the sample tables among it."""
     if as_json:
         _print({"removed": [_as_dict(one) for one in removed], "left": [_as_dict(one) for one in left],
-                "dry_run": dry_run})  # fmt: skip
+                "tables": [dataclasses.asdict(one) for one in tables], "dry_run": dry_run})  # fmt: skip
         return
     what = "would be removed" if dry_run else "removed"
     for one in removed:
         out.print(f"{what}: {one.name}, {_size(one.num_bytes)}, used {_when(one.used)}", markup=False, soft_wrap=True)
+    for one_table in tables:
+        out.print(
+            f"{what}: sample table {one_table.key}, {_size(one_table.num_bytes)}, which no run uses", soft_wrap=True
+        )
     out.print(f"{len(removed)} {what}; {_size(sum(one.num_bytes for one in left))} in {len(left)} sets left")
 
 

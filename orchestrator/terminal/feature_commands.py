@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,10 +50,13 @@ def prune_features(
     feature_store: FeatureStore = None,
     json_: Json = False,
 ) -> None:
-    """Remove the sets that were not used for longest. A run that wants one of them computes it again.
+    """Remove the sets that were not used for longest, and sample tables that no run of the storage uses any more.
+
+    A run that wants features that were removed computes them again.
 
     orchestrator features prune --max-size 50GB
     """
+    from orchestrator.data import TableStore
     from orchestrator.store import inventory
     from orchestrator.terminal import answers
 
@@ -60,7 +64,8 @@ def prune_features(
     before = inventory.listings(root)
     removed = inventory.prune(root, size, dry_run, before)
     gone = {one.name for one in removed}
-    answers.show_pruned(removed, [one for one in before if one.name not in gone], dry_run, json_)
+    tables = TableStore(Path(storage).expanduser()).prune(dry_run) if feature_store is None else []
+    answers.show_pruned(removed, [one for one in before if one.name not in gone], tables, dry_run, json_)
 
 
 def _features_at(storage: str, feature_store: str | None) -> Root:

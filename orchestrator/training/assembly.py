@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from orchestrator.backbone import fetch
-from orchestrator.data import Samples
+from orchestrator.data import Samples, table_of
+from orchestrator.errors import TrainingError
 from orchestrator.features import SampleSource
-from orchestrator.job import SAMPLES, Plan
+from orchestrator.job import Plan
 from orchestrator.modality import Modality, registry
 from orchestrator.network import Network, Worker
 
@@ -55,8 +56,14 @@ def assembled(
     network.module.to(worker.device)
     network.module.to(memory_format=torch.channels_last)
     network.module.eval()
+    table = table_of(run)
+    if table is None:
+        raise TrainingError(
+            f"the run {run} has lost its sample table", expected="the storage as the driver sees it, on each node",
+            mend="see that all nodes have the same storage, or start over with --fresh",
+        )  # fmt: skip
     source = SampleSource(
-        Samples(run / SAMPLES, tuple(field.name for field in modality.sample)),
+        Samples(table, tuple(field.name for field in modality.sample)),
         modality.decode,
         modality.batch(plan, directory),
         skip=plan.job.data.on_bad_sample == "skip",
