@@ -18,7 +18,7 @@ from orchestrator.job.places import local_path
 from orchestrator.job.plans import Plan, read_plan_json
 
 SAMPLES = "samples"
-"""The folder that holds the sample table of a run of an earlier version, and of any run while it is made."""
+"""The folder of a run that holds its sample table: while it is made, and in runs of an earlier version."""
 ERROR_FILE = "error.txt"
 """The trace of what ended a run that failed."""
 _LOOKED_AT_S = (0.01, 0.05, 0.2)
