@@ -10,6 +10,7 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     rows          what a source gives, and which paths may be read
     tables        CSV, Parquet, JSON lines -> batches of cells
     locations     URIs -> stores (S3 and what else pyarrow and fsspec open)
+    object_storage, leases   runs in an object store, and who works on them
     materialise   rows that a program holds -> a Parquet file
     splits        stratified, grouped and balanced splits
     samples       the sample table of a run on disk
@@ -25,6 +26,7 @@ from orchestrator.data.locations import (
     cached as cached,
     feature_store as feature_store,
 )
+from orchestrator.data.object_storage import ObjectStorage as ObjectStorage, open_storage as open_storage
 from orchestrator.data.prepare import LEAVE_OUT as LEAVE_OUT, Prepared as Prepared
 from orchestrator.data.samples import MAX_AT_ONCE as MAX_AT_ONCE, Samples as Samples
 from orchestrator.data.sources import columns_of as columns_of

@@ -8,9 +8,12 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     plans     the plain data that travels: BackboneCard, Plan
     runs      a run's directory: what is in it, whether it is done, who works on it
     events    what happens while a job runs
+    storage   where runs lie: one interface for a directory and an object store, and the lease of who writes
+    directories  the same for a directory; for object stores it is in `data`
     figures   which figures of a task are shown, and how they are written
 """
 
+from orchestrator.job.directories import DirectoryStorage as DirectoryStorage
 from orchestrator.job.events import (
     Advanced as Advanced,
     EpochEnded as EpochEnded,
@@ -71,4 +74,15 @@ from orchestrator.job.spec import (
     make_job as make_job,
     nearest_value as nearest_value,
     parse_setting as parse_setting,
+)
+from orchestrator.job.storage import (
+    VERSION as VERSION,
+    Lease as Lease,
+    Manifest as Manifest,
+    Storage as Storage,
+    make_manifest as make_manifest,
+    next_version as next_version,
+    number_of as number_of,
+    run_is_busy as run_is_busy,
+    run_was_taken as run_was_taken,
 )
