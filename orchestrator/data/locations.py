@@ -67,7 +67,7 @@ class Location:
 
     def stream(self, buffer_bytes: int) -> BinaryIO:
         """The file from its beginning to its end, so many bytes a request. Raises `OSError`."""
-        return self.fs.open_input_stream(self.path, buffer_size=buffer_bytes)  # type: ignore[no-any-return]
+        return self.fs.open_input_stream(self.path, compression=None, buffer_size=buffer_bytes)  # type: ignore[no-any-return]
 
     def read(self) -> bytes:
         """All of the file. Raises `OSError`."""
@@ -111,9 +111,11 @@ class Location:
     def _infos(self, recursive: bool) -> Sequence[Any]:
         if isinstance(self.fs, pa.fs.PyFileSystem):
             self.fs.handler.fs.invalidate_cache()  # fsspec remembers listings
-        return self.fs.get_file_info(  # type: ignore[no-any-return]
-            pa.fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        )
+        with contextlib.suppress(NotADirectoryError):
+            return self.fs.get_file_info(  # type: ignore[no-any-return]
+                pa.fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+            )
+        return []
 
     def upload(self, file: Path) -> None:
         """Write a local file's bytes here. Raises `OSError`."""
@@ -128,7 +130,7 @@ class Location:
     def _new(self) -> BinaryIO:
         if self.fs.type_name not in _WITHOUT_FOLDERS:
             self.fs.create_dir(self.parent().path, recursive=True)
-        return self.fs.open_output_stream(self.path)  # type: ignore[no-any-return]
+        return self.fs.open_output_stream(self.path, compression=None)  # type: ignore[no-any-return]  # .gz as it is
 
     def delete(self) -> None:
         """Remove the file. Raises `OSError`."""

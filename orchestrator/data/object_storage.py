@@ -114,11 +114,14 @@ class ObjectStorage(Storage):
                 self.delete(f"{name}/{child}", lease)
             return
         place = self._root.join(name)
-        for file in self._asked(name, partial(place.entries, recursive=True)):
+        files = self._asked(name, partial(place.entries, recursive=True))
+        for file in files:
             if _MARKER.fullmatch(file.uri.split("/")[-1]):
                 self._remove(f"{name}/{file.uri}")
-        self._remove(name)
-        self._asked(name, place.delete_folder)
+        if files:
+            self._asked(name, place.delete_folder)
+        else:
+            self._remove(name)
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
