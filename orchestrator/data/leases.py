@@ -173,14 +173,18 @@ class Leases:
         return ticket.renewed == watched.renewed and since_s > ticket.ttl_s
 
     def _age_s(self, ticket: Ticket) -> float:
-        """At least so long ago it was renewed, by the time that the store gives to a file written now."""
+        """At least so long ago it was renewed, by the time that the store gives to a file written now.
+
+        Its own time is looked up after it was read: renewed in between, it is young, not old.
+        """
         if not ticket.modified_ns:
             return 0.0
         probe = self._folder.join(f"now-{uuid.uuid4().hex[:8]}")
         self._ask(lambda: probe.write(b""))
-        now_ns = max((one.modified_ns for one in self._ask(self._folder.entries)), default=0)
+        times_ns = {one.uri: one.modified_ns for one in self._ask(self._folder.entries)}
         self._ask(probe.delete)
-        return max(0.0, (now_ns - ticket.modified_ns) / 1e9 - _GRAIN_S)
+        now_ns = max(times_ns.values(), default=0)
+        return max(0.0, (now_ns - times_ns.get(ticket.name, now_ns)) / 1e9 - _GRAIN_S)
 
     def _alone(self, dead: list[Ticket], name: str, owner: str) -> Lease | None:
         """A lease for who writes a ticket and sees nobody else's; None where somebody came at the same instant."""

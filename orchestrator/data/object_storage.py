@@ -104,8 +104,13 @@ class ObjectStorage(Storage):
         return None
 
     def write(self, name: str, content: bytes, lease: Lease) -> None:
-        self._check(name, lease)
-        self._asked(name, partial(self._root.join(name).write, content))
+        assert lease.covers(name), (name, lease.name)
+
+        def put() -> None:
+            self.check(lease)  # anew at each attempt: a store may be away for longer than a lease lives
+            self._root.join(name).write(content)
+
+        self._asked(name, put)
 
     def delete(self, name: str, lease: Lease) -> None:
         self._check(name, lease)
@@ -157,9 +162,7 @@ class ObjectStorage(Storage):
                 f"{self._text(name)} is not what was sent: {problem}", expected="a store that keeps what it is given",
                 mend="the same command goes on from the last checkpoint",
             )  # fmt: skip
-        self._check(name, lease)  # the upload has taken its time
-        marker, text = self._root.join(f"{name}/{manifest.version}.json"), manifest.model_dump_json(indent=1).encode()
-        self._asked(name, partial(marker.write, text))
+        self.write(f"{name}/{manifest.version}.json", manifest.model_dump_json(indent=1).encode(), lease)
         with contextlib.suppress(OrchestratorError):  # it counts no more, and is collected another time
             for version in before:
                 self._remove_version(name, version)
