@@ -13,6 +13,7 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     materialise   rows that a program holds -> a Parquet file
     rows          what a row is, and which paths it may name
     locations     URIs -> stores (S3 and what else pyarrow and fsspec open)
+    object_storage, leases   runs in an object store, and who works on them
     ingest        every row looked at once: is it there, can it be read, what is measured on it
     ingested      what is remembered of the rows
     duplicates    one file twice, one content in two splits
@@ -33,6 +34,7 @@ from orchestrator.data.locations import (
     feature_store as feature_store,
 )
 from orchestrator.data.materialise import materialise_rows as materialise_rows
+from orchestrator.data.object_storage import ObjectStorage as ObjectStorage, open_storage as open_storage
 from orchestrator.data.prepare import LEAVE_OUT as LEAVE_OUT, Prepared as Prepared, prepare_data as prepare_data
 from orchestrator.data.samples import MAX_AT_ONCE as MAX_AT_ONCE, Samples as Samples, split_by_size as split_by_size
 from orchestrator.data.sources import columns_of as columns_of

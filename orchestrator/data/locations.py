@@ -7,13 +7,14 @@ AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and the rest); they never stand in a job.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import posixpath
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 import pyarrow.fs
@@ -67,7 +68,7 @@ class Location:
 
     def stream(self, buffer_bytes: int) -> BinaryIO:
         """The file from its beginning to its end, so many bytes a request. Raises `OSError`."""
-        return self.fs.open_input_stream(self.path, buffer_size=buffer_bytes)  # type: ignore[no-any-return]
+        return self.fs.open_input_stream(self.path, compression=None, buffer_size=buffer_bytes)  # type: ignore[no-any-return]
 
     def read(self) -> bytes:
         """All of the file. Raises `OSError`."""
@@ -96,9 +97,26 @@ class Location:
         return sorted(files, key=lambda file: file.uri)
 
     def names(self) -> list[str]:
-        """The names of what lies directly in this folder; [] where there is no such folder. Raises `OSError`."""
-        infos = self.fs.get_file_info(pa.fs.FileSelector(self.path, allow_not_found=True))
-        return [info.base_name for info in infos]
+        """Of what lies directly in this folder; [] where there is no such folder. Raises `OSError`."""
+        return [info.base_name for info in self._infos(recursive=False)]
+
+    def entries(self, recursive: bool = False) -> list[Found]:
+        """Files in this folder, hidden ones too; [] where there is no such folder. Raises `OSError`."""
+        start = len(self.path.rstrip("/")) + 1
+        return [
+            Found(info.path[start:], info.size, info.mtime_ns or 0)
+            for info in self._infos(recursive)
+            if info.type == pa.fs.FileType.File
+        ]
+
+    def _infos(self, recursive: bool) -> Sequence[Any]:
+        if isinstance(self.fs, pa.fs.PyFileSystem):
+            self.fs.handler.fs.invalidate_cache()  # fsspec remembers listings
+        with contextlib.suppress(NotADirectoryError):
+            return self.fs.get_file_info(  # type: ignore[no-any-return]
+                pa.fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+            )
+        return []
 
     def upload(self, file: Path) -> None:
         """Write a local file's bytes here. Raises `OSError`."""
@@ -113,11 +131,29 @@ class Location:
     def _new(self) -> BinaryIO:
         if self.fs.type_name not in _WITHOUT_FOLDERS:
             self.fs.create_dir(self.parent().path, recursive=True)
-        return self.fs.open_output_stream(self.path)  # type: ignore[no-any-return]
+        return self.fs.open_output_stream(self.path, compression=None)  # type: ignore[no-any-return]  # .gz as it is
 
     def delete(self) -> None:
         """Remove the file. Raises `OSError`."""
         self.fs.delete_file(self.path)
+
+    def delete_folder(self) -> None:
+        """Remove all that lies below. Raises `OSError`."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_dir(self.path)
+
+    def asked_once(self, timeout_s: float) -> Location:
+        """The same place, for a caller that retries: S3's own client tries for 100 s where a server is silent.
+
+        A request fails after so long without a byte. A small file is one request, where it would be three.
+        """
+        if not isinstance(self.fs, getattr(pa.fs, "S3FileSystem", ())):
+            return self
+        make, (settings,) = cast(Any, self.fs).__reduce__()
+        changes = {"request_timeout": timeout_s, "connect_timeout": timeout_s, "allow_delayed_open": True}
+        known = {key: value for key, value in changes.items() if key in settings}
+        once = pa.fs.AwsStandardS3RetryStrategy(max_attempts=1)
+        return dataclasses.replace(self, fs=make({**settings, **known, "retry_strategy": once}))
 
     def _list(self, recursive: bool) -> Sequence[Any]:
         with asking(self.text):

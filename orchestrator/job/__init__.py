@@ -9,9 +9,12 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     plans     the plain data that travels: BackboneCard, Plan
     runs      a run's directory: what is in it, whether it is done, who works on it
     events    what happens while a job runs
+    storage   where runs lie: one interface for a directory and an object store, and the lease of who writes
+    directories  the same for a directory; for object stores it is in `data`
     figures   which figures of a task are shown, and how they are written
 """
 
+from orchestrator.job.directories import DirectoryStorage as DirectoryStorage
 from orchestrator.job.drafts import (
     Draft as Draft,
     make_draft as make_draft,
@@ -77,4 +80,15 @@ from orchestrator.job.spec import (
     Method as Method,
     TaskName as TaskName,
     Training as Training,
+)
+from orchestrator.job.storage import (
+    VERSION as VERSION,
+    Lease as Lease,
+    Manifest as Manifest,
+    Storage as Storage,
+    make_manifest as make_manifest,
+    next_version as next_version,
+    number_of as number_of,
+    run_is_busy as run_is_busy,
+    run_was_taken as run_was_taken,
 )

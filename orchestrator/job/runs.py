@@ -25,8 +25,8 @@ _LOOKED_AT_S = (0.01, 0.05, 0.2)
 """Waits before a lock counts as held: who lists the runs holds one for an instant, to see whether it is free."""
 _OURS = frozenset(
     (
-        "job.yaml", "plan.json", "samples", "samples.json", "samples.arrow", "skipped.jsonl", "lineage.json", "metrics.jsonl",
-        "results.json", ERROR_FILE, "STOP", ".lock", "checkpoints", "features", "features.json", "tensorboard",
+        "job.yaml", "plan.json", "samples", "samples.json", "samples.arrow", "skipped.jsonl", "lineage.json",
+        "metrics.jsonl", "results.json", ERROR_FILE, "STOP", ".lock", "checkpoints", "features", "features.json", "tensorboard",
         "model", ".ray",
     )
 )  # fmt: skip

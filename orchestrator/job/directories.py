@@ -1,0 +1,236 @@
+"""Runs in a directory: a commit is an fsync and a rename, a lease a lock of the operating system.
+
+The lock goes with the process, however it ends, so nothing expires and nobody waits. Whoever removes the lock's file
+lets another one in; then the number of the lease tells the first one that it has lost. On a file system that several
+machines share, the lock holds as far as that file system has locks for all of them (NFS from version 4 does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.job.runs import still_there, sync
+from orchestrator.job.storage import (
+    MANIFEST_FILE,
+    Lease,
+    Manifest,
+    Storage,
+    make_manifest,
+    next_version,
+    run_is_busy,
+    run_was_taken,
+)
+
+LOCK_FILE, LEASE_FILE = ".lock", ".lease.json"
+_PARTIAL = ".partial"
+_LOOKED_AT_S = (0.01, 0.05, 0.2)
+"""Waits before a lock counts as held: who asks for the holder has it for an instant."""
+
+
+class DirectoryStorage(Storage):
+    """Runs below a directory of this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.place = str(path)
+
+    # --- who works on a run ---
+
+    @contextlib.contextmanager
+    def acquire(self, name: str, owner: str) -> Iterator[Lease]:
+        folder = self.path / name
+        while True:
+            with self._writing(name):
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    file = (folder / LOCK_FILE).open("a")
+                except FileNotFoundError:  # removed just now
+                    continue
+            with file:
+                if not _locked(file, fcntl.LOCK_EX):
+                    raise run_is_busy(self._text(name), self._lease(name).owner)
+                if not still_there(file):
+                    continue
+                lease = Lease(name, owner, self._lease(name).number + 1, uuid.uuid4().hex[:8])
+                with self._writing(name):
+                    _write_whole(folder / LEASE_FILE, json.dumps(vars(lease)).encode())
+                yield lease
+                return
+
+    def check(self, lease: Lease) -> None:
+        now = self._lease(lease.name)
+        if now != lease:
+            raise run_was_taken(self._text(lease.name), lease, now.owner)
+
+    def holder(self, name: str) -> str:
+        try:
+            with (self.path / name / LOCK_FILE).open() as file:
+                free = _locked(file, fcntl.LOCK_SH, waits=())
+        except OSError:  # never begun, or not ours to look at
+            return ""
+        return "" if free else self._lease(name).owner or "another process"
+
+    def _lease(self, name: str) -> Lease:
+        """The newest one of a run; number 0 where there was none, or its file is no longer to be understood."""
+        try:
+            return Lease(**json.loads((self.path / name / LEASE_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return Lease(name, "", 0, "")
+
+    def _check(self, name: str, lease: Lease) -> None:
+        assert lease.covers(name), (name, lease.name)
+        self.check(lease)
+
+    # --- small files ---
+
+    def children(self, name: str = "") -> list[str]:
+        folder = self.path / name
+        if not folder.is_dir():
+            return []
+        return sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
+
+    def read(self, name: str) -> bytes | None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return (self.path / name).read_bytes()
+        return None
+
+    def write(self, name: str, content: bytes, lease: Lease) -> None:
+        self._check(name, lease)
+        with self._writing(name):
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(self.path / name, content)
+
+    def delete(self, name: str, lease: Lease) -> None:
+        self._check(name, lease)
+        path = self.path / name
+        with self._writing(name):
+            if name == lease.name:
+                for child in self.children(name):
+                    self.delete(f"{name}/{child}", lease)
+            elif path.is_dir() and not path.is_symlink():
+                gone = _beside(path)  # all that it holds is gone at once
+                path.rename(gone)
+                sync(path.parent)
+                shutil.rmtree(gone)
+            else:
+                path.unlink(missing_ok=True)
+
+    # --- folders ---
+
+    def commits(self, below: str) -> list[str]:
+        files = (file.relative_to(self.path) for file in (self.path / below).rglob(MANIFEST_FILE))
+        names = (file.parent for file in files)
+        return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+
+    def find(self, name: str) -> Manifest | None:
+        text = self.read(f"{name}/{MANIFEST_FILE}")
+        return None if text is None else self._parsed(name, text)
+
+    def commit(self, folder: Path, name: str, lease: Lease) -> Manifest:
+        self._check(name, lease)
+        path = self.path / name
+        before = None
+        with contextlib.suppress(RefusedError):  # a damaged one may be replaced
+            before = self.find(name)
+        manifest = make_manifest(folder, next_version(lease, before.version if before else None), lease.owner)
+        with self._writing(name):
+            (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = _on_the_same_disk(folder, _beside(path))
+            for file in sorted(whole.rglob("*")):
+                sync(file)
+            sync(whole)
+            self._check(name, lease)  # all that has taken its time
+            replaced = _beside(path)
+            if path.exists():
+                path.rename(replaced)
+            whole.rename(path)
+            sync(path.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        return manifest
+
+    def collect_orphans(self, lease: Lease, older_s: float) -> list[str]:
+        self.check(lease)
+        removed = []
+        for path in sorted((self.path / lease.name).rglob(f".*{_PARTIAL}")):
+            with self._writing(lease.name), contextlib.suppress(FileNotFoundError):
+                newest = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
+                if time.time() - newest >= older_s:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    removed.append(path.relative_to(self.path).as_posix())
+        return removed
+
+    def _sizes(self, name: str, manifest: Manifest) -> dict[str, int]:
+        paths = {file: self.path / name / file for file in manifest.files}
+        return {file: path.stat().st_size for file, path in paths.items() if path.is_file()}
+
+    def _copy(self, name: str, manifest: Manifest, file: str, to: Path) -> None:  # noqa: ARG002  # one version alone is here
+        shutil.copyfile(self.path / name / file, to)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """An error of the disk becomes one of ours."""
+        try:
+            yield
+        except OSError as error:
+            raise OrchestratorError(
+                f"{self._text(name)} cannot be written: {error.strerror or error}",
+                expected="a directory that may be written, on a disk with room",
+                mend="make room, or give it another place: --storage; then the same command goes on",
+            ) from error
+
+
+def _locked(file: TextIO, how: int, waits: tuple[float, ...] = _LOOKED_AT_S) -> bool:
+    """Whether the lock was got. Raises `OrchestratorError` on a file system that has none."""
+    for wait_s in (*waits, None):
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait_s is not None:
+                time.sleep(wait_s)
+        except OSError as error:
+            raise OrchestratorError(
+                f"{file.name} cannot be locked: {error.strerror}", expected="a file system with locks",
+                mend="give the run another place: --storage",
+            ) from error  # fmt: skip
+        else:
+            return True
+    return False
+
+
+def _beside(path: Path) -> Path:
+    """A new name in the same folder that nobody takes for a commit."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
+
+
+def _on_the_same_disk(folder: Path, copy: Path) -> Path:
+    """The folder itself where it can be renamed to its place, else a copy of it there."""
+    if folder.stat().st_dev == copy.parent.stat().st_dev:
+        return folder
+    shutil.copytree(folder, copy)
+    return copy
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    partial = _beside(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync(path.parent)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

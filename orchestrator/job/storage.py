@@ -1,0 +1,270 @@
+"""Storage of runs: one interface for a directory and for an object store.
+
+A run works in a local folder. What is to last goes to its storage in two ways: a small file (`write`) or a whole folder
+(`commit`), each of which is there whole or not at all. Names are relative to the storage, with slashes:
+`my-run/plan.json`, `my-run/checkpoints/step-00000120`. A part that begins with a dot is the storage's own.
+
+Who writes holds a lease of the run. Each acquisition gets a number higher than all before it; the number stands in what
+is committed, so that a driver that was away and comes back replaces nothing of a newer one. A lease is plain data: the
+driver holds it, its workers write with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from orchestrator.errors import RefusedError, first_line
+
+MANIFEST_FILE = ".manifest.json"
+"""In a committed folder of a directory; what a local folder holds under this name is not committed."""
+VERSION = re.compile(r"(\d{8})-(\d{6})-[0-9a-f]{8}")
+"""Of a commit: the number of its lease, which commit of that name it is, and what makes it unlike any other."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Who works on a run: JSON or pickle takes it to the workers."""
+
+    name: str
+    """The run's, in its storage."""
+    owner: str
+    """As others are told: a process and its machine."""
+    number: int
+    """Higher than that of every lease of this run before."""
+    token: str
+    """Unlike any other lease's."""
+
+    def covers(self, name: str) -> bool:
+        """Whether its holder may write there."""
+        return name == self.name or name.startswith(f"{self.name}/")
+
+
+class StoredFile(BaseModel):
+    """A file of a committed folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a committed folder holds, and who committed it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str
+    owner: str
+    files: dict[str, StoredFile]
+    """By their paths below the folder."""
+
+    @field_validator("version")
+    @classmethod
+    def _is_version(cls, version: str) -> str:
+        if not VERSION.fullmatch(version):
+            raise ValueError(f"{version} is no version of a commit")
+        return version
+
+    @field_validator("files")
+    @classmethod
+    def _stay_inside(cls, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or str(path) != name or name == MANIFEST_FILE:
+                raise ValueError(f"{name!r} is no path of a file in a folder")
+        return files
+
+    @property
+    def number(self) -> int:
+        """That of the lease that it was committed under."""
+        return number_of(self.version)
+
+    def problem(self, sizes: Mapping[str, int]) -> str:
+        """What is wrong with files of these sizes, '' if nothing is."""
+        for name, file in self.files.items():
+            if name not in sizes:
+                return f"{name} is not there"
+            if sizes[name] != file.size:
+                return f"{name} has {sizes[name]} bytes, not {file.size}"
+        return ""
+
+
+def number_of(version: str) -> int:
+    """The number of the lease that a commit of this version was made under."""
+    return int(version.split("-")[0])
+
+
+def next_version(lease: Lease, before: str | None) -> str:
+    """The version of a commit that replaces the one `before`, if there is one."""
+    count = int(before.split("-")[1]) + 1 if before and number_of(before) == lease.number else 1
+    return f"{lease.number:08d}-{count:06d}-{uuid.uuid4().hex[:8]}"
+
+
+def make_manifest(folder: Path, version: str, owner: str) -> Manifest:
+    """The manifest of a local folder, all files of which are read. Raises `RefusedError` for a link or a device."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise RefusedError("usage", f"{path} is a link or a device", expected="files and folders alone")
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST_FILE:
+            files[name] = StoredFile(size=path.stat().st_size, sha256=digest(path))
+    return Manifest(version=version, owner=owner, files=files)
+
+
+def run_is_busy(place: str, owner: str) -> RefusedError:
+    """The refusal for who wants the run at this place, which another one works on."""
+    return RefusedError(
+        "busy", f"{owner or 'another process'} is working on the run {place}",
+        mend="wait for it, or give this one another name: --name",
+    )  # fmt: skip
+
+
+def run_was_taken(place: str, lease: Lease, owner: str = "") -> RefusedError:
+    """The refusal for who held the run at this place, which `owner` has taken meanwhile."""
+    return RefusedError(
+        "busy",
+        f"{owner or 'another process'} has taken over the run {place} from {lease.owner}: nothing is written there",
+        mend="let the other one go on; once it has ended, the same command goes on from its last checkpoint",
+    )
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a local file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+class Storage(ABC):
+    """Where runs lie. Methods that reach it raise `OrchestratorError` with the place and the mend where it fails."""
+
+    place: str
+    """As the user wrote it."""
+
+    # --- who works on a run ---
+
+    @abstractmethod
+    def acquire(self, name: str, owner: str) -> AbstractContextManager[Lease]:
+        """The lease of a run, as long as the context lasts. Raises `RefusedError` (`busy`) where another has it."""
+
+    @abstractmethod
+    def check(self, lease: Lease) -> None:
+        """Return if nobody has taken the run over; raise `RefusedError` (`busy`) if somebody has."""
+
+    @abstractmethod
+    def holder(self, name: str) -> str:
+        """Who works on a run, as far as a look from outside tells; '' if nobody does."""
+
+    # --- small files ---
+
+    @abstractmethod
+    def children(self, name: str = "") -> list[str]:
+        """Names of what lies directly below: the runs of a storage, the files and folders of a run."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | None:
+        """A small file, None where there is none."""
+
+    @abstractmethod
+    def write(self, name: str, content: bytes, lease: Lease) -> None:
+        """Write a small file, whole or not at all."""
+
+    @abstractmethod
+    def delete(self, name: str, lease: Lease) -> None:
+        """Remove a file, a committed folder, or a folder with all below it; first what says that commits are there."""
+
+    # --- folders ---
+
+    @abstractmethod
+    def commits(self, below: str) -> list[str]:
+        """Names of the committed folders below a name, sorted."""
+
+    @abstractmethod
+    def find(self, name: str) -> Manifest | None:
+        """The manifest of a committed folder, None where there is none. Raises `RefusedError` (`damaged`)."""
+
+    @abstractmethod
+    def commit(self, folder: Path, name: str, lease: Lease) -> Manifest:
+        """Give a local folder to the storage, whole or not at all; it is here no more afterwards.
+
+        One that has this name is replaced; cut off in between, neither may be there. Raises `RefusedError` (`busy`),
+        with the folder left as it is, where somebody has taken the run over.
+        """
+
+    @abstractmethod
+    def collect_orphans(self, lease: Lease, older_s: float) -> list[str]:
+        """Remove what commits left that were cut off longer ago than that, and say which."""
+
+    def fetch(self, name: str, folder: Path) -> Manifest:
+        """Copy a committed folder into a local one, replacing that; sizes and SHA-256 of all its files were compared.
+
+        Raises `RefusedError`: `not_found`, or `damaged` where it is not as it was committed.
+        """
+        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+        tried: Manifest | None = None
+        try:
+            while True:
+                manifest = self.find(name)
+                if manifest is None:
+                    raise RefusedError("not_found", f"there is no {self._text(name)}", expected="a committed folder")
+                problem = self._copy_all(name, manifest, partial)
+                if not problem:
+                    break
+                if manifest == tried:  # else a newer one has replaced it while it was read
+                    raise self._damaged(name, problem)
+                tried = manifest
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return manifest
+
+    def _copy_all(self, name: str, manifest: Manifest, into: Path) -> str:
+        """Copy the files of a commit; what is wrong with them, '' if nothing is."""
+        problem = manifest.problem(self._sizes(name, manifest))
+        if problem:
+            return problem
+        shutil.rmtree(into, ignore_errors=True)
+        into.mkdir(parents=True)
+        for file, stored in manifest.files.items():
+            (into / file).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._copy(name, manifest, file, into / file)
+            except FileNotFoundError:
+                return f"{file} is not there"
+            if digest(into / file) != stored.sha256:
+                return f"{file} was changed"
+        return ""
+
+    @abstractmethod
+    def _sizes(self, name: str, manifest: Manifest) -> dict[str, int]:
+        """{file: bytes} of what is there of a commit."""
+
+    @abstractmethod
+    def _copy(self, name: str, manifest: Manifest, file: str, to: Path) -> None:
+        """Copy one file of a commit. Raises `FileNotFoundError`."""
+
+    def _text(self, name: str) -> str:
+        return f"{self.place.rstrip('/')}/{name}".rstrip("/")
+
+    def _parsed(self, name: str, text: bytes) -> Manifest:
+        try:
+            return Manifest.model_validate_json(text)
+        except ValueError as error:
+            raise self._damaged(name, f"its manifest cannot be understood: {first_line(error)}") from None
+
+    def _damaged(self, name: str, problem: str) -> RefusedError:
+        return RefusedError(
+            "damaged", f"{self._text(name)} is damaged: {problem}", expected="files as they were committed",
+            mend="look at that storage; an earlier commit, or the same command with --fresh, does without it",
+        )  # fmt: skip
