@@ -141,9 +141,9 @@ def inside_store(root: Location, uri: str) -> tuple[str | None, str]:
 
 def _as_url(uri: str) -> str:
     """The URI as the most generous of clients and servers reads it."""
-    while uri != (unescaped := unquote(uri)):
-        uri = unescaped
-    return uri.translate(_AS_URLS_ARE_READ)
+    while uri != (reading := unquote(uri).translate(_AS_URLS_ARE_READ)):
+        uri = reading
+    return uri
 
 
 def is_unicode(name: str) -> bool:
