@@ -52,7 +52,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Extractors:
-    """Makes the pools of a job; see `frozen.MakeRemoteExtractor`."""
+    """Makes the pools of a job; see `stage.MakeRemoteExtractor`."""
 
     spec: WorkerSpec
     channel: DriverChannel

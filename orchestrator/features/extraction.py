@@ -1,7 +1,7 @@
 """Run a frozen body over samples, each once, and keep what it gives in the feature store.
 
 A worker computes its share of what the store lacks and writes it down in shards, so that what was computed is never
-computed again, whatever dies. While some batches are in the body, the next are read and decoded (pipeline.py). Where
+computed again, whatever dies. While some batches are in the body, the next are read and decoded (bodies.py). Where
 the job has extractors, they do it instead, and one worker hands out the work (extractors.py).
 """
 
@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from orchestrator.data import Catalog, Ids, Samples, known
 from orchestrator.errors import InterruptedRunError, TrainingError
-from orchestrator.features.loading import Loaded, Loading, number_format
-from orchestrator.features.pipeline import Bodies, bodies_for, passed
+from orchestrator.features.bodies import Bodies, bodies_for, passed
+from orchestrator.features.body_pass import Loaded, Loading, number_format
 from orchestrator.features.sources import SampleSource, StoredView, split_evenly
 from orchestrator.network import (
     WORTH_S,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from orchestrator.features.loading import compute
+from orchestrator.features.body_pass import compute
 from orchestrator.features.sources import SampleSource, as_float32
 from orchestrator.network import Body, Worker
 from orchestrator.store import FORMAT_FILE, Format, write_shared

@@ -228,7 +228,7 @@ def test_unreadable_samples_are_left_out_once(tiny_resnet: Path, digits: Path, m
 SLOW = """
 import sys, time
 from orchestrator.features import extraction
-from orchestrator.features import loading
+from orchestrator.features import body_pass as loading
 import orchestrator, orchestrator.train, orchestrator.training.loop, orchestrator_image.network, ray.train.torch
 extraction.FLUSH_S = 0.0
 compute = loading.compute
@@ -307,7 +307,7 @@ def test_two_jobs_at_once_share_the_work_and_end_right(tiny_resnet: Path, digits
 def test_stopped_while_the_body_ran_it_goes_on(
     tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.features import loading
+    from orchestrator.features import body_pass as loading
 
     asked: list[int] = []
     compute = loading.compute
@@ -404,7 +404,7 @@ def test_many_shards_are_read_as_one() -> None:
 
 
 def test_views_differ_by_what_the_settings_alone_say(tiny_resnet: Path, flat_digits: Path) -> None:
-    from orchestrator.features.frozen import view_name
+    from orchestrator.features.stage import view_name
 
     plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits))
     weak, strong = (

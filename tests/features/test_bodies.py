@@ -16,7 +16,7 @@ from torch import nn
 
 import orchestrator
 from orchestrator.features import extraction
-from orchestrator.features.pipeline import bodies_for, passed
+from orchestrator.features.bodies import bodies_for, passed
 from orchestrator.network import compiling
 from orchestrator.network.cut import Body, Cut
 from orchestrator.network.model import Network
