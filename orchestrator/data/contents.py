@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+Ints = npt.NDArray[np.int64]
+"""Rows of a sample table, numbers, sizes."""
 Ids = npt.NDArray[np.uint64]
 """uint64 [samples, 2]: 128 bits a sample that stand for its content; (0, 0) where it is not known."""
 Marks = npt.NDArray[np.uint64]

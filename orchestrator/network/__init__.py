@@ -7,18 +7,10 @@ a `Worker`, which knows its rank and device and exchanges tensors with the other
     model      body and head: build, load, freeze, parameter groups
     pooled     a head of our own on bodies that transformers has no head for
     cut        where a network is cut into body and head, and the proof
-    compiling  a body as machine code, where that pays back
     batchnorm  running statistics over microbatches, the same on any number of workers
 """
 
 from orchestrator.network.batchnorm import MicrobatchStatistics as MicrobatchStatistics
-from orchestrator.network.compiling import (
-    WORTH_S as WORTH_S,
-    Compiled as Compiled,
-    can_be_compiled as can_be_compiled,
-    compiled as compiled,
-    seconds_of as seconds_of,
-)
 from orchestrator.network.cut import Body as Body, Cut as Cut, Head as Head, find_cut as find_cut
 from orchestrator.network.model import (
     Inputs as Inputs,

@@ -1,30 +1,33 @@
-"""A frozen body runs once: what later jobs find in the store, and what becomes of it when jobs die or meet."""
+"""A frozen body runs once: what later jobs find in the store, and the stage without a training session."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import orchestrator
-from orchestrator.data import ingest
+from orchestrator.data import Samples, ingest
 from orchestrator.errors import InterruptedRunError, JobError, TrainingError
-from orchestrator.job import Noted
+from orchestrator.features import FeatureRef, NoCut, SampleSource, compute_features, open_features
+from orchestrator.gate import prepare, resolve_backbone
+from orchestrator.job import SPLITS, Noted
+from orchestrator.network import Body, Network, start_worker
 from orchestrator.store import inventory, sets
-from orchestrator.store.shards import FeatureSet
+from tests.features.conftest import FORMATS, head
 from tests.whole.test_train import silent, train, weights_of
 
-HEAD: dict[str, Any] = {"training": {"epochs": 3, "learning_rate": 3e-3}, "scaling": {"threads_per_worker": 1}}
+HEAD = head()
 
 
 def computed(run: orchestrator.Run) -> int:
@@ -33,24 +36,33 @@ def computed(run: orchestrator.Run) -> int:
     return int(run.lineage["num_computed"])
 
 
-def same_head(one: orchestrator.Run, other: orchestrator.Run) -> None:
+def same_weights(one: orchestrator.Run, other: orchestrator.Run) -> None:
     theirs = weights_of(other)
     for name, tensor in weights_of(one).items():
         assert torch.allclose(tensor, theirs[name], atol=1e-5), name
+
+
+def same_head(one: orchestrator.Run, other: orchestrator.Run) -> None:
+    same_weights(one, other)
     assert one.results["test"] == other.results["test"]
 
 
-def test_later_jobs_read_what_an_earlier_one_computed(tiny_resnet: Path, digits: Path) -> None:
-    first = train(tiny_resnet, digits, **HEAD)
-    again = train(tiny_resnet, digits, **HEAD, name="again")
-    other_rate = train(tiny_resnet, digits, **{**HEAD, "training": {"epochs": 3, "learning_rate": 1e-2}})
-    alone = train(tiny_resnet, digits, **HEAD, storage="remote")
+@pytest.mark.parametrize("precision", FORMATS)
+def test_later_jobs_read_what_an_earlier_one_computed(precision: str, tiny_resnet: Path, digits: Path) -> None:
+    job = head(precision)
+    first = train(tiny_resnet, digits, **job)
+    assert first.lineage["format"] == FORMATS[precision]
+    again = train(tiny_resnet, digits, **job, name="again")
+    other_rate = train(tiny_resnet, digits, **head(precision, learning_rate=1e-2))
+    alone = train(tiny_resnet, digits, **job, storage="remote")
     assert [computed(run) for run in (first, again, other_rate, alone)] == [600, 0, 0, 600]
     same_head(first, again)
     same_head(alone, again)
-    in_every_step = train(tiny_resnet, digits, **HEAD, **{"training.features": "every step"})
+    in_every_step = train(tiny_resnet, digits, **job, **{"training.features": "every step"})
     assert in_every_step.lineage["features"] == "every step"
-    same_head(in_every_step, again)
+    same_weights(in_every_step, again)
+    if precision == "fp32":  # in every step a run's last figures are computed in fp32
+        same_head(in_every_step, again)
 
 
 def test_another_input_is_another_set(tiny_resnet: Path, flat_digits: Path) -> None:
@@ -70,6 +82,7 @@ def test_data_that_grew_by_a_tenth_costs_a_tenth(tiny_resnet: Path, digits: Path
     assert computed(train(tiny_resnet, Path("grown"), **HEAD)) == 30
 
 
+@pytest.mark.usefixtures("one_shard")
 def test_a_flipped_bit_is_said_and_the_shard_made_again(tiny_resnet: Path, flat_digits: Path) -> None:
     first = train(tiny_resnet, flat_digits, **HEAD)
     (shard,) = Path("runs").glob(".features/*/*/*.safetensors")
@@ -156,15 +169,17 @@ def test_of_a_store_that_tells_no_times_nothing_is_remembered(
         place.rm("/timeless", recursive=True)
 
 
-def test_views_are_kept(tiny_resnet: Path, flat_digits: Path) -> None:
-    augmented = {**HEAD, "settings": {"augment": "light"}}
+@pytest.mark.parametrize("precision", FORMATS)
+def test_views_are_kept(precision: str, tiny_resnet: Path, flat_digits: Path) -> None:
+    augmented = {**head(precision), "settings": {"augment": "light"}}
     runs = [train(tiny_resnet, flat_digits, **augmented, **{"training.views": views}) for views in (2, 3)]
     counts = runs[0].plan.data.num_samples
     held_back = counts["validation"] + counts["test"]
     assert [computed(run) for run in runs] == [2 * counts["train"] + held_back, counts["train"]]
-    names = {one.name.split("/")[1].split("-")[0:2][-1] for one in inventory.listings(Path("runs") / sets.FOLDER)}
-    assert names == {"float32", "view"}
-    plain = train(tiny_resnet, flat_digits, **HEAD)
+    names = [one.name.split("/")[1] for one in inventory.listings(Path("runs") / sets.FOLDER)]
+    assert {name.split("-")[0] for name in names} == {FORMATS[precision]}
+    assert sorted(name.split("-")[1:3] for name in names) == [[], ["view", "0"], ["view", "1"], ["view", "2"]]
+    plain = train(tiny_resnet, flat_digits, **head(precision))
     assert computed(plain) == counts["train"]  # what was held back is there: unchanged, whatever the training
     slow = train(tiny_resnet, flat_digits, **augmented)
     assert slow.lineage["features"] == slow.plan.features == "every step"
@@ -178,19 +193,6 @@ def test_views_of_what_is_not_changed_are_refused(tiny_resnet: Path, flat_digits
         train(tiny_resnet, flat_digits, **{"training.views": 2})
     with pytest.raises(JobError, match="the method is full"):
         train(tiny_resnet, flat_digits, method="full", settings={"augment": "light"}, **{"training.views": 2})
-
-
-def test_bfloat16_where_it_is_asked_for(tiny_resnet: Path, flat_digits: Path) -> None:
-    run = train(tiny_resnet, flat_digits, **HEAD, **{"training.precision": "bf16"})
-    assert run.lineage["format_cosine"] > 0.99
-    assert run.lineage["format"] == ("bfloat16" if run.lineage["format_cosine"] >= 0.998 else "float32")
-    if run.lineage["format"] == "bfloat16":
-        (shard,) = Path("runs").glob(".features/*/bfloat16/*.safetensors")
-        values = load_file(shard)["features"]
-        assert values.dtype == torch.bfloat16
-        train(tiny_resnet, flat_digits, **HEAD, name="exact", **{"training.precision": "fp32"})
-        (exact,) = Path("runs").glob(".features/*/float32/*.safetensors")
-        assert torch.cosine_similarity(values.float().flatten(1), load_file(exact)["features"].flatten(1)).min() > 0.998
 
 
 def test_a_notebooks_modality_keeps_its_features_to_its_run(tiny_resnet: Path, flat_digits: Path) -> None:
@@ -222,154 +224,6 @@ def test_unreadable_samples_are_left_out_once(tiny_resnet: Path, digits: Path, m
         assert (computed(run), run.results["num_skipped"]) == (num, 1)
 
 
-# --- jobs that die, and jobs that meet ---
-
-# Each batch becomes a shard, and takes its time.
-SLOW = """
-import sys, time
-from orchestrator.features import extraction
-from orchestrator.features import body_pass as loading
-import orchestrator, orchestrator.train, orchestrator.training.loop, orchestrator_image.network, ray.train.torch
-extraction.FLUSH_S = 0.0
-compute = loading.compute
-def slowly(*what):
-    time.sleep(0.08)
-    return compute(*what)
-loading.compute = slowly
-def job(name, events):
-    return orchestrator.finetune(
-        backbone=sys.argv[1], data=sys.argv[2], name=name, report=events,
-        training={"epochs": 3, "learning_rate": 3e-3}, scaling={"threads_per_worker": 1},
-    )
-"""
-KILLED = (
-    SLOW
-    + """
-import os, random, signal
-chance, random_moments, at_work = random.Random(0), 10, 0
-for number in range(random_moments):
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reading)
-        job("killed", lambda event: os.write(writing, b"x") if "frozen body" in getattr(event, "text", "") else None)
-        os._exit(0)
-    os.close(writing)
-    os.read(reading, 1)  # the body has begun, or the job has ended
-    time.sleep(chance.uniform(0, 0.5))
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    at_work += os.WIFSIGNALED(status)
-    os.close(reading)
-    print(number, os.WIFSIGNALED(status), len([f for f in os.listdir(".") if f]), flush=True)
-print("killed", at_work)
-run = job("killed", lambda event: None)
-print("computed", run.lineage["num_computed"])
-"""
-)
-
-
-def run_script(script: str, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-@pytest.mark.slow
-def test_killed_at_ten_random_moments_it_goes_on_from_its_last_shard(tiny_resnet: Path, digits: Path) -> None:
-    whole = train(tiny_resnet, digits, **HEAD, storage="remote")
-    process = run_script(KILLED, tiny_resnet, digits)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert int(out.split("killed ")[-1].split()[0]) >= 3, out  # the later ones may find nothing left to do
-    assert int(out.split("computed ")[-1]) < 600, out
-    run = orchestrator.open_run("runs/killed")
-    for name, tensor in weights_of(whole).items():
-        assert torch.allclose(tensor, weights_of(run)[name], atol=1e-5), name
-    assert run.results["test"]["confusion"] == whole.results["test"]["confusion"]
-    (listing,) = inventory.listings(Path("runs") / sets.FOLDER)
-    assert listing.num_samples == 600
-
-
-@pytest.mark.slow
-def test_two_jobs_at_once_share_the_work_and_end_right(tiny_resnet: Path, digits: Path) -> None:
-    whole = train(tiny_resnet, digits, **HEAD, storage="remote")
-    script = SLOW + "run = job(sys.argv[3], lambda event: None); print(run.lineage['num_computed'])"
-    both = [run_script(script, tiny_resnet, digits, name) for name in ("one", "two")]
-    outs = [process.communicate(timeout=240) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outs
-    assert sum(int(out) for out, _ in outs) < 2 * 600  # they met in the middle
-    for name in ("one", "two"):
-        same_head(orchestrator.open_run(f"runs/{name}"), whole)
-    assert not list(Path("runs").glob(".features/*/*/*.partial"))
-
-
-def test_stopped_while_the_body_ran_it_goes_on(
-    tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from orchestrator.features import body_pass as loading
-
-    asked: list[int] = []
-    compute = loading.compute
-
-    def stopping(*what: Any) -> Any:
-        import signal
-
-        asked.append(1)
-        if len(asked) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return compute(*what)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loading, "compute", stopping)
-        with pytest.raises(InterruptedRunError):
-            train(tiny_resnet, digits, **HEAD, name="stopped")
-    run = train(tiny_resnet, digits, **HEAD, name="stopped")
-    kept = 600 - computed(run)
-    assert 0 < kept < 600
-    assert kept % 16 == 0  # whole batches, in their order
-    whole = train(tiny_resnet, digits, **HEAD, storage="remote")
-    assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(run).items())
-
-
-def test_a_run_that_goes_on_reads_what_it_began_with(
-    tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from orchestrator.store import shards as store
-    from orchestrator.training import loop
-
-    def stopped(_session: object) -> None:
-        raise InterruptedRunError("stopped")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_train", stopped)
-        with pytest.raises(InterruptedRunError):
-            train(tiny_resnet, digits, **HEAD, name="stopped")
-    (folder,) = Path("runs").glob(".features/*/float32")
-    features = FeatureSet(folder)
-    features.refresh()
-    (shard,) = (store.Shard.from_manifest(file.stem, file.read_bytes()) for file in folder.glob("*.json"))
-    assert shard is not None
-    with monkeypatch.context() as patch:  # another job's shard, of before, with the same contents
-        patch.setattr(store.time, "time_ns", lambda: 1)
-        features.add(shard.ids, np.array(features.values(0)) + 1, "float32")
-    whole = train(tiny_resnet, digits, **HEAD, storage="remote")
-    run = train(tiny_resnet, digits, **HEAD, name="stopped")
-    assert computed(run) == 0
-    assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(run).items())
-    other = train(tiny_resnet, digits, **HEAD, name="other")
-    assert not all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(other).items())
-
-
-def test_features_of_unlike_shape_are_refused() -> None:
-    from orchestrator.features import extraction
-
-    extraction._refuse_other_shape((3,), np.zeros((2, 3), np.float32))
-    with pytest.raises(TrainingError, match=r"the shape \[4\] for some samples, and \[3\] for others") as refused:
-        extraction._refuse_other_shape((3,), np.zeros((2, 4), np.float32))
-    assert "every step" in refused.value.mend
-
-
 def test_the_commands(tiny_resnet: Path, flat_digits: Path, cli: Callable[..., Any]) -> None:
     train(tiny_resnet, flat_digits, **HEAD)
     found = json.loads(cli("features", "list", "--json").stdout)
@@ -389,28 +243,96 @@ def test_the_commands(tiny_resnet: Path, flat_digits: Path, cli: Callable[..., A
     assert computed(train(tiny_resnet, flat_digits, **HEAD, name="after")) == 300
 
 
-def test_many_shards_are_read_as_one() -> None:
-    from orchestrator.features.sources import StoredView
-
-    values = [np.arange(6, dtype=np.float32).reshape(3, 2) + 10 * i for i in range(3)]
-    rows = np.array([1, 2, 5, 7])
-    view = StoredView(rows, np.array([2, 0, 2, 1]), np.array([0, 2, 1, 1]), values)
-    found, kept = view.batch(np.array([7, 3, 1, 2]))
-    assert kept.tolist() == [7, 1, 2]
-    assert found.tolist() == [[12, 13], [20, 21], [4, 5]]
-    assert view.batch(np.array([0, 9]))[1].tolist() == []
-    nothing = StoredView(rows[:0], rows[:0], rows[:0], [])
-    assert nothing.batch(np.array([0, 9]))[1].tolist() == []
+# --- the stage alone ---
 
 
-def test_views_differ_by_what_the_settings_alone_say(tiny_resnet: Path, flat_digits: Path) -> None:
-    from orchestrator.features.stage import view_name
+def stage(backbone: Path, data: Path, name: str, resources: ExitStack, **fields: Any) -> tuple[Any, ...]:
+    """What `compute_features` takes of a job, without a training session."""
+    import orchestrator_image
 
-    plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits))
-    weak, strong = (
-        plan.model_copy(update={
-            "augmentation": ("strength",), "job": plan.job.model_copy(update={"settings": {"strength": strength}})
-        })
-        for strength in (1, 9)
+    job = orchestrator.plan(backbone=str(backbone), data=str(data), name=name, **head(), **fields).job
+    run = Path("runs", name).absolute()
+    (run / "samples").mkdir(parents=True)
+    plan, _ = prepare(job, resolve_backbone(job), run / "samples")
+    modality = orchestrator_image.modality
+    worker = resources.enter_context(start_worker(1, torch.device("cpu")))
+    network = modality.build(plan, backbone)
+    network.module.eval()
+    source = SampleSource(
+        Samples(run / "samples", tuple(field.name for field in modality.sample)), modality.decode,
+        modality.batch(plan, backbone), False, resources.enter_context(ThreadPoolExecutor(1)),
     )  # fmt: skip
-    assert view_name(weak, 0) != view_name(strong, 0)
+    return plan, run, network, modality, source, worker
+
+
+class Squared(torch.nn.Module):
+    """What it gives is not what its last layer gives."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.inner(**inputs).logits ** 2
+
+
+@pytest.mark.usefixtures("one_shard")
+def test_the_features_of_a_plan_are_asked_for_without_training(tiny_resnet: Path, flat_digits: Path) -> None:
+    with ExitStack() as resources:
+        plan, run, network, modality, source, worker = stage(tiny_resnet, flat_digits, "alone", resources)
+        ref = compute_features(plan, run, network, modality, source, worker, silent, lambda: False, resources)
+        assert isinstance(ref, FeatureRef)
+        assert ref.lineage["num_computed"] == 300
+        samples, body = source.samples, Body(network, ref.cache.cut)
+        for name in SPLITS:
+            rows = samples.rows(name)
+            with torch.no_grad():
+                expected = body(source.batch(rows[:16], train=False).inputs)
+            for stored in ref.splits[name]:
+                assert np.isin(rows, stored.rows).all()
+            there = open_features(ref, samples, resources, pytest.fail)[name].batch(rows[:16], train=False)
+            assert torch.allclose(there.inputs["features"], expected, atol=1e-5)
+    ref = pickle.loads(pickle.dumps(ref))  # it travels to who will read them
+    with ExitStack() as resources:
+        sources = open_features(ref, samples, resources, pytest.fail)
+        assert inventory.prune(Path("runs") / sets.FOLDER, 0) == []
+        assert sources.keys() == set(SPLITS)
+    # A run that trains finds them.
+    assert computed(train(tiny_resnet, flat_digits, **HEAD, name="later")) == 0
+    (shard,) = Path("runs").glob(".features/*/float32/*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with ExitStack() as resources, pytest.raises(TrainingError, match="gone or damaged") as refused:
+        open_features(ref, samples, resources, pytest.fail)
+    assert refused.value.mend
+    shard.unlink()
+    with ExitStack() as resources, pytest.raises(TrainingError, match="gone or damaged"):
+        open_features(ref, samples, resources, pytest.fail)
+
+
+def test_the_stage_stops_where_it_is_told_to_and_keeps_what_it_has(tiny_resnet: Path, flat_digits: Path) -> None:
+    stops = iter([False, False, True, True, True, True])
+    with ExitStack() as resources:
+        what = stage(tiny_resnet, flat_digits, "alone", resources)
+        with pytest.raises(InterruptedRunError, match="are kept"):
+            compute_features(*what, silent, lambda: next(stops), resources)
+        ref = compute_features(*what, silent, lambda: False, resources)
+        assert isinstance(ref, FeatureRef)
+        assert 0 < ref.lineage["num_computed"] < 300
+
+
+def test_where_no_cut_holds_the_stage_says_so(tiny_resnet: Path, flat_digits: Path) -> None:
+    with ExitStack() as resources:
+        plan, run, network, modality, source, worker = stage(tiny_resnet, flat_digits, "alone", resources)
+        head_names = tuple(f"inner.{name}" for name in network.head)
+        squared = Network(Squared(network.module), head_names, (), (), network.save)
+        notes: list[str] = []
+        ref = compute_features(
+            plan, run, squared, modality, source, worker,
+            lambda event: notes.append(event.text) if isinstance(event, Noted) else None, lambda: False, resources,
+        )  # fmt: skip
+    assert isinstance(ref, NoCut)
+    assert ref.lineage["features"] == "every step"
+    assert ref.lineage["split_error"] > 1e-4
+    assert notes == ["no cut into body and head holds for this network: the body runs in every step"]
