@@ -26,17 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import ray
 import torch
 
-from orchestrator.data import Catalog, Ids
+from orchestrator.data import Ids, Ints
 from orchestrator.distributed.events import DriverChannel, watch_driver
 from orchestrator.errors import OrchestratorError, TrainingError, first_line
-from orchestrator.features import Extraction, ExtractionResult, FeatureCacheRef
+from orchestrator.features import BodyPass, ExtractionResult, FeatureCacheRef
 from orchestrator.job import ERROR_FILE, Advanced, Noted, Plan, write_file
 from orchestrator.network import Body, start_worker
-from orchestrator.store import CONTENTS, FeatureSet, Format, opened
+from orchestrator.store import FeatureSet, Format, opened
 from orchestrator.training import WorkerSpec, assembled
 
 _PIECES_EACH = 4
@@ -47,12 +46,10 @@ _ASK_EVERY_S = 0.5
 _STOP_GRACE_S = 20.0
 """How long extractors may take to end their batches once somebody asked to stop."""
 
-Ints = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class Extractors:
-    """Makes the pools of a job; see `frozen.MakeRemoteExtractor`."""
+    """Makes the pools of a job; see `features.MakeRemoteExtractor`."""
 
     spec: WorkerSpec
     channel: DriverChannel
@@ -191,9 +188,10 @@ class Extractor:
         device = torch.device("cuda", 0) if work.of.use_gpu else torch.device("cpu")  # Ray shows it the one it has
         worker = self._resources.enter_context(start_worker(work.of.threads, device))
         network, source = assembled(plan, Path(spec.run), worker, modality, self._resources)
-        self._extraction = Extraction(
-            Body(network, work.cache.cut), source, worker, Catalog(work.cache.group.parent / CONTENTS), work.format,
-            modality.length_bucketing, plan.job.training.seed,
+        work.cache.require_same(plan, modality)
+        self._body_pass = BodyPass(
+            Body(network, work.cache.cut), source, worker, work.format, modality.length_bucketing,
+            plan.job.training.seed,
             advance=lambda num: work.of.channel.tell(Advanced(num)),
             note=self._note, should_stop=work.of.channel.should_stop,
         )  # fmt: skip
@@ -232,9 +230,9 @@ class Extractor:
         order = np.argsort(rows)
         self._features.refresh()  # one that died may have done a part of it
         to_come = start + len(rows) if work.backwards else len(self._rows) - start
-        found = self._extraction.compute(
+        found = self._body_pass.compute(
             self._features, rows[order], ids[order], work.view, work.backwards, to_come // work.of.num
         )
         self._features.flush_uploads(whole=False)
-        found.skipped = dict(self._extraction.source.skipped)
+        found.skipped = dict(self._body_pass.source.skipped)
         return found

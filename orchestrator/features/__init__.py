@@ -4,23 +4,28 @@ In: a network, samples, a place to keep features. Out: for each split a source o
 instead of samples; or the samples themselves, where the body has to run in every step.
 
     sources     what the loop trains on: samples decoded in every step, or stored features
-    frozen      the stage: cut, key, number format, features of all splits
+    stage       the features of a plan: computed, opened as sources
+    key         what features depend on, and the place that it stands for
     extraction  what the store lacks is computed, in rounds that survive whatever dies
-    loading     samples into a frozen body, and features out of it
-    pipeline    a body in several threads, samples read ahead
+    body_pass   one worker's pass: samples into a frozen body, features into shards
+    bodies      a body in several threads, and as machine code
     formats     float32 or bfloat16 features
 """
 
-from orchestrator.features.extraction import Extraction as Extraction, ExtractionResult as ExtractionResult
-from orchestrator.features.frozen import (
-    FeatureCacheRef as FeatureCacheRef,
-    MakeRemoteExtractor as MakeRemoteExtractor,
-    run_body_once as run_body_once,
-)
+from orchestrator.features.body_pass import BodyPass as BodyPass, ExtractionResult as ExtractionResult
+from orchestrator.features.key import FeatureCacheRef as FeatureCacheRef
 from orchestrator.features.sources import (
     Batch as Batch,
     FeatureSource as FeatureSource,
     SampleSource as SampleSource,
     Source as Source,
     split_evenly as split_evenly,
+)
+from orchestrator.features.stage import (
+    FeatureRef as FeatureRef,
+    MakeRemoteExtractor as MakeRemoteExtractor,
+    NoCut as NoCut,
+    compute_features as compute_features,
+    open_features as open_features,
+    run_body_once as run_body_once,
 )

@@ -7,17 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from orchestrator.data import Samples
+from orchestrator.data import Ints, Samples
 from orchestrator.errors import BadSampleError, TrainingError
 from orchestrator.modality import Collate, Decode
 from orchestrator.network import Inputs, on_device
 from orchestrator.store import Values
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -51,8 +48,8 @@ class SampleSource:
 
     def batch(self, rows: Ints, train: bool) -> Batch | None:
         """The rows that can be read, None if there is none. Raises `TrainingError` unless `skip`."""
-        decoded, kept = self.decoded(rows)
-        return Batch(self.collate(decoded, train), self.targets(kept), kept) if decoded else None
+        decoded, readable = self.decoded(rows)
+        return Batch(self.collate(decoded, train), self.targets(readable), readable) if decoded else None
 
     def targets(self, rows: Ints) -> Tensor:
         """Of these rows."""
@@ -60,14 +57,14 @@ class SampleSource:
 
     def decoded(self, rows: Ints) -> tuple[list[object], Ints]:
         """(the samples in memory, the rows that could be read). Raises `TrainingError` unless `skip`."""
-        decoded, kept = [], []
+        decoded, readable = [], []
         for row, one in zip(rows.tolist(), self.pool.map(self._decode, rows.tolist()), strict=True):
             if isinstance(one, BadSampleError):
                 self.leave_out(row, one)
                 continue
             decoded.append(one)
-            kept.append(row)
-        return decoded, np.array(kept, dtype=np.int64)
+            readable.append(row)
+        return decoded, np.array(readable, dtype=np.int64)
 
     def leave_out(self, row: int, error: BadSampleError) -> None:
         """Note a row that cannot be read; raises `TrainingError` unless `skip`."""
@@ -87,40 +84,56 @@ class SampleSource:
 
 
 @dataclass(frozen=True)
+class StoredRows:
+    """Where the features of some samples lie: in which shards of which set. Numbers and names alone."""
+
+    set: str
+    """Its name in the cache group."""
+    shards: tuple[str, ...]
+    """Names."""
+    rows: Ints
+    """Of the sample table, int64 [samples], ascending. Those without features are not in it."""
+    shard: Ints
+    """Each row's shard, int64 [samples], a number in `shards`."""
+    at: Ints
+    """Each row's place in its shard, int64 [samples]."""
+
+
+@dataclass(frozen=True)
 class StoredView:
-    """Features of some rows, where they lie in the shards of a feature set."""
+    """Features of some rows, read from the shards of a feature set when they are asked for."""
 
     rows: Ints
-    """Ascending."""
+    """As those of `StoredRows`, and so the next two."""
     shard: Ints
     at: Ints
     values: Sequence[Values]
-    """Of each shard, memory-mapped."""
+    """Of each shard [samples, ...], memory-mapped."""
 
     def batch(self, rows: Ints) -> tuple[Tensor, Ints]:
-        """(features, float32 [samples, ...]; those of the rows that have any)."""
+        """(features, float32 [samples, ...]; the rows that they are of: those that have any)."""
         if not len(self.rows):
             return torch.zeros(0, 1), rows[:0]
         at = np.searchsorted(self.rows, rows)
-        there = (at < len(self.rows)) & (self.rows[np.minimum(at, len(self.rows) - 1)] == rows)
-        if not there.all():
-            rows, at = rows[there], at[there]
+        stored = (at < len(self.rows)) & (self.rows[np.minimum(at, len(self.rows) - 1)] == rows)
+        if not stored.all():
+            rows, at = rows[stored], at[stored]
         shard, at = self.shard[at], self.at[at]
         numbers = np.unique(shard)
         if len(numbers) == 1:
             return as_float32(self.values[numbers[0]][at]), rows
         first = self.values[numbers[0]] if len(numbers) else np.zeros((0, 1), np.float32)
-        found = np.empty((len(rows), *first.shape[1:]), first.dtype)
+        values = np.empty((len(rows), *first.shape[1:]), first.dtype)
         for number in numbers:
             here = shard == number
-            found[here] = self.values[number][at[here]]
-        return as_float32(found), rows
+            values[here] = self.values[number][at[here]]
+        return as_float32(values), rows
 
 
 def as_float32(values: Values) -> Tensor:
-    """float32 of what a shard holds: float32, or the bits of bfloat16."""
-    found = torch.from_numpy(np.ascontiguousarray(values))
-    return found if found.dtype == torch.float32 else found.view(torch.bfloat16).float()
+    """float32 of what a shard holds: float32, or the bits of bfloat16 as uint16."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor if tensor.dtype == torch.float32 else tensor.view(torch.bfloat16).float()
 
 
 @dataclass

@@ -26,8 +26,8 @@ _LOOKED_AT_S = (0.01, 0.05, 0.2)
 _OURS = frozenset(
     (
         "job.yaml", "plan.json", "samples", "samples.json", "samples.arrow", "skipped.jsonl", "lineage.json",
-        "metrics.jsonl", "results.json", ERROR_FILE, "STOP", ".lock", "checkpoints", "features", "features.json", "tensorboard",
-        "model", ".ray",
+        "metrics.jsonl", "results.json", ERROR_FILE, "STOP", ".lock", "checkpoints", "features", "features.json",
+        "tensorboard", "model", ".ray",
     )
 )  # fmt: skip
 

@@ -11,18 +11,10 @@ a `Worker`, which knows its rank and device and exchanges tensors with the other
     pooled     a head of our own on bodies that transformers has no head for
     strategy   how the network lies on the workers: gradients, checkpoint, export, initial weights
     cut        where a network is cut into body and head, and the proof
-    compiling  a body as machine code, where that pays back
     batchnorm  running statistics over microbatches, the same on any number of workers
 """
 
 from orchestrator.network.batchnorm import MicrobatchStatistics as MicrobatchStatistics
-from orchestrator.network.compiling import (
-    WORTH_S as WORTH_S,
-    Compiled as Compiled,
-    can_be_compiled as can_be_compiled,
-    compiled as compiled,
-    seconds_of as seconds_of,
-)
 from orchestrator.network.config import make_config as make_config
 from orchestrator.network.cut import Body as Body, Cut as Cut, Head as Head, find_cut as find_cut
 from orchestrator.network.loading import (

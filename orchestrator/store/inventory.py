@@ -18,8 +18,7 @@ from typing import Any
 from orchestrator.data import Found, Location, asking, feature_store
 from orchestrator.errors import JobError
 from orchestrator.job import IN_A_STORE, local_path
-from orchestrator.store import locks
-from orchestrator.store.sets import FOLDER, FORMAT_FILE, KEY_FILE, USED, write_shared
+from orchestrator.store.sets import FOLDER, FORMAT_FILE, KEY_FILE, USED, USED_HERE, pruning, write_shared
 from orchestrator.store.shards import NUM_READERS, FeatureSet, Shard
 
 Root = Path | Location
@@ -52,10 +51,10 @@ def of_store(place: str) -> Location:
 
 def parse_size(text: str) -> int:
     """Bytes: of `50GB`, `1.5 TB`, `64MiB`, `0`. Raises `JobError`."""
-    found = _SIZE.fullmatch(text.strip().upper())
-    if found is None or found[2] not in _UNITS or (not found[2] and float(found[1])):
+    parts = _SIZE.fullmatch(text.strip().upper())
+    if parts is None or parts[2] not in _UNITS or (not parts[2] and float(parts[1])):
         raise JobError(f"{text!r} is no size", expected="a number with a unit, or 0", mend="say it like 50GB or 500MB")
-    return round(float(found[1]) * _UNITS[found[2]])
+    return round(float(parts[1]) * _UNITS[parts[2]])
 
 
 @dataclass(frozen=True)
@@ -75,35 +74,35 @@ class Listing:
 
 def find_listing(root: Root, name: str) -> Listing:
     """The one set whose name begins so. Raises `JobError` where there is none, or more than one."""
-    there = listings(root)
-    found = [one for one in there if one.name == name] or [one for one in there if one.name.startswith(name)]
-    if len(found) != 1:
-        which = "no set of features" if not found else f"{len(found)} sets of features"
-        names = ", ".join(one.name for one in (found or there)[:5])
-        raise JobError(f"there is {which} {name!r}" if not found else f"{which} begin with {name!r}",
+    every = listings(root)
+    fitting = [one for one in every if one.name == name] or [one for one in every if one.name.startswith(name)]
+    if len(fitting) != 1:
+        which = "no set of features" if not fitting else f"{len(fitting)} sets of features"
+        names = ", ".join(one.name for one in (fitting or every)[:5])
+        raise JobError(f"there is {which} {name!r}" if not fitting else f"{which} begin with {name!r}",
                        expected=names and f"one of {names}", mend="list them: orchestrator features list")  # fmt: skip
-    return found[0]
+    return fitting[0]
 
 
 def listings(root: Root) -> list[Listing]:
     """Every set, the one used last first."""
-    found = _on_storage(root) if isinstance(root, Path) else _in_store(root)
-    return sorted(found, key=lambda one: -one.used)
+    sets = _on_storage(root) if isinstance(root, Path) else _in_store(root)
+    return sorted(sets, key=lambda one: -one.used)
 
 
-def prune(root: Root, max_bytes: int, dry_run: bool = False, found: list[Listing] | None = None) -> list[Listing]:
+def prune(root: Root, max_bytes: int, dry_run: bool = False, sets: list[Listing] | None = None) -> list[Listing]:
     """Remove the sets that were not used for longest until all take `max_bytes` at most; what was removed.
 
     One that a job on this machine writes or reads is left, on a storage; jobs that read from an object store have
-    copies of their own. `dry_run`: only tell. `found`: the listings, where they are at hand.
+    copies of their own. `dry_run`: only tell. `sets`: the listings, where they are at hand.
     """
-    found = listings(root) if found is None else found
-    total, removed = sum(one.num_bytes for one in found), []
-    for one in reversed(found):
+    sets = listings(root) if sets is None else sets
+    total, removed = sum(one.num_bytes for one in sets), []
+    for one in reversed(sets):
         if total <= max_bytes:
             break
         if isinstance(root, Path):
-            with locks.pruning(root / one.name) as free:
+            with pruning(root / one.name) as free:
                 if not free:
                     continue
                 if not dry_run:
@@ -131,16 +130,16 @@ def _on_storage(root: Path) -> Iterable[Listing]:
 def _key(read: Callable[[], bytes]) -> Mapping[str, Any]:
     """What a cache group is of, {} where that cannot be read."""
     try:
-        found = json.loads(read())
+        key = json.loads(read())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return key if isinstance(key, dict) else {}
 
 
 def _listing(folder: Path, key: Mapping[str, Any]) -> Listing:
     features = FeatureSet(folder)
     features.refresh()
-    used = folder / ".used"
+    used = folder / USED_HERE
     at = (used if used.exists() else folder).stat().st_mtime
     name = f"{folder.parent.name}/{folder.name}"
     return Listing(name, key, features.num_samples, len(features.names), _size(folder), at)
@@ -223,7 +222,7 @@ def _remove_from_store(place: Location, name: str) -> None:
     cache_group = name.split("/")[0]
     files = [f"{cache_group}/{file.uri}" for file in place.join(cache_group).files()]
     sets = [uri for uri in files if uri.count("/") == 2 and _OURS.fullmatch(uri.split("/")[2])]
-    mine = [uri for uri in sets if uri.startswith(f"{name}/")]
+    of_set = [uri for uri in sets if uri.startswith(f"{name}/")]
     notes = [uri for uri in files if uri in (f"{cache_group}/{KEY_FILE}", f"{cache_group}/{FORMAT_FILE}")]
 
     def delete(uri: str) -> None:
@@ -231,7 +230,7 @@ def _remove_from_store(place: Location, name: str) -> None:
             place.join(uri).delete()
 
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        list(pool.map(delete, [uri for uri in mine if uri.endswith(".json")]))
-        list(pool.map(delete, [uri for uri in mine if not uri.endswith(".json")]))
-        if len(mine) == len(sets):
+        list(pool.map(delete, [uri for uri in of_set if uri.endswith(".json")]))
+        list(pool.map(delete, [uri for uri in of_set if not uri.endswith(".json")]))
+        if len(of_set) == len(sets):
             list(pool.map(delete, notes))

@@ -1,17 +1,21 @@
-"""The sets of a feature store: under which key they stand, and who holds them."""
+"""The sets of a feature store: the key of each, and the locks of the jobs of one machine that use, fill or prune it.
+
+A file system without locks gives all of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from orchestrator.store import locks
+from orchestrator.job import still_there
 from orchestrator.store.shards import FeatureSet
 
 FOLDER = ".features"
@@ -22,8 +26,11 @@ FORMAT_FILE = "format.json"
 """Of a cache group: which number format was decided on, for all later jobs."""
 USED = "used"
 """Of a set in an object store: written anew by each job that uses it."""
+USED_HERE = ".used"
+"""The same of a set on a storage directory."""
 _VERSION = 1
 """Of what features are: raised when this package computes them otherwise than before."""
+_IN_USE, _FILLED = ".lock", ".filling"
 
 
 def cache_group_folder(root: Path, name: str, key: Mapping[str, Any]) -> Path:
@@ -36,18 +43,11 @@ def cache_group_folder(root: Path, name: str, key: Mapping[str, Any]) -> Path:
     return folder
 
 
-def write_shared(file: Path, text: str) -> None:
-    """Write a file whole or not at all, whoever else writes it at this moment: each under a name of its own first."""
-    partial = file.with_name(f"{uuid.uuid4().hex}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
-
-
 @contextlib.contextmanager
 def opened(features: FeatureSet, key: Mapping[str, Any]) -> Iterator[FeatureSet]:
     """A set of the cache group with that key, made if need be; nobody prunes it meanwhile."""
     cache_group = features.folder.parent
-    with locks.held(features.folder):
+    with in_use(features.folder):
         touch(features.folder)
         cache_group_folder(cache_group.parent, cache_group.name.rpartition("-")[0], key)  # pruned just before, perhaps
         yield features
@@ -56,4 +56,85 @@ def opened(features: FeatureSet, key: Mapping[str, Any]) -> Iterator[FeatureSet]
 def touch(folder: Path) -> None:
     """Note that a set was used now: what was not used for longest is pruned first."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".used").touch()
+    (folder / USED_HERE).touch()
+
+
+# --- small files that several jobs write ---
+
+
+def write_shared(file: Path, text: str) -> None:
+    """Write a file whole or not at all, whoever else writes it at this moment: each under a name of its own first."""
+    with _written_beside(file, text) as partial:
+        os.replace(partial, file)
+
+
+def write_first(file: Path, text: str) -> None:
+    """The same, but what is there already stays: of several that write at the same moment one is the first."""
+    with _written_beside(file, text) as partial:
+        try:
+            os.link(partial, file)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            if not file.exists():
+                os.replace(partial, file)
+
+
+@contextlib.contextmanager
+def _written_beside(file: Path, text: str) -> Iterator[Path]:
+    partial = file.with_name(f"{uuid.uuid4().hex}.partial")
+    partial.write_text(text, encoding="utf-8")
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# --- locks ---
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """While a job writes or reads the set, which is made if need be: nobody prunes it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (folder / _IN_USE).open("a+")  # NFS locks what may be read
+        except FileNotFoundError:  # pruned just now
+            continue
+        with file:
+            _lock(file, fcntl.LOCK_SH)
+            if still_there(file):
+                yield
+                return
+
+
+@contextlib.contextmanager
+def pruning(folder: Path) -> Iterator[bool]:
+    """Whether the set is there and nobody uses it; meanwhile nobody begins to."""
+    try:
+        file = (folder / _IN_USE).open("a+")
+    except FileNotFoundError:
+        yield False
+        return
+    with file:
+        yield _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[bool]:
+    """While a job computes features: whether it is the only one that does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _FILLED).open("a") as file:
+        yield _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock(file: TextIO, how: int) -> bool:
+    """Whether the lock was got."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True

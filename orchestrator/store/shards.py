@@ -1,7 +1,7 @@
 """The feature store: what frozen bodies gave for samples, kept for every epoch, job and search that asks again.
 
     <storage>/.features/
-        contents/                     which content lies in which file (contents.py)
+        contents/                     which content lies in which file (data/contents.py)
         <backbone>-<16 hex digits>/   of one backbone, cut, input: key.json says which
             float32/                  the set of one number format; bfloat16-view-0-... of one augmented view
                 <32 hex digits>.safetensors   a shard: "features" [samples, ...]
@@ -21,7 +21,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.data import Ids, Marks
+from orchestrator.data import Ids, Ints, Marks
+from orchestrator.errors import TrainingError
 from orchestrator.job import sync
-from orchestrator.store import locks
 
 Format = Literal["float32", "bfloat16"]
 _NUMPY: Mapping[str, Any] = {"float32": np.float32, "bfloat16": np.uint16}
@@ -40,7 +40,6 @@ _DEAD_S = 3600.0
 """What was begun so long ago, and has no manifest, is of a job that died."""
 NUM_READERS = 4
 
-Ints = npt.NDArray[np.int64]
 Values = npt.NDArray[Any]
 """float32, or the bits of bfloat16 as uint16: numpy has no such type."""
 
@@ -70,18 +69,18 @@ class Shard:
     def from_manifest(name: str, text: bytes) -> Shard | None:
         """What a manifest says; None for a format of a later version. Raises `ValueError` where it is not whole."""
         try:
-            found = json.loads(text)
-            if found["format"] not in _NUMPY:
+            manifest = json.loads(text)
+            if manifest["format"] not in _NUMPY:
                 return None
-            raw = base64.b64decode(found["ids"], validate=True)
+            raw = base64.b64decode(manifest["ids"], validate=True)
             ids = np.frombuffer(raw, "<u8").reshape(-1, 2).astype(np.uint64)
-            shape = tuple(int(size) for size in found["shape"])
+            shape = tuple(int(size) for size in manifest["shape"])
             shard = Shard(
-                name, str(found["sha256"]), int(found["bytes"]), int(found["offset"]), shape, found["format"], ids,
-                int(found.get("made", 0)),
+                name, str(manifest["sha256"]), int(manifest["bytes"]), int(manifest["offset"]), shape,
+                manifest["format"], ids, int(manifest.get("made", 0)),
             )  # fmt: skip
             whole = (
-                hashlib.sha256(raw).hexdigest() == found["ids_sha256"]
+                hashlib.sha256(raw).hexdigest() == manifest["ids_sha256"]
                 and len(ids) == shape[0]
                 and shard.num_bytes == shard.offset + shape[0] * shard.row_bytes
             )
@@ -93,7 +92,7 @@ class Shard:
 
 
 class FeatureSet:
-    """Features of one backbone, cut, input, format and view. Reads and writes shards; neither torch nor ray."""
+    """Features of one backbone, cut, input, format and view: shards of a folder, which this reads and writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,7 +102,8 @@ class FeatureSet:
         self._places: tuple[Marks, Marks, Ints, Ints] = (nothing, nothing, nowhere, nowhere)
         """Of all ids, by their lower half: lower, higher half, shard, row in it. Replaced as a whole, for threads."""
         self._values: dict[str, Values] = {}
-        self._trusted: set[str] = set()
+        self._verified: set[str] = set()
+        """Shards that were held against their digests, or written here."""
         self._broken: set[str] = set()
         """Whose manifest is not what was written."""
         self._preferred: set[str] = set()
@@ -128,8 +128,8 @@ class FeatureSet:
         """Learn which shards there are by now: all of the folder, and those named, which its listing may lack yet."""
         with contextlib.suppress(FileNotFoundError):
             names = {*names, *(file.stem for file in self.folder.glob("*.json"))}
-        found = [self._read(name) for name in sorted(set(names) - set(self._shards) - self._broken)]
-        new = {shard.name: shard for shard in found if shard is not None}
+        read = [self._read(name) for name in sorted(set(names) - set(self._shards) - self._broken)]
+        new = {shard.name: shard for shard in read if shard is not None}
         if new:  # else the index stands: to sort the ids of all shards anew takes its time
             self._shards |= new
             self._index()
@@ -151,18 +151,31 @@ class FeatureSet:
         if not len(low) or not len(ids):
             return nowhere, nowhere.copy()
         at = np.searchsorted(low, ids[:, 0]).clip(max=len(low) - 1)
-        there = (low[at] == ids[:, 0]) & (high[at] == ids[:, 1]) & (ids[:, 0] != 0)
-        return np.where(there, shard[at], -1), np.where(there, row[at], -1)
+        stored = (low[at] == ids[:, 0]) & (high[at] == ids[:, 1]) & (ids[:, 0] != 0)
+        return np.where(stored, shard[at], -1), np.where(stored, row[at], -1)
 
     def values(self, number: int) -> Values:
         """The features of a shard, [samples, ...], memory-mapped; of bfloat16 their bits as uint16."""
         name = self._names[number]
         if name not in self._values:
-            shard = self._shards[name]
-            self._values[name] = np.memmap(
-                self._file(name), _NUMPY[shard.format], "r", offset=shard.offset, shape=shard.shape
-            )
+            self._values[name] = self._mapped(self._shards[name])
         return self._values[name]
+
+    def open(self, names: Sequence[str], verified: bool = False) -> list[Values]:
+        """The features in these shards, as `values` gives them, whatever else is in the set.
+
+        `verified`: they were held against their digests already. Raises `TrainingError` where one is gone or damaged.
+        """
+        shards = [self._shards.get(name) or self._read(name) for name in names]
+        for name, shard in zip(names, shards, strict=True):
+            if shard is None or not (verified or name in self._verified or self._is_whole(shard)):
+                raise TrainingError(
+                    f"the shard {name} of the features in {self.folder} is gone or damaged",
+                    expected="what was stored, until it is read",
+                    mend="the same command makes it again; `orchestrator features prune` only what no job uses",
+                )
+            self._verified.add(name)
+        return [self._mapped(shard) for shard in shards if shard is not None]
 
     def add(self, ids: Ids, values: Values, format: Format) -> str:
         """Write a shard: values [samples, ...]; its name. Durable, with its manifest, once this returns."""
@@ -199,7 +212,7 @@ class FeatureSet:
             os.fsync(text.fileno())
         os.replace(partial, self._manifest(name))
         sync(self.folder)
-        self._trusted.add(name)
+        self._verified.add(name)
         return name
 
     def damaged(self, numbers: Iterable[int]) -> list[str]:
@@ -207,17 +220,18 @@ class FeatureSet:
 
         They are removed. The numbers that `find` gave before are void where there is one.
         """
-        names = [name for name in {self._names[number] for number in numbers} if name not in self._trusted]
+        names = [name for name in {self._names[number] for number in numbers} if name not in self._verified]
+        shards = [self._shards[name] for name in names]
         with ThreadPoolExecutor(NUM_READERS) as pool:
-            broken = [name for name, whole in zip(names, pool.map(self._is_whole, names), strict=True) if not whole]
-        self._trusted |= set(names) - set(broken)
+            broken = [name for name, whole in zip(names, pool.map(self._is_whole, shards), strict=True) if not whole]
+        self._verified |= set(names) - set(broken)
         for name in (*broken, *self._broken):
             self._manifest(name).unlink(missing_ok=True)
             self._file(name).unlink(missing_ok=True)
-        found = [*broken, *self._broken]
+        removed = [*broken, *self._broken]
         self._broken = set()
         self.forget(broken)
-        return found
+        return removed
 
     def forget(self, names: Iterable[str]) -> None:
         """Count no more on shards that were removed, by another worker of the same job for one."""
@@ -226,25 +240,30 @@ class FeatureSet:
             self._values.pop(name, None)
         self._index()
 
-    def fetch_missing(self, ids: Ids) -> None:  # of a set on the storage alone nothing lies elsewhere
-        """Called by one worker of a job before these contents are asked for: what lies elsewhere comes here."""
+    def fetch_missing(self, ids: Ids) -> None:
+        """Copy the shards that hold these contents from wherever else the set is kept: nowhere, for this class.
+
+        `ids`, uint64 [samples, 2]. Called by one worker of a job, before `find` is asked for them.
+        """
 
     def flush_uploads(self, whole: bool) -> None:
-        """Once this worker has computed its share, or, `whole`, once all is there: what has to lie elsewhere does."""
+        """Return once what this process wrote is wherever else the set is kept: nowhere, for this class.
+
+        `whole`: all other shards of the set too.
+        """
 
     def prefer(self, names: Iterable[str]) -> None:
-        """Of a content that is there twice, the features in these shards count, and else the older ones."""
+        """Let `find` give these shards for a content that several hold; of the others, the oldest one."""
         self._preferred = set(names)
         self._index()
 
     def sweep(self) -> None:
-        """Remove what jobs that died have left."""
-        with contextlib.suppress(FileNotFoundError):
-            for file in self.folder.iterdir():
-                kept = file.suffix == ".json" or file.name in locks.FILES or file.with_suffix(".json").exists()
-                with contextlib.suppress(FileNotFoundError):
-                    if not kept and time.time() - file.stat().st_mtime > _DEAD_S:
-                        file.unlink()
+        """Remove what jobs that died have left: files half written, shards without a manifest."""
+        begun = [*self.folder.glob("*.partial"), *self.folder.glob("*.safetensors")]
+        for file in begun:
+            with contextlib.suppress(FileNotFoundError):
+                if not file.with_suffix(".json").exists() and time.time() - file.stat().st_mtime > _DEAD_S:
+                    file.unlink()
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -268,9 +287,13 @@ class FeatureSet:
         self._broken.add(name)
         return None
 
-    def _is_whole(self, name: str) -> bool:
+    def _mapped(self, shard: Shard) -> Values:
+        file, dtype = self._file(shard.name), _NUMPY[shard.format]
+        return np.memmap(file, dtype, "r", offset=shard.offset, shape=shard.shape).view(np.ndarray)
+
+    def _is_whole(self, shard: Shard) -> bool:
         try:
-            with self._file(name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == self._shards[name].sha256
+            with self._file(shard.name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
         except FileNotFoundError:  # pruned
             return False

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,7 +81,7 @@ def _prepare(
     strategy.broadcast_new()  # what began at random is rank 0's on all
     sources: dict[str, dict[str, Source]] = {"samples": dict.fromkeys(SPLITS, raw)}
     forwards: dict[str, Any] = {"samples": network.logits}
-    lineage: dict[str, Any] = {"features": "every step"}
+    lineage: Mapping[str, Any] = {"features": "every step"}
     if plan.recipe.needs_features:
         features, lineage = run_body_once(
             plan, run, network, modality, raw, worker, report, should_stop, resources,

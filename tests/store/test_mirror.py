@@ -29,7 +29,9 @@ from tests.whole.test_train import weights_of
 PLACE = "s3://bucket/features"
 
 
-def train(backbone: Path, data: Path, machine: str, notes: list[str] | None = None, **fields: Any) -> orchestrator.Run:
+def train(
+    backbone: Path, data: Path, machine: str, notes: list[str] | None = None, precision: str = "fp32", **fields: Any
+) -> orchestrator.Run:
     """On a machine of its own: with another storage."""
 
     def event(one: Event) -> None:
@@ -37,7 +39,8 @@ def train(backbone: Path, data: Path, machine: str, notes: list[str] | None = No
             notes.append(one.text)
 
     return orchestrator.finetune(
-        backbone=str(backbone), data=str(data), storage=machine, training={"epochs": 1}, report=event,
+        backbone=str(backbone), data=str(data), storage=machine, report=event,
+        training={"epochs": 1, "precision": precision},
         **{"feature_store": PLACE, **fields},
     )  # fmt: skip
 
@@ -56,13 +59,21 @@ def same_weights(one: orchestrator.Run, other: orchestrator.Run) -> bool:
     return all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
 
 
-def test_another_machine_computes_nothing_again(tiny_resnet: Path, digits: Path, bucket: Any) -> None:
-    one = train(tiny_resnet, digits, "one")
-    assert one.lineage["num_computed"] == 600
+@pytest.mark.usefixtures("one_shard")
+@pytest.mark.parametrize(("precision", "format"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_another_machine_computes_nothing_again(
+    precision: str, format: str, tiny_resnet: Path, digits: Path, bucket: Any
+) -> None:
+    one = train(tiny_resnet, digits, "one", precision=precision)
+    assert (one.lineage["num_computed"], one.lineage["format"]) == (600, format)
     names = there(bucket)
-    assert [Path(name).suffix for name in names if "key.json" not in name] == [".json", ".safetensors"]
+    shard = [Path(name) for name in names if Path(name).parent.name == format]
+    notes_of_group = [Path(name).name for name in names if Path(name).parent.name != format]
+    assert [file.suffix for file in shard] == [".json", ".safetensors"]
+    # Only what was tried is noted: fp32 was asked for.
+    assert notes_of_group == {"fp32": ["key.json"], "bf16": ["format.json", "key.json"]}[precision]
     notes: list[str] = []
-    two = train(tiny_resnet, digits, "two", notes)
+    two = train(tiny_resnet, digits, "two", notes, precision=precision)
     assert two.lineage["num_computed"] == 0
     assert "features of 600 of 600 samples are stored already" in notes
     assert same_weights(one, two)
@@ -81,6 +92,7 @@ def test_what_was_computed_before_there_was_a_store_is_brought_there(
     assert train(tiny_resnet, digits, "two").lineage["num_computed"] == 0
 
 
+@pytest.mark.usefixtures("one_shard")
 def test_what_rots_here_is_brought_again(tiny_resnet: Path, digits: Path, bucket: Any) -> None:
     one = train(tiny_resnet, digits, "one")
     names = there(bucket)
@@ -110,6 +122,7 @@ def test_the_store_of_a_run_that_goes_on_may_be_another_one(
     assert any(name.endswith(".safetensors") for name in there(bucket))
 
 
+@pytest.mark.usefixtures("one_shard")
 def test_a_damaged_shard_of_the_store_is_made_again(tiny_resnet: Path, digits: Path, bucket: Any) -> None:
     one = train(tiny_resnet, digits, "one")
     (shard,) = [name for name in there(bucket) if name.endswith(".safetensors")]

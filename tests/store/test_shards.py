@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from orchestrator.data.contents import Catalog, Ids, content_id
-from orchestrator.store import inventory, locks, sets, shards as store
+from orchestrator.store import inventory, sets, shards as store
 from orchestrator.store.shards import FeatureSet
 
 
@@ -146,9 +146,9 @@ def test_what_dead_jobs_left_is_swept_away(tmp_path: Path) -> None:
 
 
 def test_only_one_fills_alone(tmp_path: Path) -> None:
-    with locks.filling(tmp_path) as first, locks.filling(tmp_path) as second:
+    with sets.filling(tmp_path) as first, sets.filling(tmp_path) as second:
         assert (first, second) == (True, False)
-    with locks.filling(tmp_path) as third:
+    with sets.filling(tmp_path) as third:
         assert third
 
 
@@ -162,7 +162,7 @@ def test_the_sets_used_last_are_kept(tmp_path: Path) -> None:
     assert [one.key["backbone"] for one in found] == ["newer", "new", "old"]
     assert [one.num_samples for one in found] == [100] * 3
     most = sum(one.num_bytes for one in found) - 1
-    with locks.held(tmp_path / found[2].name):  # a job is at work on it
+    with sets.in_use(tmp_path / found[2].name):  # a job is at work on it
         assert [one.key["backbone"] for one in inventory.prune(tmp_path, most)] == ["new"]
     filled(sets.cache_group_folder(tmp_path, "new", {"backbone": "new"}) / "float32", *range(100))
     sets.touch(tmp_path / found[1].name)
@@ -177,20 +177,20 @@ def test_the_sets_used_last_are_kept(tmp_path: Path) -> None:
 def test_a_set_that_is_pruned_at_the_moment_it_is_taken_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, lock, taken = tmp_path / "set", locks._lock, []
+    folder, lock, asked = tmp_path / "set", sets._lock, []
 
     def pruned_first(file: TextIO, how: int) -> bool:
-        if not taken:
+        if not asked:
             shutil.rmtree(folder)
-        taken.append(how)
+        asked.append(how)
         return lock(file, how)
 
-    monkeypatch.setattr(locks, "_lock", pruned_first)
-    with locks.held(folder):
-        assert len(taken) == 2
-        with locks.pruning(folder) as free:
+    monkeypatch.setattr(sets, "_lock", pruned_first)
+    with sets.in_use(folder):
+        assert len(asked) == 2
+        with sets.pruning(folder) as free:
             assert not free
-    with locks.pruning(folder) as free:
+    with sets.pruning(folder) as free:
         assert free
 
 

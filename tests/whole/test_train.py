@@ -102,10 +102,15 @@ def test_full_moves_everything(tiny_resnet: Path, digits: Path) -> None:
             assert torch.equal(tensor, before[name]), name
 
 
-def test_the_features_and_the_slow_way_learn_the_same(tiny_resnet: Path, digits: Path) -> None:
-    quick = train(tiny_resnet, digits)
-    slow = train(tiny_resnet, digits, **{"training.features": "every step"})
-    assert slow.lineage["features"] == "every step"
+@pytest.mark.parametrize(("precision", "format"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_the_features_and_the_slow_way_learn_the_same(
+    precision: str, format: str, tiny_resnet: Path, digits: Path
+) -> None:
+    job = {"training": {"epochs": 2, "precision": precision}}
+    quick = train(tiny_resnet, digits, **job)
+    slow = train(tiny_resnet, digits, **job, **{"training.features": "every step"})
+    assert (quick.lineage["features"], slow.lineage["features"]) == ("once", "every step")
+    assert quick.lineage["format"] == format
     for name, tensor in weights_of(quick).items():
         assert torch.allclose(tensor, weights_of(slow)[name], atol=1e-5), name
     assert quick.results["test"]["confusion"] == slow.results["test"]["confusion"]

@@ -1,0 +1,308 @@
+"""One worker's pass: samples are read, decoded and collated, a frozen body runs over them, shards are written.
+
+While some batches are in the body, the next are read (bodies.py). A content that is in the set already, or twice in a
+batch, is not computed; what was computed is in the store before the pass ends, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from orchestrator.data import Ids, Ints
+from orchestrator.errors import BadSampleError, TrainingError
+from orchestrator.features.bodies import (
+    WORTH_S,
+    Bodies,
+    Compiled,
+    bodies_for,
+    can_be_compiled,
+    compiled,
+    passed,
+    seconds_of,
+)
+from orchestrator.features.formats import compute, number_format
+from orchestrator.features.sources import SampleSource
+from orchestrator.network import Body, Inputs, Worker, channels_last, on_device, seed_for, with_threads
+from orchestrator.store import FeatureSet, Format, Values
+
+FLUSH_S = 10.0
+"""A shard is written at least so often in the first minutes: what is lost when a job is killed."""
+FIRST_FLUSH_S = 1.0
+"""And so soon at first, so that another job which began at the same time need not compute the same."""
+_FLUSH_SHARE_AT_FIRST = 0.25
+_FLUSH_SHARE = 0.02
+"""Later this share of the time that was worked, so that long work does not end in thousands of shards."""
+_FLUSH_BYTES = 64 * 2**20
+_LEAST_BATCHES = 50
+"""Of fewer it is not even looked how long they take."""
+_VIEW = 3  # what a random number is for, beside those of the loop
+
+Note = Callable[[str], None]
+"""Takes a line for whoever watches the job."""
+Content = tuple[int, int]
+"""(low, high) of a content's id."""
+
+
+@dataclass
+class ExtractionResult:
+    """What came of a pass over some rows."""
+
+    names: list[str] = field(default_factory=list)
+    """Of the shards that were written."""
+    read: list[tuple[Ints, Ids]] = field(default_factory=list)
+    """(rows that were read, the ids of their contents)."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Row -> why it could not be read."""
+    num_computed: int = 0
+    gain: float | None = None
+    """How many times as fast the compiled body is, where it was compiled."""
+    stopped: bool = False
+    """Somebody asked to stop before all was done."""
+
+
+@dataclass
+class BodyPass:
+    """A body, and what it is run on."""
+
+    body: Body
+    source: SampleSource
+    worker: Worker
+    format: Format
+    length_bucketing: bool
+    seed: int
+    advance: Callable[[int], None]
+    """Called with the number of samples that were done."""
+    note: Note
+    should_stop: Callable[[], bool]
+    _compiled: Compiled | None = None
+    """The body as machine code, where that pays back."""
+    _compile_tried: bool = False
+    _started: float = 0.0
+
+    def compute(
+        self, features: FeatureSet, rows: Ints, ids: Ids, view: int | None, backwards: bool, to_come: int = 0
+    ) -> ExtractionResult:
+        """Run the body over these rows (ascending), and add what it gives to the set.
+
+        `ids`, uint64 [samples, 2]: of the rows' contents, as far as they are known. `view`: of so many random changes
+        of the samples. `backwards`: begin with the last rows. `to_come`: so many rows, these included, are for this
+        process yet, if they are more. Raises `TrainingError`; what was computed is kept.
+        """
+        result = ExtractionResult()
+        self._started = self._started or time.monotonic()
+        ordered = self.source.samples.order_by_length(rows) if self.length_bucketing else rows
+        # A sample is changed at random by torch's one generator: a body may draw from it as well (vit_mae does).
+        bodies = bodies_for(self.body, self.worker.device, most=1 if view is not None else None)
+        batches = list(self.source.samples.batches(ordered, bodies.batch_size, len(bodies.copies)))
+        loading = Loading(self.source, features, self.worker.device, self.seed, view)
+        self._compile(loading, bodies, batches, max(1.0, to_come / max(1, len(rows))))
+        if backwards:
+            batches.reverse()
+        unwritten = _Unwritten()
+
+        def load(batch: Ints) -> Loaded:
+            return loading.load(batch, ids[np.searchsorted(rows, batch)])
+
+        def run(body: Body, loaded: Loaded) -> list[tuple[Ids, Values]]:
+            return loading.through(body, loaded, self.format, self._compiled)
+
+        try:
+            for batch, loaded, outputs in passed(batches, load, run, bodies):
+                result.read.append(loaded.read)
+                for computed, values in outputs:
+                    refuse_other_shape(features.shape or unwritten.shape or values.shape[1:], values)
+                    unwritten.add(computed, values)
+                    result.num_computed += len(computed)
+                self.advance(len(batch) * self.worker.num_workers)
+                if unwritten.is_due(flush_interval_s(time.monotonic() - self._started)):
+                    result.names.append(unwritten.write(features, self.format))
+                    features.refresh()  # what another job has done meanwhile need not be done here
+                if self.should_stop():
+                    result.stopped = True
+                    break
+        finally:  # whatever ended it: what was computed is kept
+            if unwritten.ids:
+                result.names.append(unwritten.write(features, self.format))
+        result.gain = self._compiled.gain if self._compiled is not None else None
+        return result
+
+    def _compile(self, loading: Loading, bodies: Bodies, batches: Sequence[Ints], times: float) -> None:
+        """Make the body machine code, if the samples are so many that it pays back.
+
+        `times`: so many times these batches are to come.
+        """
+        whole = [batch for batch in batches if len(batch) == bodies.batch_size]
+        if self._compile_tried or len(batches) * times < _LEAST_BATCHES or 2 * len(whole) < len(batches):
+            return
+        loaded = loading.load(whole[0], np.zeros((len(whole[0]), 2), np.uint64))
+        pieces = loaded.inputs or loading.collated(loaded.decoded)
+        if not pieces or len(pieces[0][1]) < bodies.batch_size or not can_be_compiled(pieces[0][0]):
+            return
+        inputs = channels_last(on_device(pieces[0][0], self.worker.device))
+        with with_threads(bodies.cores), number_format(inputs, self.format):
+            for repeats in (1, 2):  # the first pass is slower than the others, and mostly tells enough
+                expected = seconds_of(self.body, inputs, repeats) * times * len(batches) / len(bodies.copies)
+                if expected < WORTH_S:
+                    return
+            self._compile_tried = True
+            self.note(f"the body would run for {expected / 60:.0f} min: it is compiled first")
+            answer = compiled(self.body, inputs)
+        if isinstance(answer, str):
+            self.note(f"it runs as it is, for compiled {answer}")
+        else:
+            self._compiled = answer
+            self.note(f"compiled, it is {answer.gain:.2f} times as fast")
+
+
+def refuse_other_shape(expected: tuple[int, ...], values: Values) -> None:
+    """Raise `TrainingError` unless one sample's features have that shape. `values`: [samples, ...]."""
+    if values.shape[1:] != expected:
+        raise TrainingError(
+            f"the body gives features of the shape {list(values.shape[1:])} for some samples, and {list(expected)} "
+            "for others",
+            expected="one shape, whatever the sample's size",
+            mend="prepare all to one size, or run the body in every step: --set training.features='every step'",
+        )
+
+
+def flush_interval_s(worked_s: float) -> float:
+    """How long what was computed may wait to be written, after so much work: 1 s, 10 s after 40 s, later 2 % of it."""
+    at_first = min(FLUSH_S, max(FIRST_FLUSH_S, _FLUSH_SHARE_AT_FIRST * worked_s))
+    return max(at_first, _FLUSH_SHARE * worked_s)
+
+
+@dataclass
+class _Unwritten:
+    """What was computed, and is in no shard yet."""
+
+    ids: list[Ids] = field(default_factory=list)
+    values: list[Values] = field(default_factory=list)
+    num_bytes: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, ids: Ids, values: Values) -> None:
+        self.ids.append(ids)
+        self.values.append(values)
+        self.num_bytes += values.nbytes
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Of one sample's features."""
+        return self.values[0].shape[1:] if self.values else None
+
+    def is_due(self, after_s: float) -> bool:
+        late = time.monotonic() - self.since > after_s
+        return bool(self.ids) and (late or self.num_bytes > _FLUSH_BYTES)
+
+    def write(self, features: FeatureSet, format: Format) -> str:
+        """The name of the shard."""
+        name = features.add(np.concatenate(self.ids), np.concatenate(self.values), format)
+        self.ids, self.values, self.num_bytes, self.since = [], [], 0, time.monotonic()
+        return name
+
+
+# --- samples on their way into the body ---
+
+
+@dataclass
+class Loaded:
+    """A batch on its way into the body."""
+
+    read: tuple[Ints, Ids]
+    """(the rows that were read, the ids of their contents)."""
+    ids: Ids
+    """The contents that have no features yet, uint64 [samples, 2], each once."""
+    decoded: list[tuple[Content, Any]]
+    """(content, decoded sample) of each of them; empty where `inputs` are made already."""
+    inputs: list[tuple[Inputs, Ints]] | None
+    """What the body takes, in pieces: (tensors [samples, ...], the places of their samples in `ids`). None while they
+    are not made."""
+
+
+@dataclass
+class Loading:
+    """Samples of one view, on their way to a set of features. `load` is for one thread, `through` for several."""
+
+    source: SampleSource
+    features: FeatureSet
+    device: torch.device
+    seed: int
+    view: int | None
+    """Of so many random changes of the samples; None: as they are."""
+    _collating: threading.Lock = field(default_factory=threading.Lock)
+    """Tokenizers of transformers are for one thread at a time, and torch's random numbers are one sequence."""
+
+    def load(self, rows: Ints, ids: Ids) -> Loaded:
+        """What the body has to compute for these rows: read, held against the features there are, decoded, collated.
+
+        `ids`, uint64 [samples, 2]: of their contents, as far as they are known without reading.
+        """
+        shard, _ = self.features.find(ids)
+        rows = rows[shard < 0]
+        contents: dict[int, Content] = {}
+        decoded: dict[Content, object] = {}  # the same content twice need not be computed twice; nor written
+        for row, answer in zip(rows.tolist(), self.source.pool.map(self._read, rows.tolist()), strict=True):
+            if isinstance(answer, BadSampleError):
+                self.source.leave_out(row, answer)
+                continue
+            contents[row], sample = answer
+            if sample is not None:
+                decoded[contents[row]] = sample
+        missing = np.array(list(decoded), np.uint64).reshape(-1, 2)
+        read = (np.fromiter(contents, np.int64, len(contents)),
+                np.array(list(contents.values()), np.uint64).reshape(-1, 2))  # fmt: skip
+        # On a CPU the bodies have all cores: another set of OpenMP threads, for the collate function, cost them 11 %.
+        if self.device.type == "cpu":
+            return Loaded(read, missing, list(decoded.items()), None)
+        pieces = self.collated(list(decoded.items()))
+        if self.device.type == "cuda":  # from pinned memory a copy need not be waited for
+            pieces = [({name: value.pin_memory() for name, value in inputs.items()}, at) for inputs, at in pieces]
+        return Loaded(read, missing, [], pieces)
+
+    def _read(self, row: int) -> tuple[Content, object] | BadSampleError:
+        """(the content's id, the decoded sample; None for one whose features are stored), or why it cannot be read."""
+        try:
+            sample = self.source.samples.read(row)
+            content = self.source.samples.id_of(sample)
+            if self.features.find(np.array([content], np.uint64))[0][0] >= 0:
+                return content, None
+            return content, self.source.decode(sample)
+        except BadSampleError as error:
+            return error
+
+    def collated(self, decoded: Sequence[tuple[Content, Any]]) -> list[tuple[Inputs, Ints]]:
+        """What the body takes of these samples, in pieces: (tensors [samples, ...], which of the samples they are)."""
+        if not decoded:
+            return []
+        if self.view is None:
+            return [(self.source.collate([sample for _, sample in decoded], False), np.arange(len(decoded)))]
+        # How a sample is changed depends on its content alone, not on those beside it: so it is the same for every job.
+        groups: dict[Any, list[tuple[int, Inputs]]] = {}
+        for i, (content, sample) in enumerate(decoded):
+            seed_for(_VIEW, self.seed, self.view, *content)
+            one = self.source.collate([sample], True)
+            groups.setdefault(tuple((name, value.shape) for name, value in one.items()), []).append((i, one))
+        return [
+            ({name: torch.cat([one[name] for _, one in group]) for name in group[0][1]},
+             np.array([i for i, _ in group]))
+            for group in groups.values()
+        ]  # fmt: skip
+
+    def through(
+        self, body: Body, loaded: Loaded, format: Format, compiled: Compiled | None
+    ) -> list[tuple[Ids, Values]]:
+        """What the body gives for a batch: [(ids, [samples, ...] as float32 or the bits of bfloat16)]."""
+        pieces = loaded.inputs
+        if pieces is None:
+            with self._collating:
+                pieces = self.collated(loaded.decoded)
+        return [
+            (loaded.ids[at], compute(body, on_device(inputs, self.device), format, compiled)) for inputs, at in pieces
+        ]
