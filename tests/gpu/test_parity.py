@@ -90,7 +90,8 @@ def test_training_gives_what_it_gives_on_the_cpu(tiny_resnet: Path, flat_digits:
     cpu, gpu = both(backbone=str(tiny_resnet), data=str(flat_digits), method="full")
     ours, theirs = (run.results["validation"] for run in (gpu, cpu))
     assert abs(ours["loss"] - theirs["loss"]) <= 0.02 * theirs["loss"]
-    assert_near(load_file(gpu.model / "model.safetensors"), load_file(cpu.model / "model.safetensors"), tolerance=0.02)
+    # AdamW moves a parameter by its rate in each step, however small the gradient: 1e-3, some 30 times.
+    assert_near(load_file(gpu.model / "model.safetensors"), load_file(cpu.model / "model.safetensors"), tolerance=0.03)
 
 
 def test_features_are_the_cpus(tiny_resnet: Path, flat_digits: Path) -> None:

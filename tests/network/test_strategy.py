@@ -75,9 +75,8 @@ def train(
                     loss.backward()  # type: ignore[no-untyped-call]
             begun.append(len(reduction._begun))
             reduction.begin()
-            total = worker.all_reduce_sum(
-                torch.tensor(float(len(mine)), device=device)
-            )  # another exchange, as the loop has it
+            # Another exchange comes between, as the loop has it.
+            total = worker.all_reduce_sum(torch.tensor(float(len(mine)), device=device))
             reduction.finish(1.0 / total.item() if step else 1.0 / total)
             gradients.append({name: one.grad.cpu().clone() for name, one in named.items() if one.grad is not None})
             optimizer.step()
