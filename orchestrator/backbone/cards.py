@@ -1,7 +1,7 @@
 """A repository, directory or earlier run -> BackboneCard, from metadata files only.
 
-What a card can be refused for here is its form: no config.json, an adapter alone, pickles alone, gated, not
-found. Whether it fits the data is the gate's business. Its weights are the business of `weights.py`.
+Refused here is what has no card: no config.json, an adapter alone, a licence that was not accepted, no such repository.
+What its files may set is looked at in `untrusted.py`, its weights in `weights.py`, and whether it fits, by the gate.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def _read_repository(source: str, repo_id: str, revision: str | None) -> Backbon
 
     def read(name: str) -> bytes:
         # By branch first: so the client notes which commit the branch is at, for a day without a connection.
-        found = Path(hf_hub_download(repo_id, name, revision=revision or "main"))
-        if found.parent.name != commit:  # the branch moved since
-            found = Path(hf_hub_download(repo_id, name, revision=commit))
-        return found.read_bytes()
+        file = Path(hf_hub_download(repo_id, name, revision=revision or "main"))
+        if file.parent.name != commit:  # the branch moved since
+            file = Path(hf_hub_download(repo_id, name, revision=commit))
+        return file.read_bytes()
 
     try:
         metadata = {name: asking(source, partial(read, name)) for name in _wanted(files)}
@@ -199,10 +199,10 @@ def _read_cached(source: str, repo_id: str, revision: str | None, error: Excepti
     """The card out of the client's cache, for a machine without a connection."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
-    if not isinstance(found, str):
+    cached = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    if not isinstance(cached, str):
         raise offline(source, error) from error
-    snapshot = Path(found).parent
+    snapshot = Path(cached).parent
     card = _read_directory(source, snapshot)
     if not card.weight_files:  # somebody asked about it once, and never trained on it
         raise offline(source, error) from error
@@ -269,11 +269,11 @@ def _parse_modules(source: str, listing: bytes | None, metadata: Mapping[str, by
         return ()
     try:
         rows = json.loads(listing)
-        found = [(str(row["type"]).rpartition(".")[2], str(row["path"])) for row in rows]
+        listed = [(str(row["type"]).rpartition(".")[2], str(row["path"])) for row in rows]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RefusedError("bad_config", f"{source}: modules.json cannot be understood: {error}") from None
     modules = []
-    for kind, path in found:
+    for kind, path in listed:
         name = f"{path}/config.json" if path else "sentence_bert_config.json"
         config = _parse(metadata[name], name, source) if name in metadata else {}
         modules.append({"type": kind, "config": config})

@@ -25,7 +25,7 @@ class MicrobatchStatistics:
             # Copies on the device: to read the numbers would wait for it in each step.
             self._counts = [counter.clone() for counter in self._counters()]
             self._of_microbatches = self._start.new_zeros(num_microbatches, len(self._start))
-            self._mine = self._start.new_zeros(num_microbatches)
+            self._was_run = self._start.new_zeros(num_microbatches)
 
     def _read(self) -> Tensor:
         return torch.cat(
@@ -49,8 +49,8 @@ class MicrobatchStatistics:
         if self._layers:
             # Rows of other workers are 0 here, so that the sum over workers is exact.
             self._worker.all_reduce_sum(self._of_microbatches)
-            self._worker.all_reduce_sum(self._mine)
-            self._write(self._of_microbatches.sum(dim=0) / self._mine.sum().clamp(min=1))
+            self._worker.all_reduce_sum(self._was_run)
+            self._write(self._of_microbatches.sum(dim=0) / self._was_run.sum().clamp(min=1))
             for counter, before in zip(self._counters(), self._counts, strict=True):
                 counter.copy_(before + 1)  # of steps, not of this worker's microbatches
 
@@ -71,4 +71,4 @@ class _OfMicrobatch:
     def __exit__(self, *_: object) -> None:
         if self.statistics._layers:
             self.statistics._of_microbatches[self.microbatch] = self.statistics._read()
-            self.statistics._mine[self.microbatch] = 1
+            self.statistics._was_run[self.microbatch] = 1

@@ -38,15 +38,16 @@ class Cut:
     """One way to cut a network."""
 
     modules: tuple[str, ...]
-    """The head's."""
+    """Names of the modules behind the cut, in forward order."""
     form: Form
     """chain: one after the other; mean: side by side, each on an input of its own, and their mean is the output."""
     pooling: Pooling = ""
     """What of a sequence [batch, tokens, width] the head reads: the first token, the last one that is no padding, the
     one that stands last, or the mean over the tokens."""
     activation: str = ""
+    """chain: a key of `_ACTIVATIONS`, between each two modules."""
     widths: tuple[int, ...] = ()
-    """mean: of each module's input."""
+    """mean: the width of each module's input."""
 
     @property
     def point(self) -> str:
@@ -68,10 +69,10 @@ class Body:
     def _of_part(self, inputs: Inputs) -> Tensor:
         cut = self.cut
         names = cut.modules[:1] if cut.form == "chain" else cut.modules
-        taken = _inputs_of(self.network, names, inputs)
+        read = _inputs_of(self.network, names, inputs)
         if cut.form == "mean":
-            return torch.cat([taken[name].flatten(1) for name in names], dim=1)
-        return _POOLINGS[cut.pooling](taken[names[0]], inputs, self.network.module)
+            return torch.cat([read[name].flatten(1) for name in names], dim=1)
+        return _POOLINGS[cut.pooling](read[names[0]], inputs, self.network.module)
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,16 @@ def find_cut(network: Network, inputs: Inputs) -> tuple[Cut | None, float]:
 
 
 def _error(network: Network, cut: Cut, inputs: Inputs, whole: Tensor, scale: Tensor) -> float:
+    """The largest difference from the whole network's logits, in parts of `scale`; infinite where none come out."""
     try:
-        found = Head(network, cut)({"features": Body(network, cut)(inputs)})
+        logits = Head(network, cut)({"features": Body(network, cut)(inputs)})
     except torch.OutOfMemoryError:
         raise
     except (TypeError, RuntimeError, ValueError, AttributeError, IndexError, AssertionError):
         return math.inf  # this module takes something else
-    if not isinstance(found, Tensor) or found.shape != whole.shape:
+    if not isinstance(logits, Tensor) or logits.shape != whole.shape:
         return math.inf
-    error = float((whole - found).abs().max() / scale)
+    error = float((whole - logits).abs().max() / scale)
     return error if math.isfinite(error) else math.inf
 
 
@@ -178,22 +180,22 @@ class _ReachedError(Exception):
 
 def _inputs_of(network: Network, names: tuple[str, ...], inputs: Inputs) -> dict[str, Tensor]:
     """The first argument of each of these modules while the network runs, up to the last of them."""
-    taken = _reached(network, inputs, names)
+    first_arguments = _reached(network, inputs, names)
     for name in names:
-        if name not in taken:
+        if name not in first_arguments:
             raise WeightsError(f"the model never called its head {name!r}")
-    return taken
+    return first_arguments
 
 
 def _reached(network: Network, inputs: Inputs, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The first argument of these modules, or of all of the head, that are called while the network runs."""
     names = names or network.head
-    taken: dict[str, Tensor] = {}
+    first_arguments: dict[str, Tensor] = {}
 
     def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], more: dict[str, Any]) -> None:
-            taken.setdefault(name, args[0] if args else next(iter(more.values())))
-            if len(taken) == len(names):
+            first_arguments.setdefault(name, args[0] if args else next(iter(more.values())))
+            if len(first_arguments) == len(names):
                 raise _ReachedError
 
         return hook
@@ -206,7 +208,7 @@ def _reached(network: Network, inputs: Inputs, names: tuple[str, ...] = ()) -> d
             stack.callback(handle.remove)
         with contextlib.suppress(_ReachedError):
             network.module(**inputs)
-    return taken
+    return first_arguments
 
 
 def _first(tokens: Tensor, _inputs: Inputs, _module: nn.Module) -> Tensor:

@@ -79,18 +79,18 @@ def build_module(plan: Plan, directory: Path, make: Callable[[], nn.Module], hea
     random = module.state_dict()
     new = tuple(name for name in random if plan.weights == "random" or within(name, (head,)))
     if plan.weights != "random":
-        found = {
+        tensors = {
             name: value for file in plan.backbone.weight_files for name, value in load_file(directory / file).items()
         }
         wanted = {name for name in random if plan.weights == "trained" or not within(name, (head,))}
-        wrong = sorted(name for name in wanted if name not in found or found[name].shape != random[name].shape)
-        lost = sorted(name for name in found if name not in random)
+        wrong = sorted(name for name in wanted if name not in tensors or tensors[name].shape != random[name].shape)
+        lost = sorted(name for name in tensors if name not in random)
         if wrong or lost:
             problem = (
                 f"{wrong[0]} is missing or has another shape" if wrong else f"it holds {lost[0]}, which has no place"
             )
             raise _mismatch(plan, problem, len(wrong) + len(lost))
-        module.load_state_dict({name: found[name] for name in wanted}, strict=False)
+        module.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
         if plan.weights == "trained":
             new = ()
 
@@ -114,9 +114,9 @@ def load_body(
     module, info = _load(plan, directory, model_class, config, **more)
     if info["missing_keys"] and plan.row.prefix:
         # transformers finds only some towers in the checkpoint of their whole model (clip's, not align's).
-        found = _tower(plan, directory)
-        if found:
-            module, info = _load(plan, None, model_class, config, state_dict=found, **more)
+        tower = _tower(plan, directory)
+        if tower:
+            module, info = _load(plan, None, model_class, config, state_dict=tower, **more)
     missing = {name for name in info["missing_keys"] if not name.endswith(_MAY_BE_MISSING)}
     wrong = sorted(missing | {entry[0] for entry in info["mismatched_keys"]})
     if wrong:
@@ -126,13 +126,13 @@ def load_body(
 
 def _tower(plan: Plan, directory: Path) -> dict[str, Tensor]:
     """The tensors of one part of a larger model, by the names that they have in the part."""
-    found = {}
+    in_tower = {}
     for file in plan.backbone.weight_files:
         with safe_open(directory / file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # no mapping, and not iterable
                 if name.startswith(plan.row.prefix):
-                    found[name.removeprefix(plan.row.prefix)] = tensors.get_tensor(name)
-    return found
+                    in_tower[name.removeprefix(plan.row.prefix)] = tensors.get_tensor(name)
+    return in_tower
 
 
 def _load(plan: Plan, directory: Path | None, model_class: Any, config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:

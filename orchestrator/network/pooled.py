@@ -64,7 +64,7 @@ class Pooled(nn.Module):
 
 
 def pool(output: Any, how: str) -> Tensor:
-    """One vector a sample, float [batch, width], of a body's output."""
+    """One vector a sample, float [batch, width], of a body's output; `how` is a key of `_POOL`."""
     return _POOL[how](output)
 
 

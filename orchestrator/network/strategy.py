@@ -67,8 +67,8 @@ class Replicated:
         if self._worker.num_workers == 1:
             return
         new = self.state(self._network.new)
-        mine = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in new.items()]
-        first, *others = self._worker.gather(mine)
+        own = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in new.items()]
+        first, *others = self._worker.gather(own)
         for rank, theirs in enumerate(others, 1):
             if theirs != first:
                 odd = next(iter(set(theirs) ^ set(first)), theirs[0])

@@ -241,5 +241,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, nn.Para
                 f"the checkpoint is of another network: its optimizer had {name}", mend="start over with --fresh"
             )
         parameter = named[name]
-        device = "cpu" if entry == "step" else parameter.device  # as torch itself keeps it
+        on_host = entry == "step" and not optimizer.defaults.get("fused")  # as torch itself keeps it
+        device = "cpu" if on_host else parameter.device
         optimizer.state[parameter][entry] = value.clone().to(device)

@@ -81,7 +81,9 @@ def write_lineage(run: Path, plan: Plan, network: Network, worker: Worker, met: 
     card = plan.backbone
     libraries = ("orchestrator", "torch", "transformers", "timm", "ray", "numpy")
     versions = {name: _version(name) for name in libraries}
-    trained = sum(p.numel() for p in network.module.parameters() if p.requires_grad)
+    everything = ("",) if plan.recipe.trains_everything else network.head
+    moving = {one for name in everything for one in network.module.get_submodule(name).parameters()}
+    trained = sum(one.numel() for one in moving)
     total = sum(p.numel() for p in network.module.parameters())
     lineage = {
         "backbone": {

@@ -55,11 +55,11 @@ def of_equal_length(inputs: Inputs) -> list[tuple[Tensor, Inputs]]:
     the pipeline that serves them pads nothing.
     """
     lengths = inputs["lengths"]
-    found = []
+    parts = []
     for length in lengths.unique().tolist():
         index = (lengths == length).nonzero().flatten()
-        found.append((index, {key: value[index, :length] for key, value in inputs.items() if key != "lengths"}))
-    return found
+        parts.append((index, {key: value[index, :length] for key, value in inputs.items() if key != "lengths"}))
+    return parts
 
 
 def make_extractor(directory: Path) -> Any:

@@ -194,10 +194,10 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
         )
     settings = {**_defaults(card), **{k: v for k, v in card.preprocessor.items() if v is not None}}
     cropped = settings.get("crop_size") if settings.get("do_center_crop") else None
-    found = _height_width(cropped) or _height_width(settings.get("size")) or _image_size(card)
-    if found is None or min(found) < 1:
+    size = _height_width(cropped) or _height_width(settings.get("size")) or _image_size(card)
+    if size is None or min(size) < 1:
         raise RefusedError("bad_config", f"{card.source}: preprocessor_config.json gives no size")
-    return found
+    return size
 
 
 def _defaults(card: BackboneCard) -> dict[str, Any]:

@@ -82,10 +82,10 @@ def make_processor(plan: Plan, directory: Path) -> Any:
     """The backbone's own image processor, at the plan's input size."""
     if plan.backbone.library == "timm":
         return TimmWrapperImageProcessor(_timm_settings(plan), architecture=plan.backbone.model_type)
-    found = transformers.AutoImageProcessor
+    processor_class = transformers.AutoImageProcessor
     if plan.row.pool and not named_processor(plan.backbone):  # transformers knows no processor of a tower by its type
-        found = getattr(transformers, processor_of(plan.backbone))
-    load = partial(found.from_pretrained, directory, local_files_only=True, trust_remote_code=False)
+        processor_class = getattr(transformers, processor_of(plan.backbone))
+    load = partial(processor_class.from_pretrained, directory, local_files_only=True, trust_remote_code=False)
     wanted = tuple(plan.input["size"])
     mode = "RGB" if plan.input["channels"] == 3 else "L"
     processor = load()

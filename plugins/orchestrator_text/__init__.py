@@ -171,15 +171,18 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
 
 
 def _require_tokenizer(card: BackboneCard) -> None:
-    found = [name for name in _TOKENIZERS if name in card.files]
-    if not found:
+    vocabularies = [name for name in _TOKENIZERS if name in card.files]
+    if not vocabularies:
         raise RefusedError(
             "no_processor",
             f"{card.source} has no tokenizer, so nobody can know what its token numbers mean",
             expected="tokenizer.json, or the vocabulary that the type's tokenizer reads",
             mend="save the tokenizer beside the model: AutoTokenizer...save_pretrained()",
         )
-    if all(name.endswith(_BY_SENTENCEPIECE) for name in found) and importlib.util.find_spec("sentencepiece") is None:
+    if (
+        all(name.endswith(_BY_SENTENCEPIECE) for name in vocabularies)
+        and importlib.util.find_spec("sentencepiece") is None
+    ):
         raise MissingExtraError("sentencepiece", "text")
 
 
@@ -194,9 +197,9 @@ def _limit(card: BackboneCard) -> int | None:
         known.append(most)
     nested = card.config.get("text_config")
     for config in (card.config, nested if isinstance(nested, Mapping) else {}):
-        found = next((config[key] for key in _LENGTHS if isinstance(config.get(key), int)), None)
-        if found is not None and found > 0:
-            known.append(found - 2 if card.model_type in _OFFSET_BY_2 else found)
+        most = next((config[key] for key in _LENGTHS if isinstance(config.get(key), int)), None)
+        if most is not None and most > 0:
+            known.append(most - 2 if card.model_type in _OFFSET_BY_2 else most)
             break
     return min(known) if known else None
 
