@@ -28,10 +28,10 @@ test: $(STAMP)
 	@$(MAKE) --no-print-directory --keep-going --jobs=1 lint test-most test-ray
 
 test-most: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason --ignore tests/distributed/test_ray.py
+	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason --ignore tests/distributed
 
 test-ray: $(STAMP)  # wants all cores for itself
-	$(BIN)/python -m pytest -q --durations=5 tests/distributed/test_ray.py
+	$(BIN)/python -m pytest -q --durations=5 tests/distributed
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"
