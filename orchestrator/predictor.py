@@ -155,7 +155,9 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
         source = SampleSource(samples, loaded.decode, loaded.collate, spec.on_bad_sample == "skip", pool)
         predictions = _predictions(loaded, source)
         if predictions is None:
-            raise DataError(f"{shown(spec.path)} holds no sample that can be read")
+            raise DataError(
+                f"{shown(spec.path)} holds no sample that can be read", mend="mend the data, or name other data"
+            )
         num_seen = _num_seen(loaded, samples)
         if num_seen is None:
             notes.append("the run has no sample table of this version: nothing tells whether it was trained on these")
@@ -220,6 +222,7 @@ def _in_order(spec: Data, plan: Plan) -> tuple[Data, list[str]]:
             f"data.label_column names {', '.join(names)}: {crossed[0][1]!r} would be compared with what the model says "
             f"of {crossed[0][0]!r}",
             expected=f"a column for each target, in this order: {', '.join(targets)}",
+            mend="name the columns in the order of the model's targets",
         )
     return spec, [f"the target {target!r} is compared with the column {name!r}" for target, name in pairs]
 

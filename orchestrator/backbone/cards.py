@@ -168,7 +168,12 @@ def asking(source: str, question: Callable[[], T]) -> T:
                 mend="correct the name, or run: hf auth login",
             ) from error
         except HFValidationError as error:
-            raise RefusedError("not_found", f"{source} is no repository name: {error}") from error
+            raise RefusedError(
+                "not_found",
+                f"{source} is no repository name: {error}",
+                expected="org/name[@revision], or a local directory",
+                mend="correct the name, or the path",
+            ) from error
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status in (401, 403):
@@ -221,9 +226,15 @@ def _parse(content: bytes, name: str, source: str) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise RefusedError("bad_config", f"{source}: {name} is not JSON: {error}") from None
+        raise RefusedError(
+            "bad_config", f"{source}: {name} is not JSON: {error}", mend="fetch or save the backbone again"
+        ) from None
     if not isinstance(value, dict):
-        raise RefusedError("bad_config", f"{source}: {name} holds a {type(value).__name__}, not an object")
+        raise RefusedError(
+            "bad_config",
+            f"{source}: {name} holds a {type(value).__name__}, not an object",
+            mend="fetch or save the backbone again",
+        )
     return value
 
 
@@ -247,7 +258,11 @@ def _make_card(
         or None
     )
     if preprocessor is not None and not isinstance(preprocessor, dict):
-        raise RefusedError("bad_config", f"{source}: the processor's settings are {preprocessor!r}, not an object")
+        raise RefusedError(
+            "bad_config",
+            f"{source}: the processor's settings are {preprocessor!r}, not an object",
+            mend="save the processor beside the model again: AutoProcessor...save_pretrained()",
+        )
     return BackboneCard(
         source=source,
         kind=kind,
@@ -271,7 +286,11 @@ def _parse_modules(source: str, listing: bytes | None, metadata: Mapping[str, by
         rows = json.loads(listing)
         listed = [(str(row["type"]).rpartition(".")[2], str(row["path"])) for row in rows]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RefusedError("bad_config", f"{source}: modules.json cannot be understood: {error}") from None
+        raise RefusedError(
+            "bad_config",
+            f"{source}: modules.json cannot be understood: {error}",
+            mend="save it again with sentence-transformers, or take modules.json out",
+        ) from None
     modules = []
     for kind, path in listed:
         name = f"{path}/config.json" if path else "sentence_bert_config.json"
@@ -285,7 +304,11 @@ def _identify(source: str, config: Mapping[str, Any]) -> tuple[str, str]:
     if "pretrained_cfg" in config or model_type == "timm_wrapper":
         architecture = config.get("architecture")
         if not isinstance(architecture, str) or not isinstance(config.get("pretrained_cfg", {}), dict):
-            raise RefusedError("bad_config", f"{source}: config.json is timm's, but names no architecture")
+            raise RefusedError(
+                "bad_config",
+                f"{source}: config.json is timm's, but names no architecture",
+                mend="save the network again with timm's push_to_hf_hub or save_for_hf",
+            )
         return "timm", architecture
     if model_type is None:
         raise RefusedError(
@@ -296,7 +319,11 @@ def _identify(source: str, config: Mapping[str, Any]) -> tuple[str, str]:
             mend="save the network again with transformers' or timm's own function",
         )
     if not isinstance(model_type, str):
-        raise RefusedError("bad_config", f"{source}: model_type in config.json is {model_type!r}, not a word")
+        raise RefusedError(
+            "bad_config",
+            f"{source}: model_type in config.json is {model_type!r}, not a word",
+            mend="fetch or save the backbone again",
+        )
     return "transformers", model_type
 
 

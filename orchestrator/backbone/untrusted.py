@@ -112,9 +112,15 @@ def _read(card: BackboneCard, path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise RefusedError("bad_config", f"{card.source}: {path.name} is not JSON: {error}") from None
+        raise RefusedError(
+            "bad_config", f"{card.source}: {path.name} is not JSON: {error}", mend="fetch or save the backbone again"
+        ) from None
     if not isinstance(settings, dict):
-        raise RefusedError("bad_config", f"{card.source}: {path.name} holds a {type(settings).__name__}, not an object")
+        raise RefusedError(
+            "bad_config",
+            f"{card.source}: {path.name} holds a {type(settings).__name__}, not an object",
+            mend="fetch or save the backbone again",
+        )
     return settings
 
 

@@ -39,7 +39,12 @@ def require_weights(card: BackboneCard) -> None:
             mend="convert it once, where you trust it: load with transformers, save_pretrained()",
         )
     if any(file.endswith(".gguf") for file in card.files):
-        raise RefusedError("gguf_only", f"{card.source} holds GGUF weights only", expected="safetensors weights")
+        raise RefusedError(
+            "gguf_only",
+            f"{card.source} holds GGUF weights only",
+            expected="safetensors weights",
+            mend="use the repository that the GGUF was made from",
+        )
     raise RefusedError(
         "no_weights",
         f"{card.source} holds no weights{also}",

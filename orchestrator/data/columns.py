@@ -34,7 +34,7 @@ def require_columns(table: Table, spec: Data) -> None:
             raise DataError(
                 f"{table.text} has no column {column!r} (data.{setting})",
                 expected="one of " + ", ".join(table.columns),
-                mend=_other_delimiter(table) or did_you_mean(column, table.columns),
+                mend=_other_delimiter(table) or did_you_mean(column, table.columns) or f"correct data.{setting}",
             )
 
 
@@ -45,6 +45,7 @@ def find_inputs(table: Table, spec: Data, sample: Sequence[SampleField]) -> Sequ
         raise DataError(
             f"data.input_column names {len(given)} columns, and a sample has {len(sample)} at most",
             expected=" and ".join(field.name for field in sample),
+            mend=f"name {len(sample)} columns at most",
         )
     if given:
         wanted: list[tuple[str, ...]] = [given]

@@ -36,7 +36,11 @@ def open_folder(source: Source, root: Path | Location, sample: SampleField) -> N
             source.notes.append(f"folders beside train/ that are no split, not read: {', '.join(ignored)}")
         tops: list[tuple[str, int | None]] = [(name, split) for name, split in splits.items() if split is not None]
     elif folders and all(split is not None for split in splits.values()):
-        raise DataError(f"{text} has no train/ folder", expected="train/ beside " + folders[0] + "/")
+        raise DataError(
+            f"{text} has no train/ folder",
+            expected="train/ beside " + folders[0] + "/",
+            mend="add train/, or name the folder of the classes as the data",
+        )
     else:
         tops = [("", None)]
 
@@ -53,7 +57,8 @@ def open_folder(source: Source, root: Path | Location, sample: SampleField) -> N
             raise DataError(
                 f"{text} holds no {sample.name} files in class folders{seen}",
                 expected=f"one folder a class, with files ending in {', '.join(sample.suffixes)}",
-                mend=_other_modality(others.suffixes),
+                mend=_other_modality(others.suffixes)
+                or "sort the samples into a folder a class, or name a table of them",
             )
         if others.num:
             source.notes.append(f"{others.num} files that are no {sample.name}, not read: {', '.join(others.first)}")

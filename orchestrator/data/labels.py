@@ -41,6 +41,7 @@ def class_names(
             raise DataError(
                 f"data.label_column names {len(names)} targets, and the model has {len(given)}",
                 expected=", ".join(given),
+                mend="name a column for each target of the model, in this order",
             )
         return names
     return given or _classes_met(table.ingested, source, rows, spec, task)
@@ -58,7 +59,11 @@ def _classes_met(ingested: IngestedRows, source: Source, rows: Ints, spec: Data,
             f"the class {empty[0]!r} has no usable sample", mend="remove its folder, or put samples into it"
         )
     if task == "multi-label" and not met:
-        raise DataError(f"{shown(spec.path)} holds no label at all", expected="labels in data.label_column")
+        raise DataError(
+            f"{shown(spec.path)} holds no label at all",
+            expected="labels in data.label_column",
+            mend="name the column of the labels, or fill it",
+        )
     if len(met) < 2 and task == "single-label":
         raise DataError(
             f"{shown(spec.path)} holds one class only: {met[0]!r}",
@@ -167,7 +172,10 @@ def _refuse_unseen_classes(targets: Targets, split: Ints, names: Sequence[str]) 
                 mend=f"add training samples of it, or take it out of {SPLITS[side]}",
             )
     if not trained:
-        raise DataError("there is no training sample")
+        raise DataError(
+            "there is no training sample",
+            mend="add samples to train, or lower data.validation_fraction and data.test_fraction",
+        )
     missing = [name for i, name in enumerate(names) if i not in trained]
     if missing:
         raise DataError(f"the class {missing[0]!r} has no training sample", mend="add some, or take the class out")
@@ -176,7 +184,10 @@ def _refuse_unseen_classes(targets: Targets, split: Ints, names: Sequence[str]) 
 def _refuse_constant_labels(targets: Targets, split: Ints, names: Sequence[str]) -> None:
     train = targets[split == TRAIN]
     if not len(train):
-        raise DataError("there is no training sample")
+        raise DataError(
+            "there is no training sample",
+            mend="add samples to train, or lower data.validation_fraction and data.test_fraction",
+        )
     for name, share in zip(names, train.mean(axis=0), strict=True):
         if share in (0, 1):
             raise DataError(
@@ -189,11 +200,16 @@ def _refuse_constant_labels(targets: Targets, split: Ints, names: Sequence[str])
 def _refuse_constant_targets(targets: Targets, split: Ints, names: Sequence[str]) -> None:
     train = targets[split == TRAIN]
     if not len(train):
-        raise DataError("there is no training sample")
+        raise DataError(
+            "there is no training sample",
+            mend="add samples to train, or lower data.validation_fraction and data.test_fraction",
+        )
     for i, name in enumerate(names):
         if (train[:, i] == train[0, i]).all():
             raise DataError(
-                f"the target {name!r} is {train[0, i]:g} in every training sample", expected="numbers that differ"
+                f"the target {name!r} is {train[0, i]:g} in every training sample",
+                expected="numbers that differ",
+                mend="leave the target out of data.label_column, or add samples where it differs",
             )
 
 

@@ -175,6 +175,7 @@ def locate(place: str) -> Location:
         raise DataError(
             f"{place} is no place that can be opened: {first_line(error)}",
             expected="a path, or a URI that pyarrow or fsspec opens: s3://bucket/folder, gs://..., hf://datasets/...",
+            mend="correct the URI",
         ) from None
 
 

@@ -119,7 +119,8 @@ def _refuse_broken(skipped: Sequence[Skip], num_rows: int, spec: Data) -> None:
         )
     if not num_rows:
         raise DataError(
-            f"{shown(spec.path)} holds no sample that can be used", mend=first and f"look at the first: {first}"
+            f"{shown(spec.path)} holds no sample that can be used",
+            mend=f"look at the first: {first}" if first else "name data that holds samples",
         )
 
 

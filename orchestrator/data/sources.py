@@ -97,7 +97,11 @@ def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwi
         def rows() -> Iterator[Row]:
             for row in part():
                 if split is not None and row.split:
-                    raise DataError(f"{shown(place)} is split itself", expected="the samples of one split")
+                    raise DataError(
+                        f"{shown(place)} is split itself",
+                        expected="the samples of one split",
+                        mend="name one of its parts: a folder, or a table without a column of splits",
+                    )
                 row.split = split if split is not None else otherwise if row.split is None else row.split
                 yield row
 
@@ -125,6 +129,7 @@ def _tables_of(place: str, subset: str | None, wanted: Sequence[str]) -> tuple[l
             raise DataError(
                 f"{place} is neither a folder nor a table",
                 expected="a folder of class folders, or a file ending in " + ", ".join(TABLE_SUFFIXES),
+                mend="name the folder that the file is in, or the table that names it",
             )
         return [open_table(here, wanted)], []
     if isinstance(here, Path):

@@ -47,11 +47,15 @@ def split_samples(
     if spec.num_train is not None:
         train = np.flatnonzero(split == TRAIN)
         if spec.num_train > len(train):
-            raise DataError(f"data.num_train = {spec.num_train}, and there are {len(train)} training samples")
+            raise DataError(
+                f"data.num_train = {spec.num_train}, and there are {len(train)} training samples",
+                mend=f"lower it to {len(train)} at most, or leave it out",
+            )
         if spec.num_train < num_classes:
             raise DataError(
                 f"data.num_train = {spec.num_train} leaves classes without a sample",
                 expected=f"{num_classes} or more",
+                mend=f"raise it to {num_classes} or more, or leave it out",
             )
         split[np.setdiff1d(train, balanced_subset(strata, names, train, spec.num_train, spec.seed))] = UNUSED
     return split
@@ -91,6 +95,7 @@ def _split_groups(groups: Ints, strata: Ints, num_strata: int, fractions: tuple[
         raise DataError(
             f"{shown(spec.path)} holds {num_groups} groups in {spec.group_column!r}, too few for {num_splits} splits",
             expected=f"{num_splits} groups or more",
+            mend="add groups, or set data.validation_fraction or data.test_fraction to 0",
         )
     split = grouped(strata, groups, num_strata, fractions, spec.seed)
     for side, fraction in zip((VALIDATION, TEST), fractions, strict=True):

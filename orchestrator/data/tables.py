@@ -77,6 +77,7 @@ def _readable(text: str) -> Iterator[None]:
         raise DataError(
             f"{text} cannot be read: {error}",
             expected=f"a {suffix_of(text)} table in UTF-8, every row with all columns",
+            mend="mend the table, or write it again in UTF-8",
         ) from None
 
 

@@ -99,7 +99,7 @@ def parse_settings(
             raise JobError(
                 f"{where}unknown key settings.{place} for {modality.name}",
                 expected="one of " + ", ".join(fields) if fields else "no settings at all",
-                mend=did_you_mean(place, fields),
+                mend=did_you_mean(place, fields) or "take it out",
             ) from None
         about = fields[str(fault["loc"][0])].description if fault["loc"] else ""
         message = str(fault["msg"]).removeprefix("Value error, ")

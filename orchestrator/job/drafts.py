@@ -63,7 +63,11 @@ def make_draft(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping
         source = str(job)
         base, lines = _read_yaml(Path(job))
     else:
-        raise JobError(f"a job cannot be made from a {type(job).__name__}", expected="Job, dict or YAML path")
+        raise JobError(
+            f"a job cannot be made from a {type(job).__name__}",
+            expected="Job, dict or YAML path",
+            mend="pass one of these, or the fields by name: backbone=..., data=...",
+        )
     for key, value in fields.items():
         _put(base, key, value)
         lines.pop(key, None)
@@ -97,7 +101,10 @@ def _put(tree: dict[str, Any], dotted: str, value: object) -> None:
         elif here is None:
             here = {}
         elif not isinstance(here, dict):
-            raise JobError(f"{'.'.join(path[: i + 1])} is no group of settings, so {dotted} cannot be set")
+            raise JobError(
+                f"{'.'.join(path[: i + 1])} is no group of settings, so {dotted} cannot be set",
+                mend=f"set {'.'.join(path[: i + 1])} itself, or correct the name",
+            )
         tree[key] = here = dict(here)
         tree = here
     if isinstance(value, BaseModel):
@@ -153,14 +160,14 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _meant(path: Path) -> str:
-    """What a file or a folder that is no job file was given for, as far as it tells; '' where it does not."""
+    """What a file or a folder that is no job file was given for, as far as it tells, else how to mend it."""
     if (path / "job.yaml").is_file():
         return f"to go on with that run: {path / 'job.yaml'}; as the backbone of another: --backbone {path}"
     if (path / "config.json").is_file():
         return f"if it is the backbone: --backbone {path}"
     if path.is_dir() or path.suffix.lower() in (".csv", ".tsv", ".parquet", ".jsonl"):
         return f"if it is the data: --data {path}"
-    return ""
+    return "mend the file: one setting a line, as in `method: full`"
 
 
 def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int], path: Path) -> None:
@@ -171,7 +178,10 @@ def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int], path
         name = f"{prefix}{key.value}"
         line = key.start_mark.line + 1
         if key.value in first:
-            raise JobError(f"{path}:{line}: {name} stands here a second time (first in line {first[key.value]})")
+            raise JobError(
+                f"{path}:{line}: {name} stands here a second time (first in line {first[key.value]})",
+                mend="take one of the two out",
+            )
         first[key.value] = lines[name] = line
         _note_lines(value, f"{name}.", lines, path)
 
@@ -193,7 +203,7 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
             mend=did_you_mean(fault["loc"][-1], names) or "take it out, or use one of the keys above",
         )
     if fault["type"] == "missing":
-        return JobError(f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]))
+        return JobError(f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]), mend=f"give it: {place}")
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "model_type":
         message = "is a group of settings, not one value"
@@ -204,14 +214,14 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
 
 
 def nearest_value(fault: Mapping[str, Any]) -> str:
-    """The mend of a value that is not among those that there are, '' where none is known; `fault` is pydantic's."""
+    """The mend of a value that cannot be: its bound, or the nearest of those that there are; `fault` is pydantic's."""
     bounds = {"ge": "{} or more", "gt": "more than {}", "le": "{} or less", "lt": "less than {}"}
     for key, words in bounds.items():
         if key in fault.get("ctx", {}):
             return words.format(fault["ctx"][key])
     if fault["type"] != "literal_error":
-        return ""
-    return did_you_mean(fault["input"], re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
+        return "correct the value"
+    return did_you_mean(fault["input"], re.findall(r"'([^']*)'", fault["ctx"]["expected"])) or "choose one of these"
 
 
 def _owner(loc: tuple[int | str, ...]) -> type[BaseModel]:

@@ -235,7 +235,12 @@ def list_runs(storage: str | Path) -> list[Run]:
     """The runs below a storage directory, by name. Raises `RefusedError` where it is a file."""
     place = local_path(storage)
     if place.exists() and not place.is_dir():
-        raise RefusedError("usage", f"{storage} is a file", expected="the directory that holds the runs")
+        raise RefusedError(
+            "usage",
+            f"{storage} is a file",
+            expected="the directory that holds the runs",
+            mend="name a directory: --storage runs",
+        )
     if not place.is_dir():
         return []
     return [Run(child) for child in sorted(place.iterdir()) if (child / "plan.json").is_file()]

@@ -115,7 +115,12 @@ def make_manifest(folder: Path, version: str, owner: str) -> Manifest:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise RefusedError("usage", f"{path} is a link or a device", expected="files and folders alone")
+            raise RefusedError(
+                "usage",
+                f"{path} is a link or a device",
+                expected="files and folders alone",
+                mend="put a copy of what it stands for in its place",
+            )
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST_FILE:
             files[name] = StoredFile(size=path.stat().st_size, sha256=digest(path))
@@ -216,7 +221,12 @@ class Storage(ABC):
             while True:
                 manifest = self.find(name)
                 if manifest is None:
-                    raise RefusedError("not_found", f"there is no {self._text(name)}", expected="a committed folder")
+                    raise RefusedError(
+                        "not_found",
+                        f"there is no {self._text(name)}",
+                        expected="a committed folder",
+                        mend="look what there is: orchestrator runs",
+                    )
                 problem = self._copy_all(name, manifest, partial)
                 if not problem:
                     break

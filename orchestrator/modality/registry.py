@@ -129,6 +129,7 @@ def _load(point: EntryPoint) -> Modality:
         raise PluginError(
             f"the entry point {point.name!r} of {owners([point])} gives a modality named {modality.name!r}",
             expected="one name in both places",
+            mend="correct the entry point, or Modality(name=...)",
         )
     return modality  # type: ignore[no-any-return]  # validate has looked at it
 
@@ -136,16 +137,42 @@ def _load(point: EntryPoint) -> Modality:
 def validate(modality: object, where: str) -> None:
     """Return if it is a modality that the registry takes; raise `PluginError` otherwise. `where` begins the message."""
     if not isinstance(modality, Modality):
-        raise PluginError(f"{where} is a {type(modality).__name__}", expected="an orchestrator.Modality")
+        raise PluginError(
+            f"{where} is a {type(modality).__name__}",
+            expected="an orchestrator.Modality",
+            mend="give the Modality itself",
+        )
     if not modality.name.isidentifier() or modality.name != modality.name.lower():
-        raise PluginError(f"{where}: the name {modality.name!r}", expected="a lower-case identifier")
+        raise PluginError(
+            f"{where}: the name {modality.name!r}", expected="a lower-case identifier", mend="choose another name"
+        )
     if not modality.sample:
-        raise PluginError(f"{where}: a modality without a sample field", expected="at least one SampleField")
+        raise PluginError(
+            f"{where}: a modality without a sample field",
+            expected="at least one SampleField",
+            mend="say what a sample is: sample=(SampleField(...),)",
+        )
     if not (isinstance(modality.settings, type) and issubclass(modality.settings, BaseModel)):
-        raise PluginError(f"{where}: settings is no pydantic model", expected="a subclass of pydantic.BaseModel")
+        raise PluginError(
+            f"{where}: settings is no pydantic model",
+            expected="a subclass of pydantic.BaseModel",
+            mend='make it: class Settings(BaseModel, extra="forbid")',
+        )
     if modality.settings.model_config.get("extra") != "forbid":
-        raise PluginError(f"{where}: settings would take unknown keys in silence", expected='extra="forbid"')
+        raise PluginError(
+            f"{where}: settings would take unknown keys in silence",
+            expected='extra="forbid"',
+            mend='class Settings(BaseModel, extra="forbid")',
+        )
     if not isinstance(modality.rules, BackboneRules):
-        raise PluginError(f"{where}: rules is a {type(modality.rules).__name__}", expected="BackboneRules")
+        raise PluginError(
+            f"{where}: rules is a {type(modality.rules).__name__}",
+            expected="BackboneRules",
+            mend="make it: BackboneRules(generated_from=..., accepts=...)",
+        )
     if not modality.tasks:
-        raise PluginError(f"{where}: no task", expected="at least one Task")
+        raise PluginError(
+            f"{where}: no task",
+            expected="at least one Task",
+            mend='say what can be predicted: tasks=(Task(name="single-label", title=...),)',
+        )

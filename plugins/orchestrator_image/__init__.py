@@ -181,9 +181,18 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
     if card.library == "timm":
         size = (card.config.get("pretrained_cfg") or {}).get("input_size") or _TIMM_SIZE
         if not (isinstance(size, (list, tuple)) and len(size) == 3 and all(isinstance(n, int) for n in size)):
-            raise RefusedError("bad_config", f"{card.source}: input_size in config.json is {size!r}, not [3, h, w]")
+            raise RefusedError(
+                "bad_config",
+                f"{card.source}: input_size in config.json is {size!r}, not [3, h, w]",
+                mend="save the network again with timm",
+            )
         if min(size) < 1:
-            raise RefusedError("bad_config", f"{card.source}: input_size in config.json is {size!r}")
+            raise RefusedError(
+                "bad_config",
+                f"{card.source}: input_size in config.json is {size!r}",
+                expected="numbers above 0",
+                mend="save the network again with timm",
+            )
         return int(size[1]), int(size[2])
     if card.preprocessor is None:
         raise RefusedError(
@@ -196,7 +205,11 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
     cropped = settings.get("crop_size") if settings.get("do_center_crop") else None
     size = _height_width(cropped) or _height_width(settings.get("size")) or _image_size(card)
     if size is None or min(size) < 1:
-        raise RefusedError("bad_config", f"{card.source}: preprocessor_config.json gives no size")
+        raise RefusedError(
+            "bad_config",
+            f"{card.source}: preprocessor_config.json gives no size",
+            mend="save the image processor beside the model: AutoImageProcessor...save_pretrained()",
+        )
     return size
 
 
