@@ -1,8 +1,8 @@
 """Checked sample tables of a storage directory, each kept once, however many runs use it.
 
-`<storage>/.data/<key>/` is one table, read-only; its key is a digest of all that the table says. A run names its table
-in `samples.json`, and tables that no run of the storage names can be pruned. Whoever changes the store does it alone,
-under a lock; readers need none.
+`<storage>/.data/<key>/` is one table, of read-only files; its key is a digest of all that the table says. A run names
+its table in `samples.json`, and tables that no run of the storage names can be pruned. Whoever changes the store does
+it alone, under a lock; readers need none.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ class TableStore:
             path = self.path_of(key)
             if not _is_whole(path):
                 self._move(folder, path)
-            _make_read_only(path)
             _refer(run, key)
         shutil.rmtree(folder, ignore_errors=True)
         return path
@@ -204,7 +203,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _make_read_only(path: Path) -> None:
-    """For those who may read it now; 0444 and 0555 where all may."""
+    """For those who may read it now, 0444 where all may. Its folder is not, so that `rm -r` removes the storage."""
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o222:  # one of another user's is so already, and may not be changed
         path.chmod(mode & ~0o222)

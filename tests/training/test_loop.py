@@ -95,7 +95,7 @@ def test_a_validation_that_takes_long_is_stopped_and_made_again(
         evaluating.append(name)
         return split(session, name)
 
-    for module in ("loop", "finish"):
+    for module in ("phase", "finish"):
         monkeypatch.setattr(f"orchestrator.training.{module}.predict_split", noting)
     for most in (0, 3):  # in the first epoch's validation; in the final figures
         evaluating.clear()
