@@ -34,6 +34,7 @@ from orchestrator.gate import (
     materialised,
     prepare,
     refuse_changes,
+    refuse_inside_data,
     resolve_backbone,
     run_name,
     same_learning,
@@ -50,8 +51,6 @@ from orchestrator.job import (
     Plan,
     Report,
     Run,
-    is_dataset,
-    is_uri,
     list_runs,
     local_path,
     write_file,
@@ -163,7 +162,7 @@ def _written(draft: Draft, storage: Path) -> Iterator[Job]:
 
 def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
     run = _run_of(job, resolved, options)
-    _refuse_inside_data(run, job)
+    refuse_inside_data(run.path, job)
     with run.locked():
         plan = _laid_out(run, job, resolved, options)
         if run.finished:
@@ -207,21 +206,6 @@ def _worker_spec(run: Run, plan: Plan, options: RunOptions) -> WorkerSpec:
     )  # fmt: skip
 
 
-def _refuse_inside_data(run: Run, job: Job) -> None:
-    """A run that starts over removes what it holds, so it stands neither in nor around the data."""
-    here = run.path.resolve()
-    for place in (job.data.path, job.data.validation, job.data.test):
-        if place is None or is_uri(place) or is_dataset(place):
-            continue
-        data = local_path(place).resolve()
-        if data == here or here in data.parents or data in here.parents:
-            raise RefusedError(
-                "usage",
-                f"the run's directory {run.path} and the data {place} lie in one another",
-                mend="give the run another name (--name) or another place (--storage)",
-            )
-
-
 def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Plan:
     """The run's plan: of an unfinished run the one that it began with, else a new one, with its sample table."""
     if (run.path / "plan.json").is_file() and not options.fresh:
@@ -229,10 +213,11 @@ def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, options: RunOption
         began, plan = run.plan, prepare(job, resolved)[0]
         refuse_changes(run.path, began, plan)
         plan = gone_on_with(began, plan)
-        if idle_workers(plan) and not run.finished:
+        idle, parts = idle_workers(plan), plan.recipe.num_microbatches
+        if idle and not run.finished:
             options.report(Noted(
-                f"the run began with batches in {plan.recipe.num_microbatches} microbatches: {idle_workers(plan)} of "
-                f"{plan.num_workers} workers have none in a step (--fresh starts over, with one for each)"
+                f"the run began with batches in {'one part' if parts == 1 else f'{parts} parts'}, one for each worker: "
+                f"{idle} of {plan.num_workers} workers have none in a step (--fresh starts over, with one for each)"
             ))  # fmt: skip
         return plan
     from orchestrator.data import TableStore

@@ -6,15 +6,15 @@ later the directory that holds all files, downloaded at the pinned commit. Impor
     cards      repository, directory or run -> BackboneCard
     untrusted  what its JSON files may set: nothing that opens, loads or runs anything else
     timm_settings  the settings that timm's architectures take
+    hub        questions to the Hub, asked again where that helps
     weights    are there any, their shapes and digest, and the files themselves
 """
 
 from orchestrator.backbone.cards import (
-    asking as asking,
     metadata_file as metadata_file,
-    offline as offline,
     read_card as read_card,
 )
+from orchestrator.backbone.hub import asking as asking, offline as offline
 from orchestrator.backbone.untrusted import require_harmless as require_harmless
 from orchestrator.backbone.weights import (
     Tensors as Tensors,

@@ -9,7 +9,7 @@ import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from orchestrator.backbone.cards import asking, offline
+from orchestrator.backbone.hub import asking, offline
 from orchestrator.errors import RefusedError
 from orchestrator.job import BackboneCard
 

@@ -21,6 +21,7 @@ from orchestrator.gate.planning import (
     num_cores as num_cores,
     plan as plan,
     prepare as prepare,
+    refuse_inside_data as refuse_inside_data,
     resolve_backbone as resolve_backbone,
     without_rows as without_rows,
 )

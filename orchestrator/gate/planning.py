@@ -26,7 +26,10 @@ from orchestrator.job import (
     TaskName,
     as_settings,
     holds_rows,
+    is_dataset,
     is_rows,
+    is_uri,
+    local_path,
     make_draft,
 )
 from orchestrator.modality import Fit, Modality, Profile, registry
@@ -183,6 +186,21 @@ def _require_store(place: str) -> None:
             "not_found", f"the feature store {place}: there is no bucket {bucket!r}", expected="a bucket that is there",
             mend=f"make it, or {mend}",
         )  # fmt: skip
+
+
+def refuse_inside_data(path: Path, job: Job) -> None:
+    """A run that starts over removes what it holds, so it stands neither in nor around the data."""
+    here = path.resolve()
+    for place in (job.data.path, job.data.validation, job.data.test):
+        if place is None or is_uri(place) or is_dataset(place):
+            continue
+        data = local_path(place).resolve()
+        if data == here or here in data.parents or data in here.parents:
+            raise RefusedError(
+                "usage",
+                f"the run's directory {path} and the data {place} lie in one another",
+                mend="give the run another name (--name) or another place (--storage)",
+            )
 
 
 def num_cores() -> int:

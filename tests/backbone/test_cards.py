@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import orchestrator
-from orchestrator.backbone import cards as hub_module
+from orchestrator.backbone import hub as hub_module
 from orchestrator.backbone.weights import fetch
 from orchestrator.errors import RefusedError
 from tests.hub_server import Hub, Repository

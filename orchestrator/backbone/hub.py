@@ -1,0 +1,81 @@
+"""Questions to the Hub: asked again where that helps, and what the client raises told as a refusal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from orchestrator.errors import RefusedError, first_line
+
+_RETRIES_S = (0.3, 1.0)
+
+T = TypeVar("T")
+
+
+def asking(source: str, question: Callable[[], T]) -> T:
+    """The Hub's answer; its refusals become ours, and a connection that fails is tried again."""
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    for pause_s in (*_RETRIES_S, None):
+        try:
+            return question()
+        except GatedRepoError as error:
+            raise RefusedError(
+                "gated",
+                f"{source} asks for its licence to be accepted first",
+                mend="accept it on the repository's page, then run: hf auth login",
+            ) from error
+        except RevisionNotFoundError as error:
+            raise RefusedError(
+                "bad_revision",
+                f"{source}: the repository has no such revision",
+                expected="a branch, tag or full commit sha behind the @",
+                mend="leave the @revision out for the newest commit",
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise RefusedError(
+                "not_found",
+                f"there is no directory {source}, and the Hub has no such repository, "
+                "or it is private and you are not logged in",
+                expected="org/name[@revision], or a local directory",
+                mend="correct the name, or run: hf auth login",
+            ) from error
+        except HFValidationError as error:
+            raise RefusedError(
+                "not_found",
+                f"{source} is no repository name: {error}",
+                expected="org/name[@revision], or a local directory",
+                mend="correct the name, or the path",
+            ) from error
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (401, 403):
+                raise RefusedError(
+                    "unauthorised",
+                    f"the Hub did not accept the token for {source} (status {status})",
+                    mend="run: hf auth login",
+                ) from error
+            if status < 500 or pause_s is None:
+                raise
+        except HTTPError:
+            if pause_s is None:
+                raise
+        time.sleep(pause_s)
+    raise AssertionError("unreachable")
+
+
+def offline(source: str, error: Exception) -> RefusedError:
+    return RefusedError(
+        "offline",
+        f"there is no directory {source}, and the Hub cannot be asked about it: "
+        f"{type(error).__name__}: {first_line(error)}",
+        mend="check the connection and HF_ENDPOINT, or give a local directory",
+    )
