@@ -43,6 +43,7 @@ os.environ |= {
     "HF_HOME": _home,
     "RAY_TMPDIR": _home,  # short: the paths of its sockets have a limit
     "RAY_USAGE_STATS_ENABLED": "0",
+    "HYPOTHESIS_STORAGE_DIRECTORY": _home,  # else it leaves a folder in the repository
     "COLUMNS": "80",
     "TERM": "dumb",
 }

@@ -32,7 +32,7 @@ from orchestrator.network import (
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.batches import epoch_batches
 from orchestrator.training.evaluate import epoch_figures, predict_split
-from orchestrator.training.record import add_epoch
+from orchestrator.training.record import add_epoch, settle_metrics
 from orchestrator.training.state import Session
 
 
@@ -130,12 +130,12 @@ class PhaseLoop:
             with statistics.of(microbatch):
                 with autocast(plan, worker):
                     logits = session.forward(channels_last(batch.inputs))
-                loss, weight = session.objective.loss(logits.float(), batch.targets)
+                loss, weight = session.objective.loss(logits, batch.targets)
                 is_last = microbatch == own[-1][0]
                 with reduction.overlapped() if is_last else contextlib.nullcontext():
                     loss.backward()  # type: ignore[no-untyped-call]
             right = session.objective.num_right(logits.detach(), batch.targets)
-            sums += torch.stack([torch.as_tensor(one, device=worker.device) for one in (loss.detach(), weight, right)])
+            sums += torch.stack([loss.detach(), weight, right])
             num_samples += len(batch.rows)
         reduction.begin()
         state.step += 1
@@ -257,6 +257,7 @@ class PhaseLoop:
             session.raw.skipped.update(skipped)
         state.skipped = {str(row): why for row, why in sorted(session.raw.skipped.items())}
         if session.worker.rank == 0:
+            settle_metrics(session.run)  # the lines of the epochs that the checkpoint counts as ended
             entries = {**state.__dict__, "seconds": session.seconds()}
             optimizer = ckpt.optimizer_tensors(self.optimizer, self.named)
             step = state.steps_done(session.plan.recipe)

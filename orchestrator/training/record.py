@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from orchestrator.job import Plan, write_file
+from orchestrator.job import Plan, sync, write_file
 from orchestrator.network import Network, Worker
 from orchestrator.training.metrics import finite
 
@@ -44,6 +44,12 @@ def cut_metrics(run: Path, num_epochs: int) -> None:
     file = run / _METRICS
     if file.exists():
         _write_lines(file, [line for line in _read_lines(file) if line.get("epoch", math.inf) <= num_epochs])
+
+
+def settle_metrics(run: Path) -> None:
+    """Return once the lines of metrics.jsonl are on the disk."""
+    with contextlib.suppress(FileNotFoundError):  # no epoch has ended yet
+        sync(run / "metrics.jsonl")
 
 
 def write_skipped(run: Path, problems: Mapping[str, str]) -> None:
