@@ -249,7 +249,7 @@ def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | No
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """One worker process. An error of ours goes to the driver at once: trying again would end the same."""
+    """One worker process. An error of ours goes to the driver at once; one that Ray starts again after it stops."""
     channel = DriverChannel(config["queue"])
     watch_driver(config["queue"])
     if channel.wait_whether_to_stop():  # restarted after such an error

@@ -91,9 +91,9 @@ class BodyPass:
     ) -> ExtractionResult:
         """Run the body over these rows (ascending), and add what it gives to the set.
 
-        `ids`, uint64 [samples, 2]: of the rows' contents, as far as they are known. `view`: of so many random changes
-        of the samples. `backwards`: begin with the last rows. `to_come`: so many rows, these included, are for this
-        process yet, if they are more. Raises `TrainingError`; what was computed is kept.
+        `ids`, uint64 [samples, 2]: of the rows' contents, as far as they are known. `view`: which random view of the
+        samples, from 0; None: as they are. `backwards`: begin with the last rows. `to_come`: rows that this process
+        will do in all, this call's among them, where that is more. Raises `TrainingError`; what was computed is kept.
         """
         result = ExtractionResult()
         self._started = self._started or time.monotonic()
@@ -235,7 +235,7 @@ class Loading:
     device: torch.device
     seed: int
     view: int | None
-    """Of so many random changes of the samples; None: as they are."""
+    """Which random view of the samples, from 0; None: as they are."""
     _collating: threading.Lock = field(default_factory=threading.Lock)
     """Tokenizers of transformers are for one thread at a time, and torch's random numbers are one sequence."""
 

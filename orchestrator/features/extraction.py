@@ -56,7 +56,7 @@ class Extraction:
     """(rows, the ids of their contents), read since the last round."""
 
     def run(self, features: FeatureSet, rows: Ints, view: int | None = None) -> StoredRows:
-        """Where the features of these rows (ascending) lie; `view`: of so many random changes of the samples.
+        """Where the features of these rows (ascending) lie; `view`: which random view of the samples.
 
         All workers call this, each with all of the rows; which shards are read is decided by rank 0. Raises
         `InterruptedRunError` when asked to stop, and `TrainingError` where a sample cannot be read or the storage does

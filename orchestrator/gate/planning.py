@@ -98,7 +98,7 @@ def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: A
 
 @dataclass(frozen=True)
 class ResolvedBackbone:
-    """What is known of a job before its data is read."""
+    """A job's plugin, and the card and row of its backbone: what is known before the data is read."""
 
     plugin: Modality
     card: BackboneCard

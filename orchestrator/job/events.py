@@ -48,7 +48,7 @@ class Noted:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker of a cluster cannot go on."""
+    """A worker of a cluster has ended with this error; that it was asked to stop is one too."""
 
     error: OrchestratorError
 

@@ -26,10 +26,11 @@ _LOOKED_AT_S = (0.01, 0.05, 0.2)
 _OURS = frozenset(
     (
         "job.yaml", "plan.json", "samples", "samples.json", "samples.arrow", "skipped.jsonl", "lineage.json",
-        "metrics.jsonl", "results.json", ERROR_FILE, "STOP", ".lock", "checkpoints", "features", "features.json",
+        "metrics.jsonl", "results.json", ERROR_FILE, ".lock", "checkpoints", "features", "features.json",
         "tensorboard", "model", ".ray",
     )
 )  # fmt: skip
+"""What a run's directory may hold that is ours: anything else in it is somebody else's, and is left alone."""
 
 
 @dataclass(frozen=True)

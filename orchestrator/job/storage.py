@@ -7,6 +7,8 @@ A run works in a local folder. What is to last goes to its storage in two ways: 
 Who writes holds a lease of the run. Each acquisition gets a number higher than all before it; the number stands in what
 is committed, so that a driver that was away and comes back replaces nothing of a newer one. A lease is plain data: the
 driver holds it, its workers write with it.
+
+Jobs do not work through it yet: their runs lie in a directory, which `Run` locks.
 """
 
 from __future__ import annotations

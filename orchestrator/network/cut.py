@@ -101,17 +101,17 @@ def find_cut(network: Network, inputs: Inputs) -> tuple[Cut | None, float]:
     The network is in eval mode, the inputs are float32. The head's weights are drawn large meanwhile: small ones, as
     it starts with, would make a wrong cut look right.
     """
-    best = (None, math.inf)
+    least_error = math.inf
     with torch.no_grad(), _drawn_large(*(network.module.get_submodule(name) for name in network.head)):
         whole = network.logits(inputs)
         scale = whole.abs().max().clamp(min=1e-6)
         for cut in _candidates(network, inputs):
-            for form in _with_activations(cut):
-                error = _error(network, form, inputs, whole, scale)
+            for variant in _with_activations(cut):
+                error = _error(network, variant, inputs, whole, scale)
                 if error <= TOLERANCE:
-                    return form, error
-                best = min(best, (None, error), key=lambda one: one[1])
-    return best
+                    return variant, error
+                least_error = min(least_error, error)
+    return None, least_error
 
 
 def _error(network: Network, cut: Cut, inputs: Inputs, whole: Tensor, scale: Tensor) -> float:

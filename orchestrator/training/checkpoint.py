@@ -185,11 +185,6 @@ def _digest(file: Path) -> str:
 # --- tensors of a network and of its optimizer ---
 
 
-def tensors_of(module: nn.Module) -> Tensors:
-    """Every parameter and buffer of the module by its name; its own, no copies."""
-    return {**{name: p.data for name, p in module.named_parameters()}, **dict(module.named_buffers())}
-
-
 def trained_tensors(module: nn.Module, moving: tuple[str, ...]) -> Tensors:
     """The module's own tensors that training changes: parameters with gradients, and the buffers below the
     submodules named in `moving` ('' for all)."""

@@ -143,6 +143,7 @@ class PhaseLoop:
             for microbatch, some in self._own_microbatches(following):
                 key = (plan.job.training.seed, number + 1, microbatch)
                 session.loader.prepare(session.source("train"), key, some)
+        # Numbers that the host needs are exchanged apart from those that are on the device: so nobody waits for it.
         due = worker.rank == 0 and self._checkpoint_is_due()
         sums = worker.all_reduce_sum(sums)
         told = worker.all_reduce_sum(torch.tensor([num_samples, session.should_stop(), due], dtype=torch.float64))

@@ -22,7 +22,7 @@ from orchestrator.training.objective import Objective
 
 @dataclass
 class TrainState:
-    """Where a run stands. JSON, in every checkpoint."""
+    """Where a run stands. JSON, in every checkpoint, whose `step` counts those of all phases."""
 
     phase: int = 0
     """Of the recipe."""

@@ -129,6 +129,11 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
+def tensors_of(module: nn.Module) -> ckpt.Tensors:
+    """Every parameter and buffer, themselves and no copies."""
+    return {**{name: one.data for name, one in module.named_parameters()}, **dict(module.named_buffers())}
+
+
 def test_a_checkpoint_holds_what_earlier_phases_trained() -> None:
     """First the last layer, then the first one alone: both come back, and what the phase needs must be there."""
     module, other = network(), network()
@@ -142,24 +147,24 @@ def test_a_checkpoint_holds_what_earlier_phases_trained() -> None:
     for tensor in trained.values():
         tensor.add_(1)
     kept = ckpt.copy_of(trained)
-    ckpt.load_into(kept, ckpt.tensors_of(other), needed=second)
+    ckpt.load_into(kept, tensors_of(other), needed=second)
     assert torch.equal(other[2].weight, module[2].weight)
     assert torch.equal(other[0].weight, module[0].weight)
     del kept["0.bias"]
     with pytest.raises(CheckpointError, match=r"another network: it lacks 0\.bias"):
-        ckpt.load_into(kept, ckpt.tensors_of(other), needed=second)
+        ckpt.load_into(kept, tensors_of(other), needed=second)
 
 
 def test_a_checkpoint_of_another_network_changes_nothing() -> None:
     module = network()
-    before = ckpt.copy_of(ckpt.tensors_of(module))
+    before = ckpt.copy_of(tensors_of(module))
     more = {**before, "3.weight": torch.zeros(1)}
     wider = {name: value.reshape(-1)[:1] if name == "0.bias" else value + 1 for name, value in before.items()}
     for tensors, problem in ((more, r"it holds 3\.weight"), (wider, r"0\.bias has another shape"), ({}, "it lacks")):
         with pytest.raises(CheckpointError, match=problem) as caught:
-            ckpt.load_into(tensors, ckpt.tensors_of(module))
+            ckpt.load_into(tensors, tensors_of(module))
         assert "--fresh" in caught.value.mend
-        assert same(before, ckpt.tensors_of(module))
+        assert same(before, tensors_of(module))
 
 
 def test_an_optimizer_goes_on_as_if_it_had_not_stopped() -> None:
@@ -172,11 +177,11 @@ def test_an_optimizer_goes_on_as_if_it_had_not_stopped() -> None:
     optimizer, again = (torch.optim.AdamW(one.parameters(), lr=0.01) for one in (module, other))
     for _ in range(3):
         step(module, optimizer)
-    ckpt.load_into(ckpt.copy_of(ckpt.tensors_of(module)), ckpt.tensors_of(other))
+    ckpt.load_into(ckpt.copy_of(tensors_of(module)), tensors_of(other))
     kept = ckpt.optimizer_tensors(optimizer, dict(module.named_parameters()))
     ckpt.restore_optimizer(again, dict(other.named_parameters()), ckpt.copy_of(kept))
     for one, its in ((module, optimizer), (other, again)):
         step(one, its)
-    assert same(ckpt.tensors_of(module), ckpt.tensors_of(other))
+    assert same(tensors_of(module), tensors_of(other))
     with pytest.raises(CheckpointError, match=r"its optimizer had 0\.weight"):
         ckpt.restore_optimizer(again, {}, kept)
