@@ -126,7 +126,7 @@ def _prediction(name: str, outcome: Tensor | str, plan: Plan, top: int) -> Predi
     if plan.job.task == "regression":
         values = tuple(zip(plan.classes, outcome.tolist(), strict=True))
         return Prediction(name, "", values[0][1], values)
-    best = outcome.topk(min(top, len(plan.classes)))
+    best = outcome.topk(max(1, min(top, len(plan.classes))))
     ranked = tuple((plan.classes[k], v) for k, v in zip(best.indices.tolist(), best.values.tolist(), strict=True))
     label = ranked[0][0]
     if plan.job.task == "multi-label":

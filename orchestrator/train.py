@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from orchestrator.training import WorkerSpec
 
 Stop = Callable[[], bool]
-"""Whether a job is to stop."""
+"""Whether a job is to stop: asked often, after steps and batches, from the thread that called."""
 
 
 def finetune(
@@ -84,7 +84,7 @@ def finetune(
     taken to be the same.
 
     `report` is called with what happens (`orchestrator.job.Event`); by default a progress bar shows it. `stop` is asked
-    after each step; once it returns true the run stops, resumable. By default Ctrl-C and SIGTERM do that; who gives a
+    often; once it returns true the run stops, resumable. By default Ctrl-C and SIGTERM do that; who gives a
     `stop` owns the signals.
 
     Raises `RefusedError` before anything is downloaded or scheduled, `TrainingError` when it failed, and
@@ -151,7 +151,7 @@ def _written(draft: Draft, storage: Path) -> Iterator[Job]:
             raise
         jobs = "".join(file.read_text(encoding="utf-8") for file in storage.glob("*/job.yaml")) if new else ""
         for file in new:
-            if str(file) not in jobs:
+            if file.name not in jobs:  # YAML folds long paths at spaces; the name is a digest
                 file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # as long as they are empty
             (storage / DATA_FOLDER).rmdir()
@@ -191,7 +191,7 @@ def _run_of(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
     prefix = run.name.rpartition("-")[0]
     for other in list_runs(storage):
         with contextlib.suppress(RefusedError):  # damaged, or of an earlier version
-            if other.name.rpartition("-")[0] == prefix and not other.finished and same_learning(job, other.plan):
+            if other.name.rpartition("-")[0] == prefix and not other.is_earlier and same_learning(job, other.plan):
                 return other
     return run
 
@@ -232,8 +232,7 @@ def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, options: RunOption
         shutil.rmtree(partial, ignore_errors=True)
         run.give_up()
         raise
-    if options.fresh:
-        run.clear()
+    run.clear()  # also what is left of one that a start over was cut off in removing
     TableStore(run.path.parent).put(partial, run.path)
     for name, text in texts.items():  # plan.json, written last, says that the run is there
         write_file(run.path / name, text)
@@ -244,7 +243,7 @@ def _refuse_without_samples(run: Run) -> None:
     """Raise `RefusedError` where there is no sample table to go on with, or not this version's."""
     from orchestrator.data import table_of
 
-    if run.is_earlier or not (run.finished or table_of(run.path) is not None):
+    if not run.finished and (run.is_earlier or table_of(run.path) is None):
         why = "is of an earlier version" if run.is_earlier else "has lost its samples"
         raise RefusedError(
             "damaged", f"the run {run.path} {why}, and cannot be gone on with",
@@ -302,7 +301,8 @@ def _in_process(spec: WorkerSpec, plan: Plan, report: Report, should_stop: Stop)
     from orchestrator.network import find_device, start_worker
     from orchestrator.training import run_worker
 
-    with start_worker(plan.threads_per_worker, find_device(plan.job.scaling.device)) as worker:
+    device, deterministic = find_device(plan.job.scaling.device), plan.job.training.deterministic
+    with start_worker(plan.threads_per_worker, device, deterministic=deterministic) as worker:
         run_worker(spec, worker, report, should_stop)
 
 
@@ -334,4 +334,5 @@ def _stop_on_signal(stop: Stop | None) -> Iterator[Stop]:
         yield asked.is_set
     finally:
         for number, handler in old.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that was not installed from Python cannot be put back
+                signal.signal(number, handler)

@@ -208,9 +208,11 @@ def feature_store(place: str) -> Location:
     try:
         return cached(place)
     except RefusedError as error:
-        raise RefusedError("usage" if error.reason == "data" else error.reason, f"feature_store: {error.message}",
+        wrong = error.reason == "data"  # the place itself, which the data's mend would not name
+        raise RefusedError("usage" if wrong else error.reason, f"feature_store: {error.message}",
                            expected=error.expected,
-                           mend=error.mend or "correct feature_store (--feature-store)") from None  # fmt: skip
+                           mend="correct feature_store (--feature-store)" if wrong else error.mend,
+                           ) from None  # fmt: skip
 
 
 @contextlib.contextmanager

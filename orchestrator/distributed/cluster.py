@@ -57,7 +57,13 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
         offer = _offer(plan, report)
         queue = _event_queue()
         failed: list[Exception | None] = []
-        config = {"spec": spec, "queue": queue, "num_extractors": plan.num_extractors, **offer}
+        config = {
+            "spec": spec,
+            "queue": queue,
+            "num_extractors": plan.num_extractors,
+            "deterministic": plan.job.training.deterministic,
+            **offer,
+        }
         thread = threading.Thread(target=lambda: failed.append(_fit(plan, spec, config)), daemon=True)
         thread.start()
         try:
@@ -68,7 +74,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
         finally:
             if ray.is_initialized():
                 ray.kill(queue)
-    shutil.rmtree(Path(spec.run) / ".ray", ignore_errors=True)
+            shutil.rmtree(Path(spec.run) / ".ray", ignore_errors=True)
     if failed and failed[0] is not None:
         raise failed[0]
 
@@ -153,13 +159,20 @@ def _offer(plan: Plan, report: Report) -> dict[str, Any]:
     most = {kind: max(most.get(kind, 0), there.get(kind, 0)) for kind in ("CPU", "GPU")}
     use_gpu = _use_gpu(plan, most["GPU"], report)
     num_workers, extractors = plan.num_workers, plan.num_extractors
-    threads = plan.threads_per_worker or _threads_of(num_workers, use_gpu)
-    extractor_threads = plan.extractor_threads or _threads_of(max(1, extractors), use_gpu)
+    # One extractor that has a place beside the workers is enough to go on.
+    threads = plan.threads_per_worker or _threads_of(num_workers + min(1, extractors), use_gpu)
+    extractor_threads = plan.extractor_threads or threads
     who, lower = f"{num_workers} workers", "lower scaling.num_workers"
     cores = num_workers * threads
-    if extractors:  # of them one that has a place is enough to go on
+    if extractors:
         who, lower = f"{who} and 1 of {extractors} extractors", "leave out scaling.num_extractors"
         cores += extractor_threads
+    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if max(threads, extractor_threads if extractors else 0) > largest and most["CPU"] <= there.get("CPU", 0):
+        raise RefusedError(
+            "resources", f"a process of {threads} threads has no place: the largest node has {largest:g} CPUs",
+            mend="lower scaling.threads_per_worker",
+        )  # fmt: skip
     if cores > most["CPU"]:
         raise RefusedError(
             "resources",
@@ -268,7 +281,8 @@ def _worker(config: dict[str, Any]) -> None:
         )
     device = ray.train.torch.get_device() if config["use_gpu"] else torch.device("cpu")
     try:
-        with start_worker(config["threads"], device, ray.train.get_context().get_local_rank()) as worker:
+        local_rank, deterministic = ray.train.get_context().get_local_rank(), config["deterministic"]
+        with start_worker(config["threads"], device, local_rank, deterministic) as worker:
             run_worker(config["spec"], worker, channel.tell, channel.should_stop, extractors)
     except InterruptedRunError as error:  # all workers stop at the same step, so none is left waiting
         channel.tell_for_sure(Failed(error))

@@ -19,7 +19,7 @@ from orchestrator.job import Advanced, Event
 _TELL_EVERY_S = 0.1
 _ASK_EVERY_S = 0.5
 _WATCH_EVERY_S = 1.0
-_WATCH_TIMEOUT_S = 10.0
+_WATCH_TIMEOUT_S = 5.0
 
 
 class EventQueue:
@@ -29,7 +29,7 @@ class EventQueue:
         self._events: list[Event] = []
         self._stopping = False
         self._ending = False
-        self._alive: set[str] = set()
+        self._asked_at: dict[str, float] = {}
 
     def put(self, event: Event) -> None:
         """Keep an event until it is taken."""
@@ -48,16 +48,17 @@ class EventQueue:
     def end(self) -> int:
         """From now on workers end themselves, whatever they are at; how many have not yet."""
         self._stopping = self._ending = True
-        return len(self._alive)
+        recent = time.monotonic() - _WATCH_TIMEOUT_S  # one that has died asks no more
+        return sum(asked_at > recent for asked_at in self._asked_at.values())
 
     def is_ending(self, worker: str) -> bool:
         """Asked by each worker once a second, whether it has to end itself."""
-        self._alive.add(worker)
+        self._asked_at[worker] = time.monotonic()
         return self._ending
 
     def gone(self, worker: str) -> None:
         """A worker is about to end."""
-        self._alive.discard(worker)
+        self._asked_at.pop(worker, None)
 
 
 def watch_driver(queue: Any) -> None:

@@ -186,7 +186,9 @@ class Extractor:
         plan = spec.read_plan()
         modality = spec.find_modality(plan)
         device = torch.device("cuda", 0) if work.of.use_gpu else torch.device("cpu")  # Ray shows it the one it has
-        worker = self._resources.enter_context(start_worker(work.of.threads, device))
+        worker = self._resources.enter_context(
+            start_worker(work.of.threads, device, deterministic=plan.job.training.deterministic)
+        )
         network, source = assembled(plan, Path(spec.run), worker, modality, self._resources)
         work.cache.require_same(plan, modality)
         self._body_pass = BodyPass(

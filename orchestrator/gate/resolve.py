@@ -47,13 +47,13 @@ def make_plan(
     if weights == "pretrained":
         require_weights(card)
     threads = _threads(job, job.scaling.num_workers, "workers", num_cores)
-    extractor_threads = _threads(job, job.scaling.num_extractors or 0, "extractors", num_cores)
     found = fit(card, row, modality, job.settings, profile)
     views = num_views(job, found)
     recipe = make_recipe(
         job, data.num_samples["train"], keeps_features=may_keep_features(job) and (views > 0 or not found.augmented)
     )
     num_extractors = (job.scaling.num_extractors or 0) if recipe.needs_features else 0
+    extractor_threads = _threads(job, num_extractors, "extractors", num_cores)
     return Plan(
         name=job.name or run_name(job, card),
         job=job.at_whole_paths(),

@@ -44,16 +44,23 @@ def refuse_changes(path: Path, began: Plan, now: Plan) -> None:
 def gone_on_with(began: Plan, now: Plan) -> Plan:
     """The plan of a run that goes on: its recipe and its data, on the workers that are asked for now.
 
-    As long as the same workers are asked for, they have the threads that they had, whatever machine this is: so the run
+    As long as the same workers are asked for, they have the threads that they had, also on a larger machine: so the run
     ends as if it had never stopped.
     """
     scaling = now.job.scaling
     same = began.job.scaling.model_copy(update={"num_extractors": scaling.num_extractors}) == scaling
     who = {name: getattr(now, name) for name in _WHO_WORKS}
     if same:
-        who["threads_per_worker"] = began.threads_per_worker
+        who["threads_per_worker"] = _threads(began, now)
     job = began.job.model_copy(update={"feature_store": now.job.feature_store, "scaling": scaling})
     return began.model_copy(update={"job": job, **who})
+
+
+def _threads(began: Plan, now: Plan) -> int:
+    """As many as before, or as this machine has where those are fewer: more than the cores are many times slower."""
+    if now.job.scaling.threads_per_worker is not None or not now.threads_per_worker:
+        return began.threads_per_worker
+    return min(began.threads_per_worker, now.threads_per_worker)
 
 
 def idle_workers(plan: Plan) -> int:

@@ -9,7 +9,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     plans     the plain data that travels: BackboneCard, Plan
     runs      a run's directory: what is in it, whether it is done, who works on it
     events    what happens while a job runs
-    storage   where runs lie: one interface for a directory and an object store, and the lease of who writes
+    storage   one interface for runs in a directory and in an object store, with leases; no job works through it yet
     directories  the same for a directory; for object stores it is in `data`
     figures   which figures of a task are shown, and how they are written
 """

@@ -36,16 +36,17 @@ class Draft:
     """The YAML file, '' where there is none."""
     lines: dict[str, int]
     """Dotted key -> its line there."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of how it was written."""
 
     def job(self) -> Job:
         """The checked job. Raises `JobError`."""
-        tree, notes = _with_new_names(self.tree)
         try:
-            made = Job.model_validate(tree)
+            made = Job.model_validate(self.tree)
         except ValidationError as error:
             raise _as_job_error(error, self.source, self.lines) from None
         made._places.update({key: f"{self.source}:{line}: " for key, line in self.lines.items()})
-        made._notes = notes
+        made._notes = self.notes
         return made
 
 
@@ -68,10 +69,29 @@ def make_draft(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping
             expected="Job, dict or YAML path",
             mend="pass one of these, or the fields by name: backbone=..., data=...",
         )
+    # Each by itself: a field under its new name wins over a file that has the old one.
+    base, notes = _with_new_names(base)
+    for old, new in _RENAMED.items():
+        if old in lines:
+            lines[new] = lines.pop(old)
     for key, value in fields.items():
-        _put(base, key, value)
-        lines.pop(key, None)
-    return Draft(base, source, lines)
+        (today, renamed), more = _field_with_new_names(key, value)
+        notes = (*notes, *more)
+        _put(base, today, renamed)
+        lines.pop(today, None)
+    return Draft(base, source, lines, tuple(dict.fromkeys(notes)))
+
+
+def _field_with_new_names(key: str, value: object) -> tuple[tuple[str, object], tuple[str, ...]]:
+    """((key, value) with the names of today, what to say)."""
+    if key in _RENAMED:
+        return (_RENAMED[key], value), (_called_now(key),)
+    tree, notes = _with_new_names({key: value})
+    return (key, tree[key]), notes
+
+
+def _called_now(old: str) -> str:
+    return f"{old} is called {_RENAMED[old]} now"
 
 
 def _with_new_names(tree: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -87,7 +107,7 @@ def _with_new_names(tree: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ..
             raise JobError(f"{old} is called {new} now, and both are set", mend=f"leave out {old}")
         renamed = {today if name == key else name: value for name, value in settings.items()}
         tree = {**tree, part: renamed}
-        notes.append(f"{old} is called {new} now")
+        notes.append(_called_now(old))
     return tree, tuple(notes)
 
 

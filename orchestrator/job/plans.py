@@ -190,7 +190,7 @@ PLAN_VERSION = 2
 
 
 class Plan(_Plain):
-    """A Job that was checked and resolved. Workers get this and nothing else."""
+    """A Job that was checked and resolved. Workers get this, and where the run lies."""
 
     version: int = PLAN_VERSION
     name: str

@@ -251,7 +251,7 @@ def read_plan(path: Path) -> Plan:
     """The plan of a run's directory."""
     try:
         return read_plan_json((path / "plan.json").read_text(encoding="utf-8"))
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path / "plan.json", error) from None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
 from orchestrator.job.places import local_path, whole
@@ -33,8 +33,9 @@ class _Part(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_switches(cls, value: object) -> object:
-        if isinstance(value, bool):  # pydantic would take true for 1
+    def _no_switches(cls, value: object, info: ValidationInfo) -> object:
+        switch = cls.model_fields[info.field_name or ""].annotation is bool
+        if isinstance(value, bool) and not switch:  # pydantic would take true for 1
             raise ValueError("true and false mean nothing here")
         return value
 
@@ -121,6 +122,9 @@ class Training(_Part):
         "default: the body runs in every step"
     )  # fmt: skip
     seed: int = Field(0, ge=0)
+    deterministic: bool = Field(
+        False, description="on a GPU: algorithms that give the same to the bit each time, where there are some; slower"
+    )
     checkpoint_every_s: float = Field(60.0, gt=0)
     checkpoint_every_steps: int | None = Field(None, ge=1)
 

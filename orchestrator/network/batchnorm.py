@@ -14,12 +14,14 @@ from orchestrator.network.worker import Worker
 class MicrobatchStatistics:
     """BatchNorm's running statistics over several microbatches: each starts from the same, their mean is kept.
 
-    Without this they would depend on which microbatches a worker happens to have. One microbatch needs nothing.
+    Without this they would depend on which microbatches a worker happens to have. One microbatch of one worker needs
+    nothing; a worker that has none gets the statistics of the others.
     """
 
     def __init__(self, module: nn.Module, worker: Worker, num_microbatches: int) -> None:
         self._worker = worker
-        self._layers = [layer for layer in batch_norms(module) if layer.training] if num_microbatches > 1 else []
+        shared = num_microbatches > 1 or worker.num_workers > 1
+        self._layers = [layer for layer in batch_norms(module) if layer.training] if shared else []
         if self._layers:
             self._start = self._read()
             # Copies on the device: to read the numbers would wait for it in each step.

@@ -54,15 +54,18 @@ class Worker:
 
 
 @contextlib.contextmanager
-def start_worker(threads: int, device: torch.device, local_rank: int = 0) -> Iterator[Worker]:
+def start_worker(
+    threads: int, device: torch.device, local_rank: int = 0, deterministic: bool = False
+) -> Iterator[Worker]:
     """This process as a worker, until the context ends; then its settings are what they were before.
 
-    Set are torch's threads, exact fp32 (no TF32, deterministic cuDNN), the memory allocator, the limit of open files.
+    Set are torch's threads, exact fp32 (no TF32), the memory allocator, the limit of open files; with `deterministic`,
+    algorithms that give the same to the bit, where torch has them.
     """
     grouped = dist.is_available() and dist.is_initialized()
     with contextlib.ExitStack() as settings:
         settings.enter_context(with_threads(threads))
-        settings.enter_context(_exact())
+        settings.enter_context(_exact(deterministic))
         settings.enter_context(_many_files())
         settings.enter_context(_kept_memory())
         if device.type == "cuda":
@@ -100,15 +103,30 @@ def find_device(wanted: Literal["auto", "cpu", "gpu"]) -> torch.device:
 
 
 @contextlib.contextmanager
-def _exact() -> Iterator[None]:
-    """fp32 is fp32, stored features too, and the same input gives the same output; who wants speed has bf16."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, False, False
+def _exact(deterministic: bool) -> Iterator[None]:
+    """fp32 is fp32, in stored features too, whatever the caller allows; who wants speed has bf16.
+
+    What gives the same to the bit is slower on a GPU, and is taken on request alone.
+    """
+    backends = torch.backends
+    parts = [
+        backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,  # type: ignore[attr-defined]
+        backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn,  # type: ignore[attr-defined]
+    ]  # fmt: skip
+    precisions = [part.fp32_precision for part in parts]
+    chosen, mode = (backends.cudnn.deterministic, backends.cudnn.benchmark), torch.get_deterministic_debug_mode()
+    for part in parts:
+        part.fp32_precision = "ieee"
+    backends.cudnn.deterministic, backends.cudnn.benchmark = deterministic, False
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        for part, precision in zip(parts, precisions, strict=True):
+            part.fp32_precision = precision
+        backends.cudnn.deterministic, backends.cudnn.benchmark = chosen
+        torch.set_deterministic_debug_mode(mode)
 
 
 @contextlib.contextmanager

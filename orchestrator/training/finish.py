@@ -24,6 +24,7 @@ def finish(session: Session) -> None:
     if None in predictions.values():
         raise InterruptedRunError("stopped before the final figures", mend="the same command goes on from there")
     skips = dict(skip for part in session.worker.gather(session.raw.skipped) for skip in part.items())
+    fold(session.objective, session.network)  # on all workers: what is gathered is what is exported
     state_dict = session.strategy.gather()
     if state_dict is None:
         return
@@ -43,7 +44,6 @@ def finish(session: Session) -> None:
             results[split] = measure(plan.job.task, one, plan.classes)
     session.report(PhaseBegan("writing the model"))
     lineage = json.loads((session.run / "lineage.json").read_text(encoding="utf-8"))
-    fold(session.objective, session.network)
     export(session.network, state_dict, plan, results, lineage, session.run / "model")
     shutil.rmtree(session.run / "features", ignore_errors=True)
     results["seconds"] = round(session.seconds(), 3)

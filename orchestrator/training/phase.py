@@ -49,7 +49,8 @@ class PhaseLoop:
         self.tensors = session.strategy.state(ckpt.trained_tensors(network.module, moving))
         self._unread: list[tuple[Tensor, float, int]] = []
         """(sums of loss, weight and right ones on the device, samples, the step) that were not looked at yet."""
-        self._epoch_started = time.monotonic()
+        self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
+        """When this process began with the epoch, and how many samples it has taken of it."""
         self._saved: tuple[int, int] | None = None
         """(steps, epochs) of the newest checkpoint."""
         if resumed is not None:
@@ -59,7 +60,7 @@ class PhaseLoop:
             self._saved = (session.state.step, session.state.epochs_ended)
         else:
             if best:
-                ckpt.load_into(best, {name: self.tensors[name] for name in best})
+                ckpt.load_into(best, session.strategy.state(best))
             self.best = ckpt.copy_of(self.tensors) if best else {}
 
     def run(self) -> ckpt.Tensors:
@@ -101,7 +102,8 @@ class PhaseLoop:
         train = session.source("train")
         if isinstance(train, FeatureSource):
             train.epoch = epoch
-        # Stored features have one length, whatever the sample's.
+        # A frozen body gives the same whatever is beside a sample, and its stored features have one length: the head is
+        # trained on the same batches with and without them.
         bucketing = session.length_bucketing and self.phase.trains == "everything"
         seed = session.plan.job.training.seed
         return epoch_batches(session.samples, rows, seed, self._epoch_number(epoch), recipe.steps_per_epoch, bucketing)
@@ -187,6 +189,7 @@ class PhaseLoop:
             state.epoch_loss += loss
             state.epoch_correct += right
             state.epoch_samples += num_samples
+            self._epoch_samples += num_samples
             state.epoch_weight += weight
 
     # --- the end of an epoch ---
@@ -209,7 +212,7 @@ class PhaseLoop:
             "train_accuracy": state.epoch_correct / num_samples,
             "learning_rate": self.phase.head_learning_rate * rate_factor(plan, self.phase.num_steps, state.step - 1),
             "seconds": round(session.seconds(), 3),
-            "samples_per_s": round(num_samples / max(seconds, 1e-9), 1),
+            "samples_per_s": round(self._epoch_samples / max(seconds, 1e-9), 1),
         }
         if plan.job.task == "regression":
             del line["train_accuracy"]
@@ -222,7 +225,7 @@ class PhaseLoop:
         if session.worker.rank == 0:
             add_epoch(session.run, line)
         session.report(EpochEnded(line, recipe.num_epochs, plan.job.task))
-        self._epoch_started = time.monotonic()
+        self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
 
     def _is_better(self, line: dict[str, Any]) -> bool:
         """Whether an epoch is the best so far; without a validation split the last one is."""

@@ -70,9 +70,15 @@ def test_the_old_name_of_microbatches_is_understood_and_said(tmp_path: Path) -> 
     for job in (make_job(file), make_job(backbone="a/b", data="x", **{"training.num_shards": 4})):
         assert job.training.num_microbatches == 4
         assert job.notes == ("training.num_shards is called training.num_microbatches now",)
+    won = make_job(file, training={"num_microbatches": 2})  # a flag wins over the file, whatever the name there
+    assert won.training.num_microbatches == 2
+    both = {"num_shards": 4, "num_microbatches": 2}
     with pytest.raises(JobError, match="both are set") as caught:
-        make_job(file, training={"num_microbatches": 2})
+        make_job(backbone="a/b", data="x", training=both)
     assert caught.value.mend == "leave out training.num_shards"
+    file.write_text("backbone: a/b\ndata: x\ntraining:\n  num_shards: 0\n")
+    with pytest.raises(JobError, match=r"job.yaml:4: training.num_microbatches = 0"):
+        make_job(file)
 
 
 def test_a_plan_of_an_earlier_version_is_read_as_one_of_today(tmp_path: Path) -> None:

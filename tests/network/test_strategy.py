@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from orchestrator.errors import TrainingError
 from orchestrator.network import GradientReduction, Network, Replicated, Worker
+from orchestrator.network.batchnorm import MicrobatchStatistics
 
 NUM_STEPS, NUM_MICROBATCHES, NUM_IN_MICROBATCH = 3, 5, 4
 SMALL = 250  # bytes in a bucket: several of them in this network
@@ -97,6 +98,14 @@ def of_one_rank(rank: int, folder: str, backend: str) -> None:
     seen["gradients"], seen["begun"] = train(rank, 2, device=device)
     seen["gradients in one bucket"], _ = train(rank, 2, bucket_bytes=2**20, device=device)
 
+    norm = torch.nn.Sequential(torch.nn.BatchNorm1d(3)).to(device)
+    statistics = MicrobatchStatistics(norm, worker, num_microbatches=1)
+    if rank == 0:  # the one microbatch of a run that began on one worker
+        with statistics.of(0):
+            norm(torch.arange(12.0, device=device).reshape(4, 3))
+    statistics.average()
+    seen["statistics"] = {name: value.cpu().clone() for name, value in norm.state_dict().items()}
+
     module = made(seed=rank)  # what is random differs
     module.register_buffer("counter", torch.tensor(rank))
     module.to(device)
@@ -128,6 +137,15 @@ def on_two_ranks(folder: Path, backend: str) -> list[dict[str, Any]]:
     """What each of two processes of this backend saw."""
     torch.multiprocessing.spawn(of_one_rank, (str(folder), backend), nprocs=2)  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_a_worker_without_a_microbatch_has_the_statistics_of_the_others(two: list[dict[str, Any]]) -> None:
+    alone = torch.nn.BatchNorm1d(3)
+    alone(torch.arange(12.0).reshape(4, 3))
+    for seen in two:
+        assert seen["statistics"].keys() == {f"0.{name}" for name in alone.state_dict()}
+        for name, value in alone.state_dict().items():
+            assert torch.allclose(seen["statistics"][f"0.{name}"], value), name
 
 
 @pytest.mark.parametrize("name", ["gradients", "gradients in one bucket"])

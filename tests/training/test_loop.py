@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import orchestrator
 from orchestrator.errors import InterruptedRunError
 from orchestrator.gate import recipes
 from orchestrator.job import Event, Noted, PhaseBegan
+from tests.conftest import REPOSITORY
 from tests.whole.test_train import same, silent, weights_of
 
 TWO_PHASES = recipes._MethodRow(
@@ -125,30 +126,39 @@ def test_validation_sees_the_precision_of_training(
     assert seen == {(True, True), (False, True)}
 
 
-def test_the_process_that_called_is_as_it_was(tiny_resnet: Path, flat_digits: Path) -> None:
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    asked: list[tuple[bool, ...]] = []
-
-    def settings() -> tuple[Any, ...]:
-        return (
-            cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, torch.get_num_threads(),
-            resource.getrlimit(resource.RLIMIT_NOFILE),
-        )  # fmt: skip
-
-    before = settings()
-    try:
-        cudnn.benchmark, matmul.allow_tf32 = True, True
-        callers = settings()
-        run = train(
-            tiny_resnet, flat_digits, training={"epochs": 1}, report=lambda _: asked.append(settings()[:4]),
-            **{"data.num_train": 40},
-        )  # fmt: skip
-        assert (True, False, False, False) in asked  # fp32 is fp32 while it works
-        assert settings() == callers
-        orchestrator.predict(run, next(flat_digits.glob("3/*.png")))
-        assert settings() == callers
-    finally:
-        cudnn.benchmark, matmul.allow_tf32 = before[1], before[3]
+@pytest.mark.parametrize("allowed", ["as it is", "an old flag", "a new flag", "bf16 on the CPU"])
+def test_the_process_that_called_is_as_it_was(tiny_resnet: Path, flat_digits: Path, allowed: str) -> None:
+    """fp32 is fp32 while a job works, whatever the caller allows, and the caller allows it again afterwards."""
+    script = f"""
+import json, sys, torch, orchestrator
+from tests.training.process_settings import process_settings
+allow = {allowed!r}
+if allow == "an old flag":
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
+elif allow == "a new flag":
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+elif allow == "bf16 on the CPU":
+    torch.set_float32_matmul_precision("medium")
+before, seen = process_settings(), []
+for deterministic in (False, True):
+    run = orchestrator.finetune(
+        backbone=sys.argv[1], data=sys.argv[2], report=lambda _: seen.append(process_settings()), name="run",
+        fresh=True, training={{"epochs": 1, "deterministic": deterministic}}, **{{"data.num_train": 40}},
+    )
+    assert (["ieee"] * 6, deterministic, False, deterministic) in [(a, b, c, e) for a, b, c, _, e, _ in seen], seen
+    assert process_settings() == before
+orchestrator.predict(run, sys.argv[3])
+assert process_settings() == before
+if allow == "bf16 on the CPU":
+    assert torch.get_float32_matmul_precision() == "medium"
+"""
+    sample = next(flat_digits.glob("3/*.png"))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_resnet), str(flat_digits), str(sample)],
+        capture_output=True, text=True, check=False, timeout=200,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_one_process_needs_nothing_of_ray(tiny_resnet: Path, flat_digits: Path) -> None:
