@@ -88,18 +88,18 @@ class _Pool:
         asked_at = 0.0
         while True:
             try:
-                found = answers.get(timeout=_ASK_EVERY_S)
+                answer = answers.get(timeout=_ASK_EVERY_S)
             except queue.Empty:
                 asked_at = asked_at or (time.monotonic() if self.of.channel.should_stop() else 0.0)
                 if asked_at and time.monotonic() - asked_at > _STOP_GRACE_S:
                     yield ExtractionResult(stopped=True)
                     return
                 continue
-            if found is None:
+            if answer is None:
                 return
-            if isinstance(found, Exception):
-                raise found
-            yield found
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
 
     def _run(
         self, plan: Plan, work: _Work, todo: Any, pieces: list[dict[str, int]],
@@ -122,7 +122,7 @@ class _Pool:
                 max_task_retries=plan.job.scaling.max_failures,
             )
             for row in done.iter_rows():
-                answers.put(pickle.loads(row["found"]))
+                answers.put(pickle.loads(row["result"]))
             answers.put(None)
         except ray.exceptions.RayError as error:
             times = plan.job.scaling.max_failures + 1
@@ -204,14 +204,14 @@ class Extractor:
             self._work.of.channel.tell(Noted(text))
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
-        """{"found": a pickled `ExtractionResult`, or the error that ends the job}."""
-        found: ExtractionResult | OrchestratorError
+        """{"result": a pickled `ExtractionResult`, or the error that ends the job}."""
+        result: ExtractionResult | OrchestratorError
         try:
-            found = self._error or self._compute(piece["start"], piece["stop"])
+            result = self._error or self._compute(piece["start"], piece["stop"])
         except Exception as error:
-            found = self._as_ours(error)
+            result = self._as_ours(error)
         self._work.of.channel.flush()
-        return {"found": pickle.dumps(found)}
+        return {"result": pickle.dumps(result)}
 
     def _as_ours(self, error: Exception) -> OrchestratorError:
         """An error that the driver understands; of a library's the trace goes into the run."""
@@ -232,9 +232,9 @@ class Extractor:
         order = np.argsort(rows)
         self._features.refresh()  # one that died may have done a part of it
         to_come = start + len(rows) if work.backwards else len(self._rows) - start
-        found = self._body_pass.compute(
+        result = self._body_pass.compute(
             self._features, rows[order], ids[order], work.view, work.backwards, to_come // work.of.num
         )
         self._features.flush_uploads(whole=False)
-        found.skipped = dict(self._body_pass.source.skipped)
-        return found
+        result.skipped = dict(self._body_pass.source.skipped)
+        return result

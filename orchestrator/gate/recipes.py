@@ -50,12 +50,12 @@ def may_keep_features(job: Job) -> bool:
     return job.training.features == "once" and any(phase.trains == "head" for phase in _METHODS[job.method].phases)
 
 
-def num_views(job: Job, found: Fit) -> int:
+def num_views(job: Job, adapted: Fit) -> int:
     """How many random views of each training sample are kept; 0: the samples as they are. Raises `JobError`."""
     views = job.training.views
     if views is None:
         return 0
-    if not may_keep_features(job) or not found.augmented:
+    if not may_keep_features(job) or not adapted.augmented:
         if job.training.features != "once":
             why = "the body runs in every step"
         else:

@@ -47,10 +47,10 @@ def make_plan(
     if weights == "pretrained":
         require_weights(card)
     threads = _threads(job, job.scaling.num_workers, "workers", num_cores)
-    found = fit(card, row, modality, job.settings, profile)
-    views = num_views(job, found)
+    adapted = fit(card, row, modality, job.settings, profile)
+    views = num_views(job, adapted)
     recipe = make_recipe(
-        job, data.num_samples["train"], keeps_features=may_keep_features(job) and (views > 0 or not found.augmented)
+        job, data.num_samples["train"], keeps_features=may_keep_features(job) and (views > 0 or not adapted.augmented)
     )
     num_extractors = (job.scaling.num_extractors or 0) if recipe.needs_features else 0
     extractor_threads = _threads(job, num_extractors, "extractors", num_cores)
@@ -63,11 +63,11 @@ def make_plan(
         classes=classes,
         class_weights=_class_weights(job, data),
         data=data,
-        input=dict(found.input),
-        augmentation=tuple(found.augmentation),
+        input=dict(adapted.input),
+        augmentation=tuple(adapted.augmentation),
         views=views,
-        adaptations=tuple(found.adaptations),
-        warnings=(*job.notes, *found.warnings, *_unused(job, recipe)),
+        adaptations=tuple(adapted.adaptations),
+        warnings=(*job.notes, *adapted.warnings, *_unused(job, recipe)),
         recipe=recipe,
         parameters=_parameters(job, recipe, row, tensors, len(classes)) if tensors else None,
         num_workers=job.scaling.num_workers,

@@ -144,9 +144,9 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise JobError(f"--set {text!r} sets nothing", expected="key=value", mend="for example --set training.epochs=3")
     try:
-        found = yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
         # A lone | or > opens a block of text in YAML, an empty one: here it is what was typed.
-        return key.strip(), value if found == "" and value.strip() in ("|", ">") else found
+        return key.strip(), value if parsed == "" and value.strip() in ("|", ">") else parsed
     except (yaml.YAMLError, ValueError):
         return key.strip(), value
 

@@ -71,8 +71,8 @@ def as_settings(data: object) -> object:
 
 def holds_rows(data: object) -> bool:
     """Whether rows are among a job's `data`; a number in the place of a path is a slip, not rows."""
-    found = [data.get(key) for key in SPLIT_KEYS] if isinstance(data, Mapping) else []
-    return any(is_rows(value) and not isinstance(value, (bool, int, float)) for value in found)
+    given = [data.get(key) for key in SPLIT_KEYS] if isinstance(data, Mapping) else []
+    return any(is_rows(value) and not isinstance(value, (bool, int, float)) for value in given)
 
 
 def is_materialised(place: str) -> bool:

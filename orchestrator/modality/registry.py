@@ -79,13 +79,13 @@ def get(name: str) -> Modality:
 
 def available() -> dict[str, Modality]:
     """Every modality that loads; broken ones are left out (`listings` names them)."""
-    found: dict[str, Modality] = {}
+    modalities: dict[str, Modality] = {}
     for name in names():
         try:
-            found[name] = get(name)
+            modalities[name] = get(name)
         except PluginError:
             continue
-    return found
+    return modalities
 
 
 def listings() -> list[Listing]:

@@ -92,14 +92,14 @@ def with_threads(num: int | None = None) -> Iterator[None]:
 
 def find_device(wanted: Literal["auto", "cpu", "gpu"]) -> torch.device:
     """The device of a process that Ray has given none. Raises `RefusedError` where a GPU is wanted, and none there."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if wanted == "gpu" and found is None:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if wanted == "gpu" and accelerator is None:
         raise RefusedError(
             "resources", "scaling.device = 'gpu', and torch finds none here", mend="use device auto or cpu"
         )
-    if wanted == "cpu" or found is None:
+    if wanted == "cpu" or accelerator is None:
         return torch.device("cpu")
-    return torch.device(found.type, 0) if found.type == "cuda" else torch.device(found.type)
+    return torch.device(accelerator.type, 0) if accelerator.type == "cuda" else torch.device(accelerator.type)
 
 
 @contextlib.contextmanager

@@ -69,6 +69,11 @@ def test_what_a_cluster_offers(plan: Plan) -> None:
     with pytest.raises(RefusedError, match="2 processes want a GPU each, and the cluster has 1") as caught:
         cluster._offer(with_scaling(plan, device="gpu"), notes.append)
     assert caught.value.mend
+    wide = with_scaling(plan, num_workers=1).model_copy(update={"threads_per_worker": 5})
+    with pytest.raises(RefusedError, match="the largest node has 4 CPUs"):  # there are 6, on two nodes
+        cluster._offer(wide, notes.append)
+    helped = with_scaling(plan, num_workers=1, device="cpu").model_copy(update={"num_extractors": 3})
+    assert cluster._offer(helped, notes.append)["threads"] == 2  # so that an extractor has a place beside the worker
     with pytest.raises(RefusedError, match="7 workers need 7 CPUs"):
         cluster._offer(with_scaling(plan, num_workers=7), notes.append)
 

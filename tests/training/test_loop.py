@@ -109,6 +109,27 @@ def test_a_validation_that_takes_long_is_stopped_and_made_again(
     assert [line["validation_loss"] for line in run.metrics] == [line["validation_loss"] for line in whole.metrics]
 
 
+def test_a_start_over_that_was_cut_off_takes_nothing_over(tiny_resnet: Path, digits: Path) -> None:
+    """Killed after the plan was removed and before the checkpoints were: the next job begins with nothing of them."""
+    with pytest.raises(InterruptedRunError):
+        train(tiny_resnet, digits, name="over", stop=at_call(12))
+    assert list(Path("runs/over/checkpoints").iterdir())
+    Path("runs/over/plan.json").unlink()
+    job = {"training": {**JOB["training"], "seed": 1, "epochs": 2}}
+    notes: list[Event] = []
+    over = train(tiny_resnet, digits, name="over", report=notes.append, **job)
+    assert not any("going on" in event.text for event in notes if isinstance(event, Noted))
+    assert same(weights_of(over), weights_of(train(tiny_resnet, digits, name="clean", **job)))
+
+
+def test_a_job_that_is_finished_is_so_on_any_number_of_workers(tiny_resnet: Path, flat_digits: Path) -> None:
+    job: dict[str, Any] = {"training": {"epochs": 1}, "data.num_train": 40}
+    run = train(tiny_resnet, flat_digits, **job)
+    there: dict[str, Any] = {"num_workers": 2, "address": "auto"}  # no cluster is there, and none is asked for
+    assert train(tiny_resnet, flat_digits, **job, scaling=there).path == run.path
+    assert [one.name for one in Path("runs").iterdir() if not one.name.startswith(".")] == [run.name]
+
+
 def test_validation_sees_the_precision_of_training(
     tiny_resnet: Path, flat_digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -758,11 +758,12 @@ def test_a_run_of_an_earlier_layout(tiny_resnet: Path, flat_digits: Path) -> Non
     assert figures["num_seen"] is None
     assert "nothing tells whether it was trained on these" in figures["notes"][0]
     assert orchestrator.plan(backbone=str(run.path), data=str(flat_digits)).backbone.kind == "run"
-    for leave in ("results.json", "samples.arrow"):
+    assert train(tiny_resnet, flat_digits, training={"epochs": 1}).path == run.path  # finished is finished
+    for gone in ("results.json", "samples.arrow"):
+        (run.path / gone).unlink()
         with pytest.raises(RefusedError, match="and cannot be gone on with") as caught:
             train(tiny_resnet, flat_digits, training={"epochs": 1})
         assert (caught.value.reason, "--fresh" in caught.value.mend) == ("damaged", True)
-        (run.path / leave).unlink()
     assert train(tiny_resnet, flat_digits, training={"epochs": 1}, fresh=True).finished
 
 
