@@ -125,7 +125,7 @@ def make_manifest(folder: Path, version: str, owner: str) -> Manifest:
             )
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST_FILE:
-            files[name] = StoredFile(size=path.stat().st_size, sha256=digest(path))
+            files[name] = StoredFile(size=path.stat().st_size, sha256=file_sha256(path))
     return Manifest(version=version, owner=owner, files=files)
 
 
@@ -146,7 +146,7 @@ def run_was_taken(place: str, lease: Lease, owner: str = "") -> RefusedError:
     )
 
 
-def digest(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     """SHA-256 of a local file."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
@@ -254,7 +254,7 @@ class Storage(ABC):
                 self._copy(name, manifest, file, into / file)
             except FileNotFoundError:
                 return f"{file} is not there"
-            if digest(into / file) != stored.sha256:
+            if file_sha256(into / file) != stored.sha256:
                 return f"{file} was changed"
         return ""
 

@@ -21,7 +21,6 @@ The same in one process and on many; knows nothing of Ray.
 """
 
 from orchestrator.training.assembly import WorkerSpec as WorkerSpec, assembled as assembled
-from orchestrator.training.evaluate import evaluate_batch as evaluate_batch
 from orchestrator.training.intervals import wilson as wilson
 from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as load_run
 from orchestrator.training.loop import run_worker as run_worker

@@ -15,7 +15,6 @@ damaged it since: the digests tell.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import CheckpointError
-from orchestrator.job import sync, write_file
+from orchestrator.job import file_sha256, sync, write_file
 
 NUM_KEPT = 2
 _PREFIX, _PARTIAL = "step-", ".partial"
@@ -66,10 +65,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
     (partial / "state.json").write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}))
     names = [*(f"{name}.safetensors" for name in _TENSOR_FILES), "state.json"]
-    (partial / _MANIFEST).write_text(json.dumps({name: _digest(partial / name) for name in names}, indent=1))
+    (partial / _MANIFEST).write_text(json.dumps({name: file_sha256(partial / name) for name in names}, indent=1))
     for name in (*names, _MANIFEST):
         sync(partial / name)
-    write_file(partial / _MARKER, _digest(partial / _MANIFEST))
+    write_file(partial / _MARKER, file_sha256(partial / _MANIFEST))
     _remove(place)  # of this step too, but of another state: an epoch's validation was stopped, and made up for
     os.replace(partial, place)
     sync(folder)
@@ -140,11 +139,11 @@ def newest(folder: Path) -> Checkpoint | None:
 def verify(place: Path) -> str:
     """What is wrong with a checkpoint, '' if nothing is."""
     try:
-        if (place / _MARKER).read_text() != _digest(place / _MANIFEST):
+        if (place / _MARKER).read_text() != file_sha256(place / _MANIFEST):
             return "the manifest was changed"
         digests = json.loads((place / _MANIFEST).read_text())
         for name, expected in digests.items():
-            if _digest(place / name) != expected:
+            if file_sha256(place / name) != expected:
                 return f"{name} was changed"
     except (OSError, ValueError) as error:
         return str(error)
@@ -175,11 +174,6 @@ def _remove(place: Path) -> None:
     (place / _MARKER).unlink(missing_ok=True)
     sync(place)
     shutil.rmtree(place, ignore_errors=True)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 # --- tensors of a network and of its optimizer ---

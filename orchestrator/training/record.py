@@ -49,7 +49,7 @@ def cut_metrics(run: Path, num_epochs: int) -> None:
 def settle_metrics(run: Path) -> None:
     """Return once the lines of metrics.jsonl are on the disk."""
     with contextlib.suppress(FileNotFoundError):  # no epoch has ended yet
-        sync(run / "metrics.jsonl")
+        sync(run / _METRICS)
 
 
 def write_skipped(run: Path, problems: Mapping[str, str]) -> None:
