@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import signal
 import threading
 import traceback
@@ -43,17 +42,17 @@ from orchestrator.gate import (
 from orchestrator.job import (
     DATA_FOLDER,
     ERROR_FILE,
-    SAMPLES,
     Draft,
+    HeldRun,
     Job,
     Noted,
     PhaseBegan,
     Plan,
     Report,
     Run,
+    hold,
     list_runs,
     local_path,
-    write_file,
 )
 from orchestrator.modality import registry
 from orchestrator.progress import progress
@@ -163,17 +162,17 @@ def _written(draft: Draft, storage: Path) -> Iterator[Job]:
 def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
     run = _run_of(job, resolved, options)
     refuse_inside_data(run.path, job)
-    with run.locked():
-        plan = _laid_out(run, job, resolved, options)
+    with hold(run.storage, run.name) as held:
+        plan = _laid_out(run, held, job, resolved, options)
         if run.finished:
             text = "this run was finished before: these are its figures, nothing was trained (--fresh starts over)"
             options.report(Noted(text))
             return run
         for line in (*plan.adaptations, *plan.warnings, *plan.data.notes):
             options.report(Noted(str(line)))
-        with _errors_of_libraries(run, resolved.plugin.extra), _stop_on_signal(options.stop) as should_stop:
+        with _errors_of_libraries(held, resolved.plugin.extra), _stop_on_signal(options.stop) as should_stop:
             work = _on_ray if plan.ray else _in_process
-            work(_worker_spec(run, plan, options), plan, options.report, should_stop)
+            work(_worker_spec(held, plan, options), plan, options.report, should_stop)
             if not Run(run.path).finished:
                 raise InterruptedRunError("stopped before the first step", mend="the same command goes on")
     return run
@@ -196,19 +195,19 @@ def _run_of(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
     return run
 
 
-def _worker_spec(run: Run, plan: Plan, options: RunOptions) -> WorkerSpec:
+def _worker_spec(run: HeldRun, plan: Plan, options: RunOptions) -> WorkerSpec:
     from orchestrator.training import WorkerSpec
 
     name = plan.job.modality
     return WorkerSpec(
-        plan.model_dump_json(), str(run.path), options.verify_content,
+        plan.model_dump_json(), run.storage.place, run.lease, options.verify_content,
         registry.get(name) if registry.is_registered(name) else None,
     )  # fmt: skip
 
 
-def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Plan:
+def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Plan:
     """The run's plan: of an unfinished run the one that it began with, else a new one, with its sample table."""
-    if (run.path / "plan.json").is_file() and not options.fresh:
+    if held.read("plan.json") is not None and not options.fresh:
         _refuse_without_samples(run)
         began, plan = run.plan, prepare(job, resolved)[0]
         refuse_changes(run.path, began, plan)
@@ -222,20 +221,13 @@ def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, options: RunOption
         return plan
     from orchestrator.data import TableStore
 
-    partial = run.path / f"{SAMPLES}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        plan, prepared = prepare(job, resolved, partial)
+    with held.scratch() as folder:
+        plan, prepared = prepare(job, resolved, folder)
         texts = _texts(run, job, plan, prepared)  # what cannot be written down is found before anything is removed
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        run.give_up()
-        raise
-    run.clear()  # also what is left of one that a start over was cut off in removing
-    TableStore(run.path.parent).put(partial, run.path)
+        held.clear()  # also what is left of one that a start over was cut off in removing
+        TableStore(held.folder.parent).put(folder, held)
     for name, text in texts.items():  # plan.json, written last, says that the run is there
-        write_file(run.path / name, text)
+        held.write(name, text)
     return plan
 
 
@@ -275,7 +267,7 @@ def _texts(run: Run, job: Job, plan: Plan, prepared: Prepared) -> dict[str, str]
 
 
 @contextlib.contextmanager
-def _errors_of_libraries(run: Run, extra: str) -> Iterator[None]:
+def _errors_of_libraries(run: HeldRun, extra: str) -> Iterator[None]:
     """What a library raises becomes one of ours, with its own text; the trace goes into the run."""
     try:
         yield
@@ -285,11 +277,11 @@ def _errors_of_libraries(run: Run, extra: str) -> Iterator[None]:
         refusal = missing_extra(error, extra) if isinstance(error, ImportError) else None
         if refusal is not None:
             raise refusal from error
-        with contextlib.suppress(OSError):  # the disk may be what is full
-            write_file(run.path / ERROR_FILE, traceback.format_exc())
+        with contextlib.suppress(OrchestratorError):  # the disk may be what is full
+            run.write(ERROR_FILE, traceback.format_exc())
         raise TrainingError(
             f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}",
-            mend=f"the whole trace is in {run.path / ERROR_FILE}; the same command goes on from the last checkpoint",
+            mend=f"the whole trace is in {run.place}/{ERROR_FILE}; the same command goes on from the last checkpoint",
         ) from error
 
 

@@ -15,6 +15,7 @@ import orchestrator
 from orchestrator.errors import REASONS, MissingExtraError, RefusedError
 from orchestrator.modality import registry
 from tests.conftest import REPOSITORY
+from tests.held import held
 from tests.hub_server import Hub
 
 REFUSALS = {"RefusedError", "JobError", "DataError", "PluginError", "ChangedError"}
@@ -55,7 +56,7 @@ def test_a_library_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPat
 
 def test_a_run_is_worked_on_by_one_at_a_time(tmp_path: Path) -> None:
     run = orchestrator.Run(tmp_path / "runs" / "a")
-    with run.locked(), pytest.raises(RefusedError) as caught, run.locked():
+    with held(run.path), pytest.raises(RefusedError) as caught, held(run.path):
         pass
     assert caught.value.reason == "busy"
     assert caught.value.mend

@@ -13,6 +13,8 @@ that stops just then for longer than a lease lives can replace a newer one's.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import random
 import re
 import shutil
@@ -84,6 +86,13 @@ class ObjectStorage(Storage):
 
     def holder(self, name: str) -> str:
         return self._leases(name).holder()
+
+    def give_up(self, lease: Lease) -> None:
+        """The last ticket stays: the next lease goes on from its number."""
+
+    def local_folder(self, name: str) -> Path:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return cache / "orchestrator" / "runs" / hashlib.sha256(self.place.encode()).hexdigest()[:16] / name
 
     def _leases(self, name: str) -> Leases:
         return Leases(self._root.join(name), self._ttl_s, partial(self._asked, name))

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from orchestrator.data.samples import INDEX_FILE, ROWS_FILE
 from orchestrator.errors import RefusedError, first_line
-from orchestrator.job import DATA_FOLDER, SAMPLES, sync, write_file
+from orchestrator.job import DATA_FOLDER, SAMPLES, HeldRun, sync
 
 REFERENCE_FILE = "samples.json"
 """Of a run: which table it uses."""
@@ -53,8 +53,8 @@ class TableStore:
         """The folder of a table, for `Samples` to read, whether it is there or not."""
         return self._folder / key
 
-    def put(self, folder: Path, run: Path) -> Path:
-        """Keep the table that was written into `folder`, for the run in the directory `run`; where it is kept.
+    def put(self, folder: Path, run: HeldRun) -> Path:
+        """Keep the table that was written into `folder`, for that run of the storage; where it is kept.
 
         One that is kept already is used instead, and one that was damaged is replaced. `folder` is gone afterwards. Cut
         off at any point, the store holds the whole table or nothing of it, and the run names a table that is there, or
@@ -65,17 +65,8 @@ class TableStore:
             path = self.path_of(key)
             if not _is_whole(path):
                 self._move(folder, path)
-            _refer(run, key)
+            run.write(REFERENCE_FILE, json.dumps({"table": key}) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
-        return path
-
-    def hold(self, key: str, run: Path) -> Path:
-        """Have the run in the directory `run` use a table that is kept; where it is. Raises `RefusedError`."""
-        with self._alone():
-            path = self.path_of(key)
-            if not path.is_dir():
-                raise RefusedError("not_found", f"there is no sample table {path}", mend="have the data read again")
-            _refer(run, key)
         return path
 
     def in_use(self) -> dict[str, list[str]]:
@@ -168,12 +159,6 @@ def table_of(run: Path) -> Path | None:
     key = _reference(run)
     path = run / SAMPLES if key is None else TableStore(run.parent).path_of(key)
     return path if path.is_dir() else None
-
-
-def _refer(run: Path, key: str) -> None:
-    write_file(run / REFERENCE_FILE, json.dumps({"table": key}) + "\n")
-    sync(run / REFERENCE_FILE)
-    sync(run)
 
 
 def _reference(run: Path) -> str | None:

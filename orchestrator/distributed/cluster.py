@@ -10,7 +10,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Read by Ray when it is imported.
@@ -37,6 +36,8 @@ _POLL_S = 0.2
 _STOP_GRACE_S = 60.0
 """How long workers may take to end their step once they are asked to stop."""
 _ENDED_GRACE_S = 10.0
+_TRAINER_GRACE_S = 60.0
+"""How long the trainer may take to see that its workers are gone, and to start those once more that then stop."""
 _EXCHANGE_TIMEOUT_S = 12 * 3600
 _PASSED_ON = (
     "HF_ENDPOINT",
@@ -74,7 +75,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
         finally:
             if ray.is_initialized():
                 ray.kill(queue)
-            shutil.rmtree(Path(spec.run) / ".ray", ignore_errors=True)
+            shutil.rmtree(spec.held_run().folder / ".ray", ignore_errors=True)
     if failed and failed[0] is not None:
         raise failed[0]
 
@@ -250,7 +251,7 @@ def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | No
         run_config=RunConfig(
             name=f"{plan.name}-{int(time.time() * 1000):x}",
             # Ray Train's own files are of no use to us, whose checkpoints stand in the run; so they stay apart.
-            storage_path=str(Path(spec.run) / ".ray"),
+            storage_path=str(spec.held_run().folder / ".ray"),
             failure_config=FailureConfig(max_failures=plan.job.scaling.max_failures),
         ),
     )
@@ -264,9 +265,9 @@ def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | No
 def _worker(config: dict[str, Any]) -> None:
     """One worker process. An error of ours goes to the driver at once; one that Ray starts again after it stops."""
     channel = DriverChannel(config["queue"])
-    watch_driver(config["queue"])
-    if channel.wait_whether_to_stop():  # restarted after such an error
+    if channel.wait_whether_to_stop():  # restarted after such an error, or after it had to end itself
         return
+    watch_driver(config["queue"])
     import torch  # noqa: PLC0415  # for the worker alone, as what follows: 2 s of imports
 
     from orchestrator.network import start_worker  # noqa: PLC0415
@@ -337,5 +338,8 @@ def _end(thread: threading.Thread, queue: Any, error: BaseException) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
             while ray.get(queue.end.remote(), timeout=_ENDED_GRACE_S) and time.monotonic() < ended_by:
                 time.sleep(_POLL_S)
+        # Ray ends a process one of whose threads asks it something while it is shut down: so the trainer ends first.
+        thread.join(_TRAINER_GRACE_S)
+    if thread.is_alive():
         _stop()  # with the driver go all processes that it has started on the cluster, restarted ones too
         thread.join(_ENDED_GRACE_S)

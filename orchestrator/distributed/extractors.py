@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from orchestrator.data import Ids, Ints
 from orchestrator.distributed.events import DriverChannel, watch_driver
 from orchestrator.errors import OrchestratorError, TrainingError, first_line
 from orchestrator.features import BodyPass, ExtractionResult, FeatureCacheRef
-from orchestrator.job import ERROR_FILE, Advanced, Noted, Plan, write_file
+from orchestrator.job import ERROR_FILE, Advanced, Noted, Plan
 from orchestrator.network import Body, start_worker
 from orchestrator.store import FeatureSet, Format, opened
 from orchestrator.training import WorkerSpec, assembled
@@ -189,7 +188,7 @@ class Extractor:
         worker = self._resources.enter_context(
             start_worker(work.of.threads, device, deterministic=plan.job.training.deterministic)
         )
-        network, source = assembled(plan, Path(spec.run), worker, modality, self._resources)
+        network, source = assembled(plan, spec.held_run(), worker, modality, self._resources)
         work.cache.require_same(plan, modality)
         self._body_pass = BodyPass(
             Body(network, work.cache.cut), source, worker, work.format, modality.length_bucketing,
@@ -217,11 +216,12 @@ class Extractor:
         """An error that the driver understands; of a library's the trace goes into the run."""
         if isinstance(error, OrchestratorError):
             return error
-        place = Path(self._work.of.spec.run) / ERROR_FILE
-        with contextlib.suppress(OSError):
-            write_file(place, traceback.format_exc())
+        run = self._work.of.spec.held_run()
+        with contextlib.suppress(OrchestratorError):
+            run.write(ERROR_FILE, traceback.format_exc())
         return TrainingError(
-            f"an extractor failed: {type(error).__name__}: {first_line(error)}", mend=f"the whole trace is in {place}"
+            f"an extractor failed: {type(error).__name__}: {first_line(error)}",
+            mend=f"the whole trace is in {run.place}/{ERROR_FILE}; the same command goes on",
         )
 
     def _compute(self, start: int, stop: int) -> ExtractionResult:

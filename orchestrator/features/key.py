@@ -19,7 +19,7 @@ from typing import Any
 from orchestrator.data import Location, cached
 from orchestrator.errors import TrainingError
 from orchestrator.features.body_pass import Note
-from orchestrator.job import Plan
+from orchestrator.job import HeldRun, Plan
 from orchestrator.modality import Modality, registry
 from orchestrator.network import Cut, Worker
 from orchestrator.store import CONTENTS, FOLDER, FeatureSet, MirroredSet, cache_group_folder, share_note
@@ -65,7 +65,7 @@ class FeatureCacheRef:
         return cached(self.store).join(self.group.name) if self.store else None
 
 
-def agreed_cache(plan: Plan, run: Path, cut: Cut, modality: Modality, worker: Worker) -> FeatureCacheRef:
+def agreed_cache(plan: Plan, run: HeldRun, cut: Cut, modality: Modality, worker: Worker) -> FeatureCacheRef:
     """Where all workers keep the features of this cut, as rank 0 says; its folder is made.
 
     Raises `TrainingError`, on all workers, where one of them would compute other features than rank 0.
@@ -75,7 +75,9 @@ def agreed_cache(plan: Plan, run: Path, cut: Cut, modality: Modality, worker: Wo
         _require_same(f"the worker of rank {rank}", key, keys[0])
     key = keys[0]
     # What a notebook's cell computes, nobody can tell from what it computed before: kept for this run alone.
-    root, store = (run / _OF_RUN, None) if key["code"] is None else (run.parent / FOLDER, plan.job.feature_store)
+    shared = key["code"] is not None
+    root = run.folder.parent / FOLDER if shared else run.folder / _OF_RUN
+    store = plan.job.feature_store if shared else None
     return FeatureCacheRef(cut, key, cache_group_folder(root, plan.backbone.name, key), store)
 
 

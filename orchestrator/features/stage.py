@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from orchestrator.features.extraction import Extraction, RemoteExtractor, known_
 from orchestrator.features.formats import Choice, choose
 from orchestrator.features.key import FeatureCacheRef, agreed_cache, view_name
 from orchestrator.features.sources import FeatureSource, SampleSource, StoredRows, StoredView
-from orchestrator.job import SPLITS, Advanced, Noted, PhaseBegan, Plan, Report, write_file
+from orchestrator.job import SPLITS, Advanced, HeldRun, Noted, PhaseBegan, Plan, Report
 from orchestrator.modality import Modality
 from orchestrator.network import Body, Cut, Head, Network, Worker, channels_last, find_cut
 from orchestrator.store import FORMAT_FILE, KEY_FILE, FeatureSet, Format, opened
@@ -74,7 +73,7 @@ class CachedFeatures:
 
 
 def run_body_once(
-    plan: Plan, run: Path, network: Network, modality: Modality, source: SampleSource, worker: Worker,
+    plan: Plan, run: HeldRun, network: Network, modality: Modality, source: SampleSource, worker: Worker,
     report: Report, should_stop: Callable[[], bool], resources: ExitStack, verify: bool = False,
     extractors: MakeRemoteExtractor | None = None,
 ) -> tuple[CachedFeatures | None, Mapping[str, Any]]:  # fmt: skip
@@ -92,14 +91,14 @@ def run_body_once(
 
 
 def compute_features(
-    plan: Plan, run: Path, network: Network, modality: Modality, source: SampleSource, worker: Worker,
+    plan: Plan, run: HeldRun, network: Network, modality: Modality, source: SampleSource, worker: Worker,
     report: Report, should_stop: Callable[[], bool], resources: ExitStack, verify: bool = False,
     extractors: MakeRemoteExtractor | None = None,
 ) -> FeatureRef | NoCut:  # fmt: skip
     """Where the features of all splits lie, once those that the store lacks are computed. All workers call this.
 
-    `network`: on the worker's device, frozen, in eval mode. `source`: all samples of the plan. `run`: the run's
-    directory; features are kept beside it, so that every run on the same storage reads them.
+    `network`: on the worker's device, frozen, in eval mode. `source`: all samples of the plan. `run`: the one
+    that wants them; they are kept beside it, so that every run on the same storage reads them.
     `resources` keeps the features from being pruned, until it is closed.
     `verify`: every sample is read to find out what its content is, whatever is remembered of its file.
     `extractors`: what has other processes run the body.
@@ -163,7 +162,7 @@ def compute_features(
         cache.share(KEY_FILE, FORMAT_FILE)  # pruned meanwhile, perhaps
         if used_before is None:
             shards = {part.set: part.shards for parts in splits.values() for part in parts}
-            write_file(run / _USED, json.dumps({"format": choice.format, "shards": shards}))
+            run.write(_USED, json.dumps({"format": choice.format, "shards": shards}))
     lineage = {
         "features": "once", "cut": cut.point, "split_error": error, "format": choice.format,
         "features_s": time.monotonic() - started, "num_computed": sum(worker.gather(extraction.num_computed)),
@@ -204,11 +203,11 @@ class _Used:
     """Set -> names of its shards."""
 
     @classmethod
-    def of(cls, run: Path) -> _Used | None:
+    def of(cls, run: HeldRun) -> _Used | None:
         try:
-            entries = json.loads((run / _USED).read_text(encoding="utf-8"))
+            entries = json.loads(run.read(_USED) or "")
             return cls(entries["format"], {name: list(shards) for name, shards in entries["shards"].items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
 

@@ -7,10 +7,12 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     drafts    what a person wrote -> a Job, each fault with its place
     places    what a place of the user's means: a path, a URI, a data set of the Hub
     plans     the plain data that travels: BackboneCard, Plan
-    runs      a run's directory: what is in it, whether it is done, who works on it
-    events    what happens while a job runs
-    storage   one interface for runs in a directory and in an object store, with leases; no job works through it yet
+    runs      a run as others see it: what is in it, whether it is done, who works on it
+    held      a run that somebody works on: what is written goes to its storage, under a lease
+    storage   one interface for runs in a directory and in an object store, with leases
     directories  the same for a directory; for object stores it is in `data`
+    files     files of this machine, written whole and compared
+    events    what happens while a job runs
     figures   which figures of a task are shown, and how they are written
 """
 
@@ -32,6 +34,21 @@ from orchestrator.job.events import (
     Report as Report,
 )
 from orchestrator.job.figures import FIGURES as FIGURES, figure as figure, interval as interval
+from orchestrator.job.files import (
+    file_sha256 as file_sha256,
+    still_there as still_there,
+    sync as sync,
+    write_file as write_file,
+)
+from orchestrator.job.held import (
+    CHECKPOINTS as CHECKPOINTS,
+    ERROR_FILE as ERROR_FILE,
+    METRICS_FILE as METRICS_FILE,
+    MODEL as MODEL,
+    SAMPLES as SAMPLES,
+    HeldRun as HeldRun,
+    hold as hold,
+)
 from orchestrator.job.places import (
     DATA_FOLDER as DATA_FOLDER,
     SPLIT_KEYS as SPLIT_KEYS,
@@ -61,15 +78,11 @@ from orchestrator.job.plans import (
     Recipe as Recipe,
 )
 from orchestrator.job.runs import (
-    ERROR_FILE as ERROR_FILE,
-    SAMPLES as SAMPLES,
     Run as Run,
     list_runs as list_runs,
     open_finished as open_finished,
     open_run as open_run,
-    still_there as still_there,
-    sync as sync,
-    write_file as write_file,
+    read_lines as read_lines,
 )
 from orchestrator.job.spec import (
     IN_A_STORE as IN_A_STORE,
@@ -85,7 +98,6 @@ from orchestrator.job.storage import (
     Lease as Lease,
     Manifest as Manifest,
     Storage as Storage,
-    file_sha256 as file_sha256,
     make_manifest as make_manifest,
     next_version as next_version,
     number_of as number_of,

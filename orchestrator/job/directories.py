@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import time
 import uuid
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from orchestrator.errors import OrchestratorError, RefusedError
-from orchestrator.job.runs import still_there, sync
+from orchestrator.job.files import PARTIAL, beside, file_sha256, still_there, sync, write_file
 from orchestrator.job.storage import (
     MANIFEST_FILE,
     Lease,
@@ -32,7 +31,6 @@ from orchestrator.job.storage import (
 )
 
 LOCK_FILE, LEASE_FILE = ".lock", ".lease.json"
-_PARTIAL = ".partial"
 _LOOKED_AT_S = (0.01, 0.05, 0.2)
 """Waits before a lock counts as held: who asks for the holder has it for an instant."""
 
@@ -63,9 +61,19 @@ class DirectoryStorage(Storage):
                     continue
                 lease = Lease(name, owner, self._lease(name).number + 1, uuid.uuid4().hex[:8])
                 with self._writing(name):
-                    _write_whole(folder / LEASE_FILE, json.dumps(vars(lease)).encode())
+                    write_file(folder / LEASE_FILE, json.dumps(vars(lease)).encode())
                 yield lease
                 return
+
+    def give_up(self, lease: Lease) -> None:
+        folder = self.path / lease.name
+        with contextlib.suppress(OSError):
+            ours = {child.name for child in folder.iterdir()} <= {LOCK_FILE, LEASE_FILE}
+            if ours and self._lease(lease.name) == lease:
+                (folder / LEASE_FILE).unlink(missing_ok=True)
+                (folder / LOCK_FILE).unlink()
+                folder.rmdir()  # unless somebody came meanwhile
+                self.path.rmdir()  # as long as no other run is there
 
     def check(self, lease: Lease) -> None:
         now = self._lease(lease.name)
@@ -79,6 +87,9 @@ class DirectoryStorage(Storage):
         except OSError:  # never begun, or not ours to look at
             return ""
         return "" if free else self._lease(name).owner or "another process"
+
+    def local_folder(self, name: str) -> Path:
+        return self.path / name
 
     def _lease(self, name: str) -> Lease:
         """The newest one of a run; number 0 where there was none, or its file is no longer to be understood."""
@@ -100,15 +111,21 @@ class DirectoryStorage(Storage):
         return sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
 
     def read(self, name: str) -> bytes | None:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
             return (self.path / name).read_bytes()
-        return None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise RefusedError(
+                "damaged", f"{self._text(name)} cannot be read: {error.strerror}", expected="a file that may be read",
+                mend="see that it is one and that you may read it, or start that run over with --fresh",
+            ) from error  # fmt: skip
 
     def write(self, name: str, content: bytes, lease: Lease) -> None:
         self._check(name, lease)
         with self._writing(name):
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.path / name, content)
+            write_file(self.path / name, content)
 
     def delete(self, name: str, lease: Lease) -> None:
         self._check(name, lease)
@@ -118,7 +135,7 @@ class DirectoryStorage(Storage):
                 for child in self.children(name):
                     self.delete(f"{name}/{child}", lease)
             elif path.is_dir() and not path.is_symlink():
-                gone = _beside(path)  # all that it holds is gone at once
+                gone = beside(path)  # all that it holds is gone at once
                 path.rename(gone)
                 sync(path.parent)
                 shutil.rmtree(gone)
@@ -146,12 +163,12 @@ class DirectoryStorage(Storage):
         with self._writing(name):
             (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole = _on_the_same_disk(folder, _beside(path))
+            whole = _on_the_same_disk(folder, beside(path))
             for file in sorted(whole.rglob("*")):
                 sync(file)
             sync(whole)
             self._check(name, lease)  # all that has taken its time
-            replaced = _beside(path)
+            replaced = beside(path)
             if path.exists():
                 path.rename(replaced)
             whole.rename(path)
@@ -160,10 +177,21 @@ class DirectoryStorage(Storage):
             shutil.rmtree(folder, ignore_errors=True)
         return manifest
 
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[Path]:
+        manifest = self._manifest(name)
+        problem = manifest.problem(self._sizes(name, manifest))
+        for file, stored in manifest.files.items():
+            if not problem and file_sha256(self.path / name / file) != stored.sha256:
+                problem = f"{file} was changed"
+        if problem:
+            raise self._damaged(name, problem)
+        yield self.path / name  # as it lies there: nobody removes it but who holds the run
+
     def collect_orphans(self, lease: Lease, older_s: float) -> list[str]:
         self.check(lease)
         removed = []
-        for path in sorted((self.path / lease.name).rglob(f".*{_PARTIAL}")):
+        for path in sorted((self.path / lease.name).rglob(f".*{PARTIAL}")):
             with self._writing(lease.name), contextlib.suppress(FileNotFoundError):
                 newest = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
                 if time.time() - newest >= older_s:
@@ -209,28 +237,9 @@ def _locked(file: TextIO, how: int, waits: tuple[float, ...] = _LOOKED_AT_S) -> 
     return False
 
 
-def _beside(path: Path) -> Path:
-    """A new name in the same folder that nobody takes for a commit."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
-
-
 def _on_the_same_disk(folder: Path, copy: Path) -> Path:
     """The folder itself where it can be renamed to its place, else a copy of it there."""
     if folder.stat().st_dev == copy.parent.stat().st_dev:
         return folder
     shutil.copytree(folder, copy)
     return copy
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = _beside(path)
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync(path.parent)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

@@ -6,19 +6,17 @@ A run works in a local folder. What is to last goes to its storage in two ways: 
 
 Who writes holds a lease of the run. Each acquisition gets a number higher than all before it; the number stands in what
 is committed, so that a driver that was away and comes back replaces nothing of a newer one. A lease is plain data: the
-driver holds it, its workers write with it.
-
-Jobs do not work through it yet: their runs lie in a directory, which `Run` locks.
+driver holds it, its workers write with it (`held.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import re
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from orchestrator.errors import RefusedError, first_line
+from orchestrator.job.files import file_sha256
 
 MANIFEST_FILE = ".manifest.json"
 """In a committed folder of a directory; what a local folder holds under this name is not committed."""
@@ -146,12 +145,6 @@ def run_was_taken(place: str, lease: Lease, owner: str = "") -> RefusedError:
     )
 
 
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a local file."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 class Storage(ABC):
     """Where runs lie. Methods that reach it raise `OrchestratorError` with the place and the mend where it fails."""
 
@@ -169,8 +162,16 @@ class Storage(ABC):
         """Return if nobody has taken the run over; raise `RefusedError` (`busy`) if somebody has."""
 
     @abstractmethod
+    def give_up(self, lease: Lease) -> None:
+        """Leave nothing behind of a run that never began; its holder calls this last, and writes no more."""
+
+    @abstractmethod
     def holder(self, name: str) -> str:
         """Who works on a run, as far as a look from outside tells; '' if nobody does."""
+
+    @abstractmethod
+    def local_folder(self, name: str) -> Path:
+        """The folder of this machine for what a run needs while it is worked on, and others never ask for."""
 
     # --- small files ---
 
@@ -212,6 +213,17 @@ class Storage(ABC):
     def collect_orphans(self, lease: Lease, older_s: float) -> list[str]:
         """Remove what commits left that were cut off longer ago than that, and say which."""
 
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[Path]:
+        """A local folder with the files of a commit, to read as long as the context lasts; raises as `fetch` does."""
+        place = self.local_folder(name)
+        folder = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.opened")
+        try:
+            self.fetch(name, folder)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def fetch(self, name: str, folder: Path) -> Manifest:
         """Copy a committed folder into a local one, replacing that; sizes and SHA-256 of all its files were compared.
 
@@ -221,14 +233,7 @@ class Storage(ABC):
         tried: Manifest | None = None
         try:
             while True:
-                manifest = self.find(name)
-                if manifest is None:
-                    raise RefusedError(
-                        "not_found",
-                        f"there is no {self._text(name)}",
-                        expected="a committed folder",
-                        mend="look what there is: orchestrator runs",
-                    )
+                manifest = self._manifest(name)
                 problem = self._copy_all(name, manifest, partial)
                 if not problem:
                     break
@@ -239,6 +244,15 @@ class Storage(ABC):
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        return manifest
+
+    def _manifest(self, name: str) -> Manifest:
+        manifest = self.find(name)
+        if manifest is None:
+            raise RefusedError(
+                "not_found", f"there is no {self._text(name)}", expected="a committed folder",
+                mend="look what there is: orchestrator runs",
+            )  # fmt: skip
         return manifest
 
     def _copy_all(self, name: str, manifest: Manifest, into: Path) -> str:

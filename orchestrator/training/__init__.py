@@ -1,19 +1,19 @@
 """What one worker does: the loop over steps and epochs, its checkpoints, figures and records, and the exported model.
 
-In: a Plan, a run's directory, a worker. Out: a finished run: metrics, checkpoints, results, a Hugging Face directory.
+In: a Plan, a run to write, a worker. Out: a finished run: metrics, checkpoints, results, a Hugging Face directory.
 The same in one process and on many; knows nothing of Ray.
 
-    loop        what one worker does, top to bottom
+    loop        what one worker does, stage after stage
     phase       one phase of the recipe: steps, ends of epochs, checkpoints
     state       where a run stands, and what a worker holds
     batches     which samples a step takes, and how they get onto the device
     evaluate    what a network says of a split
-    finish      final figures, export, results
+    finish      the stages behind the last step: final figures, export, results
     assembly    the network with its weights, and the samples
     objective   what the task decides: loss, class weights, the scale of targets
     metrics     figures of each task, confusion
     intervals   their 95 % intervals
-    checkpoint  save, verify, newest valid one, restore; safetensors and JSON
+    checkpoint  save, newest whole one, restore; safetensors and JSON
     record      metrics.jsonl, TensorBoard's events, lineage.json
     loaded      a finished run in memory, for new inputs
     export      the Hugging Face directory

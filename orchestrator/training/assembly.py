@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from orchestrator.backbone import fetch
-from orchestrator.data import Samples, table_of
+from orchestrator.data import Samples, open_storage, table_of
 from orchestrator.errors import TrainingError
 from orchestrator.features import SampleSource
-from orchestrator.job import Plan
+from orchestrator.job import HeldRun, Lease, Plan
 from orchestrator.modality import Modality, registry
 from orchestrator.network import Network, Worker
 
@@ -23,8 +23,10 @@ class WorkerSpec:
     """What a process gets that works on a run, on this machine or another one."""
 
     plan_json: str
-    run: str
-    """The run's directory."""
+    storage: str
+    """The place where the runs lie, as any machine finds it."""
+    lease: Lease
+    """Of the run that is worked on."""
     verify_content: bool = False
     """Read every sample to find out which features are stored, whatever is remembered of its file."""
     modality: Modality | None = None
@@ -34,13 +36,17 @@ class WorkerSpec:
         """The plan."""
         return Plan.model_validate_json(self.plan_json)
 
+    def held_run(self) -> HeldRun:
+        """The run, to write."""
+        return HeldRun(open_storage(self.storage), self.lease)
+
     def find_modality(self, plan: Plan) -> Modality:
         """The plan's modality. Raises `PluginError`."""
         return self.modality or registry.get(plan.job.modality)
 
 
 def assembled(
-    plan: Plan, run: Path, worker: Worker, modality: Modality, resources: ExitStack
+    plan: Plan, run: HeldRun, worker: Worker, modality: Modality, resources: ExitStack
 ) -> tuple[Network, SampleSource]:
     """The plan's network on the worker's device, as for evaluation, and the run's samples.
 
@@ -56,10 +62,10 @@ def assembled(
     network.module.to(worker.device)
     network.module.to(memory_format=torch.channels_last)
     network.module.eval()
-    table = table_of(run)
+    table = table_of(run.folder)
     if table is None:
         raise TrainingError(
-            f"the run {run} has lost its sample table", expected="the storage as the driver sees it, on each node",
+            f"the run {run.name} has lost its sample table", expected="the storage as the driver sees it, on each node",
             mend="see that all nodes have the same storage, or start over with --fresh",
         )  # fmt: skip
     source = SampleSource(

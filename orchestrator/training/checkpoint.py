@@ -1,39 +1,30 @@
-"""Save, verify, find the newest whole one, restore, prune. Safetensors and JSON, never pickle.
+"""Save, find the newest whole one, restore, prune. Safetensors and JSON, never pickle.
 
-checkpoints/step-00000120/
-    weights.safetensors      what the method trains, and BatchNorm statistics that move
-    best.safetensors         the same of the best epoch so far
-    optimizer.safetensors    the optimizer's state by parameter name
-    state.json               where the run stands
-    manifest.json            SHA-256 of each of the above
-    COMMITTED                SHA-256 of the manifest, written last
+checkpoints/step-00000120/       a commit of the run's storage
+    weights.safetensors          what the method trains, and BatchNorm statistics that move
+    best.safetensors             the same of the best epoch so far
+    optimizer.safetensors        the optimizer's state by parameter name
+    state.json                   where the run stands
 
-It is written under the name step-00000120.partial. A folder of that name, or without its marker, is a left-over of a
-process that died while it wrote or removed it, and counts for nothing. One with a marker is whole, or the storage has
-damaged it since: the digests tell.
+A commit is there whole or not at all, unless the storage has damaged it since: its digests tell.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from orchestrator.errors import CheckpointError
-from orchestrator.job import file_sha256, sync, write_file
+from orchestrator.errors import CheckpointError, RefusedError
+from orchestrator.job import CHECKPOINTS, HeldRun
 
 NUM_KEPT = 2
-_PREFIX, _PARTIAL = "step-", ".partial"
-_MARKER = "COMMITTED"
-_MANIFEST = "manifest.json"
+_PREFIX = "step-"
 _TENSOR_FILES = ("weights", "best", "optimizer")
 
 Tensors = dict[str, Tensor]
@@ -51,129 +42,86 @@ class Checkpoint:
     """What the loop wants to find again, JSON; `step` is put into it."""
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint below `folder`, and then prune: it is on the disk before an older one is removed."""
-    place = folder / f"{_PREFIX}{checkpoint.step:08d}"
-    partial = place.with_name(place.name + _PARTIAL)
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        sync(folder.parent)
-    _remove(partial)
-    partial.mkdir()
-    for name in _TENSOR_FILES:
-        tensors = {key: value.detach().contiguous().cpu() for key, value in getattr(checkpoint, name).items()}
-        safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
-    (partial / "state.json").write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}))
-    names = [*(f"{name}.safetensors" for name in _TENSOR_FILES), "state.json"]
-    (partial / _MANIFEST).write_text(json.dumps({name: file_sha256(partial / name) for name in names}, indent=1))
-    for name in (*names, _MANIFEST):
-        sync(partial / name)
-    write_file(partial / _MARKER, file_sha256(partial / _MANIFEST))
-    _remove(place)  # of this step too, but of another state: an epoch's validation was stopped, and made up for
-    os.replace(partial, place)
-    sync(folder)
-    prune(folder)
-    return place
+def save(run: HeldRun, checkpoint: Checkpoint) -> None:
+    """Commit a checkpoint to the run, and then prune: it is on the storage before an older one is removed."""
+    with run.committing(_name_of(checkpoint.step)) as folder:
+        for name in _TENSOR_FILES:
+            tensors = {key: value.detach().contiguous().cpu() for key, value in getattr(checkpoint, name).items()}
+            safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
+        (folder / "state.json").write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}, allow_nan=False))
+    prune(run)
 
 
-def prune(folder: Path) -> None:
+def prune(run: HeldRun) -> None:
     """Leave the newest `NUM_KEPT` committed checkpoints, and nothing that is not committed."""
-    places = _places(folder)
-    kept = sorted(step for step, place in places.items() if _is_committed(place))[-NUM_KEPT:]
-    left_overs = list(folder.glob(f"{_PREFIX}*{_PARTIAL}"))
-    _remove_all(folder, [*left_overs, *(place for step, place in places.items() if step not in kept)])
+    kept = _committed_steps(run)[-NUM_KEPT:]
+    _delete(run, lambda step: step not in kept)
 
 
-def forget_after(folder: Path, step: int | None) -> None:
+def forget_after(run: HeldRun, step: int | None) -> None:
     """Remove the checkpoints of later steps, all of them where `step` is None.
 
     They are left-overs and damaged ones, which the run that goes on from that step has gone back behind.
     """
-    _remove_all(folder, [place for number, place in _places(folder).items() if step is None or number > step])
+    _delete(run, lambda number: step is None or number > step)
 
 
-def newest_step(folder: Path) -> int | None:
+def newest_step(run: HeldRun) -> int | None:
     """The step of the newest checkpoint that is whole, None if there is none to go on from.
 
     Raises `CheckpointError` where there are committed ones and none of them is whole: then something other
     than an interruption has damaged the storage, and starting over in silence would hide it.
     """
-    damaged = []
-    for step, place in sorted(_places(folder).items(), reverse=True):
-        if not _is_committed(place):
-            continue
-        problem = verify(place)
-        if not problem:
-            return step
-        damaged.append(f"{place.name}: {problem}")
-    if damaged:
+    problems = []
+    for step in reversed(_committed_steps(run)):
+        try:
+            with run.opened(_name_of(step)):
+                return step
+        except RefusedError as error:
+            problems.append(error.message)
+    if problems:
         raise CheckpointError(
-            f"no checkpoint in {folder} is whole: {'; '.join(damaged)}",
+            f"no checkpoint of the run {run.name} is whole: {'; '.join(problems)}",
             expected="files as they were written",
             mend="look at that storage, then start over with --fresh",
         )
     return None
 
 
-def load(folder: Path, step: int) -> Checkpoint:
+def load(run: HeldRun, step: int) -> Checkpoint:
     """The checkpoint of that step. Raises `CheckpointError` where it is not there, or not whole."""
-    place = _places(folder).get(step)
-    problem = verify(place) if place is not None else "it is not there"
-    if place is None or problem:
+    try:
+        with run.opened(_name_of(step)) as folder:
+            state = json.loads((folder / "state.json").read_text())
+            tensors = {name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in _TENSOR_FILES}
+    except RefusedError as error:
         raise CheckpointError(
-            f"the checkpoint of step {step} in {folder} cannot be read: {problem}",
+            f"the checkpoint of step {step} cannot be read: {error.message}",
             expected="the files that every worker sees on the storage, as they were written",
             mend="see that all nodes have the same storage, then run the same command again",
-        )
-    state = json.loads((place / "state.json").read_text())
-    tensors = {name: safetensors.torch.load_file(place / f"{name}.safetensors") for name in _TENSOR_FILES}
+        ) from None
     return Checkpoint(step, state=state, **tensors)
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """The checkpoint of `newest_step`, None if there is none. Raises `CheckpointError` as that does."""
-    step = newest_step(folder)
-    return None if step is None else load(folder, step)
+def _name_of(step: int) -> str:
+    return f"{CHECKPOINTS}/{_PREFIX}{step:08d}"
 
 
-def verify(place: Path) -> str:
-    """What is wrong with a checkpoint, '' if nothing is."""
-    try:
-        if (place / _MARKER).read_text() != file_sha256(place / _MANIFEST):
-            return "the manifest was changed"
-        digests = json.loads((place / _MANIFEST).read_text())
-        for name, expected in digests.items():
-            if file_sha256(place / name) != expected:
-                return f"{name} was changed"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""
+def _committed_steps(run: HeldRun) -> list[int]:
+    """Those of the committed checkpoints, whole or damaged since, in order."""
+    return sorted(step for name in run.commits(CHECKPOINTS) if (step := _step_of(name.split("/")[-1])) is not None)
 
 
-def _places(folder: Path) -> dict[int, Path]:
-    """{step: its folder} of all that have their name, committed or not."""
-    places = {place.name.removeprefix(_PREFIX): place for place in folder.glob(f"{_PREFIX}*")}
-    return {int(number): place for number, place in places.items() if number.isdecimal()}
+def _delete(run: HeldRun, is_gone: Callable[[int], bool]) -> None:
+    for name in run.children(CHECKPOINTS):
+        step = _step_of(name)
+        if step is not None and is_gone(step):
+            run.delete(f"{CHECKPOINTS}/{name}")
 
 
-def _is_committed(place: Path) -> bool:
-    return (place / _MARKER).is_file()
-
-
-def _remove_all(folder: Path, places: Collection[Path]) -> None:
-    for place in places:
-        _remove(place)
-    if places:
-        sync(folder)
-
-
-def _remove(place: Path) -> None:
-    """The marker first: cut short after that, or with a file that another node holds open, it is a left-over."""
-    if not place.exists():
-        return
-    (place / _MARKER).unlink(missing_ok=True)
-    sync(place)
-    shutil.rmtree(place, ignore_errors=True)
+def _step_of(name: str) -> int | None:
+    number = name.removeprefix(_PREFIX)
+    return int(number) if number != name and number.isdecimal() else None
 
 
 # --- tensors of a network and of its optimizer ---

@@ -1,50 +1,77 @@
-"""What stands behind the last step: final figures, the exported model, and results.json, which says that it is done."""
+"""The stages behind the last step: figures of the best weights, the exported model, and results.json, the last file."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import InterruptedRunError
-from orchestrator.job import PhaseBegan, write_file
+from orchestrator.job import PhaseBegan
 from orchestrator.training.evaluate import predict_split
 from orchestrator.training.export import export
-from orchestrator.training.metrics import measure
+from orchestrator.training.metrics import Predictions, measure
 from orchestrator.training.objective import fold
 from orchestrator.training.record import write_skipped
-from orchestrator.training.state import Session
+from orchestrator.training.state import Session, TrainState
 
 
-def finish(session: Session) -> None:
-    """Measure, export, and write the results; called by all workers. Raises `InterruptedRunError` if asked to stop."""
-    plan, state = session.plan, session.state
+@dataclass(frozen=True)
+class Evaluated:
+    """What the stage `evaluate` gives, on all workers."""
+
+    figures: Mapping[str, Mapping[str, Any]]
+    """Split -> its figures; splits without samples are left out."""
+    skipped: Mapping[int, str]
+    """Row of the sample table -> why it could not be read, of all workers and since the run began."""
+
+
+def evaluate_splits(session: Session) -> Evaluated:
+    """The figures of validation and test split, of the weights that the network has.
+
+    Called by all workers; raises `InterruptedRunError` on all if asked to stop.
+    """
     session.report(PhaseBegan("final figures"))
-    predictions = {split: predict_split(session, split) for split in ("validation", "test")}
-    if None in predictions.values():
-        raise InterruptedRunError("stopped before the final figures", mend="the same command goes on from there")
-    skips = dict(skip for part in session.worker.gather(session.raw.skipped) for skip in part.items())
+    predictions: dict[str, Predictions] = {}
+    for split in ("validation", "test"):
+        one = predict_split(session, split)
+        if one is None:
+            raise InterruptedRunError("stopped before the final figures", mend="the same command goes on from there")
+        if len(one.rows):
+            predictions[split] = one
+    task, classes = session.plan.job.task, session.plan.classes
+    skipped = dict(skip for part in session.worker.gather(session.raw.skipped) for skip in part.items())
+    figures = {}
+    if session.worker.rank == 0:
+        figures = {split: measure(task, one, classes) for split, one in predictions.items()}
+    return Evaluated(session.worker.gather(figures)[0], dict(sorted(skipped.items())))
+
+
+def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> None:
+    """Commit the model, and write results.json, which says that the run is done. Called by all workers."""
+    run, plan = session.run, session.plan
     fold(session.objective, session.network)  # on all workers: what is gathered is what is exported
     state_dict = session.strategy.gather()
     if state_dict is None:
         return
-    write_skipped(session.run, {session.samples.place(row): why for row, why in sorted(skips.items())})
+    places = {session.samples.place(row): why for row, why in evaluated.skipped.items()}
+    write_skipped(run, places)
     results: dict[str, Any] = {
         "name": plan.name,
         "task": plan.job.task,
         "method": plan.job.method,
         "backbone": plan.backbone.source,
         "num_train": plan.data.num_samples["train"],
-        "best_epoch": state.best_epoch,
-        "num_skipped": plan.data.num_skipped + len(skips),
+        "best_epoch": trained.best_epoch,
+        "num_skipped": plan.data.num_skipped + len(evaluated.skipped),
         "seconds": round(session.seconds(), 3),
+        **evaluated.figures,
     }
-    for split, one in predictions.items():
-        if one is not None and len(one.rows):
-            results[split] = measure(plan.job.task, one, plan.classes)
     session.report(PhaseBegan("writing the model"))
-    lineage = json.loads((session.run / "lineage.json").read_text(encoding="utf-8"))
-    export(session.network, state_dict, plan, results, lineage, session.run / "model")
-    shutil.rmtree(session.run / "features", ignore_errors=True)
+    lineage = json.loads(run.read("lineage.json") or "{}")
+    export(session.network, state_dict, plan, results, lineage, run)
+    run.delete("features")  # those that were kept for this run alone
     results["seconds"] = round(session.seconds(), 3)
-    write_file(session.run / "results.json", json.dumps(results, indent=1, ensure_ascii=False))
+    run.write("results.json", json.dumps(results, indent=1, ensure_ascii=False))
+    run.collect_orphans(older_s=0)

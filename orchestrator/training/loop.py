@@ -1,16 +1,17 @@
-"""What one worker does, top to bottom: what stands before the first step, the phases of the recipe, the end.
+"""What one worker does, stage after stage: what stands before the first step, training, evaluation, export.
 
 The same in this process and in each process of a Ray cluster; phase.py has the steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.features import MakeRemoteExtractor, Source, run_body_once
 from orchestrator.job import SPLITS, Event, Noted, PhaseBegan, Report
 from orchestrator.network import (
@@ -20,10 +21,10 @@ from orchestrator.network import (
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.assembly import WorkerSpec, assembled
 from orchestrator.training.batches import BatchLoader
-from orchestrator.training.finish import finish
+from orchestrator.training.finish import evaluate_splits, export_run
 from orchestrator.training.objective import make_objective
 from orchestrator.training.phase import PhaseLoop
-from orchestrator.training.record import cut_metrics, write_lineage
+from orchestrator.training.record import Record, write_lineage
 from orchestrator.training.state import Session, TrainState
 
 
@@ -41,8 +42,9 @@ def run_worker(
         session = _prepare(
             spec, worker, report if worker.rank == 0 else _silence, should_stop, extractors, started, resources
         )
-        _train(session)
-        finish(session)
+        trained = train(session)
+        evaluated = evaluate_splits(session)
+        export_run(session, trained, evaluated)
 
 
 def _silence(_event: Event) -> None:
@@ -56,7 +58,7 @@ def _prepare(
     spec: WorkerSpec, worker: Worker, report: Report, should_stop: Callable[[], bool],
     extractors: MakeRemoteExtractor | None, started: float, resources: ExitStack,
 ) -> Session:  # fmt: skip
-    plan, run = spec.read_plan(), Path(spec.run)
+    plan, run = spec.read_plan(), spec.held_run()
     modality = spec.find_modality(plan)
     report(PhaseBegan("loading the backbone"))
     network, raw = assembled(plan, run, worker, modality, resources)
@@ -85,8 +87,11 @@ def _prepare(
 # --- the phases ---
 
 
-def _train(session: Session) -> None:
-    """All phases, each from the best weights of the one before; at the end the best of all are in the network."""
+def train(session: Session) -> TrainState:
+    """All phases, each from the best weights of the one before; where the run stands then, at the end of the last one.
+
+    The best weights of all are in the network afterwards. Raises `InterruptedRunError` on all workers if asked to stop.
+    """
     recipe = session.plan.recipe
     resumed = _newest_checkpoint(session)
     best: ckpt.Tensors = {}
@@ -97,21 +102,27 @@ def _train(session: Session) -> None:
         steps = session.state.steps_done(recipe)
         session.report(Noted(f"going on from step {steps} of {recipe.num_steps}"))
     if session.worker.rank == 0:
-        cut_metrics(session.run, session.state.num_epochs_ended(recipe))
+        session.record = Record(session.run, session.state.num_epochs_ended(recipe))
     session.saved_at = time.monotonic()
-    for number in range(session.state.phase, len(recipe.phases)):
-        if number > session.state.phase:
-            session.state.phase, session.state.step, session.state.epochs_ended = number, 0, 0
-        best = PhaseLoop(session, best, resumed).run()
-        resumed = None
+    try:
+        for number in range(session.state.phase, len(recipe.phases)):
+            if number > session.state.phase:
+                session.state.phase, session.state.step, session.state.epochs_ended = number, 0, 0
+            best = PhaseLoop(session, best, resumed).run()
+            resumed = None
+    finally:
+        with contextlib.suppress(OrchestratorError):  # of what ended it, the epochs before tell
+            if session.record is not None:
+                session.record.settle()
+    return session.state
 
 
 def _newest_checkpoint(session: Session) -> ckpt.Checkpoint | None:
     """The one that rank 0 chose, on all workers; what lies beyond it is removed, before another one is written."""
-    folder, worker = session.run / "checkpoints", session.worker
-    step: int | None = worker.gather(ckpt.newest_step(folder) if worker.rank == 0 else None)[0]
-    checkpoint = None if step is None else ckpt.load(folder, step)
+    run, worker = session.run, session.worker
+    step: int | None = worker.gather(ckpt.newest_step(run) if worker.rank == 0 else None)[0]
+    checkpoint = None if step is None else ckpt.load(run, step)
     worker.barrier()  # nobody removes what another one is still reading
     if worker.rank == 0:
-        ckpt.forget_after(folder, step)
+        ckpt.forget_after(run, step)
     return checkpoint

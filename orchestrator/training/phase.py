@@ -32,7 +32,6 @@ from orchestrator.network import (
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.batches import epoch_batches
 from orchestrator.training.evaluate import epoch_figures, predict_split
-from orchestrator.training.record import add_epoch, settle_metrics
 from orchestrator.training.state import Session
 
 
@@ -222,8 +221,8 @@ class PhaseLoop:
             self.best = ckpt.copy_of(self.tensors)
         state.epoch_loss = state.epoch_correct = state.epoch_samples = state.epoch_weight = 0.0
         state.epochs_ended += 1
-        if session.worker.rank == 0:
-            add_epoch(session.run, line)
+        if session.record is not None:
+            session.record.add(line)
         session.report(EpochEnded(line, recipe.num_epochs, plan.job.task))
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
 
@@ -260,12 +259,12 @@ class PhaseLoop:
         for skipped in session.worker.gather(session.raw.skipped):
             session.raw.skipped.update(skipped)
         state.skipped = {str(row): why for row, why in sorted(session.raw.skipped.items())}
-        if session.worker.rank == 0:
-            settle_metrics(session.run)  # the lines of the epochs that the checkpoint counts as ended
-            entries = {**state.__dict__, "seconds": session.seconds()}
+        if session.record is not None:
+            session.record.settle()  # the lines of the epochs that the checkpoint counts as ended
+            entries = {**state.entries(), "seconds": session.seconds()}
             optimizer = ckpt.optimizer_tensors(self.optimizer, self.named)
             step = state.steps_done(session.plan.recipe)
-            ckpt.save(session.run / "checkpoints", ckpt.Checkpoint(step, self.tensors, self.best, optimizer, entries))
+            ckpt.save(session.run, ckpt.Checkpoint(step, self.tensors, self.best, optimizer, entries))
         session.saved_at = time.monotonic()
 
     def _interrupt(self) -> NoReturn:

@@ -2,57 +2,82 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import platform
-from collections.abc import Iterable, Mapping
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from orchestrator.job import Plan, sync, write_file
+from orchestrator.job import METRICS_FILE, HeldRun, Plan, read_lines
 from orchestrator.network import Network, Worker
 from orchestrator.training.metrics import finite
 
-_METRICS, _SKIPPED = "metrics.jsonl", "skipped.jsonl"
+_SKIPPED = "skipped.jsonl"
+_TENSORBOARD = "tensorboard"
+_EPOCHS = re.compile(r".*\.epoch-(\d+)")
+_PUBLISHED_EVERY_S = 1.0
+"""Small networks have hundreds of epochs a second."""
 
 
-def add_epoch(run: Path, line: Mapping[str, Any]) -> None:
-    """One more line in metrics.jsonl, null for what is not finite, and the same for TensorBoard."""
-    with (run / _METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(dict(line))) + "\n")
-    _show_in_tensorboard(run, line)
+class Record:
+    """The epochs of a run, as metrics.jsonl and as event files for TensorBoard.
+
+    They go to the storage once a second at most, and whenever `settle` is called: before a checkpoint that counts their
+    epochs as ended. Lines that were not there yet when a run was cut off are of epochs that come again.
+    """
+
+    def __init__(self, run: HeldRun, num_epochs: int) -> None:
+        """`num_epochs`: of the run's lines those of the first epochs are kept, the others will be written again."""
+        self._run = run
+        lines = read_lines(run.read(METRICS_FILE))
+        self._lines = [line for line in lines if line.get("epoch", math.inf) <= num_epochs]
+        self._pending: list[Mapping[str, Any]] = []
+        self._published = -math.inf
+        if self._lines != lines:
+            self._write()
+        for file in run.children(_TENSORBOARD):
+            match = _EPOCHS.fullmatch(file)
+            if match and int(match[1]) > num_epochs:
+                run.delete(f"{_TENSORBOARD}/{file}")
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """One more epoch."""
+        self._pending.append(line)
+        if time.monotonic() - self._published >= _PUBLISHED_EVERY_S:
+            self.settle()
+
+    def settle(self) -> None:
+        """Return once all epochs are on the storage."""
+        if not self._pending:
+            return
+        self._lines += [finite(dict(line)) for line in self._pending]
+        self._write()
+        _show_in_tensorboard(self._run, self._pending)
+        self._pending = []
+        self._published = time.monotonic()
+
+    def _write(self) -> None:
+        self._run.write(METRICS_FILE, _as_text(self._lines))
 
 
-def _show_in_tensorboard(run: Path, line: Mapping[str, Any]) -> None:
-    """The epoch's figures as an event file of its own, so that a run that goes on replaces no other's."""
-    place = run / "tensorboard"
-    suffix = f".epoch-{line['epoch']:05d}"
-    for old in place.glob(f"*{suffix}"):
-        old.unlink()
-    with SummaryWriter(str(place), filename_suffix=suffix) as writer:
-        for name, value in line.items():
-            if name not in ("epoch", "step"):
-                writer.add_scalar(name, value, line["step"])
+def _show_in_tensorboard(run: HeldRun, lines: Sequence[Mapping[str, Any]]) -> None:
+    """The figures of some epochs as an event file of its own, so that a run that goes on replaces no other's."""
+    with run.scratch() as folder:
+        with SummaryWriter(str(folder), filename_suffix=f".epoch-{lines[-1]['epoch']:05d}") as writer:
+            for line in lines:
+                for name, value in line.items():
+                    if name not in ("epoch", "step"):
+                        writer.add_scalar(name, value, line["step"])
+        for file in folder.iterdir():
+            run.write(f"{_TENSORBOARD}/{file.name}", file.read_bytes())
 
 
-def cut_metrics(run: Path, num_epochs: int) -> None:
-    """Keep the lines of the first epochs alone: the others will be written again, and one that was cut off too."""
-    file = run / _METRICS
-    if file.exists():
-        _write_lines(file, [line for line in _read_lines(file) if line.get("epoch", math.inf) <= num_epochs])
-
-
-def settle_metrics(run: Path) -> None:
-    """Return once the lines of metrics.jsonl are on the disk."""
-    with contextlib.suppress(FileNotFoundError):  # no epoch has ended yet
-        sync(run / _METRICS)
-
-
-def write_skipped(run: Path, problems: Mapping[str, str]) -> None:
+def write_skipped(run: HeldRun, problems: Mapping[str, str]) -> None:
     """skipped.jsonl: the lines that are there, and one more for each place of `problems` that has none yet.
 
     `problems`: {what the sample is called: why it was left out}, of all workers and since the run began. What was left
@@ -60,29 +85,17 @@ def write_skipped(run: Path, problems: Mapping[str, str]) -> None:
     """
     if not problems:
         return
-    lines = _read_lines(run / _SKIPPED)
+    lines = read_lines(run.read(_SKIPPED))
     known = {line.get("place") for line in lines}
     met = [{"place": place, "problem": why} for place, why in problems.items() if place not in known]
-    _write_lines(run / _SKIPPED, [*lines, *met])
+    run.write(_SKIPPED, _as_text([*lines, *met]))
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, without a last one that was cut off; [] where there is no file."""
-    lines = []
-    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    for one in text.split("\n"):  # and at no other character that Unicode calls the end of a line: paths hold such
-        with contextlib.suppress(ValueError):
-            line = json.loads(one)
-            if isinstance(line, dict):
-                lines.append(line)
-    return lines
+def _as_text(lines: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _write_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def write_lineage(run: Path, plan: Plan, network: Network, worker: Worker, met: Mapping[str, Any]) -> None:
+def write_lineage(run: HeldRun, plan: Plan, network: Network, worker: Worker, met: Mapping[str, Any]) -> None:
     """lineage.json: where everything came from, and `met`, what only the running job can know."""
     card = plan.backbone
     libraries = ("orchestrator", "torch", "transformers", "timm", "ray", "numpy")
@@ -112,7 +125,7 @@ def write_lineage(run: Path, plan: Plan, network: Network, worker: Worker, met: 
         "versions": {"python": platform.python_version(), **versions},
         **met,
     }  # fmt: skip
-    write_file(run / "lineage.json", json.dumps(lineage, indent=1, ensure_ascii=False))
+    run.write("lineage.json", json.dumps(lineage, indent=1, ensure_ascii=False))
 
 
 def _license(config: Mapping[str, Any]) -> str | None:

@@ -7,17 +7,17 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from orchestrator.data import Samples
 from orchestrator.features import SampleSource, Source
-from orchestrator.job import Phase, Plan, Recipe, Report
+from orchestrator.job import HeldRun, Phase, Plan, Recipe, Report
 from orchestrator.network import Inputs, Network, Strategy, Worker
 from orchestrator.training.batches import BatchLoader
 from orchestrator.training.objective import Objective
+from orchestrator.training.record import Record
 
 
 @dataclass
@@ -47,11 +47,16 @@ class TrainState:
     def restored(entries: Mapping[str, Any], recipe: Recipe) -> TrainState:
         """What a checkpoint holds, whose `step` is of all phases; an earlier version's too, which knew no phases."""
         names = {one.name for one in dataclasses.fields(TrainState)}
-        state = TrainState(**{name: value for name, value in entries.items() if name in names})
+        state = TrainState(**{name: value for name, value in entries.items() if name in names and value is not None})
         state.step -= sum(phase.num_steps for phase in recipe.phases[: state.phase])
         if "epochs_ended" not in entries:
             state.epochs_ended = state.step // recipe.steps_per_epoch
         return state
+
+    def entries(self) -> dict[str, Any]:
+        """For a checkpoint, null for a loss that there is not yet."""
+        entries = dict(vars(self))
+        return entries if math.isfinite(self.best_loss) else {**entries, "best_loss": None}
 
     def steps_done(self, recipe: Recipe) -> int:
         """Of all phases."""
@@ -67,7 +72,7 @@ class Session:
     """What this worker holds while it works."""
 
     plan: Plan
-    run: Path
+    run: HeldRun
     worker: Worker
     network: Network
     strategy: Strategy
@@ -86,6 +91,8 @@ class Session:
     should_stop: Callable[[], bool]
     started: float
     state: TrainState = field(default_factory=TrainState)
+    record: Record | None = None
+    """Of the epochs; rank 0 alone has it, once it is known where the run goes on."""
     saved_at: float = field(default_factory=time.monotonic)
 
     @property

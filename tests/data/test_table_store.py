@@ -20,8 +20,9 @@ import pytest
 from orchestrator.data import Samples, TableStore, prepare_data, table_key, table_of
 from orchestrator.data.samples import INDEX_FILE, ROWS_FILE
 from orchestrator.errors import RefusedError
-from orchestrator.job import SAMPLES, SPLITS, BackboneCard, Data, Run, TaskName
+from orchestrator.job import SAMPLES, SPLITS, BackboneCard, Data, TaskName
 from orchestrator.modality import registry
+from tests.held import leased
 
 CARD = BackboneCard(source="b", kind="directory", name="b")
 TEXTS = [{"text": f"sentence {i}", "label": "odd" if i % 2 else "even"} for i in range(40)]
@@ -55,8 +56,8 @@ def new_run(storage: Path, name: str) -> Path:
 def put(storage: Path, name: str, **more: Any) -> Path:
     """Have a new run put a table, as a job does: written in the run's own folder first."""
     run = new_run(storage, name)
-    make_table(run / f"{SAMPLES}.partial", **more)
-    return TableStore(storage).put(run / f"{SAMPLES}.partial", run)
+    make_table(run / "made", **more)
+    return TableStore(storage).put(run / "made", leased(run))
 
 
 def answers(folder: Path) -> object:
@@ -78,7 +79,7 @@ def test_two_runs_of_the_same_data_use_one_table(storage: Path) -> None:
     assert first == second == table_of(storage / "one") == table_of(storage / "two")
     assert TableStore(storage).in_use() == {first.name: ["one", "two"]}
     assert [path.name for path in (storage / ".data").glob("*/")] == [first.name]
-    assert not (storage / "two" / f"{SAMPLES}.partial").exists()
+    assert not (storage / "two" / "made").exists()
     make_table(storage / "again")
     assert answers(first) == answers(storage / "again")
 
@@ -101,7 +102,7 @@ def test_who_may_not_read_the_run_may_not_read_its_table(storage: Path) -> None:
 def test_a_table_survives_the_clearing_of_its_run(storage: Path) -> None:
     path = put(storage, "one")
     before = answers(path)
-    Run(storage / "one").clear()
+    leased(storage / "one").clear()
     assert answers(path) == before
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o444}
 
@@ -153,7 +154,7 @@ def test_all_that_a_table_depends_on_changes_its_key(tmp_path: Path) -> None:
 
 def _put_at_once(storage: Path, name: str, barrier: Any) -> None:
     barrier.wait()
-    TableStore(storage).put(storage / name / f"{SAMPLES}.partial", storage / name)
+    TableStore(storage).put(storage / name / "made", leased(storage / name))
 
 
 def test_processes_that_put_one_table_at_once(storage: Path) -> None:
@@ -161,7 +162,7 @@ def test_processes_that_put_one_table_at_once(storage: Path) -> None:
     barrier = context.Barrier(3)
     make_table(storage / "table")
     for name in ("one", "two", "three"):
-        shutil.copytree(storage / "table", new_run(storage, name) / f"{SAMPLES}.partial")
+        shutil.copytree(storage / "table", new_run(storage, name) / "made")
     processes = [
         context.Process(target=_put_at_once, args=(storage, name, barrier)) for name in ("one", "two", "three")
     ]
@@ -184,10 +185,11 @@ def test_pruning_while_tables_come_and_go(storage: Path) -> None:
 
     def work(number: int) -> None:
         run = new_run(storage, f"run-{number}")
+        lease = leased(run)
         for turn in range(25):
-            folder = run / f"{SAMPLES}.partial"
+            folder = run / "made"
             shutil.copytree(storage / f"table-{(number + turn) % 3}", folder)
-            path = TableStore(storage).put(folder, run)
+            path = TableStore(storage).put(folder, lease)
             if table_of(run) != path or table_key(path) != path.name:
                 faults.append((number, turn))
             (run / "samples.json").unlink()
@@ -209,14 +211,17 @@ def test_pruning_while_tables_come_and_go(storage: Path) -> None:
 
 
 KILLED = """
-import os, shutil, signal, sys
+import json, os, shutil, signal, sys
 from pathlib import Path
 from orchestrator.data import TableStore, table_key
+from orchestrator.job import DirectoryStorage, HeldRun, Lease
 
 here = Path(sys.argv[1])
 for last in range(1, 500):
     storage = here / f"{last:03}"
     shutil.copytree(here / "before", storage)
+    lease = Lease(**json.loads((storage / "run" / ".lease.json").read_text()))
+    run = HeldRun(DirectoryStorage(storage), lease)
     child = os.fork()
     if child == 0:
         num_calls = 0
@@ -227,7 +232,7 @@ for last in range(1, 500):
                 if num_calls == last:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(count)
-        TableStore(storage).put(storage / "run" / "samples.partial", storage / "run")
+        TableStore(storage).put(storage / "run" / "made", run)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         break
@@ -241,7 +246,8 @@ def test_a_job_killed_anywhere_leaves_a_whole_table_or_none(tmp_path: Path, dama
     before.mkdir(parents=True)
     make_table(tmp_path / "table")
     key = table_key(tmp_path / "table")
-    shutil.copytree(tmp_path / "table", new_run(before, "run") / f"{SAMPLES}.partial")
+    shutil.copytree(tmp_path / "table", new_run(before, "run") / "made")
+    leased(before / "run")
     if damaged:  # one that was cut since is there in its place
         cut = shutil.copytree(tmp_path / "table", before / ".data" / key)
         os.truncate(cut / INDEX_FILE, 100)
@@ -260,7 +266,7 @@ def test_a_job_killed_anywhere_leaves_a_whole_table_or_none(tmp_path: Path, dama
         assert named == (there if (run / "samples.json").exists() else None)
         assert is_whole or named is None
         shutil.copytree(tmp_path / "table", run / f"{SAMPLES}.again")  # the same command again
-        assert store.put(run / f"{SAMPLES}.again", run) == there == table_of(run)
+        assert store.put(run / f"{SAMPLES}.again", leased(run)) == there == table_of(run)
         assert answers(there) == answers(tmp_path / "table")
         assert not any(stat.S_IMODE(file.stat().st_mode) & 0o222 for file in there.iterdir())
         assert store.prune() == []
@@ -295,20 +301,6 @@ def test_a_table_that_is_pruned_while_it_is_read_is_read_to_its_end(storage: Pat
     TableStore(storage).prune()
     assert not path.exists()
     assert [samples.read(row) for row in range(len(samples.targets))] == before[3]  # type: ignore[index]
-
-
-def test_a_run_may_use_a_table_that_is_there(storage: Path) -> None:
-    path = put(storage, "one")
-    store = TableStore(storage)
-    assert store.hold(path.name, new_run(storage, "two")) == path
-    shutil.rmtree(storage / "one")
-    assert store.prune() == []
-    shutil.rmtree(storage / "two")
-    store.prune()
-    with pytest.raises(RefusedError, match="there is no sample table") as caught:
-        store.hold(path.name, new_run(storage, "three"))
-    assert caught.value.reason == "not_found"
-    assert not (storage / "three" / "samples.json").exists()
 
 
 def test_a_storage_without_tables_is_left_as_it_is(tmp_path: Path) -> None:
@@ -357,8 +349,8 @@ def test_a_damaged_table_is_replaced_by_the_next_job(storage: Path, damage: Call
         file.chmod(0o755)
     damage(path)
     assert put(storage, "one-more", seed=1) != path
-    make_table(storage / "one" / f"{SAMPLES}.partial")
-    assert TableStore(storage).put(storage / "one" / f"{SAMPLES}.partial", storage / "one") == path
+    make_table(storage / "one" / "made")
+    assert TableStore(storage).put(storage / "one" / "made", leased(storage / "one")) == path
     assert answers(path) == before
     assert not temporaries(storage)
 

@@ -111,6 +111,7 @@ def test_workers_that_do_not_answer_are_ended_before_the_run_is_somebody_elses(
         from pathlib import Path
         import orchestrator
         from orchestrator.distributed import cluster
+        from orchestrator.job import DirectoryStorage, hold
         from orchestrator.modality import registry
 
         cluster._STOP_GRACE_S = 3.0
@@ -132,7 +133,7 @@ def test_workers_that_do_not_answer_are_ended_before_the_run_is_somebody_elses(
             )
         except orchestrator.OrchestratorError as error:
             print(error.exit_code, error.message)
-        with orchestrator.Run(Path("runs/run").absolute()).locked():
+        with hold(DirectoryStorage(Path("runs").absolute()), "run"):
             for _ in range(100):
                 if not Path(f"/proc/{hanging.read_text()}").exists():
                     print("ended")

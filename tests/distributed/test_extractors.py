@@ -57,7 +57,7 @@ def test_who_computes_may_change_and_nothing_else_of_a_run_that_goes_on(
         raise InterruptedRunError("stopped")
 
     monkeypatch.setattr(train, "_on_ray", on_ray)
-    monkeypatch.setattr(loop, "_train", stopped)
+    monkeypatch.setattr(loop, "train", stopped)
     job: dict[str, Any] = {"backbone": str(tiny_resnet), "data": str(flat_digits), "name": "same"}
     with pytest.raises(InterruptedRunError):
         orchestrator.finetune(**job, report=lambda _: None)

@@ -186,7 +186,7 @@ def test_a_worker_that_dies_is_replaced(uninterrupted: orchestrator.Run, tiny_re
     killed: list[int] = []
 
     def kill(event: Event) -> None:
-        if isinstance(event, Advanced) and not killed and list(Path("runs/hurt").glob("checkpoints/*/COMMITTED")):
+        if isinstance(event, Advanced) and not killed and list(Path("runs/hurt").glob("checkpoints/*/.manifest.json")):
             killed.extend((*processes(b"TrainWorker"), *processes(b"EventQueue")))
             for process in killed:  # the queue too: some events are lost with it, and no work
                 os.kill(process, signal.SIGKILL)
@@ -294,7 +294,7 @@ def test_one_ray_worker_is_this_process_bit_for_bit_interrupted_and_killed(
 
 def checkpoints() -> set[str]:
     """Those of the run that are whole."""
-    return {file.parent.name for file in Path("runs/ray").glob("checkpoints/step-*/COMMITTED")}
+    return {file.parent.name for file in Path("runs/ray").glob("checkpoints/step-*/.manifest.json")}
 
 
 def test_one_start_of_ray_serves_all_calls_of_a_process(tiny_resnet: Path, flat_digits: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_run_that_goes_on_reads_what_it_began_with(
         raise InterruptedRunError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_train", stopped)
+        patch.setattr(loop, "train", stopped)
         with pytest.raises(InterruptedRunError):
             train(tiny_resnet, digits, **head(precision), name="stopped")
     (folder,) = Path("runs").glob(f".features/*/{FORMATS[precision]}")

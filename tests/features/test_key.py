@@ -24,6 +24,7 @@ import torch, torch.distributed as dist
 import orchestrator
 from orchestrator.errors import TrainingError
 from orchestrator.features import key
+from orchestrator.job import DirectoryStorage, HeldRun, Lease
 from orchestrator.modality import registry
 from orchestrator.network import Cut, start_worker
 backbone, data, rank, torch_version = sys.argv[1:]
@@ -34,7 +35,7 @@ plan = orchestrator.plan(backbone=backbone, data=data)
 dist.init_process_group("gloo", init_method=f"file://{Path('meeting').absolute()}", rank=int(rank), world_size=2)
 with start_worker(1, torch.device("cpu")) as worker:
     try:
-        cut, run = Cut(("classifier",), "chain"), Path("run").absolute()
+        cut, run = Cut(("classifier",), "chain"), HeldRun(DirectoryStorage(Path.cwd()), Lease("run", "me", 1, "token"))
         cache = key.agreed_cache(plan, run, cut, registry.get("image"), worker)
         print("agreed", cache.group.name)
     except TrainingError as error:

@@ -25,6 +25,7 @@ from orchestrator.job import SPLITS, Noted
 from orchestrator.network import Body, Network, start_worker
 from orchestrator.store import inventory, sets
 from tests.features.conftest import FORMATS, head
+from tests.held import leased
 from tests.whole.test_train import silent, train, weights_of
 
 HEAD = head()
@@ -252,15 +253,15 @@ def stage(backbone: Path, data: Path, name: str, resources: ExitStack, **fields:
     import orchestrator_image
 
     job = orchestrator.plan(backbone=str(backbone), data=str(data), name=name, **head(), **fields).job
-    run = Path("runs", name).absolute()
-    (run / "samples").mkdir(parents=True)
-    plan, _ = prepare(job, resolve_backbone(job), run / "samples")
+    run = leased(Path("runs", name).absolute())
+    (run.folder / "samples").mkdir()
+    plan, _ = prepare(job, resolve_backbone(job), run.folder / "samples")
     modality = orchestrator_image.modality
     worker = resources.enter_context(start_worker(1, torch.device("cpu")))
     network = modality.build(plan, backbone)
     network.module.eval()
     source = SampleSource(
-        Samples(run / "samples", tuple(field.name for field in modality.sample)), modality.decode,
+        Samples(run.folder / "samples", tuple(field.name for field in modality.sample)), modality.decode,
         modality.batch(plan, backbone), False, resources.enter_context(ThreadPoolExecutor(1)),
     )  # fmt: skip
     return plan, run, network, modality, source, worker

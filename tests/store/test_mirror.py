@@ -114,7 +114,7 @@ def test_the_store_of_a_run_that_goes_on_may_be_another_one(
     from orchestrator.training import loop
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_train", lambda _: (_ for _ in ()).throw(InterruptedRunError("stopped")))
+        patch.setattr(loop, "train", lambda _: (_ for _ in ()).throw(InterruptedRunError("stopped")))
         with pytest.raises(InterruptedRunError):
             train(tiny_resnet, digits, "one", name="same", feature_store=None)
     run = train(tiny_resnet, digits, "one", name="same")

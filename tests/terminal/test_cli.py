@@ -21,6 +21,7 @@ from orchestrator.progress import progress
 from orchestrator.terminal import cli as commands
 from orchestrator.terminal.console import cut_middle, show_error, show_plan
 from orchestrator.terminal.flags import FLAGS, name_flags
+from tests.held import held
 
 
 class Screen:
@@ -169,7 +170,7 @@ def test_a_plan_says_what_is_known(tiny_resnet: Path, flat_digits: Path, capsys:
 
 def test_a_run_that_a_process_works_on_is_running(screen: Screen, tmp_path: Path) -> None:
     run = orchestrator.Run(tmp_path / "runs" / "a")
-    with run.locked():
+    with held(run.path):
         (run.path / "plan.json").touch()
         assert " running " in screen("runs")[1]
         code, _, err = screen("predict", "runs/a", "x.png")
@@ -185,7 +186,7 @@ def test_listing_the_runs_does_not_stop_one_from_starting(tmp_path: Path) -> Non
         fcntl.flock(looking, fcntl.LOCK_SH)
         done = threading.Timer(0.03, fcntl.flock, (looking, fcntl.LOCK_UN))
         done.start()
-        with run.locked():
+        with held(run.path):
             assert run.busy
         done.join()
     assert not run.busy

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from orchestrator.job import HeldRun
 from orchestrator.training import checkpoint as ckpt
 
 
@@ -27,8 +28,12 @@ def same(one: ckpt.Tensors, other: ckpt.Tensors) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def steps_in(folder: Path) -> list[int]:
-    return sorted(int(place.name.removeprefix("step-")) for place in folder.glob("step-*[0-9]"))
+def steps_in(run: HeldRun) -> list[int]:
+    return sorted(int(place.name.removeprefix("step-")) for place in run.folder.glob("checkpoints/step-*[0-9]"))
+
+
+def place_of(run: HeldRun, step: int) -> Path:
+    return run.folder / "checkpoints" / f"step-{step:08d}"
 
 
 class PowerLostError(BaseException):
@@ -64,16 +69,16 @@ def cut_at(number: int) -> Iterator[list[Path]]:
         count()
         file.write_bytes(text.encode())
 
-    def replace(old: Path, new: Path) -> None:
+    def rename(old: Path, new: Path) -> None:
         count()
-        real["replace"](old, new)
-        committed.append(new)
+        real["rename"](old, new)
+        committed.append(Path(new))
 
-    real = {name: getattr(os, name) for name in ("fsync", "replace", "mkdir", "unlink", "rmdir")}
+    real = {name: getattr(os, name) for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")}
     with pytest.MonkeyPatch.context() as patch:
         for name, call in real.items():
             patch.setattr(os, name, counted(call))
-        patch.setattr(os, "replace", replace)
+        patch.setattr(os, "rename", rename)
         patch.setattr(Path, "write_text", write_text)
         patch.setattr(safetensors.torch, "save_file", save_file)
         with contextlib.suppress(PowerLostError):

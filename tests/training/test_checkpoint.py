@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,115 +12,151 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, RefusedError
+from orchestrator.job import HeldRun
 from orchestrator.training import checkpoint as ckpt
-from tests.training.checkpoints import cut_at, made, same, steps_in
+from tests.held import held
+from tests.training.checkpoints import cut_at, made, place_of, same, steps_in
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_left_overs_of_interruptions_push_out_no_checkpoint(old: bool, tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[HeldRun]:
+    with held(tmp_path / "run") as run:
+        yield run
+
+
+def test_left_overs_of_interruptions_push_out_no_checkpoint(run: HeldRun) -> None:
     """Writes cut off at 105 and 110, going on from 100: what is saved at 102 counts, and so does 100."""
-    ckpt.save(tmp_path, made(95))
-    ckpt.save(tmp_path, made(100))
+    ckpt.save(run, made(95))
+    ckpt.save(run, made(100))
     for step in (105, 110):
         with cut_at(4):
-            ckpt.save(tmp_path, made(step))
-        if old:  # an earlier version wrote under the name itself
-            (tmp_path / f"step-{step:08d}.partial").rename(tmp_path / f"step-{step:08d}")
-    assert len(list(tmp_path.iterdir())) == 4
-    found = ckpt.newest(tmp_path)
-    assert found is not None
-    assert found.step == 100
-    ckpt.save(tmp_path, made(102))
-    assert [place.name for place in sorted(tmp_path.iterdir())] == ["step-00000100", "step-00000102"]
-    assert ckpt.newest_step(tmp_path) == 102
+            ckpt.save(run, made(step))
+    place_of(run, 110).mkdir()  # of a name that counts, without a manifest
+    assert ckpt.newest_step(run) == 100
+    ckpt.save(run, made(102))
+    assert steps_in(run) == [100, 102]
+    assert ckpt.newest_step(run) == 102
+    run.collect_orphans(older_s=0)
+    assert sorted(child.name for child in run.folder.iterdir()) == [".lease.json", ".lock", "checkpoints"]
 
 
-def test_a_step_that_is_saved_again_is_the_later_one(tmp_path: Path) -> None:
-    ckpt.save(tmp_path, made(5))
+def test_a_step_that_is_saved_again_is_the_later_one(run: HeldRun) -> None:
+    ckpt.save(run, made(5))
     for number in range(3, 6):  # well before the end
         with cut_at(number):
-            ckpt.save(tmp_path, ckpt.Checkpoint(5, {}, {}, {}, {"epochs": 1}))
-        assert ckpt.load(tmp_path, 5).state["loss"] == 1 / 5
-    ckpt.save(tmp_path, ckpt.Checkpoint(5, {}, {}, {}, {"epochs": 1}))
-    assert ckpt.load(tmp_path, 5).state == {"epochs": 1, "step": 5}
+            ckpt.save(run, ckpt.Checkpoint(5, {}, {}, {}, {"epochs": 1}))
+        assert ckpt.load(run, 5).state["loss"] == 1 / 5
+    ckpt.save(run, ckpt.Checkpoint(5, {}, {}, {}, {"epochs": 1}))
+    assert ckpt.load(run, 5).state == {"epochs": 1, "step": 5}
 
 
-def test_what_a_run_went_back_behind_is_forgotten(tmp_path: Path) -> None:
+def test_what_a_run_went_back_behind_is_forgotten(run: HeldRun) -> None:
     """A later checkpoint was damaged: it neither stays nor counts when the steps come again."""
     for step in (100, 105, 110):
-        ckpt.save(tmp_path, made(step))
-    (tmp_path / "step-00000110" / "weights.safetensors").write_bytes(b"")
-    assert ckpt.newest_step(tmp_path) == 105
-    ckpt.forget_after(tmp_path, 105)
-    assert steps_in(tmp_path) == [105]
-    ckpt.save(tmp_path, made(107))
-    assert steps_in(tmp_path) == [105, 107]
-    ckpt.forget_after(tmp_path, None)
-    assert not list(tmp_path.iterdir())
+        ckpt.save(run, made(step))
+    (place_of(run, 110) / "weights.safetensors").write_bytes(b"")
+    assert ckpt.newest_step(run) == 105
+    ckpt.forget_after(run, 105)
+    assert steps_in(run) == [105]
+    ckpt.save(run, made(107))
+    assert steps_in(run) == [105, 107]
+    ckpt.forget_after(run, None)
+    assert steps_in(run) == []
 
 
-def test_a_marker_that_was_not_written_whole_is_no_marker(tmp_path: Path) -> None:
-    """The first checkpoint, cut off at any call: either it is whole, or the run begins anew without a word."""
+@pytest.mark.parametrize("harm", ["{", '{"version": 1}'])
+def test_a_damaged_manifest_is_passed_over(run: HeldRun, harm: str) -> None:
+    ckpt.save(run, made(5))
+    ckpt.save(run, made(6))
+    (place_of(run, 6) / ".manifest.json").write_text(harm)
+    assert ckpt.newest_step(run) == 5
+    (place_of(run, 5) / ".manifest.json").write_text(harm)
+    with pytest.raises(CheckpointError, match=r"step-00000006 is damaged: its manifest .*step-00000005"):
+        ckpt.newest_step(run)
+
+
+def test_the_first_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:
+    """Cut off at any call: either it is whole, or the run begins anew without a word."""
     number, whole = 0, False
     while not whole:
-        folder = tmp_path / str(number)
-        with cut_at(number):
-            ckpt.save(folder, made(5))
-            whole = True
-        found = ckpt.newest(folder)
-        assert found is None or same(found.weights, made(5).weights)
+        with held(tmp_path / str(number)) as run:
+            with cut_at(number):
+                ckpt.save(run, made(5))
+                whole = True
+            step = ckpt.newest_step(run)
+            assert step is None or same(ckpt.load(run, step).weights, made(5).weights)
         number += 1
     assert number > 10
 
 
-def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "checkpoints"
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(run: HeldRun, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, str]] = []
-    fsync, rmdir = os.fsync, os.rmdir
+    fsync, rename, rmtree = os.fsync, os.rename, shutil.rmtree
 
     def noted_fsync(number: int) -> None:
         calls.append(("fsync", os.readlink(f"/proc/self/fd/{number}")))
         fsync(number)
 
-    def noted_rmdir(path: str, **more: Any) -> None:
-        calls.append(("rmdir", Path(path).name))
-        rmdir(path, **more)
+    def noted_rename(old: Any, new: Any) -> None:
+        rename(old, new)
+        calls[:] = [(what, path.replace(str(old), str(new))) for what, path in calls]
+        calls.append(("rename", f"{old} {new}"))
+
+    def noted_rmtree(path: Any, **more: Any) -> None:
+        calls.append(("rmtree", Path(path).name))
+        rmtree(path, **more)
 
     for step in (1, 2):
-        ckpt.save(folder, made(step))
+        ckpt.save(run, made(step))
     monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "rmdir", noted_rmdir)
-    ckpt.save(folder, made(3))
-    new, removed = str(folder / "step-00000003"), calls.index(("rmdir", "step-00000001"))
-    before, after = calls[:removed], calls[removed + 1 :]
-    files = [("fsync", f"{new}.partial/{name}") for name in os.listdir(new) if name != "COMMITTED"]
-    assert len(files) == 5
-    written = [before.index(call) for call in files]
-    marker = before.index(("fsync", f"{new}.partial/COMMITTED.partial"))
-    assert max(written) < marker < before.index(("fsync", f"{new}.partial")) < before.index(("fsync", str(folder)))
-    assert ("fsync", str(folder)) in after
+    monkeypatch.setattr(os, "rename", noted_rename)
+    monkeypatch.setattr(shutil, "rmtree", noted_rmtree)
+    ckpt.save(run, made(3))
+    new, folder = place_of(run, 3), str(run.folder / "checkpoints")
+    removed = next(i for i, (what, path) in enumerate(calls) if what == "rmtree" and "step-00000001" in path)
+    before = calls[:removed]
+    assert len(os.listdir(new)) == 5
+    named = next(i for i, (what, path) in enumerate(before) if what == "rename" and path.endswith(str(new)))
+    assert {("fsync", str(new / name)) for name in os.listdir(new)} | {("fsync", str(new))} <= set(before[:named])
+    going = next(i for i, (what, path) in enumerate(before) if what == "rename" and "step-00000001 " in path)
+    assert ("fsync", folder) in before[named:going]
+    assert ("fsync", folder) in before[going:]
 
 
-def test_every_worker_reads_the_step_that_one_of_them_chose(tmp_path: Path) -> None:
+def test_every_worker_reads_the_step_that_one_of_them_chose(run: HeldRun) -> None:
     for step in (1, 2):
-        ckpt.save(tmp_path, made(step))
-    found = ckpt.load(tmp_path, 1)
+        ckpt.save(run, made(step))
+    found = ckpt.load(run, 1)
     assert (found.step, found.state) == (1, {"loss": 1.0, "step": 1})
     assert same(found.best, made(1).best)
-    with pytest.raises(CheckpointError, match=r"step 3 .* is not there") as caught:
-        ckpt.load(tmp_path, 3)
+    with pytest.raises(CheckpointError, match=r"step 3 cannot be read: there is no ") as caught:
+        ckpt.load(run, 3)
     assert "storage" in caught.value.mend
-    (tmp_path / "step-00000002" / "state.json").write_text("{}")
+    state = place_of(run, 2) / "state.json"
+    state.write_text(state.read_text().replace("0.5", "0.7"))
     with pytest.raises(CheckpointError, match=r"state\.json was changed"):
-        ckpt.load(tmp_path, 2)
+        ckpt.load(run, 2)
 
 
-def test_steps_are_numbers_and_no_names(tmp_path: Path) -> None:
-    (tmp_path / "step-of-another").mkdir()
+def test_steps_are_numbers_and_no_names(run: HeldRun) -> None:
+    (run.folder / "checkpoints" / "step-of-another").mkdir(parents=True)
     for step in (99_999_999, 100_000_000):
-        ckpt.save(tmp_path, made(step))
-    assert ckpt.newest_step(tmp_path) == 100_000_000
+        ckpt.save(run, made(step))
+    assert ckpt.newest_step(run) == 100_000_000
+
+
+def test_another_drivers_run_is_left_as_it_is(run: HeldRun) -> None:
+    """A worker that was away comes back after somebody else has taken the run over."""
+    ckpt.save(run, made(1))
+    (run.folder / ".lock").unlink()
+    with held(run.folder) as other:
+        ckpt.save(other, made(2))
+        for write in (lambda: ckpt.save(run, made(3)), lambda: run.write("results.json", "{}")):
+            with pytest.raises(RefusedError, match="has taken over the run") as caught:
+                write()
+            assert caught.value.reason == "busy"
+        assert steps_in(other) == [1, 2]
 
 
 # --- tensors of a network ---

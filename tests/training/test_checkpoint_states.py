@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from orchestrator.errors import CheckpointError
 from orchestrator.training import checkpoint as ckpt
-from tests.training.checkpoints import cut_at, made, same, steps_in
+from tests.held import held
+from tests.training.checkpoints import cut_at, made, place_of, same, steps_in
 
 
 class Checkpoints(RuleBasedStateMachine):
@@ -23,7 +24,11 @@ class Checkpoints(RuleBasedStateMachine):
     def begin(self) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(os, "fsync", lambda _: None)  # a busy disk takes 10 ms; what is synced is another test's
-        self.folder = Path(tempfile.mkdtemp())
+        self.root = Path(tempfile.mkdtemp())
+        self.held = held(self.root / "run")
+        self.run_ = self.held.__enter__()
+        self.folder = self.run_.folder / "checkpoints"
+        self.folder.mkdir()
         self.position = 1
         self.saved: dict[int, ckpt.Checkpoint] = {}
         self.written: dict[int, dict[str, bytes]] = {}
@@ -32,18 +37,19 @@ class Checkpoints(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):
+            self.held.__exit__(None, None, None)
             self.patch.undo()
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.root)
 
     def place(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return place_of(self.run_, step)
 
     def whole(self) -> list[int]:
         """By the bytes alone, without a digest."""
         return [step for step, files in sorted(self.written.items()) if content_of(self.place(step)) == files]
 
     def committed(self) -> list[int]:
-        return [step for step in steps_in(self.folder) if (self.place(step) / "COMMITTED").is_file()]
+        return [step for step in steps_in(self.run_) if (self.place(step) / ".manifest.json").is_file()]
 
     def note(self, step: int) -> ckpt.Checkpoint:
         self.number += 1
@@ -64,7 +70,7 @@ class Checkpoints(RuleBasedStateMachine):
     def save(self, num_steps: int) -> None:
         self.position += num_steps
         kept = self.kept_of(self.position)
-        ckpt.save(self.folder, self.note(self.position))
+        ckpt.save(self.run_, self.note(self.position))
         self.written[self.position] = content_of(self.place(self.position))
         assert kept | {self.position} <= set(self.whole())
         assert [self.place(step) for step in self.committed()] == sorted(self.folder.iterdir())
@@ -77,15 +83,15 @@ class Checkpoints(RuleBasedStateMachine):
         kept, damaged = self.kept_of(step), self.damaged()
         before = self.saved.get(step)
         with cut_at(number) as committed:
-            ckpt.save(self.folder, self.note(step))
-        partial = self.place(step).with_name(self.place(step).name + ".partial")
+            ckpt.save(self.run_, self.note(step))
         if self.place(step) in committed:
             self.written[step] = content_of(self.place(step))
             kept.add(step)
         elif before is not None:
             self.saved[step] = before
-        if files := sorted(content_of(partial)):  # what was not synced may be lost
-            truncate(partial / files[at % len(files)], share)
+        files = [file for file in self.run_.folder.glob(".*.partial/*") if file.is_file()]
+        if files:  # what was not synced may be lost
+            truncate(sorted(files)[at % len(files)], share)
         assert kept <= set(self.whole())
         assert self.damaged() <= damaged
         self.dead = True
@@ -117,12 +123,13 @@ class Checkpoints(RuleBasedStateMachine):
         whole = self.whole()
         if not whole and self.committed():
             with pytest.raises(CheckpointError, match="is whole"):
-                ckpt.newest_step(self.folder)
+                ckpt.newest_step(self.run_)
             shutil.rmtree(self.folder)  # --fresh
             self.folder.mkdir()
             self.position, self.dead, self.written = 1, False, {}
             return
-        found = ckpt.newest(self.folder)
+        newest = ckpt.newest_step(self.run_)
+        found = None if newest is None else ckpt.load(self.run_, newest)
         if found is None:
             assert not whole
         else:
@@ -135,11 +142,11 @@ class Checkpoints(RuleBasedStateMachine):
         step, damaged = None if found is None else found.step, self.damaged()
         if cut is not None:  # and dies again at once
             with cut_at(cut):
-                ckpt.forget_after(self.folder, step)
+                ckpt.forget_after(self.run_, step)
         else:
-            ckpt.forget_after(self.folder, step)
+            ckpt.forget_after(self.run_, step)
             self.position, self.dead = step or 1, False
-            assert all(number <= self.position for number in steps_in(self.folder))
+            assert all(number <= self.position for number in steps_in(self.run_))
         assert self.whole() == whole
         assert self.damaged() <= damaged
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,29 @@ from orchestrator.training.card import escape, model_card
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[str, str]]]:
-    """The calls ("fsync", the path) and ("replace", the new name) of this process, in order."""
+    """The calls ("fsync", the path) and ("named", the new path) of this process, in order.
+
+    What was synced under a temporary name counts by the one that it was given.
+    """
     calls: list[tuple[str, str]] = []
-    fsync, replace = os.fsync, os.replace
+    fsync = os.fsync
 
     def noted_fsync(number: int) -> None:
         fsync(number)
         calls.append(("fsync", os.readlink(f"/proc/self/fd/{number}")))
 
-    def noted_replace(old: Any, new: Any) -> None:
-        replace(old, new)
-        calls.append(("replace", os.path.abspath(new)))
+    def noted(call: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def instead(old: Any, new: Any) -> None:
+            call(old, new)
+            calls[:] = [(what, path.replace(os.path.abspath(old), os.path.abspath(new))) for what, path in calls]
+            calls.append(("named", os.path.abspath(new)))
+
+        return instead
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", noted_fsync)
-        patch.setattr(os, "replace", noted_replace)
+        patch.setattr(os, "replace", noted(os.replace))
+        patch.setattr(os, "rename", noted(os.rename))
         yield calls
 
 
@@ -59,12 +67,12 @@ def test_results_stand_beside_a_model_that_is_on_the_disk(
     run, calls = finished
     files = [file.relative_to(run.model) for file in run.model.rglob("*")]
     assert {"model.safetensors", "config.json", "README.md", "lineage.json"} <= {str(file) for file in files}
-    named = calls.index(("replace", str(run.model)))
+    named = calls.index(("named", str(run.model)))
     for file in (*files, Path()):
-        assert ("fsync", str(run.path / "model.partial" / file)) in calls[:named]
-    results = calls.index(("replace", str(run.path / "results.json")))
+        assert ("fsync", str(run.model / file)) in calls[:named]
+    results = calls.index(("named", str(run.path / "results.json")))
     assert ("fsync", str(run.path)) in calls[named:results]
-    assert ("fsync", str(run.path / "results.json.partial")) in calls[named:results]
+    assert ("fsync", str(run.path / "results.json")) in calls[named:results]
     assert calls[results + 1 :] == [("fsync", str(run.path))]
 
 
@@ -73,8 +81,8 @@ def test_a_file_of_a_run_is_on_the_disk_under_its_name(
     name: str, finished: tuple[orchestrator.Run, list[tuple[str, str]]]
 ) -> None:
     run, calls = finished
-    named = calls.index(("replace", str(run.path / name)))
-    assert calls[named - 1] == ("fsync", str(run.path / f"{name}.partial"))
+    named = calls.index(("named", str(run.path / name)))
+    assert calls[named - 1] == ("fsync", str(run.path / name))
     assert calls[named + 1] == ("fsync", str(run.path))
 
 

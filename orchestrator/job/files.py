@@ -1,0 +1,55 @@
+"""Files on the disk of this machine: written whole, settled, compared."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+from typing import TextIO
+
+PARTIAL = ".partial"
+"""What the names end with of what is being written; they begin with a dot."""
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; once this returns, it is on the disk under its name. Text is UTF-8."""
+    partial = beside(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync(path.parent)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def beside(path: Path) -> Path:
+    """A new name in the same folder, that nobody takes for what has its place there."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+def sync(path: Path) -> None:
+    """Return once the file, or what a folder lists, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def still_there(file: TextIO) -> bool:
+    """Whether an open file is the one at its place: a lock on one that was removed meanwhile holds nobody off."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a local file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

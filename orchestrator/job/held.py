@@ -1,0 +1,158 @@
+"""A run that somebody works on: what is written goes to its storage, under the lease. The workers have it too."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.errors import RefusedError
+from orchestrator.job.files import beside
+from orchestrator.job.storage import Lease, Manifest, Storage
+
+SAMPLES = "samples"
+"""The folder of a run that holds its sample table, in runs of an earlier version."""
+ERROR_FILE = "error.txt"
+"""The trace of what ended a run that failed."""
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+_FEATURES = "features"
+_WRITTEN = (
+    "results.json", "plan.json", "job.yaml", SAMPLES, "samples.json", "samples.arrow", "skipped.jsonl", "lineage.json",
+    METRICS_FILE, ERROR_FILE, CHECKPOINTS, _FEATURES, "features.json", "tensorboard", MODEL,
+)  # fmt: skip
+"""What a run may hold that is ours, first what says that it is there; anything else in it is somebody else's."""
+_OLD_S = 3600.0
+"""What was cut off that long ago, no process is at any more."""
+
+
+@dataclass(frozen=True)
+class HeldRun:
+    """A run and the lease of it. Names are relative to the run: `plan.json`, `checkpoints/step-00000120`."""
+
+    storage: Storage
+    lease: Lease
+
+    @property
+    def name(self) -> str:
+        """The run's, in its storage."""
+        return self.lease.name
+
+    @property
+    def place(self) -> str:
+        """As the user knows it."""
+        return f"{self.storage.place.rstrip('/')}/{self.name}"
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this machine for what the run needs while it is worked on, and others never ask for."""
+        return self.storage.local_folder(self.name)
+
+    # --- small files ---
+
+    def read(self, file: str) -> str | None:
+        """The text of a small file, None where there is none."""
+        content = self.storage.read(self._of(file))
+        return None if content is None else content.decode(errors="replace")
+
+    def write(self, file: str, content: str | bytes) -> None:
+        """Write a small file whole or not at all; text is UTF-8. Raises `OrchestratorError` where that fails."""
+        self.storage.write(self._of(file), content.encode() if isinstance(content, str) else content, self.lease)
+
+    def children(self, folder: str) -> list[str]:
+        """Names of what lies directly below."""
+        return self.storage.children(self._of(folder))
+
+    def delete(self, name: str) -> None:
+        """Remove a file or a folder, if it is there."""
+        self.storage.delete(self._of(name), self.lease)
+
+    # --- folders ---
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty local folder, on the run's own disk where that is a local one; gone afterwards."""
+        folder = beside(self.folder / "scratch")
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def committing(self, name: str) -> Iterator[Path]:
+        """An empty local folder; what is in it is committed under this name at the end, whole or not at all.
+
+        Nothing is committed where the context ends with an error.
+        """
+        with self.scratch() as folder:
+            yield folder
+            self.storage.commit(folder, self._of(name), self.lease)
+
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[Path]:
+        """A committed folder, to read as long as the context lasts; all its files were compared with their digests.
+
+        Raises `RefusedError`: `not_found`, or `damaged` where it is not as it was committed.
+        """
+        with self.storage.opened(self._of(name)) as folder:
+            yield folder
+
+    def commits(self, below: str) -> list[str]:
+        """Names of the committed folders below a name, sorted; whether they are whole, `opened` tells."""
+        return [name.removeprefix(f"{self.name}/") for name in self.storage.commits(self._of(below))]
+
+    def find(self, name: str) -> Manifest | None:
+        """The manifest of a committed folder, None where there is none. Raises `RefusedError` (`damaged`)."""
+        return self.storage.find(self._of(name))
+
+    # --- the whole run ---
+
+    def collect_orphans(self, older_s: float = _OLD_S) -> None:
+        """Remove what was left by writes that were cut off longer ago than that."""
+        self.storage.collect_orphans(self.lease, older_s)
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else that may lie there."""
+        there = set(self.children(""))
+        for name in _WRITTEN:  # cut short after the first ones, the same command starts over
+            if name in there:
+                self.delete(name)
+
+    def _of(self, name: str) -> str:
+        return f"{self.name}/{name}".rstrip("/")
+
+
+@contextlib.contextmanager
+def hold(storage: Storage, name: str) -> Iterator[HeldRun]:
+    """The run of that name, for this process alone as long as the context lasts; it is made if there is none.
+
+    Raises `RefusedError`: `busy` where another one works on it, `usage` where what has its place is no run of ours.
+    """
+    _refuse_foreign(storage, name)
+    with storage.acquire(name, f"process {os.getpid()} on {socket.gethostname()}") as lease:
+        run = HeldRun(storage, lease)
+        run.collect_orphans()
+        try:
+            yield run
+        finally:
+            if not run.children(""):
+                storage.give_up(lease)
+
+
+def _refuse_foreign(storage: Storage, name: str) -> None:
+    if storage.read(f"{name}/plan.json") is not None:
+        return
+    foreign = [child for child in storage.children(name) if child.removesuffix(".partial") not in _WRITTEN]
+    if foreign:
+        raise RefusedError(
+            "usage",
+            f"{storage.place.rstrip('/')}/{name} is no run of ours, and not empty: it holds {foreign[0]}",
+            expected="a directory that is empty, new, or a run",
+            mend="give the run another name (--name) or another place (--storage)",
+        )
