@@ -80,7 +80,8 @@ class _Bar:
                 event.text, total=event.total, completed=event.done, samples_per_unit=event.samples_per_unit, status=""
             )
         elif isinstance(event, Noted):
-            self._bar.console.print(Text("  note ", style="yellow").append(event.text, style="default"))
+            what, style = ("warning", "bold yellow") if event.is_warning else ("note", "yellow")
+            self._bar.console.print(Text(f"  {what} ", style=style).append(event.text, style="default"))
         elif isinstance(event, Advanced) and self._task is not None:
             self._bar.advance(self._task, event.num)
         elif isinstance(event, EpochEnded) and self._task is not None:
@@ -105,7 +106,8 @@ class _Plain:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, PhaseBegan | Noted):
-            err.print(escape(event.text), soft_wrap=True)
+            warning = "warning: " if isinstance(event, Noted) and event.is_warning else ""
+            err.print(escape(f"{warning}{event.text}"), soft_wrap=True)
         if isinstance(event, PhaseBegan):
             self._phase, self._done = event, event.done
             self._last = time.monotonic() if event.unit == "samples" else 0.0

@@ -40,6 +40,7 @@ from orchestrator.gate import (
     without_rows,
 )
 from orchestrator.job import (
+    CHECKPOINTS,
     DATA_FOLDER,
     ERROR_FILE,
     Draft,
@@ -168,8 +169,10 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
             text = "this run was finished before: these are its figures, nothing was trained (--fresh starts over)"
             options.report(Noted(text))
             return run
-        for line in (*plan.adaptations, *plan.warnings, *plan.data.notes):
+        for line in (*plan.adaptations, *plan.data.notes):
             options.report(Noted(str(line)))
+        for line in plan.warnings:
+            options.report(Noted(line, is_warning=True))
         with _errors_of_libraries(held, resolved.plugin.extra), _stop_on_signal(options.stop) as should_stop:
             work = _on_ray if plan.ray else _in_process
             work(_worker_spec(held, plan, options), plan, options.report, should_stop)
@@ -212,6 +215,8 @@ def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, opt
         began, plan = run.plan, prepare(job, resolved)[0]
         refuse_changes(run.path, began, plan)
         plan = gone_on_with(began, plan)
+        if not run.finished and not held.commits(CHECKPOINTS):
+            options.report(Noted("going on with a run that was cut off before its first checkpoint: from step 0"))
         idle, parts = idle_workers(plan), plan.recipe.num_microbatches
         if idle and not run.finished:
             options.report(Noted(

@@ -6,6 +6,7 @@ What its files may set is looked at in `untrusted.py`, its weights in `weights.p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ METADATA = (
     "modules.json",
 )  # fmt: skip
 _MODULE_CONFIG = re.compile(r"[\w.-]+/config\.json")
+_NAMES_OF_NOTHING = ("backbone", "model", "checkpoint", "final", "best", "output", "outputs", "pretrained", "weights")
 _REPO_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
@@ -75,7 +77,20 @@ def _read_directory(source: str, path: Path) -> BackboneCard:
     if "modules.json" in files:  # the layout of sentence-transformers: a folder a module
         files |= {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.glob("*/config.json")) if f.is_file()}
     metadata = {name: (path / name).read_bytes() for name in _wanted(files)}
-    return _make_card(source, "directory", path.resolve().name, files, metadata, path=str(path.resolve()))
+    return _make_card(
+        source, "directory", _name_of(path.resolve(), metadata), files, metadata, path=str(path.resolve())
+    )
+
+
+def _name_of(path: Path, metadata: Mapping[str, bytes]) -> str:
+    """A directory's name; where that says nothing, what its config calls the network, or the folder above."""
+    if path.name.lower() not in _NAMES_OF_NOTHING:
+        return path.name
+    with contextlib.suppress(ValueError, AttributeError):  # what is wrong with it is told later
+        told = json.loads(metadata.get("config.json", b"{}")).get("_name_or_path")
+        if isinstance(told, str) and "/" in told and _REPO_ID.match(told):
+            return told.split("/")[-1]
+    return path.parent.name or path.name
 
 
 def _read_repository(source: str, repo_id: str, revision: str | None) -> BackboneCard:

@@ -44,6 +44,8 @@ class Noted:
     """Something that a person should know, and that stops nothing."""
 
     text: str
+    is_warning: bool = False
+    """Whether it may spoil the result."""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,13 @@ class Run:
         return "finished"
 
     @property
+    def changed(self) -> float:
+        """When something of it was written last, in seconds since 1970; of a finished run, when it finished."""
+        files = [self.path / name for name in ("results.json", METRICS_FILE, "lineage.json", "plan.json")]
+        times = [file.stat().st_mtime for file in files if file.exists()]
+        return times[0] if (self.path / "results.json").exists() else max(times, default=0.0)
+
+    @property
     def results(self) -> dict[str, Any]:
         """The final figures: accuracy with its interval, macro F1, loss, confusion, for each split."""
         if not self.finished:

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.job import FIGURES, Run, figure
+from orchestrator.job import Run, figure
 from orchestrator.modality import registry
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
 
@@ -37,6 +37,7 @@ def show_run(run: Run, as_json: bool) -> None:
             [
                 ("model", f"{where}/model"),
                 ("metrics", f"{where}/metrics.jsonl, {where}/results.json"),
+                ("epochs", f"{run.plan.recipe.num_epochs}, the best one number {run.results['best_epoch']}"),
                 ("next", f"orchestrator predict {where} {takes}"),
             ]
         )
@@ -132,38 +133,6 @@ def show_evaluation(figures: Mapping[str, Any], as_json: bool) -> None:
         out.print(table(["class", what], [[name, figure(value)] for value, name in worst], right=(1,)))
     if figures["num_skipped"]:
         out.print(f"{figures['num_skipped']} samples could not be read and were left out")
-
-
-def show_runs(runs: Sequence[Run], storage: str, as_json: bool) -> None:
-    """The runs, how far they are, and the figure that counts."""
-    rows = [_run_row(run) for run in runs]
-    if as_json:
-        _print(rows)
-        return
-    if not rows:
-        out.print(f"there are no runs in {storage}", markup=False)
-        return
-    cells = [
-        [r["name"], r["state"], r["epochs"], "" if r["value"] is None else f"{r['figure']} {figure(r['value'])}",
-         "" if r["seconds"] is None else f"{r['seconds']:.0f}"]
-        for r in rows
-    ]  # fmt: skip
-    out.print(table(["run", "state", "epochs", "result", "seconds"], cells, right=(2, 3, 4)))
-
-
-def _run_row(run: Run) -> dict[str, Any]:
-    state, metrics = run.state, run.metrics
-    results = run.results if state == "finished" else {}
-    figures = results.get("test") or results.get("validation") or {}
-    title, key = FIGURES[results.get("task", "single-label")][0]
-    return {
-        "name": run.name,
-        "state": state,
-        "epochs": metrics[-1]["epoch"] if metrics else 0,
-        "figure": title,
-        "value": figures.get(key),
-        "seconds": results.get("seconds"),
-    }
 
 
 def show_plugins(listings: Sequence[Listing], as_json: bool) -> None:

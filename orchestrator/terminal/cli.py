@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.errors import REASONS, InterruptedRunError, JobError, OrchestratorError, missing_extra
-from orchestrator.terminal import feature_commands
+from orchestrator.terminal import feature_commands, run_commands
 from orchestrator.terminal.flags import Json, name_flags, takes_flags
 
 app = typer.Typer(
@@ -170,18 +170,6 @@ def evaluate(
 
 
 @app.command()
-def runs(
-    storage: Annotated[str, typer.Option(help="the directory of the runs")] = "runs",
-    json_: Json = False,
-) -> None:
-    """List the runs and how far they are."""
-    from orchestrator.job import list_runs
-    from orchestrator.terminal import answers
-
-    answers.show_runs(list_runs(storage), storage, json_)
-
-
-@app.command()
 def plugins(
     types: Annotated[str | None, typer.Option(metavar="MODALITY", help="list its model types")] = None,
     json_: Json = False,
@@ -196,6 +184,7 @@ def plugins(
         answers.show_plugins(registry.listings(), json_)
 
 
+app.add_typer(run_commands.app, name="runs")
 app.add_typer(feature_commands.app, name="features")
 
 

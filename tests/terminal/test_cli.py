@@ -18,30 +18,10 @@ from orchestrator.errors import InterruptedRunError
 from orchestrator.job import EpochEnded, PhaseBegan, make_job
 from orchestrator.predictor import Prediction
 from orchestrator.progress import progress
-from orchestrator.terminal import cli as commands
 from orchestrator.terminal.console import cut_middle, show_error, show_plan
 from orchestrator.terminal.flags import FLAGS, name_flags
 from tests.held import held
-
-
-class Screen:
-    """What a command printed, and its exit code; run in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        self._capsys.readouterr()
-        code = commands.run([str(one) for one in arguments])
-        out, err = self._capsys.readouterr()
-        assert max(map(len, out.splitlines()), default=0) <= 80 or "--json" in arguments, out
-        return code, out, " ".join(err.split())
-
-
-@pytest.fixture
-def screen(capsys: pytest.CaptureFixture[str]) -> Screen:
-    return Screen(capsys)
-
+from tests.terminal.screen import Screen
 
 # --- flags ---
 

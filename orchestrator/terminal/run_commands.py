@@ -1,0 +1,271 @@
+"""`orchestrator runs`: the runs of a storage, one of them whole, and several beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from orchestrator.errors import RefusedError
+from orchestrator.job import FIGURES, Plan, Run, figure, interval, list_runs, open_run
+from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
+from orchestrator.terminal.flags import Json
+
+app = typer.Typer(invoke_without_command=True)
+Storage = Annotated[str, typer.Option(help="the directory of the runs")]
+State = Literal["running", "finished", "unfinished", "damaged"]
+Order = Literal["name", "date", "result"]
+_WIDEST_PLACE = 24
+_EPOCHS_SHOWN = 10
+
+
+@app.callback()
+def runs(
+    context: typer.Context,
+    storage: Storage = "runs",
+    backbone: Annotated[str | None, typer.Option(help="those whose backbone's name holds this")] = None,
+    data: Annotated[str | None, typer.Option(help="those whose data's place holds this")] = None,
+    method: Annotated[str | None, typer.Option(help="those of this method")] = None,
+    state: Annotated[State | None, typer.Option(help="those that are so")] = None,
+    sort: Annotated[Order, typer.Option(help="date: newest first; result: best first")] = "name",
+    json_: Json = False,
+) -> None:
+    """List the runs and how far they are.
+
+    orchestrator runs --data flowers --sort result
+
+    orchestrator runs show NAME
+
+    orchestrator runs compare NAME OTHER
+    """
+    if context.invoked_subcommand is not None:
+        return
+    rows = [_summary(run) for run in list_runs(storage)]
+    rows = [
+        row for row in rows
+        if (backbone is None or backbone in (row["source"] or "")) and (data is None or data in (row["data"] or ""))
+        and method in (None, row["method"]) and state in (None, row["state"])
+    ]  # fmt: skip
+    if sort == "date":
+        rows.sort(key=lambda row: row["changed"], reverse=True)
+    elif sort == "result":
+        rows.sort(key=lambda row: (row["task"] or "", _badness(row)))
+    _show_list(rows, storage, json_)
+
+
+@app.command("show")
+def show(
+    run: Annotated[str, typer.Argument(help="the run's directory, or its name in the storage")],
+    storage: Storage = "runs",
+    json_: Json = False,
+) -> None:
+    """Show one run: what it was asked for, what it is made of, its epochs and its figures."""
+    opened = _open(run, storage)
+    plan, summary = opened.plan, _summary(opened)
+    if json_:
+        job = plan.job.model_dump(mode="json", exclude_defaults=True)
+        results = opened.results if opened.finished else None
+        print(json.dumps({**summary, "job": job, "metrics": opened.metrics, "results": results}))
+        return
+    counts, card = plan.data.num_samples, plan.backbone
+    rows: list[tuple[str, object]] = [
+        ("run", str(opened.path)),
+        ("state", f"{summary['state']}, {_when(summary['changed'])}"),
+        ("backbone", f"{card.source} @ {card.short_commit} ({card.model_type}, {card.kind})"),
+        ("data", plan.job.data.path),
+        ("samples", f"train {counts['train']}, validation {counts['validation']}, test {counts['test']}"),
+        ("method", f"{plan.job.method}, {plan.job.task}, {len(plan.classes)} {_outputs(plan)}"),
+        ("input", settings_line(plan.input)),
+        ("settings", settings_line(_settings(opened, but=("backbone", "data.path", "method"))) or "the defaults"),
+    ]
+    if summary["seconds"] is not None:
+        rows.append(("took", f"{summary['seconds']:.0f} s"))
+    out.print(pairs(rows))
+    _show_epochs(opened.metrics, summary["best_epoch"])
+    if opened.finished:
+        show_results(opened.results)
+    else:
+        out.print(pairs([("next", f"orchestrator finetune {opened.path / 'job.yaml'}")]))
+
+
+@app.command("compare")
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="two or more runs: directories, or names in the storage")],
+    storage: Storage = "runs",
+    json_: Json = False,
+) -> None:
+    """Show several runs beside each other: the settings that differ, and the figures."""
+    if len(runs) < 2:
+        raise RefusedError("usage", "one run alone is not compared", expected="two runs or more",
+                           mend="name another one, or look at it: orchestrator runs show")  # fmt: skip
+    opened = [_open(run, storage) for run in runs]
+    settings = [_settings(run) for run in opened]
+    names = sorted({name for one in settings for name in one})
+    differing = [name for name in names if len({str(one.get(name)) for one in settings}) > 1]
+    figures = [_figures(run) for run in opened]
+    if json_:
+        print(json.dumps([
+            {"name": run.name, "settings": {name: one.get(name) for name in differing}, "figures": measured}
+            for run, one, measured in zip(opened, settings, figures, strict=True)
+        ]))  # fmt: skip
+        return
+    rows: list[list[object]] = [[name, *(_setting(one.get(name)) for one in settings)] for name in differing]
+    rows += _figure_rows(opened, figures)
+    out.print(table(["", *(run.name for run in opened)], rows))
+    _judge(opened, figures)
+
+
+# --- what is known of a run ---
+
+
+def _open(run: str, storage: str) -> Run:
+    """By its directory, or its name in the storage. Raises `RefusedError`."""
+    place = Path(storage) / run
+    return open_run(place if not (Path(run) / "plan.json").is_file() and (place / "plan.json").is_file() else run)
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    """What the list shows, None for what a damaged run does not tell."""
+    state, metrics = run.state, run.metrics
+    results = run.results if state == "finished" else {}
+    plan = _plan(run)
+    task = plan.job.task if plan else None
+    title, key = FIGURES[task or "single-label"][0]
+    figures = results.get("test") or results.get("validation") or {}
+    return {
+        "name": run.name,
+        "state": state,
+        "backbone": plan.backbone.name if plan else None,
+        "source": plan.backbone.source if plan else None,
+        "data": plan.job.data.path if plan else None,
+        "method": plan.job.method if plan else None,
+        "task": task,
+        "epochs": metrics[-1]["epoch"] if metrics else 0,
+        "num_epochs": plan.recipe.num_epochs if plan else None,
+        "best_epoch": results.get("best_epoch"),
+        "figure": title,
+        "value": figures.get(key),
+        "seconds": results.get("seconds"),
+        "changed": run.changed,
+    }
+
+
+def _plan(run: Run) -> Plan | None:
+    try:
+        return run.plan
+    except RefusedError:
+        return None
+
+
+def _figures(run: Run) -> dict[str, Any]:
+    return run.figures if run.finished and (run.results.get("test") or run.results.get("validation")) else {}
+
+
+def _settings(run: Run, but: Sequence[str] = ()) -> dict[str, Any]:
+    """{dotted name: value} of the job's settings that differ from their defaults, with the backbone and the data."""
+    job = run.plan.job
+    given = _dotted(job.model_dump(mode="json", exclude_defaults=True))
+    given |= {"backbone": job.backbone, "data.path": job.data.path, "method": job.method}
+    return {name: value for name, value in sorted(given.items()) if name not in ("name", "storage", *but)}
+
+
+def _dotted(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _dotted(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
+    return flat
+
+
+def _outputs(plan: Plan) -> str:
+    return "targets" if plan.job.task == "regression" else "classes"
+
+
+def _badness(row: Mapping[str, Any]) -> float:
+    if row["value"] is None:
+        return float("inf")
+    return float(row["value"]) if row["task"] == "regression" else -float(row["value"])
+
+
+# --- how it is shown ---
+
+
+def _show_list(rows: Sequence[Mapping[str, Any]], storage: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([{**row, "changed": _when(row["changed"])} for row in rows], ensure_ascii=False))
+        return
+    if not rows:
+        out.print(f"there are no runs in {storage}", markup=False)
+        return
+    cells = [[row["name"], _what(row), _result(row), _when(row["changed"])] for row in rows]
+    out.print(table(["run", "what", "result", "changed"], cells))
+
+
+def _what(row: Mapping[str, Any]) -> str:
+    if row["method"] is None:
+        return "its plan cannot be read"
+    data = Path(row["data"]).name or row["data"]
+    return f"{row['method']}, {cut_middle(row['backbone'], _WIDEST_PLACE)}, {cut_middle(data, _WIDEST_PLACE)}"
+
+
+def _result(row: Mapping[str, Any]) -> str:
+    if row["state"] != "finished":
+        of = f", epoch {row['epochs']} of {row['num_epochs']}" if row["num_epochs"] else ""
+        return f"{row['state']}{of}"
+    return "no figure" if row["value"] is None else f"{row['figure']} {figure(row['value'])}"
+
+
+def _show_epochs(metrics: Sequence[Mapping[str, Any]], best: int | None) -> None:
+    """The last epochs, and the best one."""
+    shown = [line for line in metrics if line["epoch"] == best] if best not in _last(metrics) else []
+    shown += metrics[-_EPOCHS_SHOWN:]
+    if not shown:
+        return
+    names = ("train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
+    keys = [key for key in names if any(key in line for line in shown)]
+    cells = [
+        [f"{line['epoch']}{' best' if line['epoch'] == best else ''}", *(figure(line.get(key)) for key in keys)]
+        for line in shown
+    ]
+    right = range(1, len(keys) + 1)
+    out.print(table(["epoch", *(key.replace("_", " ") for key in keys)], cells, tuple(right)))
+
+
+def _last(metrics: Sequence[Mapping[str, Any]]) -> set[int]:
+    return {line["epoch"] for line in metrics[-_EPOCHS_SHOWN:]}
+
+
+def _figure_rows(runs: Sequence[Run], figures: Sequence[Mapping[str, Any]]) -> list[list[object]]:
+    shown = {key: title for run in runs for title, key in FIGURES[run.plan.job.task]}
+    rows: list[list[object]] = []
+    for key, title in shown.items():
+        cells = []
+        for one in figures:
+            edges = interval(one, key)
+            cells.append(figure(one.get(key)) + (f" ({edges})" if edges else ""))
+        rows.append([title, *cells])
+    rows.append(["samples", *(one.get("num_samples", "") for one in figures)])
+    rows.append(["state", *(run.state for run in runs)])
+    return rows
+
+
+def _judge(runs: Sequence[Run], figures: Sequence[Mapping[str, Any]]) -> None:
+    """Whether the figures may be held against each other, and whether they differ by more than chance."""
+    if len({(one.get("num_samples"), run.plan.data.fingerprint) for one, run in zip(figures, runs, strict=True)}) > 1:
+        out.print("these figures are of different samples")
+        return
+    key = FIGURES[runs[0].plan.job.task][0][1]
+    edges = [one[f"{key}_95"] for one in figures if one.get(f"{key}_95")]
+    if len(edges) == len(runs) and max(low for low, _ in edges) <= min(high for _, high in edges):
+        out.print("the intervals overlap: the difference may be chance")
+
+
+def _setting(value: object) -> str:
+    return "default" if value is None else str(value)
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
