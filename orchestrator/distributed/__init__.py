@@ -3,7 +3,19 @@
 In: a Plan and what its workers get. Out: the same run that one process would have made. Nothing outside of this wing
 imports Ray. This file imports none of its modules: the process of the event queue would load torch with them.
 
-    cluster     joining, resources, the trainer
+    cluster     the trainer with its workers, and following it to its end
+    joining     joining a cluster, or starting one here
+    offer       what a cluster has to give: devices, threads, waiting
     events      what workers tell the driver, and whether they are to stop
     extractors  a pool of processes that run a frozen body for the workers
 """
+
+import os
+
+# Read by Ray when it is imported.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Of a worker that died the driver tells itself, in a line.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed while executing a task")
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a trainer whose Ray was shut down would start another one

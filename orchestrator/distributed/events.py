@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.job import Advanced, Event
+from orchestrator.job import Advanced, Event, Noted
 
 _TELL_EVERY_S = 0.1
 _ASK_EVERY_S = 0.5
@@ -30,6 +30,22 @@ class EventQueue:
         self._stopping = False
         self._ending = False
         self._asked_at: dict[str, float] = {}
+        self._places: dict[int, str] = {}
+        self._num_failures = 0
+
+    def began(self, rank: int, place: str) -> None:
+        """The worker of that rank runs there, as a person is told."""
+        self._places[rank] = place
+
+    def failed(self, why: dict[int, str], max_failures: int) -> None:
+        """Workers have died or failed, {rank: why}: it is told which, where, and what comes of it."""
+        self._num_failures += 1
+        who = "; ".join(
+            f"worker {rank}{f' ({self._places[rank]})' if rank in self._places else ''}: {why[rank]}"
+            for rank in sorted(why)
+        )
+        if self._num_failures <= max_failures:  # else it ends the job, whose error says it
+            self._events.append(Noted(f"{who}; restart {self._num_failures} of {max_failures}", is_warning=True))
 
     def put(self, event: Event) -> None:
         """Keep an event until it is taken."""

@@ -50,41 +50,41 @@ def with_scaling(plan: Plan, **scaling: object) -> Plan:
 
 @pytest.mark.usefixtures("_two_nodes")
 def test_what_a_cluster_offers(plan: Plan) -> None:
-    from orchestrator.distributed import cluster
+    from orchestrator.distributed import offer
 
     assert plan.threads_per_worker == 0
     notes: list[Event] = []
-    offer = cluster._offer(plan, notes.append)  # one GPU for two workers: said, and not taken in silence
+    given = offer.offer_of(plan, notes.append)  # one GPU for two workers: said, and not taken in silence
     assert notes == [
         Noted(
             "2 processes want a GPU each, and the cluster has 1: all run on CPUs; for the GPUs, lower "
             "scaling.num_workers to 1"
         )
     ]
-    assert (offer["use_gpu"], offer["threads"]) == (False, 2)
-    assert cluster._offer(with_scaling(plan, num_workers=1), notes.append)["use_gpu"]
-    assert cluster._offer(with_scaling(plan, num_workers=1), notes.append)["threads"] == 4
-    assert not cluster._offer(with_scaling(plan, num_workers=1, device="cpu"), notes.append)["use_gpu"]
+    assert (given["use_gpu"], given["threads"]) == (False, 2)
+    assert offer.offer_of(with_scaling(plan, num_workers=1), notes.append)["use_gpu"]
+    assert offer.offer_of(with_scaling(plan, num_workers=1), notes.append)["threads"] == 4
+    assert not offer.offer_of(with_scaling(plan, num_workers=1, device="cpu"), notes.append)["use_gpu"]
     assert len(notes) == 1
     with pytest.raises(RefusedError, match="2 processes want a GPU each, and the cluster has 1") as caught:
-        cluster._offer(with_scaling(plan, device="gpu"), notes.append)
+        offer.offer_of(with_scaling(plan, device="gpu"), notes.append)
     assert caught.value.mend
     wide = with_scaling(plan, num_workers=1).model_copy(update={"threads_per_worker": 5})
     with pytest.raises(RefusedError, match="the largest node has 4 CPUs"):  # there are 6, on two nodes
-        cluster._offer(wide, notes.append)
+        offer.offer_of(wide, notes.append)
     helped = with_scaling(plan, num_workers=1, device="cpu").model_copy(update={"num_extractors": 3})
-    assert cluster._offer(helped, notes.append)["threads"] == 2  # so that an extractor has a place beside the worker
+    assert offer.offer_of(helped, notes.append)["threads"] == 2  # so that an extractor has a place beside the worker
     with pytest.raises(RefusedError, match="7 workers need 7 CPUs"):
-        cluster._offer(with_scaling(plan, num_workers=7), notes.append)
+        offer.offer_of(with_scaling(plan, num_workers=7), notes.append)
 
 
 @pytest.mark.usefixtures("_two_nodes")
 def test_what_an_autoscaler_could_give_is_waited_for(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.distributed import cluster
+    from orchestrator.distributed import offer
 
-    monkeypatch.setattr(cluster, "_most_resources", lambda: {"CPU": 64, "GPU": 8})
+    monkeypatch.setattr(offer, "most_resources", lambda: {"CPU": 64, "GPU": 8})
     notes: list[Event] = []
-    assert cluster._offer(plan, notes.append)["use_gpu"]
+    assert offer.offer_of(plan, notes.append)["use_gpu"]
     (note,) = notes
     assert note == Noted("the job waits for its place on the cluster: 2 GPUs are wanted and 1 are free")
 
@@ -93,11 +93,11 @@ def test_what_an_autoscaler_could_give_is_waited_for(plan: Plan, monkeypatch: py
 def test_the_queue_of_events_is_on_the_drivers_node() -> None:
     import ray
 
-    from orchestrator.distributed import cluster
+    from orchestrator.distributed import joining
 
     here = ray.get_runtime_context().get_node_id()
     for _ in range(4):  # left to Ray, they would be spread
-        queue = cluster._event_queue()
+        queue = joining.event_queue()
         assert ray.get(queue.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())) == here
         ray.kill(queue)
 

@@ -1,0 +1,146 @@
+"""Joining a cluster, or starting one here; a token that it refuses is said at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.distributed.events import EventQueue
+from orchestrator.errors import RefusedError, first_line
+from orchestrator.job import Plan
+
+_PASSED_ON = (
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_DISABLE_XET",
+    "OMP_WAIT_POLICY",
+)  # never a token: Ray shows these to all
+
+
+@contextlib.contextmanager
+def joined(plan: Plan) -> Iterator[None]:
+    """Connected to the plan's cluster.
+
+    One that is started here serves the later calls of this process too, as far as its cores suffice: a start takes some
+    3 s. Ray stops it when the process ends. One that was there is left again.
+    """
+    address = plan.job.scaling.address
+    here = address in (None, "local")
+    if ray.is_initialized() and _started and (not here or _started[0] < _num_cpus(plan)):
+        shut_down()
+    if ray.is_initialized():
+        yield
+        return
+    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the command line's own process
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "runtime_env": {"env_vars": environment},
+    }
+    try:
+        if here:
+            ray.init(
+                address="local",
+                num_cpus=_num_cpus(plan),
+                include_dashboard=False,
+                **quiet,
+            )
+            _started[:] = [_num_cpus(plan)]
+        else:
+            assert address is not None
+            _refuse_unknown(address)
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError) as error:
+        raise _no_cluster(address, first_line(error)) from None
+    try:
+        yield
+    finally:
+        if not here:
+            ray.shutdown()
+
+
+_started: list[int] = []
+"""The cores of the cluster that this process has started, if it has."""
+
+
+def shut_down() -> None:
+    """Leave Ray; with this process go all that it has started on the cluster."""
+    _started.clear()
+    ray.shutdown()
+
+
+def _num_cpus(plan: Plan) -> int:
+    return plan.num_workers * max(1, plan.threads_per_worker) + plan.num_extractors * max(1, plan.extractor_threads)
+
+
+def event_queue() -> Any:
+    """The handle of a new queue: on the driver's node, whose end ends the driver too, and started again if it dies."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+    return ray.remote(**options)(EventQueue).remote()
+
+
+# --- whether the cluster lets us in ---
+
+_PROBE = """
+import sys
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1])
+"""
+"""Ray itself asks for 20 s, prints a raw line a second, and in the end does not tell why."""
+_PROBE_TIMEOUT_S = 30.0
+_REFUSED = ("AuthenticationError", "InvalidAuthToken", "Unauthenticated", "couldn't find an authentication token")
+
+
+def _refuse_unknown(address: str) -> None:
+    """Raise `RefusedError` where nothing answers at HOST:PORT, or where it wants another token."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in address:  # auto, or Ray Client's ray://
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise _no_cluster(address, error.strerror or str(error)) from None
+    with contextlib.suppress(subprocess.TimeoutExpired):  # then Ray's own words
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE, address], capture_output=True, text=True, errors="replace", check=False,
+            timeout=_PROBE_TIMEOUT_S,
+        )  # fmt: skip
+        if done.returncode and any(word in done.stderr for word in _REFUSED):
+            raise RefusedError(
+                "resources",
+                f"the Ray cluster at {address} refuses the token"
+                if _gives_token()
+                else f"the Ray cluster at {address} wants a token, and none is given",
+                expected="the token that the cluster was started with",
+                mend="export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH with a file that holds it (mode 0600); "
+                "its administrator has it: `ray get-auth-token`, or the Secret that the cluster is given",
+            )
+
+
+def _gives_token() -> bool:
+    return os.environ.get("RAY_AUTH_MODE") == "token" and (
+        bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
+        or Path("~/.ray/auth_token").expanduser().is_file()
+    )
+
+
+def _no_cluster(address: str | None, why: str) -> RefusedError:
+    return RefusedError(
+        "resources",
+        f"there is no Ray cluster to join at {address}: {why}",
+        mend="start one with `ray start --head`, correct scaling.address, or leave it out",
+    )

@@ -1,0 +1,114 @@
+"""A cluster that is guarded by a token, and that lacks a plugin which the driver has."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import RefusedError
+from tests.whole.test_third_party import SOURCE, installed  # noqa: F401  # a fixture
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+TOKEN = "0123456789abcdef" * 2
+GIVEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a cluster of one node, that runs until the tests are over."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("ray")
+    head = subprocess.Popen(
+        [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+         f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"],
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "GUARDED_CLUSTER": str(folder)},
+        stdout=(folder / "head.log").open("wb"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    for _ in range(600):
+        if "Ray runtime started" in (folder / "head.log").read_text(errors="replace"):
+            break
+        time.sleep(0.1)
+    yield f"127.0.0.1:{port}"
+    for process in Path("/proc").glob("[0-9]*"):  # asked kindly, the head takes half a minute
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+    head.wait(60)
+
+
+@pytest.fixture
+def _nothing_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in GIVEN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("_nothing_given")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "wants a token, and none is given"),
+        ({"RAY_AUTH_MODE": "token"}, "wants a token, and none is given"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 32}, "refuses the token"),
+    ],
+)
+def test_a_cluster_that_refuses_the_token_is_said_at_once(
+    given: dict[str, str], message: str, guarded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray asks for 20 s, a raw line a second, and then says that there is no cluster."""
+    from orchestrator.distributed import joining
+
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RefusedError, match=message) as caught:
+        joining._refuse_unknown(guarded)
+    assert "RAY_AUTH_TOKEN_PATH" in caught.value.mend
+
+
+@pytest.mark.usefixtures("_nothing_given")
+def test_where_nothing_listens_it_is_said_at_once() -> None:
+    from orchestrator.distributed import joining
+
+    with pytest.raises(RefusedError, match=r"no Ray cluster to join at 127\.0\.0\.1:1: Connection refused") as caught:
+        joining._refuse_unknown("127.0.0.1:1")
+    assert caught.value.mend
+
+
+@pytest.mark.usefixtures("_nothing_given")
+def test_a_plugin_that_a_node_lacks_is_refused_with_the_node(
+    guarded: str,
+    installed: dict[str, str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The driver has the plugin on its path and gives the right token; the node has no such plugin."""
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    environment = {**installed, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    for name in GIVEN[1:2]:
+        environment.pop(name, None)
+    Path("sensor-cnn").mkdir()
+    Path("sensor-cnn/config.json").write_text('{"model_type": "sensor-cnn", "channels": 3, "width": 16}')
+    subprocess.run([sys.executable, SOURCE / "make_data.py"], env=environment, check=True)
+    done = subprocess.run(
+        ["orchestrator", "pretrain", "--modality", "sensor", "--backbone", "sensor-cnn", "--data", "machines",
+         "--address", guarded, "--json"],
+        env=environment, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    refusal = json.loads(done.stdout)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"the worker process \d+ on [\d.]+: .*sensor", refusal["message"])
+    assert refusal["mend"].endswith("on every node of the cluster")
+    assert "InvalidAuthToken" not in done.stderr
