@@ -4,10 +4,9 @@
 import io
 
 import numpy as np
-from pydantic import BaseModel
-
 from orchestrator.errors import BadSampleError, RefusedError
 from orchestrator.modality import BackboneRow, BackboneRules, Fit, Modality, SampleField, Task
+from pydantic import BaseModel
 
 
 class Settings(BaseModel, extra="forbid"):
@@ -29,12 +28,12 @@ def fit(card, row, settings, profile):
     channels, width = card.config["channels"], card.config["width"]
     if profile and profile.share(lambda one: one["channels"] != channels):
         raise RefusedError("channels", f"{card.source} takes {channels} channels, not {profile.ranges['channels']}")
-    return Fit(input={"channels": channels, "width": width, "steps": settings.steps})
+    cut = profile.adapted("length", "steps", settings.steps) if profile else ()
+    return Fit(input={"channels": channels, "width": width, "steps": settings.steps}, adaptations=cut)
 
 def build(plan, directory):
-    from torch import nn
-
     from orchestrator.network import build_module
+    from torch import nn
     c, w = plan.input["channels"], plan.input["width"]
     return build_module(plan, directory, head="8", make=lambda: nn.Sequential(
         nn.Conv1d(c, w, 7, 2), nn.BatchNorm1d(w), nn.ReLU(), nn.Conv1d(w, w, 5, 2), nn.BatchNorm1d(w), nn.ReLU(),

@@ -1,6 +1,5 @@
-from orchestrator_sensor import modality
-
 from orchestrator.testing import check_modality
+from orchestrator_sensor import modality
 
 
 def test_it_keeps_the_contract_and_trains() -> None:

@@ -152,6 +152,14 @@ class Profile:
                 counts[key] = {word: words.count(word) for word in sorted(set(words))}
         return cls(num_measured=len(facts), ranges=ranges, counts=counts, facts=facts)
 
+    def adapted(self, what: str, fact: str, used: float) -> tuple[Adaptation, ...]:
+        """For `Fit.adaptations`: that the measured `fact` becomes `used`, with the share of samples where it differs.
+
+        () where it differs in none. `what` is the word for it that a person reads.
+        """
+        share = self.share(lambda one: one[fact] != used)
+        return (Adaptation(what=what, received=str(self.ranges[fact]), used=f"{used:g}", share=share),) if share else ()
+
     def share(self, test: Any) -> float:
         """The share of measured samples whose facts pass `test`."""
         return sum(bool(test(one)) for one in self.facts) / max(1, len(self.facts))

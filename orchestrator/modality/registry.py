@@ -106,6 +106,13 @@ def listings() -> list[Listing]:
     return rows
 
 
+def distribution_of(name: str) -> str:
+    """The distribution that brings a modality; `register()` where a program did."""
+    if name in _registered:
+        return "register()"
+    return next((point.dist.name for point in claims(name) if point.dist), "?")
+
+
 def claims(name: str) -> list[EntryPoint]:
     """The entry points of that name: more than one where distributions disagree."""
     return list(entry_points(group=GROUP, name=name))

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.job import Run, figure
+from orchestrator.job import BackboneCard, Run, figure
 from orchestrator.modality import registry
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
 
@@ -67,7 +67,7 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
     at = f" @ {card.short_commit}" if card.commit else ""
     rows: list[tuple[str, object]] = [
         ("accepted", f"{card.source} for {modality}"),
-        ("what", f"{card.library} {card.model_type}, {card.kind}{at}"),
+        ("what", f"{_whose(card, modality)} {card.model_type}, {card.kind}{at}"),
     ]
     if fit is not None:
         rows.append(("input", settings_line(fit.input)))
@@ -82,6 +82,12 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
         out.print(table(["adapted", "the data", "becomes", "samples"], cells, right=(3,)))
     elif backbone.profile is not None:
         out.print("nothing has to be adapted")
+
+
+def _whose(card: BackboneCard, modality: str) -> str:
+    """The library of a model type; a type of a third party's is its distribution's, whatever the card's layout."""
+    brings = registry.distribution_of(modality)
+    return card.library if brings == "orchestrator" or card.library == "timm" else brings
 
 
 def show_predictions(predictions: Sequence[Prediction], task: str, as_json: bool) -> None:

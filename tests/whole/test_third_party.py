@@ -115,3 +115,24 @@ def test_full_fine_tuning_from_python(installed: dict[str, str]) -> None:
     done = subprocess.run([sys.executable, "-c", program], env=installed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 0.8
+
+
+@pytest.mark.slow
+def test_what_the_plugin_changes_and_whose_the_type_is_are_said(installed: dict[str, str]) -> None:
+    """Recordings of 90 to 159 steps are filled up or cut to 128: not in silence; and the type is not transformers'."""
+    subprocess.run([sys.executable, SOURCE / "make_data.py"], env=installed, check=True)
+    Path("cnn").mkdir()
+    Path("cnn/config.json").write_text('{"model_type": "sensor-cnn", "channels": 3, "width": 16}')
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            ["orchestrator", *arguments, "--modality", "sensor"],
+            env=installed, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("pretrain", "--backbone", "cnn", "--data", "machines", "--epochs", "1", "--name", "base")
+    out = run("check", "runs/base", "--data", "pumps")
+    assert re.search(r"length +\d+ to \d+ .* 128 +9\d%", out), out
+    assert "orchestrator-sensor sensor-cnn, run" in " ".join(out.split())
