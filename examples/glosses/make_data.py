@@ -4,7 +4,7 @@ Writes examples/glosses/data/glosses.csv with the columns text and label: what a
 lexicographers' classes (animal, artifact, food, ...) it is of. 400 glosses a class at most, chosen by a fixed seed.
 
 The glosses are those of Debian's package wordnet-base (WordNet 3.0). Where it is not installed, it is fetched with
-`apt-get download`, which needs no root. RemoteExtractor:
+`apt-get download`, which needs no root. Elsewhere:
 python examples/glosses/make_data.py --wordnet DIRECTORY_OF_DATA.NOUN
 """
 
