@@ -3,7 +3,7 @@
 Writes examples/speech/data/vowels.csv with the columns path, label and speaker, and the recordings beside it: 1,004
 letters and syllables with one vowel each (a, e, i, o, u), read aloud in 13 languages for KLettres, which teaches
 children to read. They are those of Debian's package klettres-data (GPL-2+). Where it is not installed, it is fetched
-with `apt-get download`, which needs no root. RemoteExtractor: python examples/speech/make_data.py --klettres DIRECTORY
+with `apt-get download`, which needs no root. Elsewhere: python examples/speech/make_data.py --klettres DIRECTORY
 
 The label is what the program shows its pupil: the written syllable in each language's sounds.xml (nobody listened to
 them). Kept are syllables with one vowel letter whose sound is one of the five in that language's spelling. Left out are
