@@ -229,7 +229,7 @@ def _in_order(spec: Data, plan: Plan) -> tuple[Data, list[str]]:
 
 def _num_seen(loaded: LoadedRun, samples: Samples) -> int | None:
     """How many of the samples the run itself was trained on, or its best epoch chosen by; None if nothing tells."""
-    table = table_of(loaded.run.path)
+    table = table_of(loaded.run)
     if table is None:
         return None
     own = Samples(table, loaded.fields)

@@ -210,7 +210,7 @@ def _worker_spec(run: HeldRun, plan: Plan, options: RunOptions) -> WorkerSpec:
 
 def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Plan:
     """The run's plan: of an unfinished run the one that it began with, else a new one, with its sample table."""
-    if held.read("plan.json") is not None and not options.fresh:
+    if not options.fresh and held.read("plan.json") is not None:
         _refuse_without_samples(run)
         began, plan = run.plan, prepare(job, resolved)[0]
         refuse_changes(run.path, began, plan)
@@ -240,7 +240,7 @@ def _refuse_without_samples(run: Run) -> None:
     """Raise `RefusedError` where there is no sample table to go on with, or not this version's."""
     from orchestrator.data import table_of
 
-    if not run.finished and (run.is_earlier or table_of(run.path) is None):
+    if not run.finished and (run.is_earlier or table_of(run) is None):
         why = "is of an earlier version" if run.is_earlier else "has lost its samples"
         raise RefusedError(
             "damaged", f"the run {run.path} {why}, and cannot be gone on with",

@@ -86,10 +86,12 @@ def _name_of(path: Path, metadata: Mapping[str, bytes]) -> str:
     """A directory's name; where that says nothing, what its config calls the network, or the folder above."""
     if path.name.lower() not in _NAMES_OF_NOTHING:
         return path.name
-    with contextlib.suppress(ValueError, AttributeError):  # what is wrong with it is told later
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):  # what is wrong with it is told later
         told = json.loads(metadata.get("config.json", b"{}")).get("_name_or_path")
-        if isinstance(told, str) and "/" in told and _REPO_ID.match(told):
-            return told.split("/")[-1]
+        if isinstance(told, str) and _REPO_ID.fullmatch(told):
+            owner, _, name = told.rpartition("/")
+            if owner.strip(".") and name.strip(".") and name.lower() not in _NAMES_OF_NOTHING:
+                return name
     return path.parent.name or path.name
 
 

@@ -36,6 +36,7 @@ from orchestrator.job import (
     Manifest,
     Storage,
     is_uri,
+    local_path,
     make_manifest,
     next_version,
     number_of,
@@ -64,7 +65,7 @@ def open_storage(place: str, ttl_s: float = TTL_S, patience_s: float = PATIENCE_
     """The storage at a path or a URI. Raises `RefusedError` where no installed library opens it."""
     if is_uri(place):
         return ObjectStorage(cached(place), ttl_s, patience_s)
-    return DirectoryStorage(Path(place).expanduser().absolute())
+    return DirectoryStorage(local_path(place).absolute())
 
 
 class ObjectStorage(Storage):
@@ -161,7 +162,7 @@ class ObjectStorage(Storage):
         before = self._versions(name)
         if before and number_of(before[-1]) > lease.number:
             raise run_was_taken(self._text(lease.name), lease)
-        manifest = make_manifest(folder, next_version(lease, before[-1] if before else None), lease.owner)
+        manifest = make_manifest(folder, next_version(lease, before[-1] if before else None))
         place = self._root.join(f"{name}/{manifest.version}")
         for file in manifest.files:
             self._asked(f"{name}/{file}", partial(place.join(file).upload, folder / file))

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from orchestrator.data.samples import INDEX_FILE, ROWS_FILE
 from orchestrator.errors import RefusedError, first_line
-from orchestrator.job import DATA_FOLDER, SAMPLES, HeldRun, sync
+from orchestrator.job import DATA_FOLDER, SAMPLES, HeldRun, Run, sync
 
 REFERENCE_FILE = "samples.json"
 """Of a run: which table it uses."""
@@ -72,7 +72,8 @@ class TableStore:
     def in_use(self) -> dict[str, list[str]]:
         """{key of a table: names of the runs that use it}. Raises `RefusedError` where a run does not tell."""
         runs: dict[str, list[str]] = {}
-        for run in sorted(self._storage.iterdir()) if self._storage.is_dir() else ():
+        for path in sorted(self._storage.iterdir()) if self._storage.is_dir() else ():
+            run = Run(path)
             key = _reference(run)
             if key is not None:
                 runs.setdefault(key, []).append(run.name)
@@ -151,28 +152,28 @@ def table_key(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def table_of(run: Path) -> Path | None:
-    """The folder of the table that the run in the directory `run` uses; None where there is none, or it is gone.
+def table_of(run: Run | HeldRun) -> Path | None:
+    """The folder of the table that a run uses; None where there is none, or it is gone.
 
     A run of an earlier version has its own. Raises `RefusedError` where its file cannot be understood.
     """
     key = _reference(run)
-    path = run / SAMPLES if key is None else TableStore(run.parent).path_of(key)
+    path = run.folder / SAMPLES if key is None else TableStore(run.folder.parent).path_of(key)
     return path if path.is_dir() else None
 
 
-def _reference(run: Path) -> str | None:
+def _reference(run: Run | HeldRun) -> str | None:
     """The key of the table that a run names, None where it names none."""
-    file = run / REFERENCE_FILE
+    text = run.read(REFERENCE_FILE)
+    if text is None:
+        return None
     try:
-        key: str = json.loads(file.read_bytes())["table"]
+        key: str = json.loads(text)["table"]
         if not _KEY.fullmatch(key):
             raise ValueError(f"{key!r} is no key of a table")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RefusedError(
-            "damaged", f"{file} cannot be understood: {first_line(error)}",
+            "damaged", f"{run.folder / REFERENCE_FILE} cannot be understood: {first_line(error)}",
             expected='{"table": key}, as this version wrote it',
             mend="start that run over with --fresh, or remove it",
         ) from None  # fmt: skip

@@ -23,7 +23,7 @@ from orchestrator.distributed.events import DriverChannel, watch_driver
 from orchestrator.distributed.joining import event_queue, joined, shut_down
 from orchestrator.distributed.offer import offer_of
 from orchestrator.errors import InterruptedRunError, OrchestratorError, PluginError, TrainingError, first_line
-from orchestrator.job import ERROR_FILE, Event, Failed, Noted, PhaseBegan, Plan, Report
+from orchestrator.job import ERROR_FILE, RAY_FOLDER, Event, Failed, Noted, PhaseBegan, Plan, Report
 
 if TYPE_CHECKING:
     from orchestrator.training import WorkerSpec
@@ -67,7 +67,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
         finally:
             if ray.is_initialized():
                 ray.kill(queue)
-            shutil.rmtree(spec.held_run().folder / ".ray", ignore_errors=True)
+            shutil.rmtree(spec.held_run().folder / RAY_FOLDER, ignore_errors=True)
     if failed and failed[0] is not None:
         raise failed[0]
 
@@ -94,7 +94,7 @@ def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | No
         run_config=RunConfig(
             name=f"{plan.name}-{int(time.time() * 1000):x}",
             # Ray Train's own files are of no use to us, whose checkpoints stand in the run; so they stay apart.
-            storage_path=str(spec.held_run().folder / ".ray"),
+            storage_path=str(spec.held_run().folder / RAY_FOLDER),
             failure_config=FailureConfig(max_failures=plan.job.scaling.max_failures),
             callbacks=[_Failures(config["queue"], plan.job.scaling.max_failures)],
         ),
@@ -107,7 +107,7 @@ def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | No
         who = "; ".join(f"worker {rank}: {why}" for rank, why in failures_of(error.worker_failures).items())
         again = plan.job.scaling.max_failures
         return TrainingError(
-            f"{who}{f'; it was started {again} times again' if again else ''}",
+            f"{who}{f', after {again} restarts' if again > 1 else ', after a restart' if again else ''}",
             expected="workers that live to the end",
             mend=f"{ERROR_FILE} of the run has all that they said; the same command goes on from the last checkpoint",
         )

@@ -108,6 +108,7 @@ _REFUSED = ("AuthenticationError", "InvalidAuthToken", "Unauthenticated", "could
 def _refuse_unknown(address: str) -> None:
     """Raise `RefusedError` where nothing answers at HOST:PORT, or where it wants another token."""
     host, _, port = address.rpartition(":")
+    host = host.strip("[]")  # of IPv6
     if not host or not port.isdecimal() or "/" in address:  # auto, or Ray Client's ray://
         return
     try:

@@ -14,6 +14,8 @@ from orchestrator.modality import Fit
 _SGD_FACTOR = 10.0
 _FEW_SAMPLES = 50
 """Below, training from pretrained weights keeps their BatchNorm statistics: those of so few samples are worse."""
+_FEW_AFTER_A_HEAD = 2_000
+"""The same where the head was trained on features under these statistics, and would have to be learnt anew."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class _PhaseRow:
     epochs: int
     rate: float
     """For AdamW."""
+    is_first: bool = False
+    """Whether it makes ready what follows: the job's epochs and rates are those of the phases after it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class _MethodRow:
 _METHODS: Mapping[Method, _MethodRow] = {
     "head": _MethodRow("pretrained", (_PhaseRow("head", 40, 3e-3),)),
     "full": _MethodRow("pretrained", (_PhaseRow("everything", 20, 1e-3),)),
+    # Kumar et al. 2022 (arXiv 2202.10054): a converged head spares the body the large gradients of a random one.
+    "lp-ft": _MethodRow("pretrained", (_PhaseRow("head", 40, 3e-3, is_first=True), _PhaseRow("everything", 20, 3e-4))),
     "scratch": _MethodRow("random", (_PhaseRow("everything", 40, 1e-3),)),
 }
 
@@ -101,14 +107,15 @@ def _phase(
 ) -> Phase:
     training = job.training
     default_rate = row.rate * (_SGD_FACTOR if training.optimizer == "sgd" else 1.0)
-    epochs = training.epochs or row.epochs
+    epochs = row.epochs if row.is_first else training.epochs or row.epochs
+    rate = None if row.is_first else training.learning_rate
     return Phase(
         trains=row.trains,
         source="features" if row.trains == "head" and keeps_features else "samples",
         epochs=epochs,
         num_steps=steps_per_epoch * epochs,
-        learning_rate=training.learning_rate or default_rate,
-        head_learning_rate=training.head_learning_rate or training.learning_rate or default_rate,
+        learning_rate=rate or default_rate,
+        head_learning_rate=(None if row.is_first else training.head_learning_rate) or rate or default_rate,
         batch_norm=_batch_norm(job, method, row, num_train),
     )
 
@@ -116,7 +123,7 @@ def _phase(
 def _batch_norm(job: Job, method: _MethodRow, row: _PhaseRow, num_train: int) -> Literal["train", "frozen"]:
     asked = job.training.batch_norm
     if row.trains == "head":
-        if asked == "train":
+        if asked == "train" and all(phase.trains == "head" for phase in method.phases):
             raise JobError(
                 "training.batch_norm = 'train' would change a frozen body", expected="frozen or auto",
                 mend="leave it out, or train everything: method full",
@@ -124,4 +131,5 @@ def _batch_norm(job: Job, method: _MethodRow, row: _PhaseRow, num_train: int) ->
         return "frozen"
     if asked != "auto":
         return asked
-    return "frozen" if method.weights == "pretrained" and num_train < _FEW_SAMPLES else "train"
+    few = _FEW_AFTER_A_HEAD if method.phases[0].is_first else _FEW_SAMPLES
+    return "frozen" if method.weights == "pretrained" and num_train < few else "train"

@@ -35,16 +35,15 @@ from orchestrator.job.events import (
 )
 from orchestrator.job.figures import FIGURES as FIGURES, figure as figure, interval as interval
 from orchestrator.job.files import (
-    file_sha256 as file_sha256,
     still_there as still_there,
     sync as sync,
-    write_file as write_file,
 )
 from orchestrator.job.held import (
     CHECKPOINTS as CHECKPOINTS,
     ERROR_FILE as ERROR_FILE,
     METRICS_FILE as METRICS_FILE,
     MODEL as MODEL,
+    RAY_FOLDER as RAY_FOLDER,
     SAMPLES as SAMPLES,
     HeldRun as HeldRun,
     hold as hold,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from orchestrator.errors import OrchestratorError, RefusedError
-from orchestrator.job.files import PARTIAL, beside, file_sha256, still_there, sync, write_file
+from orchestrator.job.files import PARTIAL, beside, still_there, sync, write_file
 from orchestrator.job.storage import (
     MANIFEST_FILE,
     Lease,
@@ -77,14 +77,20 @@ class DirectoryStorage(Storage):
 
     def check(self, lease: Lease) -> None:
         now = self._lease(lease.name)
-        if now != lease:
-            raise run_was_taken(self._text(lease.name), lease, now.owner)
+        if now == lease:
+            return
+        if not now.number:
+            raise OrchestratorError(
+                f"{self._text(lease.name)}/{LEASE_FILE} cannot be read: it is not known who works on the run",
+                expected="the run's directory as it was", mend="see that it is there; the same command goes on",
+            )  # fmt: skip
+        raise run_was_taken(self._text(lease.name), lease, now.owner)
 
     def holder(self, name: str) -> str:
         try:
             with (self.path / name / LOCK_FILE).open() as file:
                 free = _locked(file, fcntl.LOCK_SH, waits=())
-        except OSError:  # never begun, or not ours to look at
+        except (OSError, OrchestratorError):  # never begun, not ours to look at, or no locks there
             return ""
         return "" if free else self._lease(name).owner or "another process"
 
@@ -124,7 +130,7 @@ class DirectoryStorage(Storage):
     def write(self, name: str, content: bytes, lease: Lease) -> None:
         self._check(name, lease)
         with self._writing(name):
-            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            _make_folder((self.path / name).parent)
             write_file(self.path / name, content)
 
     def delete(self, name: str, lease: Lease) -> None:
@@ -138,16 +144,16 @@ class DirectoryStorage(Storage):
                 gone = beside(path)  # all that it holds is gone at once
                 path.rename(gone)
                 sync(path.parent)
-                shutil.rmtree(gone)
+                shutil.rmtree(gone, ignore_errors=True)  # NFS keeps a file that somebody has open
             else:
                 path.unlink(missing_ok=True)
 
     # --- folders ---
 
     def commits(self, below: str) -> list[str]:
-        files = (file.relative_to(self.path) for file in (self.path / below).rglob(MANIFEST_FILE))
-        names = (file.parent for file in files)
-        return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+        folders = (file.parent.relative_to(self.path / below) for file in (self.path / below).rglob(MANIFEST_FILE))
+        shown = (folder for folder in folders if not any(part.startswith(".") for part in folder.parts))
+        return sorted(f"{below}/{folder.as_posix()}" for folder in shown)
 
     def find(self, name: str) -> Manifest | None:
         text = self.read(f"{name}/{MANIFEST_FILE}")
@@ -159,10 +165,10 @@ class DirectoryStorage(Storage):
         before = None
         with contextlib.suppress(RefusedError):  # a damaged one may be replaced
             before = self.find(name)
-        manifest = make_manifest(folder, next_version(lease, before.version if before else None), lease.owner)
+        manifest = make_manifest(folder, next_version(lease, before.version if before else None))
         with self._writing(name):
             (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             whole = _on_the_same_disk(folder, beside(path))
             for file in sorted(whole.rglob("*")):
                 sync(file)
@@ -180,10 +186,10 @@ class DirectoryStorage(Storage):
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[Path]:
         manifest = self._manifest(name)
-        problem = manifest.problem(self._sizes(name, manifest))
-        for file, stored in manifest.files.items():
-            if not problem and file_sha256(self.path / name / file) != stored.sha256:
-                problem = f"{file} was changed"
+        try:
+            problem = manifest.problem(self._sizes(name, manifest)) or manifest.changed(self.path / name)
+        except OSError as error:
+            problem = f"{error.filename} cannot be read: {error.strerror}"
         if problem:
             raise self._damaged(name, problem)
         yield self.path / name  # as it lies there: nobody removes it but who holds the run
@@ -192,7 +198,7 @@ class DirectoryStorage(Storage):
         self.check(lease)
         removed = []
         for path in sorted((self.path / lease.name).rglob(f".*{PARTIAL}")):
-            with self._writing(lease.name), contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # gone already, or another user's: it harms nobody
                 newest = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
                 if time.time() - newest >= older_s:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -235,6 +241,14 @@ def _locked(file: TextIO, how: int, waits: tuple[float, ...] = _LOOKED_AT_S) -> 
         else:
             return True
     return False
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder, with those above it; once this returns, they are on the disk."""
+    if not path.is_dir():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 def _on_the_same_disk(folder: Path, copy: Path) -> Path:

@@ -45,7 +45,7 @@ class Noted:
 
     text: str
     is_warning: bool = False
-    """Whether it may spoil the result."""
+    """Whether a person should look at it even where the job goes on."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.errors import RefusedError
-from orchestrator.job.files import beside
-from orchestrator.job.storage import Lease, Manifest, Storage
+from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.job.files import PARTIAL, beside
+from orchestrator.job.storage import Lease, Storage
 
 SAMPLES = "samples"
 """The folder of a run that holds its sample table, in runs of an earlier version."""
@@ -21,10 +21,11 @@ ERROR_FILE = "error.txt"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
-_FEATURES = "features"
+RAY_FOLDER = ".ray"
+"""What Ray Train writes, which is of no use to us."""
 _WRITTEN = (
     "results.json", "plan.json", "job.yaml", SAMPLES, "samples.json", "samples.arrow", "skipped.jsonl", "lineage.json",
-    METRICS_FILE, ERROR_FILE, CHECKPOINTS, _FEATURES, "features.json", "tensorboard", MODEL,
+    METRICS_FILE, ERROR_FILE, CHECKPOINTS, "features", "features.json", "tensorboard", MODEL,
 )  # fmt: skip
 """What a run may hold that is ours, first what says that it is there; anything else in it is somebody else's."""
 _OLD_S = 3600.0
@@ -50,7 +51,7 @@ class HeldRun:
 
     @property
     def folder(self) -> Path:
-        """The folder of this machine for what the run needs while it is worked on, and others never ask for."""
+        """The folder of this machine for what the run needs while it is worked on; in a directory it is the run's."""
         return self.storage.local_folder(self.name)
 
     # --- small files ---
@@ -78,7 +79,13 @@ class HeldRun:
     def scratch(self) -> Iterator[Path]:
         """An empty local folder, on the run's own disk where that is a local one; gone afterwards."""
         folder = beside(self.folder / "scratch")
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise OrchestratorError(
+                f"{folder.parent} cannot be written: {error.strerror}", expected="a disk with room",
+                mend="make room; then the same command goes on",
+            ) from error  # fmt: skip
         try:
             yield folder
         finally:
@@ -107,10 +114,6 @@ class HeldRun:
         """Names of the committed folders below a name, sorted; whether they are whole, `opened` tells."""
         return [name.removeprefix(f"{self.name}/") for name in self.storage.commits(self._of(below))]
 
-    def find(self, name: str) -> Manifest | None:
-        """The manifest of a committed folder, None where there is none. Raises `RefusedError` (`damaged`)."""
-        return self.storage.find(self._of(name))
-
     # --- the whole run ---
 
     def collect_orphans(self, older_s: float = _OLD_S) -> None:
@@ -119,10 +122,12 @@ class HeldRun:
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else that may lie there."""
-        there = set(self.children(""))
+        there = self.children("")
         for name in _WRITTEN:  # cut short after the first ones, the same command starts over
-            if name in there:
-                self.delete(name)
+            for child in there:
+                if child.removesuffix(PARTIAL) == name:  # as an earlier version left it when it was cut off
+                    self.delete(child)
+        shutil.rmtree(self.folder / RAY_FOLDER, ignore_errors=True)
 
     def _of(self, name: str) -> str:
         return f"{self.name}/{name}".rstrip("/")
@@ -146,13 +151,13 @@ def hold(storage: Storage, name: str) -> Iterator[HeldRun]:
 
 
 def _refuse_foreign(storage: Storage, name: str) -> None:
-    if storage.read(f"{name}/plan.json") is not None:
-        return
-    foreign = [child for child in storage.children(name) if child.removesuffix(".partial") not in _WRITTEN]
-    if foreign:
+    place, there = f"{storage.place.rstrip('/')}/{name}", storage.children(name)
+    foreign = [child for child in there if child.removesuffix(PARTIAL) not in _WRITTEN]
+    is_file = storage.local_folder(name).is_file()
+    if is_file or (foreign and "plan.json" not in there):
         raise RefusedError(
             "usage",
-            f"{storage.place.rstrip('/')}/{name} is no run of ours, and not empty: it holds {foreign[0]}",
+            f"{place} is {'a file' if is_file else f'no run of ours, and not empty: it holds {foreign[0]}'}",
             expected="a directory that is empty, new, or a run",
             mend="give the run another name (--name) or another place (--storage)",
         )

@@ -33,6 +33,16 @@ class Run:
         return DirectoryStorage(self.path.parent)
 
     @property
+    def folder(self) -> Path:
+        """What of it lies on this machine alone."""
+        return self.storage.local_folder(self.name)
+
+    def read(self, file: str) -> str | None:
+        """The text of a small file, None where there is none."""
+        content = self.storage.read(f"{self.name}/{file}")
+        return None if content is None else content.decode(errors="replace")
+
+    @property
     def finished(self) -> bool:
         """Whether the figures and the model are there; results.json is written last."""
         return {"results.json", MODEL} <= set(self.storage.children(self.name))
@@ -58,9 +68,11 @@ class Run:
     @property
     def changed(self) -> float:
         """When something of it was written last, in seconds since 1970; of a finished run, when it finished."""
-        files = [self.path / name for name in ("results.json", METRICS_FILE, "lineage.json", "plan.json")]
-        times = [file.stat().st_mtime for file in files if file.exists()]
-        return times[0] if (self.path / "results.json").exists() else max(times, default=0.0)
+        times = {}
+        for name in ("results.json", METRICS_FILE, "lineage.json", "plan.json"):
+            with contextlib.suppress(OSError):
+                times[name] = (self.path / name).stat().st_mtime
+        return times.get("results.json") or max(times.values(), default=0.0)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -81,15 +93,13 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """One entry an epoch."""
-        content = self.storage.read(f"{self.name}/{METRICS_FILE}")
-        return read_lines(None if content is None else content.decode(errors="replace"))
+        return read_lines(self.read(METRICS_FILE))
 
     @property
     def plan(self) -> Plan:
         """What it was decided to do."""
-        content = self.storage.read(f"{self.name}/plan.json")
         try:
-            return read_plan_json((content or b"").decode())
+            return read_plan_json(self.read("plan.json") or "")
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged("plan.json", error) from None
 
@@ -125,9 +135,8 @@ class Run:
         return float(self.figures["accuracy"])
 
     def _object(self, file: str) -> dict[str, Any]:
-        content = self.storage.read(f"{self.name}/{file}")
         try:
-            value = json.loads(content or b"")
+            value = json.loads(self.read(file) or "")
             if not isinstance(value, dict):
                 raise ValueError("no object")
         except ValueError as error:

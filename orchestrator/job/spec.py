@@ -17,7 +17,7 @@ from pydantic_core import to_jsonable_python
 from orchestrator.job.places import local_path, whole
 
 TaskName = Literal["single-label", "multi-label", "regression"]
-Method = Literal["head", "full", "scratch"]
+Method = Literal["head", "full", "lp-ft", "scratch"]
 METHODS: dict[str, str] = {
     "head": "the body is frozen, the new last layer is trained",
     "full": "everything is trained, from the pretrained weights",
@@ -196,8 +196,8 @@ class Job(_Part):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str | None) -> str | None:
-        if name is not None and (not name.strip() or "/" in name or "\\" in name or name in (".", "..")):
-            raise ValueError("a run's name is one folder name, without slashes")
+        if name is not None and (not name.strip() or "/" in name or "\\" in name or name.startswith(".")):
+            raise ValueError("a run's name is one folder name, without slashes, that does not begin with a dot")
         return name
 
     @field_validator("storage")

@@ -60,12 +60,11 @@ class StoredFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a committed folder holds, and who committed it."""
+    """What a committed folder holds. It may be handed on with the folder, so that it says nothing of who made it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: str
-    owner: str
     files: dict[str, StoredFile]
     """By their paths below the folder."""
 
@@ -90,6 +89,13 @@ class Manifest(BaseModel):
         """That of the lease that it was committed under."""
         return number_of(self.version)
 
+    def changed(self, folder: Path) -> str:
+        """Which file of a local folder has other bytes than were committed, '' if none has. Raises `OSError`."""
+        for name, file in self.files.items():
+            if file_sha256(folder / name) != file.sha256:
+                return f"{name} was changed"
+        return ""
+
     def problem(self, sizes: Mapping[str, int]) -> str:
         """What is wrong with files of these sizes, '' if nothing is."""
         for name, file in self.files.items():
@@ -111,7 +117,7 @@ def next_version(lease: Lease, before: str | None) -> str:
     return f"{lease.number:08d}-{count:06d}-{uuid.uuid4().hex[:8]}"
 
 
-def make_manifest(folder: Path, version: str, owner: str) -> Manifest:
+def make_manifest(folder: Path, version: str) -> Manifest:
     """The manifest of a local folder, all files of which are read. Raises `RefusedError` for a link or a device."""
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -125,7 +131,7 @@ def make_manifest(folder: Path, version: str, owner: str) -> Manifest:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST_FILE:
             files[name] = StoredFile(size=path.stat().st_size, sha256=file_sha256(path))
-    return Manifest(version=version, owner=owner, files=files)
+    return Manifest(version=version, files=files)
 
 
 def run_is_busy(place: str, owner: str) -> RefusedError:
@@ -149,7 +155,7 @@ class Storage(ABC):
     """Where runs lie. Methods that reach it raise `OrchestratorError` with the place and the mend where it fails."""
 
     place: str
-    """As the user wrote it."""
+    """As messages name it, and as another process opens it."""
 
     # --- who works on a run ---
 
@@ -262,15 +268,13 @@ class Storage(ABC):
             return problem
         shutil.rmtree(into, ignore_errors=True)
         into.mkdir(parents=True)
-        for file, stored in manifest.files.items():
+        for file in manifest.files:
             (into / file).parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._copy(name, manifest, file, into / file)
             except FileNotFoundError:
                 return f"{file} is not there"
-            if file_sha256(into / file) != stored.sha256:
-                return f"{file} was changed"
-        return ""
+        return manifest.changed(into)
 
     @abstractmethod
     def _sizes(self, name: str, manifest: Manifest) -> dict[str, int]:

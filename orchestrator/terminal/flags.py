@@ -48,7 +48,8 @@ class Flag:
 
 FLAGS = (
     Flag("--backbone", "backbone", _JOB, "org/name[@revision] on the Hub, a directory, or an earlier run"),
-    Flag("--method", "method", _JOB, "head: new last layer only; full: everything; scratch: random weights"),
+    Flag("--method", "method", _JOB,
+         "head: new last layer only; full: everything; lp-ft: first the one, then the other; scratch: random weights"),
     Flag("--modality", "modality", _JOB, "image, or another that `plugins` lists"),
     Flag("--task", "task", _JOB, "single-label, multi-label or regression"),
     Flag("--name", "name", _JOB, "of the run; made from the job by default"),

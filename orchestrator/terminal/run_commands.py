@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from orchestrator.errors import RefusedError
-from orchestrator.job import FIGURES, Plan, Run, figure, interval, list_runs, open_run
+from orchestrator.job import FIGURES, Plan, Run, figure, interval, list_runs, local_path, open_run, shown
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
 from orchestrator.terminal.flags import Json
 
 app = typer.Typer(invoke_without_command=True)
 Storage = Annotated[str, typer.Option(help="the directory of the runs")]
+StorageOf = Annotated[str | None, typer.Option(help="the directory of the runs [default: runs]")]
 State = Literal["running", "finished", "unfinished", "damaged"]
 Order = Literal["name", "date", "result"]
 _WIDEST_PLACE = 24
@@ -42,7 +43,13 @@ def runs(
 
     orchestrator runs compare NAME OTHER
     """
+    context.obj = storage
     if context.invoked_subcommand is not None:
+        given = {"backbone": backbone, "data": data, "method": method, "state": state, "json": json_ or None}
+        odd = [name for name, value in given.items() if value is not None]
+        if odd:
+            raise RefusedError("usage", f"--{odd[0]} stands before {context.invoked_subcommand}, which has no list",
+                               mend=f"leave it out, or give it behind {context.invoked_subcommand}")  # fmt: skip
         return
     rows = [_summary(run) for run in list_runs(storage)]
     rows = [
@@ -59,12 +66,13 @@ def runs(
 
 @app.command("show")
 def show(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(help="the run's directory, or its name in the storage")],
-    storage: Storage = "runs",
+    storage: StorageOf = None,
     json_: Json = False,
 ) -> None:
     """Show one run: what it was asked for, what it is made of, its epochs and its figures."""
-    opened = _open(run, storage)
+    opened = _open(run, storage or context.obj)
     plan, summary = opened.plan, _summary(opened)
     if json_:
         job = plan.job.model_dump(mode="json", exclude_defaults=True)
@@ -76,7 +84,7 @@ def show(
         ("run", str(opened.path)),
         ("state", f"{summary['state']}, {_when(summary['changed'])}"),
         ("backbone", f"{card.source} @ {card.short_commit} ({card.model_type}, {card.kind})"),
-        ("data", plan.job.data.path),
+        ("data", shown(plan.job.data.path)),
         ("samples", f"train {counts['train']}, validation {counts['validation']}, test {counts['test']}"),
         ("method", f"{plan.job.method}, {plan.job.task}, {len(plan.classes)} {_outputs(plan)}"),
         ("input", settings_line(plan.input)),
@@ -94,15 +102,16 @@ def show(
 
 @app.command("compare")
 def compare(
+    context: typer.Context,
     runs: Annotated[list[str], typer.Argument(help="two or more runs: directories, or names in the storage")],
-    storage: Storage = "runs",
+    storage: StorageOf = None,
     json_: Json = False,
 ) -> None:
     """Show several runs beside each other: the settings that differ, and the figures."""
     if len(runs) < 2:
         raise RefusedError("usage", "one run alone is not compared", expected="two runs or more",
                            mend="name another one, or look at it: orchestrator runs show")  # fmt: skip
-    opened = [_open(run, storage) for run in runs]
+    opened = [_open(run, storage or context.obj) for run in runs]
     settings = [_settings(run) for run in opened]
     names = sorted({name for one in settings for name in one})
     differing = [name for name in names if len({str(one.get(name)) for one in settings}) > 1]
@@ -124,13 +133,13 @@ def compare(
 
 def _open(run: str, storage: str) -> Run:
     """By its directory, or its name in the storage. Raises `RefusedError`."""
-    place = Path(storage) / run
-    return open_run(place if not (Path(run) / "plan.json").is_file() and (place / "plan.json").is_file() else run)
+    place, named = local_path(run), local_path(storage) / run
+    return open_run(named if not (place / "plan.json").is_file() and (named / "plan.json").is_file() else run)
 
 
 def _summary(run: Run) -> dict[str, Any]:
     """What the list shows, None for what a damaged run does not tell."""
-    state, metrics = run.state, run.metrics
+    state, metrics = run.state, _metrics(run)
     results = run.results if state == "finished" else {}
     plan = _plan(run)
     task = plan.job.task if plan else None
@@ -141,10 +150,10 @@ def _summary(run: Run) -> dict[str, Any]:
         "state": state,
         "backbone": plan.backbone.name if plan else None,
         "source": plan.backbone.source if plan else None,
-        "data": plan.job.data.path if plan else None,
+        "data": shown(plan.job.data.path) if plan else None,
         "method": plan.job.method if plan else None,
         "task": task,
-        "epochs": metrics[-1]["epoch"] if metrics else 0,
+        "epochs": metrics[-1].get("epoch", 0) if metrics else 0,
         "num_epochs": plan.recipe.num_epochs if plan else None,
         "best_epoch": results.get("best_epoch"),
         "figure": title,
@@ -161,6 +170,13 @@ def _plan(run: Run) -> Plan | None:
         return None
 
 
+def _metrics(run: Run) -> list[dict[str, Any]]:
+    try:
+        return run.metrics
+    except RefusedError:
+        return []
+
+
 def _figures(run: Run) -> dict[str, Any]:
     return run.figures if run.finished and (run.results.get("test") or run.results.get("validation")) else {}
 
@@ -169,7 +185,7 @@ def _settings(run: Run, but: Sequence[str] = ()) -> dict[str, Any]:
     """{dotted name: value} of the job's settings that differ from their defaults, with the backbone and the data."""
     job = run.plan.job
     given = _dotted(job.model_dump(mode="json", exclude_defaults=True))
-    given |= {"backbone": job.backbone, "data.path": job.data.path, "method": job.method}
+    given |= {"backbone": job.backbone, "data.path": shown(job.data.path), "method": job.method}
     return {name: value for name, value in sorted(given.items()) if name not in ("name", "storage", *but)}
 
 
@@ -254,6 +270,8 @@ def _figure_rows(runs: Sequence[Run], figures: Sequence[Mapping[str, Any]]) -> l
 
 def _judge(runs: Sequence[Run], figures: Sequence[Mapping[str, Any]]) -> None:
     """Whether the figures may be held against each other, and whether they differ by more than chance."""
+    if not all(figures):
+        return
     if len({(one.get("num_samples"), run.plan.data.fingerprint) for one, run in zip(figures, runs, strict=True)}) > 1:
         out.print("these figures are of different samples")
         return

@@ -62,7 +62,7 @@ def assembled(
     network.module.to(worker.device)
     network.module.to(memory_format=torch.channels_last)
     network.module.eval()
-    table = table_of(run.folder)
+    table = table_of(run)
     if table is None:
         raise TrainingError(
             f"the run {run.name} has lost its sample table", expected="the storage as the driver sees it, on each node",

@@ -73,6 +73,12 @@ def newest_step(run: HeldRun) -> int | None:
     than an interruption has damaged the storage, and starting over in silence would hide it.
     """
     problems = []
+    for name in run.children(CHECKPOINTS):
+        if "COMMITTED" in run.children(f"{CHECKPOINTS}/{name}"):
+            raise CheckpointError(
+                f"the checkpoints of the run {run.name} are of an earlier version", expected="those of this version",
+                mend="start over with --fresh, or go on with that version",
+            )  # fmt: skip
     for step in reversed(_committed_steps(run)):
         try:
             with run.opened(_name_of(step)):

@@ -53,12 +53,12 @@ class Record:
 
     def settle(self) -> None:
         """Return once all epochs are on the storage."""
-        if not self._pending:
+        pending, self._pending = self._pending, []
+        if not pending:
             return
-        self._lines += [finite(dict(line)) for line in self._pending]
+        self._lines += [finite(dict(line)) for line in pending]
         self._write()
-        _show_in_tensorboard(self._run, self._pending)
-        self._pending = []
+        _show_in_tensorboard(self._run, pending)
         self._published = time.monotonic()
 
     def _write(self) -> None:

@@ -45,12 +45,10 @@ class TrainState:
 
     @staticmethod
     def restored(entries: Mapping[str, Any], recipe: Recipe) -> TrainState:
-        """What a checkpoint holds, whose `step` is of all phases; an earlier version's too, which knew no phases."""
+        """What a checkpoint holds, whose `step` is of all phases."""
         names = {one.name for one in dataclasses.fields(TrainState)}
         state = TrainState(**{name: value for name, value in entries.items() if name in names and value is not None})
         state.step -= sum(phase.num_steps for phase in recipe.phases[: state.phase])
-        if "epochs_ended" not in entries:
-            state.epochs_ended = state.step // recipe.steps_per_epoch
         return state
 
     def entries(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import pytest
 from orchestrator.data import Samples, TableStore, prepare_data, table_key, table_of
 from orchestrator.data.samples import INDEX_FILE, ROWS_FILE
 from orchestrator.errors import RefusedError
-from orchestrator.job import SAMPLES, SPLITS, BackboneCard, Data, TaskName
+from orchestrator.job import SAMPLES, SPLITS, BackboneCard, Data, Run, TaskName
 from orchestrator.modality import registry
 from tests.held import leased
 
@@ -76,7 +76,7 @@ def temporaries(storage: Path) -> list[Path]:
 
 def test_two_runs_of_the_same_data_use_one_table(storage: Path) -> None:
     first, second = put(storage, "one"), put(storage, "two")
-    assert first == second == table_of(storage / "one") == table_of(storage / "two")
+    assert first == second == table_of(Run(storage / "one")) == table_of(Run(storage / "two"))
     assert TableStore(storage).in_use() == {first.name: ["one", "two"]}
     assert [path.name for path in (storage / ".data").glob("*/")] == [first.name]
     assert not (storage / "two" / "made").exists()
@@ -190,7 +190,7 @@ def test_pruning_while_tables_come_and_go(storage: Path) -> None:
             folder = run / "made"
             shutil.copytree(storage / f"table-{(number + turn) % 3}", folder)
             path = TableStore(storage).put(folder, lease)
-            if table_of(run) != path or table_key(path) != path.name:
+            if table_of(Run(run)) != path or table_key(path) != path.name:
                 faults.append((number, turn))
             (run / "samples.json").unlink()
 
@@ -262,11 +262,11 @@ def test_a_job_killed_anywhere_leaves_a_whole_table_or_none(tmp_path: Path, dama
         num_moved += is_whole
         if is_whole:
             assert answers(there) == answers(tmp_path / "table")
-        named = table_of(run)
+        named = table_of(Run(run))
         assert named == (there if (run / "samples.json").exists() else None)
         assert is_whole or named is None
         shutil.copytree(tmp_path / "table", run / f"{SAMPLES}.again")  # the same command again
-        assert store.put(run / f"{SAMPLES}.again", leased(run)) == there == table_of(run)
+        assert store.put(run / f"{SAMPLES}.again", leased(run)) == there == table_of(Run(run))
         assert answers(there) == answers(tmp_path / "table")
         assert not any(stat.S_IMODE(file.stat().st_mode) & 0o222 for file in there.iterdir())
         assert store.prune() == []
@@ -288,7 +288,7 @@ def test_what_no_run_uses_is_pruned(storage: Path) -> None:
     assert first.is_dir()
     assert store.prune() == [table]
     assert not first.exists()
-    assert table_of(storage / "two") == second
+    assert table_of(Run(storage / "two")) == second
     assert sorted(path.name for path in (storage / ".data").iterdir()) == sorted(
         [".lock", "0123456789abcdef.parquet", second.name]
     )
@@ -314,7 +314,7 @@ def test_a_storage_without_tables_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_run_that_does_not_tell_what_it_uses_stops_the_pruning(storage: Path, text: str) -> None:
     path = put(storage, "one")
     (storage / "one" / "samples.json").write_text(text)
-    for ask in (TableStore(storage).prune, TableStore(storage).in_use, lambda: table_of(storage / "one")):
+    for ask in (TableStore(storage).prune, TableStore(storage).in_use, lambda: table_of(Run(storage / "one"))):
         with pytest.raises(RefusedError, match=r"one/samples.json cannot be understood") as caught:
             ask()
         assert caught.value.reason == "damaged"
@@ -357,9 +357,9 @@ def test_a_damaged_table_is_replaced_by_the_next_job(storage: Path, damage: Call
 
 def test_a_run_of_an_earlier_version_has_its_own_table(storage: Path) -> None:
     run = new_run(storage, "old")
-    assert table_of(run) is None
+    assert table_of(Run(run)) is None
     make_table(run / SAMPLES)
-    assert table_of(run) == run / SAMPLES
+    assert table_of(Run(run)) == run / SAMPLES
     assert TableStore(storage).in_use() == {}
 
 

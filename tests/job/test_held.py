@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.data import open_storage
-from orchestrator.errors import CheckpointError, RefusedError
-from orchestrator.job import DirectoryStorage, HeldRun, Storage, hold
+from orchestrator.data import open_storage, table_of
+from orchestrator.errors import CheckpointError, OrchestratorError, RefusedError
+from orchestrator.job import DirectoryStorage, HeldRun, Run, Storage, hold
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.record import Record
+from tests.held import held
 from tests.training.checkpoints import made, same
 
 
@@ -53,7 +59,7 @@ def test_a_folder_is_committed_whole_or_not_at_all(storage: Storage) -> None:
     with hold(storage, "run") as run:
         with pytest.raises(FileNotFoundError), run.committing("model") as folder:
             (folder / "missing" / "weights").touch()
-        assert run.find("model") is None
+        assert run.commits("") == []
         with run.committing("model") as folder:
             (folder / "weights").write_text("1")
         with run.opened("model") as folder:
@@ -96,7 +102,7 @@ def test_only_one_holds_a_run(storage: Storage) -> None:
     with hold(storage, "run") as run, pytest.raises(RefusedError, match=r"process \d+ on .* is working on") as caught:
         hold(storage, "run").__enter__()
     assert caught.value.reason == "busy"
-    assert isinstance(run, HeldRun)
+    assert run.lease.owner in caught.value.message
 
 
 def test_a_run_travels_to_the_workers(storage: Storage) -> None:
@@ -105,3 +111,131 @@ def test_a_run_travels_to_the_workers(storage: Storage) -> None:
         theirs: Any = HeldRun(open_storage(storage.place), run.lease)
         theirs.write("lineage.json", "{}")
         assert run.read("lineage.json") == "{}"
+
+
+def test_a_run_reads_its_own_table_wherever_its_storage_is(storage: Storage) -> None:
+    with hold(storage, "run") as run:
+        run.write("samples.json", '{"table": "%s"}' % ("0" * 32))
+        table = run.folder.parent / ".data" / ("0" * 32)
+        table.mkdir(parents=True)
+        assert table_of(run) == table
+
+
+# --- in a directory ---
+
+
+@pytest.fixture
+def held_run(tmp_path: Path) -> Iterator[HeldRun]:
+    with held(tmp_path / "runs" / "run") as run:
+        yield run
+
+
+def test_a_file_in_the_place_of_a_run_is_said(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(RefusedError, match=r"run is a file") as caught:
+        held(tmp_path / "run").__enter__()
+    assert "--name" in caught.value.mend
+
+
+def test_starting_over_mends_a_plan_that_cannot_be_read(held_run: HeldRun) -> None:
+    (held_run.folder / "plan.json").mkdir()
+    with pytest.raises(RefusedError, match="cannot be read: Is a directory") as caught:
+        held_run.read("plan.json")
+    assert "--fresh" in caught.value.mend
+    held_run.clear()
+    held_run.write("plan.json", "{}")
+    assert held_run.read("plan.json") == "{}"
+
+
+def test_leftovers_of_an_earlier_version_and_of_ray_go_with_the_run(held_run: HeldRun) -> None:
+    for name in ("samples.partial", ".ray", "checkpoints/step-00000100"):
+        (held_run.folder / name).mkdir(parents=True)
+    (held_run.folder / "checkpoints/step-00000100/COMMITTED").touch()
+    with pytest.raises(CheckpointError, match="are of an earlier version") as caught:
+        ckpt.newest_step(held_run)
+    assert "--fresh" in caught.value.mend
+    held_run.clear()
+    assert sorted(child.name for child in held_run.folder.iterdir()) == [".lease.json", ".lock"]
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(
+    held_run: HeldRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.job import storage as module
+
+    ckpt.save(held_run, made(1))
+    ckpt.save(held_run, made(2))
+    digest = module.file_sha256
+
+    def broken(file: Path) -> str:
+        if "step-00000002" in str(file):
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return digest(file)
+
+    monkeypatch.setattr(module, "file_sha256", broken)
+    assert ckpt.newest_step(held_run) == 1
+
+
+def test_what_a_file_system_keeps_does_not_end_the_run(held_run: HeldRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS keeps a file that is open under another name, and its folder cannot be removed then."""
+    ckpt.save(held_run, made(1))
+    real = os.rmdir
+
+    def kept(path: Any, **more: Any) -> None:
+        if "step-" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        real(path, **more)
+
+    monkeypatch.setattr(os, "rmdir", kept)
+    for step in (2, 3, 4):
+        ckpt.save(held_run, made(step))
+    held_run.collect_orphans(older_s=0)
+    assert ckpt.newest_step(held_run) == 4
+
+
+def test_a_file_system_without_locks_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held(tmp_path / "run") as run:
+        run.write("plan.json", "{}")
+        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks")))
+        assert Run(tmp_path / "run").state == "unfinished"
+
+
+def test_a_lease_that_is_gone_is_not_another_process(held_run: HeldRun) -> None:
+    (held_run.folder / ".lease.json").unlink()
+    with pytest.raises(OrchestratorError, match="it is not known who works on the run") as caught:
+        held_run.write("plan.json", "{}")
+    assert "another process" not in caught.value.message
+    (held_run.folder / ".lease.json").write_text(json.dumps(vars(held_run.lease)))
+
+
+def test_a_disk_without_room_for_a_scratch_folder_is_said(held_run: HeldRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OrchestratorError, match="No space left") as caught, held_run.scratch():
+        pass
+    assert "make room" in caught.value.mend
+
+
+def test_epochs_stand_once_whatever_fails(held_run: HeldRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.training import record
+
+    monkeypatch.setattr(record, "_PUBLISHED_EVERY_S", 1e9)
+    epochs = Record(held_run, 0)
+    monkeypatch.setattr(record, "_show_in_tensorboard", lambda *_: (_ for _ in ()).throw(OrchestratorError("full")))
+    epochs._pending.append({"epoch": 1, "step": 1})
+    with pytest.raises(OrchestratorError):
+        epochs.settle()
+    epochs.settle()
+    assert [line["epoch"] for line in Run(held_run.folder).metrics] == [1]
+
+
+def test_the_first_folders_entry_is_on_the_disk(held_run: HeldRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(number: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{number}"))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    ckpt.save(held_run, made(1))
+    assert str(held_run.folder) in synced

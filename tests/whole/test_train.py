@@ -750,7 +750,7 @@ def test_a_run_of_an_earlier_layout(tiny_resnet: Path, flat_digits: Path) -> Non
     from orchestrator.data import table_of
 
     run = train(tiny_resnet, flat_digits, training={"epochs": 1})
-    table = table_of(run.path)
+    table = table_of(run)
     assert table is not None
     (run.path / "samples.arrow").write_bytes((table / "samples.arrow").read_bytes())
     (run.path / "samples.json").unlink()
