@@ -8,7 +8,10 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     folders       the files of class folders -> rows
     table_rows    a table's cells -> rows
     columns       which columns samples and labels stand in
-    tables        CSV, Parquet, JSON lines -> batches of cells
+    tables        CSV, Parquet, Arrow, JSON lines -> batches of cells
+    delimited     CSV and TSV: separators, and quotation marks that close or do not
+    text_files    files of text: their encoding, and what is none
+    arrow_cells   batches of Arrow -> cells, classes by the names that the schema tells
     hub_datasets  data sets of the Hub, or saved to disk -> batches of cells
     materialise   rows that a program holds -> a Parquet file
     rows          what a row is, and which paths it may name

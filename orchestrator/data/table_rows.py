@@ -59,6 +59,7 @@ def open_rows(
             if not row.problem:
                 _fill_group_and_split(row, group, split, spec)
             yield row
+        source.notes += [f"{table.text}: {one}" for one in table.notes]
 
     source.parts.append(rows)
 

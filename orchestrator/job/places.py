@@ -14,7 +14,7 @@ from orchestrator.errors import DataError
 _SCHEME = re.compile(r"[a-zA-Z][\w+.-]*://")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _DATASETS = "hf://datasets/"
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".jsonl", ".ndjson")
 SPLIT_KEYS = ("path", "validation", "test")
 """The settings of `data` that name a place, one a split."""
 DATA_FOLDER = ".data"
