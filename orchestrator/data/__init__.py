@@ -6,6 +6,8 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     prepare       rows -> a checked sample table, top to bottom
     sources       a job's data -> its rows, opened one after the other
     folders       the files of class folders -> rows
+    layout        where in a folder the class folders lie: below splits, below one that wraps them
+    metadata_tables  files beside a metadata.csv that names them
     table_rows    a table's cells -> rows
     columns       which columns samples and labels stand in
     tables        CSV, Parquet, Arrow, JSON lines -> batches of cells

@@ -57,9 +57,10 @@ def _names_of(feature: Any) -> list[str] | None:
         return None
     if feature.get("_type") in ("Sequence", "List", "LargeList"):
         return _names_of(feature.get("feature"))
-    names = feature.get("names")
-    is_class = feature.get("_type") == "ClassLabel" and isinstance(names, list)
-    return names if is_class and all(isinstance(name, str) for name in names) else None
+    names: Any = feature.get("names")
+    if feature.get("_type") != "ClassLabel" or not isinstance(names, list):
+        return None
+    return names if all(isinstance(name, str) for name in names) else None
 
 
 def _holds_integers(kind: pa.DataType | None) -> bool:

@@ -16,7 +16,7 @@ from orchestrator.backbone import asking, offline
 from orchestrator.data.arrow_cells import Batch, cells_of
 from orchestrator.data.tables import BATCH_ROWS, Table
 from orchestrator.errors import DataError, MissingExtraError, first_line
-from orchestrator.job import SPLIT_NAMES, choose_splits, dataset_id
+from orchestrator.job import choose_splits, dataset_id, name_splits
 
 
 def is_saved(path: Path) -> bool:
@@ -83,7 +83,7 @@ def splits_of(splits: Any, text: str) -> list[tuple[int | None, Any]]:
 
     `text` is what messages call it. Raises `DataError` where there is none to train on.
     """
-    chosen, notes = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in splits}, text)
+    chosen, notes = choose_splits(name_splits(splits), text)
     for note in notes:
         warnings.warn(f"{text}: {note}", stacklevel=2)
     return [(split, splits[name]) for name, split in chosen.items()]
@@ -120,7 +120,7 @@ def _tables(data: Any, text: str, root: Path) -> tuple[list[Table], list[str]]:
     """(a table a split, notes) of a `DatasetDict` or a `Dataset`."""
     if not hasattr(data, "keys"):
         return [_table(data, text, root, None)], []
-    chosen, notes = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in data}, text)
+    chosen, notes = choose_splits(name_splits(data), text)
     return [_table(data[name], f"{text} {name}", root, split) for name, split in chosen.items()], notes
 
 

@@ -69,7 +69,7 @@ def _prepare(
     spec: Data, modality: Modality, card: BackboneCard, task: TaskName, classes: tuple[str, ...] | None,
     directory: Path, keep: bool,
 ) -> Prepared:  # fmt: skip
-    source = open_source(spec, modality.sample, task)
+    source = open_source(spec, modality.sample, task, classes or ())
     with SampleWriter(directory / ROWS_FILE, [one.name for one in modality.sample], with_content=keep) as writer:
         ingested = ingest(source, modality, card, task, writer, may_skip=spec.on_bad_sample == "skip")
     _refuse_broken(ingested.skipped, len(ingested), spec)

@@ -8,21 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.data.columns import input_columns, label_columns
-from orchestrator.data.folders import children, open_folder
+from orchestrator.data.folders import open_folder
+from orchestrator.data.layout import children
 from orchestrator.data.locations import Location, path_or_location
+from orchestrator.data.metadata_tables import metadata_tables
 from orchestrator.data.rows import Row, Source
 from orchestrator.data.table_rows import open_rows
 from orchestrator.data.tables import Table, TextForm, open_table, suffix_of
 from orchestrator.errors import DataError
 from orchestrator.job import (
     SPLIT_KEYS,
-    SPLIT_NAMES,
     TABLE_SUFFIXES,
     Data,
     TaskName,
     choose_splits,
     is_dataset,
     is_materialised,
+    name_splits,
     shown,
 )
 from orchestrator.modality import SampleField
@@ -31,7 +33,7 @@ _ROWS = ("the data", "the validation data", "the test data")
 """What the rows of a program are called, by their split."""
 _OF_TEXT = {"separator": (".csv", ".tsv"), "encoding": (".csv", ".tsv", ".jsonl", ".ndjson")}
 """Settings of tables that are text -> the suffixes of those."""
-_SHARD = re.compile(r"-\d+-of-\d+$")
+_SHARD = re.compile(r"-\d+-of-\d+$|[-_]\d+$")
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,14 @@ class _Wanted:
     spec: Data
     sample: Sequence[SampleField]
     task: TaskName
+    known: Sequence[str] = ()
 
 
-def open_source(spec: Data, sample: Sequence[SampleField], task: TaskName) -> Source:
-    """The source of `spec.path`, with `spec.validation` and `spec.test` behind it. Reads no row yet."""
+def open_source(spec: Data, sample: Sequence[SampleField], task: TaskName, known: Sequence[str] = ()) -> Source:
+    """The source of `spec.path`, with `spec.validation` and `spec.test` behind it. Reads no row yet.
+
+    known: the classes of a finished model.
+    """
     if task == "single-label" and len(label_columns(spec)) > 1:
         raise DataError(
             f"data.label_column names {len(label_columns(spec))} columns, and the task is single-label",
@@ -63,7 +69,7 @@ def open_source(spec: Data, sample: Sequence[SampleField], task: TaskName) -> So
             expected="a data set of the Hub that has several subsets, org/name",
             mend="leave data.subset out",
         )
-    source, wanted = Source(), _Wanted(spec, sample, task)
+    source, wanted = Source(), _Wanted(spec, sample, task, known)
     alone = len(places) == 1
     source.ready_made = not alone
     for split, place in places.items():
@@ -95,7 +101,7 @@ def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwi
     columns = (*label_columns(spec), *input_columns(spec), spec.group_column, spec.split_column)
     tables, notes = _tables_of(place, spec, [name for name in columns if name is not None])
     source.notes += notes
-    if any(table.split is not None for table in tables) or spec.split_column is not None:
+    if any(table.split is not None or table.folders for table in tables) or spec.split_column is not None:
         source.ready_made = True
     for table in tables:
         named = replace(table, text=_ROWS[split or 0]) if is_materialised(place) else table
@@ -147,8 +153,11 @@ def _tables_of(place: str, spec: Data, wanted: Sequence[str]) -> tuple[list[Tabl
 
         if is_saved(here):
             return open_saved(here)
+    if (described := metadata_tables(here, spec, form, wanted)) is not None:
+        return described
     files = {name: here / name if isinstance(here, Path) else here.join(name) for name in _table_names(here)}
-    splits = {name: _split_of(name) for name in files}
+    parts = {name: _SHARD.sub("", name.split(".")[0]) for name in files}
+    splits = {name: found[part] for found in [name_splits(parts.values())] for name, part in parts.items()}
     if not any(split is not None for split in splits.values()):
         return [open_table(file, wanted, form) for file in files.values()], []
     chosen, notes = choose_splits(splits, place)
@@ -170,7 +179,7 @@ def _open_folder(source: Source, place: str, wanted: _Wanted) -> None:
                 expected="a .csv, .parquet or .jsonl table with that column",
                 mend="write a table with the columns path, label and " + str(getattr(wanted.spec, setting)),
             )
-    open_folder(source, path_or_location(place), wanted.sample[0])
+    open_folder(source, path_or_location(place), wanted.sample[0], wanted.known)
 
 
 def _kind(path: Path) -> str:
@@ -187,8 +196,3 @@ def _table_names(folder: Path | Location) -> list[str]:
     if any(is_folder for _, is_folder in visible) or len({suffix_of(name) for name in files}) != 1:
         return []
     return files if suffix_of(files[0]) in TABLE_SUFFIXES else []
-
-
-def _split_of(name: str) -> int | None:
-    """Of a part of a folder of tables, by its name: train.csv, test-00000-of-00001.parquet."""
-    return SPLIT_NAMES.get(_SHARD.sub("", name.split(".")[0].lower()))

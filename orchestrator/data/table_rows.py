@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import posixpath
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from orchestrator.data.locations import Location, path_or_location
 from orchestrator.data.rows import Origin, Row, Source, is_unicode
 from orchestrator.data.tables import Table
 from orchestrator.errors import DataError
-from orchestrator.job import SPLIT_NAMES, Data, TaskName
+from orchestrator.job import Data, TaskName, split_of
 from orchestrator.modality import SampleField
 
 _SWITCHES = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True, "no": False, "yes": True}
@@ -48,6 +49,9 @@ def open_rows(
                 _fill_text(row, value, second, len(inputs) > 1)
             else:
                 _fill_file(row, value)
+            if row.uri and table.folders:
+                row.split = table.folders.get(posixpath.normpath(row.uri).split("/")[0])
+                row.problem = "" if row.split is not None else f"lies in none of {', '.join(table.folders)}"
             if row.uri and is_nowhere:
                 raise DataError(
                     f"there is no folder {given_root} (data.root)",
@@ -178,7 +182,7 @@ def _fill_group_and_split(row: Row, group: object, split: object, spec: Data) ->
         if row.group is None:
             row.problem = f"has no group in {spec.group_column!r}"
     if spec.split_column:
-        row.split = SPLIT_NAMES.get(str(split).strip().lower())
+        row.split = split_of(str(split))
         if row.split is None:
             row.problem = f"has {split!r} in {spec.split_column!r}, not train, validation or test"
 

@@ -259,7 +259,7 @@ JOBS = part(
         test_fraction=st.floats(0, 0.49),
         separator=st.sampled_from(["tab", ";", " ", "ß"]),
         encoding=st.sampled_from(["cp1252", "utf-16", "UTF8"]),
-    ),  # fmt: skip
+    ),
     training=part(Training),
     scaling=part(Scaling),
     settings=SETTINGS,
