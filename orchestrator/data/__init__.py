@@ -23,6 +23,7 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     ingested      what is remembered of the rows
     duplicates    one file twice, one content in two splits
     labels        classes, targets, and whether they can be learnt
+    spellings     one label under several spellings: True and true, 2 and 2.0
     splits        stratified, grouped and balanced splits
     samples       the sample table on disk: written once, memory-mapped
     table_store   the sample tables of a storage, each kept once for all of its runs

@@ -13,6 +13,7 @@ from orchestrator.data.columns import label_columns
 from orchestrator.data.contents import Ints
 from orchestrator.data.ingested import IngestedRows, IngestedTable, numbers, view
 from orchestrator.data.rows import Source
+from orchestrator.data.spellings import meaning, numbers_by_meaning
 from orchestrator.data.splits import TEST, TRAIN, VALIDATION
 from orchestrator.errors import DataError
 from orchestrator.job import SPLITS, Data, TaskName, shown
@@ -92,9 +93,10 @@ def make_targets(table: IngestedTable, rows: Ints, names: Sequence[str], spec: D
     ingested = table.ingested
     if task == "regression":
         return view(ingested.label).reshape(len(ingested), -1)[rows].astype(np.float32)
-    number_of = {name: i for i, name in enumerate(names)}
+    number_of, meant = {name: i for i, name in enumerate(names)}, numbers_by_meaning(names)
     samples, labels = _label_numbers(ingested, rows)
-    classes = np.array([number_of.get(name, -1) for name in ingested.names], dtype=np.int64)[labels]
+    number_of_label = [number_of.get(name, meant.get(meaning(name), -1)) for name in ingested.names]
+    classes = np.array(number_of_label, dtype=np.int64)[labels]
     unknown = np.flatnonzero(classes < 0)
     if len(unknown):
         name = list(ingested.names)[labels[unknown[0]]]

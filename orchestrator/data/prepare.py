@@ -28,6 +28,7 @@ from orchestrator.data.labels import (
 )
 from orchestrator.data.samples import INDEX_FILE, ROWS_FILE, SampleWriter, write_index
 from orchestrator.data.sources import open_source
+from orchestrator.data.spellings import unify_spellings
 from orchestrator.data.splits import TEST, TRAIN, UNUSED, VALIDATION, split_for_evaluation, split_samples
 from orchestrator.errors import DataError
 from orchestrator.job import SPLITS, BackboneCard, Data, DataSummary, TaskName, shown
@@ -73,6 +74,7 @@ def _prepare(
     with SampleWriter(directory / ROWS_FILE, [one.name for one in modality.sample], with_content=keep) as writer:
         ingested = ingest(source, modality, card, task, writer, may_skip=spec.on_bad_sample == "skip")
     _refuse_broken(ingested.skipped, len(ingested), spec)
+    source.notes += unify_spellings(ingested, source)
     table = IngestedTable(ingested, source.origins, directory / ROWS_FILE)
     rows = drop_duplicates(table)
     names = class_names(table, source, rows, spec, task, classes)

@@ -11,6 +11,7 @@ from pathlib import Path
 from orchestrator.data.columns import find_inputs, label_columns, require_columns
 from orchestrator.data.locations import Location, path_or_location
 from orchestrator.data.rows import Origin, Row, Source, is_unicode
+from orchestrator.data.spellings import meaning
 from orchestrator.data.tables import Table
 from orchestrator.errors import DataError
 from orchestrator.job import Data, TaskName, split_of
@@ -178,8 +179,9 @@ def _number(row: Row, cell: object, column: str) -> float:
 def _fill_group_and_split(row: Row, group: object, split: object, spec: Data) -> None:
     """The group and the split, where the table has columns of them."""
     if spec.group_column:
-        row.group = _label_text(group)
-        if row.group is None:
+        name = _label_text(group)
+        row.group = None if name is None else meaning(name)
+        if name is None:
             row.problem = f"has no group in {spec.group_column!r}"
     if spec.split_column:
         row.split = split_of(str(split))

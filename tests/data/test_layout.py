@@ -80,8 +80,8 @@ def test_a_lone_class_folder_of_a_finished_model_is_that_class(tmp_path: Path) -
 
 
 def test_names_that_are_classes_stay_classes(tmp_path: Path) -> None:
-    for name in ("train_station", "test_tube", "dev_board", "development", "trainer", "training wheels", "contest", "set",
-                 "test of time", "train_test"):  # fmt: skip
+    for name in ("train_station", "test_tube", "dev_board", "development", "trainer", "training wheels", "contest",
+                 "set", "test of time", "train_test"):  # fmt: skip
         assert split_of(name) is None, name
     assert name_splits(["train_station", "bus_station"]) == {"train_station": None, "bus_station": None}
     for i in range(20):
