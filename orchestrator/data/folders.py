@@ -13,7 +13,7 @@ from orchestrator.data.layout import children, layout_of
 from orchestrator.data.locations import Location
 from orchestrator.data.rows import Origin, Row, Source, inside, is_unicode
 from orchestrator.data.tables import suffix_of
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, counted
 from orchestrator.job import TABLE_SUFFIXES, name_splits
 from orchestrator.modality import SampleField, registry
 
@@ -42,7 +42,7 @@ def open_folder(source: Source, root: Path | Location, sample: SampleField, know
                 num += 1
                 yield row
         if not num:
-            seen = f"; it holds {others.num} other files, such as {others.first[0]}" if others.num else ""
+            seen = f"; it holds {counted(others.num, 'other file')}, such as {others.first[0]}" if others.num else ""
             raise DataError(
                 f"{text} holds no {sample.name} files in class folders{seen}",
                 expected=f"one folder a class, with files ending in {', '.join(sample.suffixes)}",
@@ -50,7 +50,10 @@ def open_folder(source: Source, root: Path | Location, sample: SampleField, know
                 or "sort the samples into a folder a class, or name a table of them",
             )
         if others.num:
-            source.notes.append(f"{others.num} files that are no {sample.name}, not read: {', '.join(others.first)}")
+            source.notes.append(
+                f"{counted(others.num, 'file')} that {'is' if others.num == 1 else 'are'} no {sample.name}, not read: "
+                + ", ".join(others.first)
+            )
         if others.below:
             source.notes.append(
                 f"folders below a class that are called as splits are, {', '.join(others.below[:3])}, are not read as "
@@ -58,7 +61,7 @@ def open_folder(source: Source, root: Path | Location, sample: SampleField, know
             )
         if others.links:
             shown = ", ".join(others.links[:3])
-            source.notes.append(f"{len(others.links)} linked folders below a class, not read: {shown}")
+            source.notes.append(f"{counted(len(others.links), 'linked folder')} below a class, not read: {shown}")
 
     source.parts.append(rows)
 

@@ -21,6 +21,7 @@ from orchestrator.data.ingested import IngestedTable, Skip, view
 from orchestrator.data.labels import (
     Targets,
     class_names,
+    hint_of_separator,
     make_targets,
     notes_on_labels,
     refuse_unlearnable,
@@ -86,7 +87,7 @@ def _prepare(
     else:
         strata, strata_names = strata_of(targets, names, task)
         split = split_samples(table, rows, strata, strata_names, len(names), source.ready_made, spec)
-        refuse_unlearnable(targets, split, names, task)
+        refuse_unlearnable(targets, split, names, task, hint_of_separator(ingested, spec, task))
         notes += notes_on_leaks(table, rows, split)
         notes += notes_on_labels(ingested, names, spec, task)
         notes += _notes_on_splits(split)

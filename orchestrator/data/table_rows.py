@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import posixpath
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from orchestrator.job import Data, TaskName, split_of
 from orchestrator.modality import SampleField
 
 _SWITCHES = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True, "no": False, "yes": True}
+_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
 _LARGEST = 3.4e38  # of a float32
 
 _Cells = tuple[object, object, Sequence[object], object, object]
@@ -60,7 +62,7 @@ def open_rows(
                     mend="correct it, or leave it out: then paths are relative to the table's folder",
                 )
             if not row.problem:
-                _fill_label(row, label, spec, task)
+                _fill_label(row, label, spec, task, table.is_text)
             if not row.problem:
                 _fill_group_and_split(row, group, split, spec)
             yield row
@@ -118,8 +120,8 @@ def _fill_file(row: Row, value: object) -> None:
         row.problem = "has neither a path nor bytes"
 
 
-def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName) -> None:
-    """The first cell that cannot be used becomes the row's problem."""
+def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName, is_text: bool) -> None:
+    """The first cell that cannot be used becomes the row's problem; multi-label: an empty cell of CSV is no label."""
     columns = label_columns(spec)
     if task == "regression":
         row.label = tuple(_number(row, cell, column) for cell, column in zip(cells, columns, strict=True))
@@ -133,7 +135,7 @@ def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName) -
         return
     (cell,), (column,) = cells, columns
     if task == "multi-label":
-        parts = cell if isinstance(cell, list) else None
+        parts = cell if isinstance(cell, list) else [] if is_text and _label_text(cell) is None else None
         if parts is None and spec.label_separator is not None:
             parts = [part for part in (_label_text(cell) or "").split(spec.label_separator) if part.strip()]
         if parts is None:
@@ -161,19 +163,30 @@ def _number(row: Row, cell: object, column: str) -> float:
         row.problem = f"has no number in {column!r}"
         return 0.0
     try:
-        number = float(cell)  # type: ignore[arg-type]  # what is no number raises
+        number = _as_number(cell)
     except OverflowError:
         row.problem = f"has a number beyond all bounds in {column!r}"
         return 0.0
     except (TypeError, ValueError):
         raise DataError(
             f"{row.place} has {cell!r} in {column!r}, and a regression target is a number",
-            mend="name a column of numbers, or leave task regression out (--task) to learn classes",
+            mend="write it with a point"
+            if isinstance(cell, str) and _DECIMAL_COMMA.fullmatch(cell.strip())
+            else "name a column of numbers, or leave task regression out (--task) to learn classes",
         ) from None
     if not abs(number) <= _LARGEST:  # NaN too
         row.problem = f"has {number} in {column!r}"
         return 0.0
     return number
+
+
+def _as_number(cell: object) -> float:
+    """The number; a truth value as 0 or 1, in words too. Raises `TypeError`, `ValueError`, `OverflowError`."""
+    if isinstance(cell, str) and cell.strip().lower() in ("true", "false"):
+        return float(cell.strip().lower() == "true")
+    if isinstance(cell, str) and "_" in cell:  # Python takes 1_000 for 1000
+        raise ValueError
+    return float(cell)  # type: ignore[arg-type]  # what is no number raises
 
 
 def _fill_group_and_split(row: Row, group: object, split: object, spec: Data) -> None:

@@ -58,6 +58,8 @@ class Table:
     """Of all its rows, where it came as one of several splits."""
     folders: Mapping[str, int] = field(default_factory=dict)
     """{folder: the split of the rows whose paths lie in it}, where it is a table of such folders."""
+    is_text: bool = False
+    """Whether its cells are words, as CSV's are, which has no cell that is missing: only empty ones."""
     notes: list[str] = field(default_factory=list)
     """How it was read, as far as that is not plain; whole once its rows were read."""
 
@@ -82,7 +84,7 @@ def open_table(place: Path | Location, wanted: Sequence[str] = (), form: TextFor
             yield from batches(list(dict.fromkeys(wanted)))
 
     root = place.parent if isinstance(place, Path) else place.parent()
-    return Table(text, tuple(names), read, root, notes=notes)
+    return Table(text, tuple(names), read, root, is_text=suffix_of(text) in (".csv", ".tsv"), notes=notes)
 
 
 @contextlib.contextmanager

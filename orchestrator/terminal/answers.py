@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.errors import counted
 from orchestrator.job import FIGURES, Run, figure
 from orchestrator.modality import registry
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
@@ -131,7 +132,7 @@ def show_evaluation(figures: Mapping[str, Any], as_json: bool) -> None:
         what = "accuracy" if figures["task"] == "single-label" else "F1"
         out.print(table(["class", what], [[name, figure(value)] for value, name in worst], right=(1,)))
     if figures["num_skipped"]:
-        out.print(f"{figures['num_skipped']} samples could not be read and were left out")
+        out.print(f"left out, as they cannot be read: {counted(figures['num_skipped'], 'sample')}")
 
 
 def show_runs(runs: Sequence[Run], storage: str, as_json: bool) -> None:

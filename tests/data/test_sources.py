@@ -211,9 +211,6 @@ def test_labels_that_are_no_labels(tmp_path: Path) -> None:
     rows[2]["label"] = None
     error = refusal(parquet(tmp_path / "t.parquet", rows), task="multi-label")
     assert "row 3: has no label in 'label'" in error.message
-    lines = "".join(f"{row['text']},{'|'.join(row['label'] or [])}\n" for row in rows)
-    (tmp_path / "t.csv").write_text("text,label\n" + lines)
-    assert "row 1: has no label" in refusal(tmp_path / "t.csv", task="multi-label").message
     switches = [{"text": f"t {i}", "a": i % 2, "b": 2 if i == 5 else i % 3 == 0} for i in range(30)]
     error = refusal(jsonl(tmp_path / "s.jsonl", [{**r, "b": int(r["b"])} for r in switches]), task="multi-label",
                     label_column=["a", "b"])  # fmt: skip
