@@ -13,6 +13,7 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     tables        CSV, Parquet, Arrow, JSON lines -> batches of cells
     delimited     CSV and TSV: separators, and quotation marks that close or do not
     text_files    files of text: their encoding, and what is none
+    arrow_files   the two forms of files that Arrow has
     arrow_cells   batches of Arrow -> cells, classes by the names that the schema tells
     hub_datasets  data sets of the Hub, or saved to disk -> batches of cells
     materialise   rows that a program holds -> a Parquet file

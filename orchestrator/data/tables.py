@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.ipc
 import pyarrow.parquet
 
 from orchestrator.data.arrow_cells import Batch, cells_of, class_names
+from orchestrator.data.arrow_files import AGAIN, arrow_stream, look_at_end, refuse_pointer
 from orchestrator.data.delimited import read_header, read_records
 from orchestrator.data.locations import Location
-from orchestrator.data.text_files import BLOCK_BYTES, POINTER, UnreadableError, open_text, pointer_error
+from orchestrator.data.text_files import BLOCK_BYTES, UnreadableError, open_text
 from orchestrator.errors import DataError, first_line
 
 BATCH_ROWS = 64
 """Of a table, so many rows are in memory at once."""
+_SMALL_BYTES = 32 * 2**20
+"""A Parquet file of which a whole column may be in memory."""
 _PEEKED_LINES = 100
 """Of JSON lines, whose keys are the columns; all of them, where a column that is wanted is not in these."""
 
@@ -130,51 +132,44 @@ def _open_parquet(
     def read(wanted: Sequence[str]) -> Iterator[Batch]:
         with _open(place) as file:
             # pre_buffer, which is on by default, keeps all that was read to the end of the file; without a buffer size
-            # a whole column of a row group is read at once.
-            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES)
+            # a whole column of a row group is read at once, and with one a damaged page may ask for 2 GiB.
+            is_small = file.seek(0, os.SEEK_END) <= _SMALL_BYTES
+            file.seek(0)
+            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=0 if is_small else BLOCK_BYTES)
             classes = class_names(table.schema_arrow)
+            num_rows = 0
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=list(wanted), use_threads=False):
+                num_rows += batch.num_rows
                 yield cells_of(batch, classes)
+            if num_rows != table.metadata.num_rows:
+                raise UnreadableError(f"it holds {num_rows} of {table.metadata.num_rows} rows", AGAIN)
 
     with _open(place) as file:
-        _refuse_pointer(file)
+        refuse_pointer(file)
         return list(pyarrow.parquet.ParquetFile(file).schema_arrow.names), read
 
 
 def _open_arrow(
-    place: Path | Location, _wanted: Sequence[str], _form: TextForm, _notes: list[str]
+    place: Path | Location, _wanted: Sequence[str], _form: TextForm, notes: list[str]
 ) -> tuple[list[str], Read]:
     def read(wanted: Sequence[str]) -> Iterator[Batch]:
         with _open(place) as file:
-            schema, batches = _arrow_batches(file)
-            classes = class_names(schema)
-            for batch in batches:
+            stream, promised = arrow_stream(file)
+            classes, num_batches = class_names(stream.schema), 0
+            for batch in stream:
+                num_batches += 1
                 chosen = batch.select(list(wanted))
                 chosen.validate(full=True)  # what was changed in the file may point beyond its buffers
                 for start in range(0, chosen.num_rows, BATCH_ROWS):
                     yield cells_of(chosen.slice(start, BATCH_ROWS), classes)
+            if promised is None:
+                look_at_end(file, notes)
+            elif num_batches != promised:
+                raise UnreadableError(f"its end names {promised} batches, and it holds {num_batches}", AGAIN)
 
     with _open(place) as file:
-        _refuse_pointer(file)
-        return list(_arrow_batches(file)[0].names), read
-
-
-def _arrow_batches(file: BinaryIO) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """(schema, batches) of either form that Arrow has for files; the second is what `datasets` writes."""
-    is_file = file.read(6) == b"ARROW1"
-    file.seek(0)
-    if not is_file:
-        stream = pa.ipc.open_stream(file)
-        return stream.schema, iter(stream)
-    reader = pa.ipc.open_file(file)
-    return reader.schema, map(reader.get_batch, range(reader.num_record_batches))
-
-
-def _refuse_pointer(file: BinaryIO) -> None:
-    """Raise `UnreadableError` where Git LFS has not fetched the file, else go back to its beginning."""
-    if file.read(len(POINTER)) == POINTER:
-        raise pointer_error()
-    file.seek(0)
+        refuse_pointer(file)
+        return list(arrow_stream(file)[0].schema.names), read
 
 
 # --- JSON lines ---

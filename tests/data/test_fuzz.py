@@ -1,6 +1,6 @@
 """Mutated files: decode gives a sample or `BadSampleError`, and what it gives can be measured, fitted and collated.
 
-FUZZ_NUM=10000 FUZZ_SEED=7 python -m pytest tests/test_fuzz.py    # more of them, and others
+FUZZ_NUM=10000 FUZZ_SEED=7 python -m pytest tests/data/test_fuzz.py    # more of them, and others
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from orchestrator.modality import registry
 from orchestrator.modality.contract import Facts, Modality, Profile
 from tests.tiny import make_bert, make_wav2vec2
 
-NUM = int(os.environ.get("FUZZ_NUM", "250"))
+NUM = int(os.environ.get("FUZZ_NUM", "2000"))
 SEED = os.environ.get("FUZZ_SEED", "0")
 SLOWEST_S = 5.0
 MOST_KIB = 1_500_000
