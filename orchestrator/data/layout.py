@@ -42,6 +42,11 @@ def layout_of(root: Path | Location, suffixes: Collection[str], known: Collectio
     if train and not (others and not any(_folders(_join(root, posixpath.join(base, name))) for name in train)):
         if others:
             notes.append(f"folders beside {train[0]}/ that are no split, not read: {', '.join(others)}")
+        loose = [
+            name for name, is_folder in _visible(_join(root, base)) if not is_folder and suffix_of(name) in suffixes
+        ]
+        if loose:
+            notes.append(f"files beside {train[0]}/, {len(loose)} of them, not read: {', '.join(loose[:3])}")
         named = {name: split for name, split in splits.items() if split is not None}
         return _of_splits(root, base, named, suffixes, notes)
     if splits and not others:

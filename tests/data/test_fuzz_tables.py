@@ -21,8 +21,11 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
+from orchestrator.data.sources import open_source
 from orchestrator.data.tables import TextForm, open_table
 from orchestrator.errors import DataError
+from orchestrator.job import Data
+from orchestrator.modality import registry
 from tests.data.test_fuzz import MOST_KIB, NUM, SEED, SLOWEST_S, mutate
 
 SENTENCES = ("Der Regen fällt", "雨が丘に降る 🌧", 'he said "no", twice', "two\nlines, here", "plain", "a\tb", "x" * 50)
@@ -125,7 +128,7 @@ def told(content: bytes, notes: list[str]) -> str:
 def nothing_lost(
     content: bytes, suffix: str, rows: list[tuple[Any, ...]], header: tuple[str, ...], notes: list[str]
 ) -> None:
-    """All that the file says is in the cells, in its order; and rows are as many as lines, line breaks in cells apart."""
+    """All that the file says is in the cells, in its order; rows are as many as lines, but for line breaks in cells."""
     said = " ".join(notes)
     if suffix == ".jsonl":
         lines = re.split(r"\r\n|\r|\n", told(content, notes))
@@ -182,3 +185,64 @@ def test_a_mutated_table_is_read_whole_or_refused_or_it_is_said(form: str, tmp_p
     assert not without_mend
     assert num_refused
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_KIB
+
+
+# --- folders ---
+
+NAMES = ("cat", "dog", "train", "test_set", "Training_Set", "val", "archive", "images", "test", "a b", "__MACOSX",
+         ".hidden", "test1", "seg_train", "seg_test", "2024")  # fmt: skip
+FILES = ("a.txt", "b.TXT", "c.csv", "notes.md", ".d.txt", "metadata.csv", "Thumbs.db", "labels.csv")
+"""Of these `.txt` are samples of texts."""
+TABLES = ("file_name,label\na.txt,x\n", "file_name,x\n", "text,label\nt,x\n", "")
+
+
+def grow(root: Path, chance: random.Random, depth: int = 0) -> None:
+    """A folder of folders and files under names that may mean something."""
+    root.mkdir()
+    for name in chance.sample(NAMES, chance.choice((1, 2, 3)) if depth < 3 else 0):
+        if chance.random() < 0.9 - 0.25 * depth:
+            grow(root / name, chance, depth + 1)
+    for name in chance.sample(FILES, chance.choice((0, 0, 1, 3))):
+        is_table = name == "metadata.csv"
+        (root / name).write_text(chance.choice(TABLES) if is_table else f"text {chance.random()}")
+
+
+def unread(root: Path, uris: set[str], notes: str) -> list[str]:
+    """The samples that are in no row and of which no note says why: by their number, or by a folder above them."""
+    missing = []
+    for file in root.rglob("*"):
+        uri = file.relative_to(root)
+        is_sample = file.suffix.lower() == ".txt" and not any(part.startswith(".") for part in uri.parts)
+        if is_sample and "__MACOSX" not in uri.parts and str(uri) not in uris:
+            above = [uri.parts[0], *(part for folder in uri.parents[:-1] for part in folder.parts)]
+            if not any(re.search(rf"not read.*\b{re.escape(part)}", notes) for part in above):
+                missing.append(str(uri))
+    return missing
+
+
+def test_any_folder_is_read_whole_or_refused_or_it_is_said(tmp_path: Path) -> None:
+    chance, fields = random.Random(f"folders {SEED}"), registry.get("text").sample
+    num_read = num_split = without_mend = 0
+    for number in range(NUM):
+        root = tmp_path / str(number)
+        grow(root, chance)
+        try:
+            source = open_source(Data(path=str(root)), fields, "single-label")
+            rows = list(source.rows())
+        except DataError as error:
+            without_mend += not error.mend
+            continue
+        files = sorted(root.rglob("*"))
+        num_read += 1
+        num_split += source.ready_made
+        notes = " ".join(source.notes)
+        if any(origin.is_table for origin in source.origins):
+            assert "read as the table" in notes or all(file.suffix != ".txt" for file in files if file.is_file())
+            continue
+        assert not unread(root, {row.uri for row in rows}, notes), (number, [str(f) for f in files], notes)
+        labels = {row.label for row in rows if not row.problem}
+        tops = {Path(row.uri).parts[0] for row in rows if not row.problem}
+        assert source.ready_made or tops == labels or "all lies in the folder" in notes
+    assert num_read > NUM / 10
+    assert num_split
+    assert not without_mend
