@@ -191,3 +191,66 @@ def test_texts_under_a_class_label_stay_texts(tmp_path: Path) -> None:
     """Somebody put names in the place of the numbers, and left the metadata."""
     file = write_as(tmp_path / "t.parquet", with_class_labels(CLASS_LABEL, ["a", "b"] * 30))
     assert read(file).classes == ("a", "b")
+
+
+# --- an end that is missing, or wrong ---
+
+
+def test_a_stream_of_arrow_that_does_not_say_where_it_ends(tmp_path: Path) -> None:
+    file = write_as(tmp_path / "t.arrow", with_class_labels(CLASS_LABEL, [0, 1] * 30))
+    content = file.read_bytes()
+    assert not any("mark of its end" in note for note in read(file).summary.notes)
+    file.write_bytes(content[:-8])
+    found = read(file)
+    assert sum(found.summary.num_samples.values()) == 60
+    assert any("t.arrow: it carries no mark of its end" in note for note in found.summary.notes)
+    file.write_bytes(content + content)
+    assert f"its last batch ends at {len(content)} of {2 * len(content)} bytes" in refusal(file).message
+    file.write_bytes(content[: len(content) - 300])
+    assert "cannot be read" in refusal(file).message
+
+
+def test_batches_that_the_index_of_an_arrow_file_does_not_name(tmp_path: Path) -> None:
+    """Its footer alone was believed: rows were lost without a word."""
+    table, names = with_class_labels(CLASS_LABEL, [0, 1] * 30), []
+    for num in (2, 3):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            for batch in table.slice(0, 20 * num).to_batches(max_chunksize=20):
+                writer.write_batch(batch)
+        names.append(sink.getvalue().to_pybytes())
+    short, whole = names
+    at = short.rindex(b"\xff\xff\xff\xff\0\0\0\0") + 8  # what comes behind the end of the stream is the index
+    end = whole.rindex(b"\xff\xff\xff\xff\0\0\0\0") + 8
+    file = tmp_path / "t.feather"
+    file.write_bytes(whole)
+    assert sum(read(file).summary.num_samples.values()) == 60
+    file.write_bytes(whole[:end] + short[at:])
+    assert "its end names 2 batches, and it holds 3" in refusal(file).message
+
+
+def test_rows_that_a_parquet_file_promises_and_lacks(tmp_path: Path) -> None:
+    file = write_as(tmp_path / "t.parquet", with_class_labels(CLASS_LABEL, [0, 1] * 20))
+    content = file.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    at = content.index(b"\x16\x50", footer)  # the number of rows, 40, as Thrift's compact protocol writes it
+    file.write_bytes(content[:at] + b"\x16\x52" + content[at + 2 :])
+    assert "it holds 40 of 41 rows" in refusal(file).message
+
+
+def test_a_page_that_claims_two_gigabytes_takes_none(tmp_path: Path) -> None:
+    """Found by the fuzz test: a buffer for the claim was made before the file was asked."""
+    import resource
+
+    sink = pa.BufferOutputStream()
+    table = pa.table({"text": [f"sentence {i}" for i in range(60)], "label": ["a", "b"] * 30})
+    pyarrow.parquet.write_table(table, sink, compression="NONE", use_dictionary=False)
+    content = sink.getvalue().to_pybytes()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    num_refused = 0
+    for at in range(4, 24):  # the header of the first page
+        changed = content[:at] + b"\xff\xff\xff\xff\x0f" + content[at + 5 :]
+        (tmp_path / "t.parquet").write_bytes(changed)
+        num_refused += "cannot be read" in refusal(tmp_path / "t.parquet").message
+    assert num_refused == 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
