@@ -50,6 +50,8 @@ def layout_of(root: Path | Location, suffixes: Collection[str], known: Collectio
         named = {name: split for name, split in splits.items() if split is not None}
         return _of_splits(root, base, named, suffixes, notes)
     if splits and not others:
+        if known:  # to be evaluated on: a test split alone does
+            return _of_splits(root, base, {name: split or 0 for name, split in splits.items()}, suffixes, notes)
         raise DataError(
             f"{text} has no train/ folder",
             expected="train/ beside " + folders[0] + "/",

@@ -61,6 +61,7 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
                 "input": dict(fit.input) if fit else None,
                 "adaptations": [one.model_dump() for one in fit.adaptations] if fit else [],
                 "warnings": list(fit.warnings) if fit else [],
+                "notes": list(backbone.notes),
             }
         )
         return
@@ -72,7 +73,7 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
     if fit is not None:
         rows.append(("input", settings_line(fit.input)))
         rows += [("warning", one) for one in fit.warnings]
-    out.print(pairs(rows))
+    out.print(pairs([*rows, *(("note", one) for one in backbone.notes)]))
     if backbone.profile is not None:
         measured = {key: str(value) for key, value in backbone.profile.ranges.items()}
         measured |= {key: ", ".join(f"{w} x {n}" for w, n in c.items()) for key, c in backbone.profile.counts.items()}

@@ -16,7 +16,8 @@ from orchestrator.data.text_files import POINTER
 from orchestrator.errors import DataError, JobError
 from orchestrator.job import Data, make_job
 from orchestrator.terminal import cli as commands
-from tests.data.test_sources import read, refusal, saved
+from tests.data.test_sources import parquet, read, refusal, saved
+from tests.tiny import make_bert
 
 SENTENCES = [(f"sentence {i}, with a comma", "food" if i % 2 else "weather") for i in range(60)]
 
@@ -203,3 +204,18 @@ def test_the_same_from_the_command_line(tmp_path: Path, tiny_resnet: Path, capsy
     assert "that can be used" in capsys.readouterr().err
     with pytest.raises(DataError):
         orchestrator.check(str(tiny_resnet), "image", str(file))
+
+
+def test_evaluate_reads_labels_of_another_type_of_file_and_says_how(tmp_path: Path) -> None:
+    """A run on Booleans of Parquet refused True and False of CSV; quotation marks were not spoken of."""
+    rows = [{"text": f"{text} {i}", "label": label == "food"} for i, (text, label) in enumerate(SENTENCES)]
+    run = orchestrator.finetune(
+        modality="text", backbone=str(make_bert(tmp_path / "backbone")), data=str(parquet(tmp_path / "t.parquet", rows)),
+        training={"epochs": 1}, scaling={"threads_per_worker": 1}, report=lambda _: None,
+    )  # fmt: skip
+    assert run.plan.classes == ("false", "true")
+    lines = [f"{'<' if i == 3 else ''}{text}\t{label == 'food'}\n" for i, (text, label) in enumerate(SENTENCES)]
+    (tmp_path / "t.tsv").write_text("text\tlabel\n" + "".join(lines).replace("<", '"'))
+    figures = orchestrator.evaluate(run, tmp_path / "t.tsv")
+    assert figures["num_samples"] == 60
+    assert any("read as characters: 1, the first in line 5" in note for note in figures["notes"])

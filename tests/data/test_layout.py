@@ -11,6 +11,7 @@ from orchestrator.data.prepare import Prepared, prepare_data
 from orchestrator.errors import DataError
 from orchestrator.job import Data, name_splits, split_of
 from orchestrator.modality import registry
+from orchestrator.terminal import cli as commands
 from tests.data.test_prepare import CARD, png, put, read, refusal
 from tests.data.test_sources import jsonl, read as read_texts, texts
 
@@ -77,6 +78,13 @@ def test_a_lone_class_folder_of_a_finished_model_is_that_class(tmp_path: Path) -
     for i in range(4):
         put(tmp_path / "data" / "cat" / f"{2020 + i % 2}" / f"{i}.png", png(i))
     assert evaluated(tmp_path / "data").summary.per_class["test"] == (4, 0)
+
+
+def test_a_test_split_alone_is_evaluated_on_and_not_trained_on(tmp_path: Path) -> None:
+    classes_in(tmp_path / "data" / "test_set" / "test_set", 4)
+    for place in ("data", "data/test_set", "data/test_set/test_set"):
+        assert evaluated(tmp_path / place).summary.per_class["test"] == (2, 2)
+    assert "has no train/ folder" in refusal(tmp_path / "data").message
 
 
 def test_names_that_are_classes_stay_classes(tmp_path: Path) -> None:
@@ -205,3 +213,14 @@ def test_a_metadata_table_that_labels_nothing_leaves_the_class_folders(tmp_path:
     (tmp_path / "flat").mkdir()
     described(tmp_path / "flat", "metadata.csv")
     assert "no column 'kind'" in refusal(tmp_path / "flat", label_column="kind").message
+
+
+def test_check_says_how_the_data_is_read(tmp_path: Path, tiny_resnet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes_in(tmp_path / "data" / "archive" / "train_set", 20)
+    classes_in(tmp_path / "data" / "archive" / "test_set", 6, shade=100)
+    assert commands.run(["check", str(tiny_resnet), "--data", str(tmp_path / "data")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "note all lies in the folder archive/" in shown
+    assert "read as splits: archive/test_set/ (test)" in shown
+    assert commands.run(["check", str(tiny_resnet), "--data", str(tmp_path / "data"), "--json"]) == 0
+    assert any("read as splits" in note for note in json.loads(capsys.readouterr().out)["notes"])
