@@ -7,6 +7,7 @@ quotation mark would be one cell. Such a mark is a character where the line with
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,7 @@ class _Records:
     """The records of a file, and what was doubtful about them."""
 
     def __init__(self, lines: Iterator[str], separator: str, num_columns: int | None = None) -> None:
+        csv.field_size_limit(max(csv.field_size_limit(), 2 * BLOCK_BYTES))  # of all the process, and 128 KiB by default
         self._lines, self._separator, self._num_columns = lines, separator, num_columns
         self._waiting: deque[str] = deque()
         """Lines that were looked at, and belong to the next records."""
@@ -131,6 +133,8 @@ class _Records:
         """The cells of a record that begins with this line, which holds a quotation mark."""
         number, taken = self._line, [first]
         cells = self._closed(first, taken)
+        if cells is not None and len(taken) == 1:
+            return cells
         alike = sum(map(self._is_row, taken)) * 2 > len(taken) > 1
         is_row = self._is_row(first) or self._num_columns is None
         if cells is not None and len(taken) > 1 and self._num_columns not in (None, len(cells)) and is_row:
@@ -163,8 +167,7 @@ class _Records:
                 size += len(line)
                 yield line
 
-        csv.field_size_limit(max(csv.field_size_limit(), 2 * BLOCK_BYTES))  # of all the process, and 128 KiB by default
-        try:
-            return next(csv.reader(lines(), delimiter=self._separator, strict=True))
-        except csv.Error:
-            return None
+        for some in ((first,), lines()):  # most end in their own line
+            with contextlib.suppress(csv.Error):
+                return next(csv.reader(some, delimiter=self._separator, strict=True))
+        return None

@@ -200,14 +200,25 @@ def _lines(place: Path | Location, form: TextForm, notes: list[str] | None = Non
                 continue
             number += 1
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
-                raise UnreadableError(f"row {number} is no JSON: {error}", "write one JSON object a line") from None
+                raise UnreadableError(
+                    f"row {number} is no JSON: {error}", "write one JSON object a line, each of its keys once"
+                ) from None
             if not isinstance(row, dict):
                 raise UnreadableError(
                     f"row {number} is a {type(row).__name__}, not an object", "write one JSON object a line"
                 )
             yield row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object, of whose values none was put in the place of another. Raises `ValueError`."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
 
 
 _Open = Callable[[Path | Location, Sequence[str], TextForm, list[str]], tuple[list[str], Read]]

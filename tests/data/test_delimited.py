@@ -219,3 +219,11 @@ def test_evaluate_reads_labels_of_another_type_of_file_and_says_how(tmp_path: Pa
     figures = orchestrator.evaluate(run, tmp_path / "t.tsv")
     assert figures["num_samples"] == 60
     assert any("read as characters: 1, the first in line 5" in note for note in figures["notes"])
+
+
+def test_a_key_that_a_line_of_json_has_twice_is_refused(tmp_path: Path) -> None:
+    """The second value took the place of the first, without a word."""
+    (tmp_path / "t.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 1, "label": 2}\n')
+    error = refusal(tmp_path / "t.jsonl")
+    assert "row 2 is no JSON: it has the key 'label' twice" in error.message
+    assert error.mend == "write one JSON object a line, each of its keys once"
