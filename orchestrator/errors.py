@@ -204,6 +204,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def counted(number: int, what: str) -> str:
+    """`1 sample`, `2 samples`, `1,000 samples`: of things that an s makes more of."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def did_you_mean(given: object, names: Iterable[str]) -> str:
     """`did you mean head?`, '' where no name is like the one that was given."""
     lower = {name.lower(): name for name in reversed(list(names))}

@@ -166,7 +166,7 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
             **measure(task, predictions, classes),
             "num_seen": num_seen,
             "num_skipped": len(prepared.skipped) + len(source.skipped),
-            "notes": notes,
+            "notes": [*notes, *prepared.summary.notes],
         }
 
 

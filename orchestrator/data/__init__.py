@@ -6,9 +6,15 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     prepare       rows -> a checked sample table, top to bottom
     sources       a job's data -> its rows, opened one after the other
     folders       the files of class folders -> rows
+    layout        where in a folder the class folders lie: below splits, below one that wraps them
+    metadata_tables  files beside a metadata.csv that names them
     table_rows    a table's cells -> rows
     columns       which columns samples and labels stand in
-    tables        CSV, Parquet, JSON lines -> batches of cells
+    tables        CSV, Parquet, Arrow, JSON lines -> batches of cells
+    delimited     CSV and TSV: separators, and quotation marks that close or do not
+    text_files    files of text: their encoding, and what is none
+    arrow_files   the two forms of files that Arrow has
+    arrow_cells   batches of Arrow -> cells, classes by the names that the schema tells
     hub_datasets  data sets of the Hub, or saved to disk -> batches of cells
     materialise   rows that a program holds -> a Parquet file
     rows          what a row is, and which paths it may name
@@ -18,6 +24,7 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     ingested      what is remembered of the rows
     duplicates    one file twice, one content in two splits
     labels        classes, targets, and whether they can be learnt
+    spellings     one label under several spellings: True and true, 2 and 2.0
     splits        stratified, grouped and balanced splits
     samples       the sample table on disk: written once, memory-mapped
     table_store   the sample tables of a storage, each kept once for all of its runs

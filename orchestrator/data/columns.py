@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Sequence
 
 from orchestrator.data.tables import Table
@@ -77,6 +76,6 @@ def _modality_of(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
 
 
 def _other_delimiter(table: Table) -> str:
-    """What to do about a table of one column whose name holds another delimiter, '' of others."""
-    mark = next((mark for mark in (";", "\t", "|") if len(table.columns) == 1 and mark in table.columns[0]), None)
-    return f"its columns are separated by {mark!r}: write {posixpath.basename(table.text)} with commas" if mark else ""
+    """What to do about a table whose columns' names hold another delimiter, '' of others."""
+    mark = next((mark for mark in (";", "\t", "|", ",") if any(mark in name for name in table.columns)), None)
+    return f"if {mark!r} separates its columns: data.separator {mark!r} (--separator {mark!r})" if mark else ""

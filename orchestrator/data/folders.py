@@ -5,55 +5,44 @@ from __future__ import annotations
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchestrator.data.layout import children, layout_of
 from orchestrator.data.locations import Location
 from orchestrator.data.rows import Origin, Row, Source, inside, is_unicode
 from orchestrator.data.tables import suffix_of
-from orchestrator.errors import DataError
-from orchestrator.job import SPLIT_NAMES
+from orchestrator.errors import DataError, counted
+from orchestrator.job import TABLE_SUFFIXES, name_splits
 from orchestrator.modality import SampleField, registry
 
-_LITTER = {"thumbs.db", "desktop.ini", "icon\r"}
+_LITTER = {"thumbs.db", "desktop.ini", "icon\r", "__macosx"}
 
 
-def open_folder(source: Source, root: Path | Location, sample: SampleField) -> None:
+def open_folder(source: Source, root: Path | Location, sample: SampleField, known: Collection[str] = ()) -> None:
     """Put a row for each file of the class folders behind those of the source; lists only the top of the folder yet.
 
-    Raises `DataError` where there are splits without train/; the rows, when they are read, where there is none.
+    known: the classes of a finished model. Raises `DataError` where there are splits without train/; the rows, when
+    they are read, where there is none.
     """
     text = str(root) if isinstance(root, Path) else root.text
     resolved = root.resolve() if isinstance(root, Path) else root
+    layout = layout_of(root, sample.suffixes, known)
+    source.ready_made |= layout.ready_made
+    source.notes += layout.notes
     origin = source.add(Origin(text, resolved, is_table=False, listed=isinstance(root, Location)))
-    folders = [name for name, is_folder in children(root) if is_folder and not name.startswith(".")]
-    splits = {name: SPLIT_NAMES.get(name.lower()) for name in folders}
-    if 0 in splits.values():
-        source.ready_made = True
-        ignored = [name for name, split in splits.items() if split is None]
-        if ignored:
-            source.notes.append(f"folders beside train/ that are no split, not read: {', '.join(ignored)}")
-        tops: list[tuple[str, int | None]] = [(name, split) for name, split in splits.items() if split is not None]
-    elif folders and all(split is not None for split in splits.values()):
-        raise DataError(
-            f"{text} has no train/ folder",
-            expected="train/ beside " + folders[0] + "/",
-            mend="add train/, or name the folder of the classes as the data",
-        )
-    else:
-        tops = [("", None)]
 
     def rows() -> Iterator[Row]:
         others = _Others()
         num = 0
-        for top, split in tops:
+        for top, split in layout.tops:
             for row in _walk_top(source, root, top, sample, others):
                 row.origin, row.split = origin, split
                 num += 1
                 yield row
         if not num:
-            seen = f"; it holds {others.num} other files, such as {others.first[0]}" if others.num else ""
+            seen = f"; it holds {counted(others.num, 'other file')}, such as {others.first[0]}" if others.num else ""
             raise DataError(
                 f"{text} holds no {sample.name} files in class folders{seen}",
                 expected=f"one folder a class, with files ending in {', '.join(sample.suffixes)}",
@@ -61,10 +50,18 @@ def open_folder(source: Source, root: Path | Location, sample: SampleField) -> N
                 or "sort the samples into a folder a class, or name a table of them",
             )
         if others.num:
-            source.notes.append(f"{others.num} files that are no {sample.name}, not read: {', '.join(others.first)}")
+            source.notes.append(
+                f"{counted(others.num, 'file')} that {'is' if others.num == 1 else 'are'} no {sample.name}, not read: "
+                + ", ".join(others.first)
+            )
+        if others.below:
+            source.notes.append(
+                f"folders below a class that are called as splits are, {', '.join(others.below[:3])}, are not read as "
+                "such; for splits put train/, validation/ and test/ at the top, each with the class folders"
+            )
         if others.links:
             shown = ", ".join(others.links[:3])
-            source.notes.append(f"{len(others.links)} linked folders below a class, not read: {shown}")
+            source.notes.append(f"{counted(len(others.links), 'linked folder')} below a class, not read: {shown}")
 
     source.parts.append(rows)
 
@@ -78,6 +75,8 @@ class _Others:
     suffixes: set[str] = field(default_factory=set)
     links: list[str] = field(default_factory=list)
     """Folders below a class that are links."""
+    below: list[str] = field(default_factory=list)
+    """Folders below a class that are called as splits are."""
 
     def add(self, uri: str) -> None:
         self.num += 1
@@ -89,11 +88,15 @@ class _Others:
 def _walk_top(source: Source, root: Path | Location, top: str, sample: SampleField, others: _Others) -> Iterator[Row]:
     """The rows of the class folders in `top`, the folder of a split below the root; '' where there are no splits."""
     here = root if not top else root / top if isinstance(root, Path) else root.join(top)
+    if not source.ready_made:
+        _refuse_flat(here, sample)
     for name, is_folder in children(here):
         uri = posixpath.join(top, name)
-        if name.startswith("."):
+        if name.startswith(".") or name.lower() in _LITTER:
             continue
         if is_folder:
+            if not source.ready_made:
+                others.below += [f"{uri}/{one}/" for one, split in _splits_below(here, name) if split is not None]
             label = unicodedata.normalize("NFC", name)
             source.classes.add(label)
             walk = _walk(root, uri, others) if isinstance(root, Path) else _list(root, uri)
@@ -108,6 +111,30 @@ def _walk_top(source: Source, root: Path | Location, top: str, sample: SampleFie
         elif suffix_of(name) in sample.suffixes:
             place = str(root / uri) if isinstance(root, Path) else root.join(uri).text
             yield Row(place, "", uri=uri, problem="has no label: it lies beside the class folders")
+
+
+def _refuse_flat(folder: Path | Location, sample: SampleField) -> None:
+    """Raise `DataError` where samples lie in the folder and no folder does, so that nothing tells their classes."""
+    visible = [(name, is_folder) for name, is_folder in children(folder) if not name.startswith(".")]
+    names = [name for name, is_folder in visible if not is_folder and suffix_of(name) in sample.suffixes]
+    if not names or any(is_folder for _, is_folder in visible):
+        return
+    text = str(folder) if isinstance(folder, Path) else folder.text
+    tables = [name for name, _ in visible if suffix_of(name) in TABLE_SUFFIXES]
+    raise DataError(
+        f"{text} holds {sample.name} files, such as {names[0]}, and no class folders: nothing tells their labels",
+        expected="one folder a class, or a table of the files",
+        mend=f"name the table that labels them: {posixpath.join(text, tables[0])}" if tables
+        else "name the folder above it, where each folder is a class, or sort the files into such folders",
+    )  # fmt: skip
+
+
+def _splits_below(folder: Path | Location, name: str) -> list[tuple[str, int | None]]:
+    """(name, split) of the folders in a class folder, where they are called train and something else."""
+    if isinstance(folder, Location) or not os.access(folder / name, os.R_OK | os.X_OK):
+        return []  # a store would be asked once more for each class
+    splits = name_splits(one for one, is_folder in children(folder / name) if is_folder)
+    return list(splits.items()) if len({0, *splits.values()} - {None}) > 1 and 0 in splits.values() else []
 
 
 def _other_modality(suffixes: set[str]) -> str:
@@ -153,19 +180,3 @@ def _list(root: Location, folder: str) -> Iterator[Row]:
     for file in root.join(folder).files():
         uri = posixpath.join(folder, file.uri)
         yield Row(root.join(uri).text, "", uri=uri, stat=(file.size, file.modified_ns))
-
-
-def children(folder: Path | Location) -> list[tuple[str, bool]]:
-    """(name, whether it is a folder) of what lies directly in it, by name.
-
-    Raises `DataError` where it may not be listed, `RefusedError` where its store does not answer.
-    """
-    if isinstance(folder, Location):
-        return folder.children()
-    try:
-        return sorted((child.name, child.is_dir()) for child in folder.iterdir())
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be listed: {error.strerror}", expected="a folder that may be read",
-            mend="give yourself the right to read it",
-        ) from None  # fmt: skip

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.backbone import asking, offline
-from orchestrator.data.tables import BATCH_ROWS, Batch, Table
+from orchestrator.data.arrow_cells import Batch, cells_of
+from orchestrator.data.tables import BATCH_ROWS, Table
 from orchestrator.errors import DataError, MissingExtraError, first_line
-from orchestrator.job import SPLIT_NAMES, choose_splits, dataset_id
+from orchestrator.job import choose_splits, dataset_id, name_splits
 
 
 def is_saved(path: Path) -> bool:
@@ -82,7 +83,7 @@ def splits_of(splits: Any, text: str) -> list[tuple[int | None, Any]]:
 
     `text` is what messages call it. Raises `DataError` where there is none to train on.
     """
-    chosen, notes = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in splits}, text)
+    chosen, notes = choose_splits(name_splits(splits), text)
     for note in notes:
         warnings.warn(f"{text}: {note}", stacklevel=2)
     return [(split, splits[name]) for name, split in chosen.items()]
@@ -119,7 +120,7 @@ def _tables(data: Any, text: str, root: Path) -> tuple[list[Table], list[str]]:
     """(a table a split, notes) of a `DatasetDict` or a `Dataset`."""
     if not hasattr(data, "keys"):
         return [_table(data, text, root, None)], []
-    chosen, notes = choose_splits({name: SPLIT_NAMES.get(name.lower()) for name in data}, text)
+    chosen, notes = choose_splits(name_splits(data), text)
     return [_table(data[name], f"{text} {name}", root, split) for name, split in chosen.items()], notes
 
 
@@ -134,9 +135,7 @@ def _table(dataset: Any, text: str, root: Path, split: int | None) -> Table:
                 chosen = chosen.cast_column(name, type(features[name])(decode=False))
         names = {name: names for name in columns if (names := _class_names(features[name])) is not None}
         for batch in chosen.with_format("arrow").iter(batch_size=BATCH_ROWS):
-            cells = batch.to_pydict()
-            for name, classes in names.items():
-                cells[name] = [_named(cell, classes) for cell in cells[name]]
+            cells = cells_of(batch, names)
             for name in columns:
                 if hasattr(features[name], "decode"):
                     cells[name] = [_with_bytes(cell) for cell in cells[name]]
@@ -150,13 +149,6 @@ def _class_names(feature: Any) -> list[str] | None:
     inner = getattr(feature, "feature", feature)
     names = getattr(inner, "names", None)
     return list(names) if names is not None and type(inner).__name__ == "ClassLabel" else None
-
-
-def _named(cell: Any, names: list[str]) -> Any:
-    """The name of a class by its number, of each in a list; None where it is no class."""
-    if isinstance(cell, list):
-        return [_named(one, names) for one in cell]
-    return names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else None  # -1 is no label
 
 
 def _with_bytes(cell: Any) -> Any:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import os
+import posixpath
 import stat
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 from orchestrator.data.contents import content_id, digest64
 from orchestrator.data.ingested import IngestedRows, Skip, view
@@ -19,6 +21,7 @@ from orchestrator.data.locations import Location
 from orchestrator.data.rows import Row, Source, inside, inside_store
 from orchestrator.data.samples import SampleWriter
 from orchestrator.data.tables import suffix_of
+from orchestrator.data.text_files import POINTER, POINTER_PROBLEM
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job import BackboneCard, TaskName
 from orchestrator.modality import Facts, Modality, Profile
@@ -31,6 +34,9 @@ MAX_HASHED_BYTES = 256 * 2**20
 """Up to so many bytes the fingerprint is of the contents; above, of sizes and modification times."""
 _MAX_PROBLEMS = 1_000
 """After so many broken rows, a job that may not skip them reads on no further."""
+_EXPLAINED = 3
+"""For so many missing files it is said what lies in their folder."""
+_LOOKED_AT = 10_000
 _CHUNK_ROWS = 128
 _NO_SPLIT = -1
 
@@ -137,6 +143,7 @@ class _Looker:
         self._sample = modality.sample[0]
         self._fields = [one.name for one in modality.sample]
         self._resolved: dict[str, str] = {}
+        self._num_missing = 0
         self.total_bytes = 0
         """Of the rows so far, as far as their sizes are known."""
 
@@ -161,15 +168,36 @@ class _Looker:
                 )
         if uri is None:
             # Never a matter of skipping: somebody wrote a path that reaches for other files.
+            folder = posixpath.dirname(row.uri)
             raise DataError(
                 f"{row.place}: the path {row.uri!r} {why} {shown}",
                 expected="paths below the data's root",
-                mend="move the files below it, or name a higher one: data.root",
+                mend="move the files below it, or name the folder that holds them all"
+                + (f", such as {folder}: data.root" if folder.startswith("/") else ": data.root"),
             )
         row.uri = uri
 
     def _is_sentence(self, uri: str) -> bool:
         return " " in uri.strip() and suffix_of(uri) not in self._sample.suffixes
+
+    def _missing(self, root: Path | Location, uri: str) -> str:
+        """Where a file was looked for; of the first ones also what lies there instead: a folder may be long."""
+        if isinstance(root, Location):
+            return f"the file {uri} is missing in {root.text}"
+        folder, name = os.path.split(os.path.normpath(root / uri))
+        self._num_missing += 1
+        missing = f"the file {uri} is missing in {root}"
+        if self._num_missing > _EXPLAINED:
+            return missing
+        try:
+            with os.scandir(folder) as entries:
+                names = sorted(entry.name for entry in islice(entries, _LOOKED_AT))
+        except OSError:
+            return f"{missing}: there is no folder {folder}"
+        stem = os.path.splitext(name)[0].lower()
+        near = [one for one in names if os.path.splitext(one)[0].lower() in (stem, name.lower())]
+        near = near or [one for one in names if suffix_of(one) in self._sample.suffixes] or names
+        return f"{missing}: beside it lies {near[0]}" if near else f"{missing}: the folder {folder} is empty"
 
     def is_work(self, rows: list[Row], numbers: range) -> bool:
         """Whether looking at these rows decodes or reads files, so that threads are worth their cost."""
@@ -184,6 +212,9 @@ class _Looker:
             size_and_time, content = self._fetch(row, is_measured)
             if row.problem:
                 return _Look(0)
+        if row.uri and content is not None and content.startswith(POINTER):
+            row.problem = POINTER_PROBLEM
+            return _Look(0)
         look = _Look(
             num_bytes=len(content) if content is not None else size_and_time[0] if size_and_time else -1,
             content_id=content_id(content, row.second) if content is not None else (0, 0),
@@ -209,7 +240,7 @@ class _Looker:
                 place = root.join(row.uri)
                 listed = row.stat if row.stat is not None or not is_measured else place.stat()
                 if listed is None and is_measured:
-                    row.problem = f"the file {row.uri} is missing"
+                    row.problem = self._missing(root, row.uri)
                 return listed, place.read() if is_measured and not row.problem else None
             file = root / row.uri
             status = os.stat(file)
@@ -218,7 +249,7 @@ class _Looker:
                 return None, None
             return (status.st_size, status.st_mtime_ns), file.read_bytes() if is_needed else None
         except FileNotFoundError:
-            row.problem = f"the file {row.uri} is missing" if row.number else "is no file"
+            row.problem = self._missing(root, row.uri) if row.number else "is no file"
         except ValueError:  # half a character
             row.problem = "has a path that is no Unicode"
         except OSError as error:

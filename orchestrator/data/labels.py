@@ -13,6 +13,7 @@ from orchestrator.data.columns import label_columns
 from orchestrator.data.contents import Ints
 from orchestrator.data.ingested import IngestedRows, IngestedTable, numbers, view
 from orchestrator.data.rows import Source
+from orchestrator.data.spellings import meaning, numbers_by_meaning
 from orchestrator.data.splits import TEST, TRAIN, VALIDATION
 from orchestrator.errors import DataError
 from orchestrator.job import SPLITS, Data, TaskName, shown
@@ -26,6 +27,8 @@ _FEW_A_NUMBER = 5
 """Samples of such a class; below, it is hardly one."""
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _NUM_BINS = 10
+_OF_MISSING = {"nan", "none", "null", "na", "n/a", "<na>", "nil"}
+"""How programs write a cell that is missing."""
 
 
 def class_names(
@@ -92,9 +95,10 @@ def make_targets(table: IngestedTable, rows: Ints, names: Sequence[str], spec: D
     ingested = table.ingested
     if task == "regression":
         return view(ingested.label).reshape(len(ingested), -1)[rows].astype(np.float32)
-    number_of = {name: i for i, name in enumerate(names)}
+    number_of, meant = {name: i for i, name in enumerate(names)}, numbers_by_meaning(names)
     samples, labels = _label_numbers(ingested, rows)
-    classes = np.array([number_of.get(name, -1) for name in ingested.names], dtype=np.int64)[labels]
+    number_of_label = [number_of.get(name, meant.get(meaning(name), -1)) for name in ingested.names]
+    classes = np.array(number_of_label, dtype=np.int64)[labels]
     unknown = np.flatnonzero(classes < 0)
     if len(unknown):
         name = list(ingested.names)[labels[unknown[0]]]
@@ -138,27 +142,56 @@ def notes_on_labels(ingested: IngestedRows, names: Sequence[str], spec: Data, ta
                 mend="to learn numbers: task regression (--task regression)",
             )
         return [f"{seen}, each learnt as a class of its own; to learn numbers: task regression (--task regression)"]
-    if task != "multi-label" or max(ingested.num_labels) > 1 or spec.label_separator is not None:
-        return []
-    if len(label_columns(spec)) > 1:
-        return []
-    counts = np.bincount(numbers(ingested.label), minlength=len(ingested.names)).tolist()
-    num_with = {mark: sum(n for name, n in zip(ingested.names, counts, strict=True) if mark in name) for mark in ",;|"}
-    mark = max(num_with, key=num_with.__getitem__)
-    if num_with[mark] > sum(counts) / 2:
-        return [
-            f"{num_with[mark]} of {sum(counts)} cells hold {mark!r}, and each cell is learnt as one label; to cut "
-            f"them: data.label_separator {mark!r} (--label-separator {mark!r})"
-        ]
+    notes = []
+    if odd := [name for name in names if name.lower() in _OF_MISSING] if task != "regression" else []:
+        notes.append(
+            f"{odd[0]!r} is learnt as a label like any other; if it stands for one that is missing: leave it empty"
+        )
+    if task != "multi-label":
+        return notes
+    num_without = ingested.num_labels.count(0)
+    if num_without and len(label_columns(spec)) == 1:
+        notes.append(f"{num_without} of {len(ingested)} samples have no label at all, and are learnt from as such")
+    if max(ingested.num_labels) > 1 or spec.label_separator is not None or len(label_columns(spec)) > 1:
+        return notes
     return [
-        "no sample has more than one label; if cells hold several, say what is between: data.label_separator "
-        "(--label-separator)"
+        *notes,
+        hint_of_separator(ingested, spec, task)
+        or "no sample has more than one label; if cells hold several, say what is between: data.label_separator "
+        "(--label-separator)",
     ]
 
 
-def refuse_unlearnable(targets: Targets, split: Ints, names: Sequence[str], task: TaskName) -> None:
-    """Raise `DataError` where the training samples do not tell what is to be learnt. split: int64 [samples]."""
-    _REFUSALS[task](targets, split, names)
+def hint_of_separator(ingested: IngestedRows, spec: Data, task: TaskName) -> str:
+    """What to do about cells that seem to hold several labels, '' where there are none.
+
+    They do where most hold a mark that may stand between labels, or where it makes fewer labels of them to cut them.
+    """
+    if task != "multi-label" or spec.label_separator is not None or len(label_columns(spec)) > 1:
+        return ""
+    if max(ingested.num_labels, default=0) > 1:
+        return ""
+    counts = np.bincount(numbers(ingested.label), minlength=len(ingested.names)).tolist()
+    num_with = {mark: sum(n for name, n in zip(ingested.names, counts, strict=True) if mark in name) for mark in ",;|"}
+    mark = max(num_with, key=num_with.__getitem__)
+    parts = {part.strip() for name in ingested.names for part in name.split(mark)} - {""}
+    if not num_with[mark] or not (num_with[mark] > sum(counts) / 2 or len(parts) < len(ingested.names)):
+        return ""
+    return (
+        f"{num_with[mark]} of {sum(counts)} cells hold {mark!r}, and each cell is learnt as one label; to cut "
+        f"them: data.label_separator {mark!r} (--label-separator {mark!r})"
+    )
+
+
+def refuse_unlearnable(targets: Targets, split: Ints, names: Sequence[str], task: TaskName, hint: str = "") -> None:
+    """Raise `DataError` where the training samples do not tell what is to be learnt. split: int64 [samples].
+
+    hint: the mend, where there is a better one than that of the class or target alone.
+    """
+    try:
+        _REFUSALS[task](targets, split, names)
+    except DataError as error:
+        raise DataError(error.message, expected=error.expected, mend=hint or error.mend) from None
 
 
 def _refuse_unseen_classes(targets: Targets, split: Ints, names: Sequence[str]) -> None:

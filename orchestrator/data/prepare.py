@@ -21,6 +21,7 @@ from orchestrator.data.ingested import IngestedTable, Skip, view
 from orchestrator.data.labels import (
     Targets,
     class_names,
+    hint_of_separator,
     make_targets,
     notes_on_labels,
     refuse_unlearnable,
@@ -28,6 +29,7 @@ from orchestrator.data.labels import (
 )
 from orchestrator.data.samples import INDEX_FILE, ROWS_FILE, SampleWriter, write_index
 from orchestrator.data.sources import open_source
+from orchestrator.data.spellings import unify_spellings
 from orchestrator.data.splits import TEST, TRAIN, UNUSED, VALIDATION, split_for_evaluation, split_samples
 from orchestrator.errors import DataError
 from orchestrator.job import SPLITS, BackboneCard, Data, DataSummary, TaskName, shown
@@ -69,10 +71,11 @@ def _prepare(
     spec: Data, modality: Modality, card: BackboneCard, task: TaskName, classes: tuple[str, ...] | None,
     directory: Path, keep: bool,
 ) -> Prepared:  # fmt: skip
-    source = open_source(spec, modality.sample, task)
+    source = open_source(spec, modality.sample, task, classes or ())
     with SampleWriter(directory / ROWS_FILE, [one.name for one in modality.sample], with_content=keep) as writer:
         ingested = ingest(source, modality, card, task, writer, may_skip=spec.on_bad_sample == "skip")
     _refuse_broken(ingested.skipped, len(ingested), spec)
+    source.notes += unify_spellings(ingested, source)
     table = IngestedTable(ingested, source.origins, directory / ROWS_FILE)
     rows = drop_duplicates(table)
     names = class_names(table, source, rows, spec, task, classes)
@@ -84,7 +87,7 @@ def _prepare(
     else:
         strata, strata_names = strata_of(targets, names, task)
         split = split_samples(table, rows, strata, strata_names, len(names), source.ready_made, spec)
-        refuse_unlearnable(targets, split, names, task)
+        refuse_unlearnable(targets, split, names, task, hint_of_separator(ingested, spec, task))
         notes += notes_on_leaks(table, rows, split)
         notes += notes_on_labels(ingested, names, spec, task)
         notes += _notes_on_splits(split)

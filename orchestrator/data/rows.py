@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,8 @@ from orchestrator.data.locations import Location
 from orchestrator.job import is_uri
 
 _AS_URLS_ARE_READ = str.maketrans("\\", "/", "\t\r\n")
+
+_FILE_URI = re.compile(r"^file://(localhost(?=/))?")
 
 Label = str | tuple[str, ...] | tuple[float, ...]
 """The class; multi-label: all that the sample has; regression: the targets."""
@@ -97,6 +100,7 @@ def inside(root: Path, uri: str, resolved: dict[str, str]) -> tuple[str | None, 
     `root` is absolute, its own links resolved. A path may not leave it, over links neither. `resolved` remembers
     directories, so that each is resolved once.
     """
+    uri = _FILE_URI.sub("", uri)
     if is_uri(uri):
         return None, "lies in a store, outside of"
     if not _can_be_path(uri):

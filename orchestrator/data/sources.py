@@ -8,28 +8,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.data.columns import input_columns, label_columns
-from orchestrator.data.folders import children, open_folder
+from orchestrator.data.folders import open_folder
+from orchestrator.data.layout import children
 from orchestrator.data.locations import Location, path_or_location
+from orchestrator.data.metadata_tables import metadata_tables
 from orchestrator.data.rows import Row, Source
 from orchestrator.data.table_rows import open_rows
-from orchestrator.data.tables import Table, open_table, suffix_of
+from orchestrator.data.tables import Table, TextForm, open_table, suffix_of
 from orchestrator.errors import DataError
 from orchestrator.job import (
     SPLIT_KEYS,
-    SPLIT_NAMES,
     TABLE_SUFFIXES,
     Data,
     TaskName,
     choose_splits,
     is_dataset,
     is_materialised,
+    name_splits,
     shown,
 )
 from orchestrator.modality import SampleField
 
 _ROWS = ("the data", "the validation data", "the test data")
 """What the rows of a program are called, by their split."""
-_SHARD = re.compile(r"-\d+-of-\d+$")
+_OF_TEXT = {"separator": (".csv", ".tsv"), "encoding": (".csv", ".tsv", ".jsonl", ".ndjson")}
+"""Settings of tables that are text -> the suffixes of those."""
+_SHARD = re.compile(r"-\d+-of-\d+$|[-_]\d+$")
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,14 @@ class _Wanted:
     spec: Data
     sample: Sequence[SampleField]
     task: TaskName
+    known: Sequence[str] = ()
 
 
-def open_source(spec: Data, sample: Sequence[SampleField], task: TaskName) -> Source:
-    """The source of `spec.path`, with `spec.validation` and `spec.test` behind it. Reads no row yet."""
+def open_source(spec: Data, sample: Sequence[SampleField], task: TaskName, known: Sequence[str] = ()) -> Source:
+    """The source of `spec.path`, with `spec.validation` and `spec.test` behind it. Reads no row yet.
+
+    known: the classes of a finished model.
+    """
     if task == "single-label" and len(label_columns(spec)) > 1:
         raise DataError(
             f"data.label_column names {len(label_columns(spec))} columns, and the task is single-label",
@@ -61,11 +69,19 @@ def open_source(spec: Data, sample: Sequence[SampleField], task: TaskName) -> So
             expected="a data set of the Hub that has several subsets, org/name",
             mend="leave data.subset out",
         )
-    source, wanted = Source(), _Wanted(spec, sample, task)
+    source, wanted = Source(), _Wanted(spec, sample, task, known)
     alone = len(places) == 1
     source.ready_made = not alone
     for split, place in places.items():
         _add(source, place, wanted, split or None, None if alone or split else 0)
+    suffixes = {suffix_of(origin.text) for origin in source.origins if origin.is_table}
+    for setting, of in _OF_TEXT.items():
+        if getattr(spec, setting) is not None and not suffixes & set(of):
+            raise DataError(
+                f"data.{setting} is {getattr(spec, setting)!r}, and {shown(spec.path)} is no table that has one",
+                expected=f"a table that ends in {', '.join(of)}",
+                mend=f"leave data.{setting} out",
+            )
     return source
 
 
@@ -74,7 +90,7 @@ def columns_of(spec: Data, wanted: Sequence[str]) -> tuple[str, ...]:
 
     Raises `DataError`.
     """
-    tables, _ = _tables_of(spec.path, spec.subset, wanted)
+    tables, _ = _tables_of(spec.path, spec, wanted)
     return tuple(name for name in tables[0].columns if all(name in one.columns for one in tables)) if tables else ()
 
 
@@ -83,9 +99,9 @@ def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwi
     first = len(source.parts)
     spec = wanted.spec
     columns = (*label_columns(spec), *input_columns(spec), spec.group_column, spec.split_column)
-    tables, notes = _tables_of(place, spec.subset, [name for name in columns if name is not None])
+    tables, notes = _tables_of(place, spec, [name for name in columns if name is not None])
     source.notes += notes
-    if any(table.split is not None for table in tables) or spec.split_column is not None:
+    if any(table.split is not None or table.folders for table in tables) or spec.split_column is not None:
         source.ready_made = True
     for table in tables:
         named = replace(table, text=_ROWS[split or 0]) if is_materialised(place) else table
@@ -110,13 +126,13 @@ def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwi
     source.parts[first:] = [settled(part) for part in source.parts[first:]]
 
 
-def _tables_of(place: str, subset: str | None, wanted: Sequence[str]) -> tuple[list[Table], list[str]]:
+def _tables_of(place: str, spec: Data, wanted: Sequence[str]) -> tuple[list[Table], list[str]]:
     """(the tables of a place, notes); none where it is a folder of class folders. Looks for columns `wanted`."""
     if is_dataset(place):
         from orchestrator.data.hub_datasets import open_repository
 
-        return open_repository(place, subset)
-    here = path_or_location(place)
+        return open_repository(place, spec.subset)
+    here, form = path_or_location(place), TextForm(spec.separator, spec.encoding)
     kind = here.kind() if isinstance(here, Location) else _kind(here)
     if kind == "missing":
         raise DataError(
@@ -131,18 +147,21 @@ def _tables_of(place: str, subset: str | None, wanted: Sequence[str]) -> tuple[l
                 expected="a folder of class folders, or a file ending in " + ", ".join(TABLE_SUFFIXES),
                 mend="name the folder that the file is in, or the table that names it",
             )
-        return [open_table(here, wanted)], []
+        return [open_table(here, wanted, form)], []
     if isinstance(here, Path):
         from orchestrator.data.hub_datasets import is_saved, open_saved
 
         if is_saved(here):
             return open_saved(here)
+    if (described := metadata_tables(here, spec, form, wanted)) is not None:
+        return described
     files = {name: here / name if isinstance(here, Path) else here.join(name) for name in _table_names(here)}
-    splits = {name: _split_of(name) for name in files}
+    parts = {name: _SHARD.sub("", name.split(".")[0]) for name in files}
+    splits = {name: found[part] for found in [name_splits(parts.values())] for name, part in parts.items()}
     if not any(split is not None for split in splits.values()):
-        return [open_table(file, wanted) for file in files.values()], []
+        return [open_table(file, wanted, form) for file in files.values()], []
     chosen, notes = choose_splits(splits, place)
-    return [replace(open_table(files[name], wanted), split=split) for name, split in chosen.items()], notes
+    return [replace(open_table(files[name], wanted, form), split=split) for name, split in chosen.items()], notes
 
 
 def _open_folder(source: Source, place: str, wanted: _Wanted) -> None:
@@ -160,7 +179,7 @@ def _open_folder(source: Source, place: str, wanted: _Wanted) -> None:
                 expected="a .csv, .parquet or .jsonl table with that column",
                 mend="write a table with the columns path, label and " + str(getattr(wanted.spec, setting)),
             )
-    open_folder(source, path_or_location(place), wanted.sample[0])
+    open_folder(source, path_or_location(place), wanted.sample[0], wanted.known)
 
 
 def _kind(path: Path) -> str:
@@ -177,8 +196,3 @@ def _table_names(folder: Path | Location) -> list[str]:
     if any(is_folder for _, is_folder in visible) or len({suffix_of(name) for name in files}) != 1:
         return []
     return files if suffix_of(files[0]) in TABLE_SUFFIXES else []
-
-
-def _split_of(name: str) -> int | None:
-    """Of a part of a folder of tables, by its name: train.csv, test-00000-of-00001.parquet."""
-    return SPLIT_NAMES.get(_SHARD.sub("", name.split(".")[0].lower()))

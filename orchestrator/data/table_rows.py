@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import posixpath
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,12 +12,14 @@ from pathlib import Path
 from orchestrator.data.columns import find_inputs, label_columns, require_columns
 from orchestrator.data.locations import Location, path_or_location
 from orchestrator.data.rows import Origin, Row, Source, is_unicode
+from orchestrator.data.spellings import meaning
 from orchestrator.data.tables import Table
 from orchestrator.errors import DataError
-from orchestrator.job import SPLIT_NAMES, Data, TaskName
+from orchestrator.job import Data, TaskName, split_of
 from orchestrator.modality import SampleField
 
 _SWITCHES = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True, "no": False, "yes": True}
+_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
 _LARGEST = 3.4e38  # of a float32
 
 _Cells = tuple[object, object, Sequence[object], object, object]
@@ -48,6 +52,9 @@ def open_rows(
                 _fill_text(row, value, second, len(inputs) > 1)
             else:
                 _fill_file(row, value)
+            if row.uri and table.folders:
+                row.split = table.folders.get(posixpath.normpath(row.uri).split("/")[0])
+                row.problem = "" if row.split is not None else f"lies in none of {', '.join(table.folders)}"
             if row.uri and is_nowhere:
                 raise DataError(
                     f"there is no folder {given_root} (data.root)",
@@ -55,10 +62,11 @@ def open_rows(
                     mend="correct it, or leave it out: then paths are relative to the table's folder",
                 )
             if not row.problem:
-                _fill_label(row, label, spec, task)
+                _fill_label(row, label, spec, task, table.is_text)
             if not row.problem:
                 _fill_group_and_split(row, group, split, spec)
             yield row
+        source.notes += [f"{table.text}: {one}" for one in table.notes]
 
     source.parts.append(rows)
 
@@ -112,8 +120,8 @@ def _fill_file(row: Row, value: object) -> None:
         row.problem = "has neither a path nor bytes"
 
 
-def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName) -> None:
-    """The first cell that cannot be used becomes the row's problem."""
+def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName, is_text: bool) -> None:
+    """The first cell that cannot be used becomes the row's problem; multi-label: an empty cell of CSV is no label."""
     columns = label_columns(spec)
     if task == "regression":
         row.label = tuple(_number(row, cell, column) for cell, column in zip(cells, columns, strict=True))
@@ -127,7 +135,7 @@ def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName) -
         return
     (cell,), (column,) = cells, columns
     if task == "multi-label":
-        parts = cell if isinstance(cell, list) else None
+        parts = cell if isinstance(cell, list) else [] if is_text and _label_text(cell) is None else None
         if parts is None and spec.label_separator is not None:
             parts = [part for part in (_label_text(cell) or "").split(spec.label_separator) if part.strip()]
         if parts is None:
@@ -155,14 +163,16 @@ def _number(row: Row, cell: object, column: str) -> float:
         row.problem = f"has no number in {column!r}"
         return 0.0
     try:
-        number = float(cell)  # type: ignore[arg-type]  # what is no number raises
+        number = _as_number(cell)
     except OverflowError:
         row.problem = f"has a number beyond all bounds in {column!r}"
         return 0.0
     except (TypeError, ValueError):
         raise DataError(
             f"{row.place} has {cell!r} in {column!r}, and a regression target is a number",
-            mend="name a column of numbers, or leave task regression out (--task) to learn classes",
+            mend="write it with a point"
+            if isinstance(cell, str) and _DECIMAL_COMMA.fullmatch(cell.strip())
+            else "name a column of numbers, or leave task regression out (--task) to learn classes",
         ) from None
     if not abs(number) <= _LARGEST:  # NaN too
         row.problem = f"has {number} in {column!r}"
@@ -170,14 +180,24 @@ def _number(row: Row, cell: object, column: str) -> float:
     return number
 
 
+def _as_number(cell: object) -> float:
+    """The number; a truth value as 0 or 1, in words too. Raises `TypeError`, `ValueError`, `OverflowError`."""
+    if isinstance(cell, str) and cell.strip().lower() in ("true", "false"):
+        return float(cell.strip().lower() == "true")
+    if isinstance(cell, str) and "_" in cell:  # Python takes 1_000 for 1000
+        raise ValueError
+    return float(cell)  # type: ignore[arg-type]  # what is no number raises
+
+
 def _fill_group_and_split(row: Row, group: object, split: object, spec: Data) -> None:
     """The group and the split, where the table has columns of them."""
     if spec.group_column:
-        row.group = _label_text(group)
-        if row.group is None:
+        name = _label_text(group)
+        row.group = None if name is None else meaning(name)
+        if name is None:
             row.problem = f"has no group in {spec.group_column!r}"
     if spec.split_column:
-        row.split = SPLIT_NAMES.get(str(split).strip().lower())
+        row.split = split_of(str(split))
         if row.split is None:
             row.problem = f"has {split!r} in {spec.split_column!r}, not train, validation or test"
 

@@ -47,6 +47,8 @@ class Checked:
     fit: Fit | None
     """None where the modality is declared only."""
     profile: Profile | None
+    notes: tuple[str, ...] = ()
+    """What is to be said of the data."""
 
 
 def check(
@@ -75,14 +77,15 @@ def inspect(
     card = read_card(backbone)
     row = _match(card, plugin)
     require_weights(card)
-    profile = None
+    profile, notes = None, tuple[str, ...]()
     if data is not None:
         if not plugin.trainable:
             raise decide.not_built(plugin)
         spec = data if isinstance(data, Data) else Data(path=str(data))
-        profile = _prepare(spec, plugin, card, task).profile
+        prepared = _prepare(spec, plugin, card, task)
+        profile, notes = prepared.profile, prepared.summary.notes
     fit = decide.fit(card, row, plugin, settings or {}, profile) if plugin.fit is not None else None
-    return Checked(card, row, fit, profile)
+    return Checked(card, row, fit, profile, notes)
 
 
 def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: Any) -> Plan:

@@ -6,6 +6,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     spec      the Job and its parts; Python, YAML and flags become the same object
     drafts    what a person wrote -> a Job, each fault with its place
     places    what a place of the user's means: a path, a URI, a data set of the Hub
+    split_names  which names mean a split
     plans     the plain data that travels: BackboneCard, Plan
     runs      a run as others see it: what is in it, whether it is done, who works on it
     held      a run that somebody works on: what is written goes to its storage, under a lease
@@ -51,10 +52,8 @@ from orchestrator.job.held import (
 from orchestrator.job.places import (
     DATA_FOLDER as DATA_FOLDER,
     SPLIT_KEYS as SPLIT_KEYS,
-    SPLIT_NAMES as SPLIT_NAMES,
     TABLE_SUFFIXES as TABLE_SUFFIXES,
     as_settings as as_settings,
-    choose_splits as choose_splits,
     dataset_id as dataset_id,
     holds_rows as holds_rows,
     is_dataset as is_dataset,
@@ -91,6 +90,12 @@ from orchestrator.job.spec import (
     Method as Method,
     TaskName as TaskName,
     Training as Training,
+)
+from orchestrator.job.split_names import (
+    SPLIT_NAMES as SPLIT_NAMES,
+    choose_splits as choose_splits,
+    name_splits as name_splits,
+    split_of as split_of,
 )
 from orchestrator.job.storage import (
     VERSION as VERSION,

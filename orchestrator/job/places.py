@@ -10,20 +10,16 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from orchestrator.errors import DataError
+from orchestrator.job.split_names import SPLIT_NAMES
 
 _SCHEME = re.compile(r"[a-zA-Z][\w+.-]*://")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _DATASETS = "hf://datasets/"
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".jsonl", ".ndjson")
 SPLIT_KEYS = ("path", "validation", "test")
 """The settings of `data` that name a place, one a split."""
 DATA_FOLDER = ".data"
 """The folder of the storage that holds rows which came from a program, not from a place."""
-SPLIT_NAMES: dict[str, int] = {
-    "train": 0, "training": 0,
-    "validation": 1, "valid": 1, "val": 1, "dev": 1,
-    "test": 2, "testing": 2,
-}  # fmt: skip
 
 
 def is_uri(place: str) -> bool:
@@ -83,25 +79,6 @@ def is_materialised(place: str) -> bool:
 def shown(place: str) -> str:
     """The place as messages call it."""
     return "the data" if is_materialised(place) else place
-
-
-def choose_splits(splits: Mapping[str, int | None], text: str) -> tuple[dict[str, int | None], list[str]]:
-    """({name: its split} of what is read, notes), of several tables and the splits that their names say.
-
-    What is all of one split is ours to split, whatever its name: then each split is None. Raises `DataError`.
-    """
-    named = {split for split in splits.values() if split is not None}
-    others = [name for name, split in splits.items() if split is None]
-    if len(splits) == 1 or (len(named) == 1 and not others):
-        return dict.fromkeys(splits), []
-    if 0 not in named:
-        raise DataError(
-            f"{text} has splits, and there is none for training: it has {', '.join(list(splits)[:5])}",
-            expected="train, beside validation or test",
-            mend="name the one to train on train, or give each by itself: data.path, data.validation, data.test",
-        )
-    notes = [f"beside train and no split, not read: {', '.join(others[:5])}"] if others else []
-    return {name: split for name, split in splits.items() if split is not None}, notes
 
 
 def is_dataset(place: str) -> bool:

@@ -63,6 +63,13 @@ class Data(_Part):
     label_separator: str | None = Field(
         None, min_length=1, description="multi-label: what stands between the labels of one cell"
     )
+    separator: str | None = Field(
+        None, description="of a CSV or TSV table: what separates its cells, a character or tab; default: by the suffix "
+        "and the first line"
+    )  # fmt: skip
+    encoding: str | None = Field(
+        None, description="of a CSV, TSV or JSON lines table: cp1252 for example; default: by its mark, else UTF-8"
+    )
     split_column: str | None = Field(None, description="a table's column that says train, validation or test")
     group_column: str | None = Field(None, description="samples of one group stay on one side of every split")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="held back to choose the best epoch")
@@ -76,6 +83,25 @@ class Data(_Part):
     def _plain_paths(cls, place: str | None) -> str | None:
         """A file:// URI is the path: so that links and runs inside the data are looked at as everywhere here."""
         return place if place is None else re.sub(r"^((file|local)://(localhost(?=/))?)+", "", place)
+
+    @field_validator("separator")
+    @classmethod
+    def _one_character(cls, separator: str | None) -> str | None:
+        """A tabulator by its name too: it is hard to type."""
+        separator = "\t" if separator in ("tab", "\\t") else separator
+        if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
+            raise ValueError("is one character, no quotation mark and no line break; or tab")
+        return separator
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_encoding(cls, encoding: str | None) -> str | None:
+        if encoding is not None:
+            try:
+                "a".encode(encoding)
+            except (LookupError, ValueError):
+                raise ValueError("is no encoding of text that is known; utf-8, utf-16 and cp1252 are") from None
+        return encoding
 
     @model_validator(mode="after")
     def _fractions(self) -> Data:

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.errors import counted
 from orchestrator.job import BackboneCard, Run, figure
 from orchestrator.modality import registry
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
@@ -61,6 +62,7 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
                 "input": dict(fit.input) if fit else None,
                 "adaptations": [one.model_dump() for one in fit.adaptations] if fit else [],
                 "warnings": list(fit.warnings) if fit else [],
+                "notes": list(backbone.notes),
             }
         )
         return
@@ -72,7 +74,7 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
     if fit is not None:
         rows.append(("input", settings_line(fit.input)))
         rows += [("warning", one) for one in fit.warnings]
-    out.print(pairs(rows))
+    out.print(pairs([*rows, *(("note", one) for one in backbone.notes)]))
     if backbone.profile is not None:
         measured = {key: str(value) for key, value in backbone.profile.ranges.items()}
         measured |= {key: ", ".join(f"{w} x {n}" for w, n in c.items()) for key, c in backbone.profile.counts.items()}
@@ -138,7 +140,7 @@ def show_evaluation(figures: Mapping[str, Any], as_json: bool) -> None:
         what = "accuracy" if figures["task"] == "single-label" else "F1"
         out.print(table(["class", what], [[name, figure(value)] for value, name in worst], right=(1,)))
     if figures["num_skipped"]:
-        out.print(f"{figures['num_skipped']} samples could not be read and were left out")
+        out.print(f"left out, as they cannot be read: {counted(figures['num_skipped'], 'sample')}")
 
 
 def show_plugins(listings: Sequence[Listing], as_json: bool) -> None:

@@ -97,8 +97,9 @@ def plan(fields: dict[str, Any], job: JobFile = None, json_: Json = False) -> No
 
 @app.command()
 @takes_flags(
-    "--modality", "--task", "--set", "--data", "--input-column", "--label-column", "--label-separator", "--size"
-)
+    "--modality", "--task", "--set", "--data", "--input-column", "--label-column", "--label-separator", "--separator",
+    "--encoding", "--on-bad-sample", "--size",
+)  # fmt: skip
 def check(
     fields: dict[str, Any],
     backbone: Annotated[str, typer.Argument(help="org/name[@revision], a directory, or an earlier run")],
@@ -151,7 +152,7 @@ def _lines() -> list[str]:
 
 
 @app.command()
-@takes_flags("--input-column", "--label-column", "--label-separator", "--on-bad-sample")
+@takes_flags("--input-column", "--label-column", "--label-separator", "--separator", "--encoding", "--on-bad-sample")
 def evaluate(
     fields: dict[str, Any],
     run: FinishedRun,

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, counted
 from orchestrator.job import FIGURES, Parameters, Phase, Plan, figure, interval
 from orchestrator.progress import err
 
@@ -171,4 +171,4 @@ def show_results(results: Mapping[str, Any]) -> None:
     else:
         out.print("no sample was held back, so there are no figures")
     if results.get("num_skipped"):
-        out.print(f"{results['num_skipped']} samples were left out; skipped.jsonl in the run names them")
+        out.print(f"left out: {counted(results['num_skipped'], 'sample')}; skipped.jsonl in the run says why")

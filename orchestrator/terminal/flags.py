@@ -61,6 +61,8 @@ FLAGS = (
     Flag("--label-column", "data.label_column", _DATA,
          "a table's column of labels (repeatable: one column a label or target)", list[str]),
     Flag("--label-separator", "data.label_separator", _DATA, "between several labels of one cell"),
+    Flag("--separator", "data.separator", _DATA, "of a CSV or TSV: what separates its cells; tab for a tabulator"),
+    Flag("--encoding", "data.encoding", _DATA, "of a CSV, TSV or JSON lines: cp1252 for example"),
     Flag("--split-column", "data.split_column", _DATA, "a table's column that says train, validation or test"),
     Flag("--group-column", "data.group_column", _DATA, "samples of one group stay on one side of every split"),
     Flag("--num-train", "data.num_train", _DATA, "train on so many samples only", int),

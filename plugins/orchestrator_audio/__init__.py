@@ -135,8 +135,8 @@ def _hold_against(
     open_ended = profile.share(lambda one: "end" in one)
     if open_ended:
         notes.append(
-            f"{open_ended:.0%} of the recordings carry no mark of their end (OGG without a last page, MP3 without a "
-            "length): if one of them was cut off, it is used as a shorter one"
+            f"{open_ended:.0%} of the recordings carry no mark of their end (OGG without a last page, MP3, WAV or "
+            "FLAC without a length): if one of them was cut off, it is used as a shorter one"
         )
     tiny = profile.share(lambda one: one["seconds"] * rate < shortest)
     if tiny:

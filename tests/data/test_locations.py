@@ -61,7 +61,7 @@ def test_a_folder_in_a_store_is_the_folder_here(bucket: Any, tmp_path: Path) -> 
     assert there.summary.num_samples == here.summary.num_samples
     assert there.summary.fingerprint == here.summary.fingerprint
     assert there.profile == here.profile
-    assert "1 files that are no image, not read: cat/notes.txt" in there.summary.notes
+    assert "1 file that is no image, not read: cat/notes.txt" in there.summary.notes
     found = samples()
     assert found.read(0)["image"] == png(9)
     assert found.place(0) == "s3://bucket/photos/cat/01.png"

@@ -211,9 +211,6 @@ def test_labels_that_are_no_labels(tmp_path: Path) -> None:
     rows[2]["label"] = None
     error = refusal(parquet(tmp_path / "t.parquet", rows), task="multi-label")
     assert "row 3: has no label in 'label'" in error.message
-    lines = "".join(f"{row['text']},{'|'.join(row['label'] or [])}\n" for row in rows)
-    (tmp_path / "t.csv").write_text("text,label\n" + lines)
-    assert "row 1: has no label" in refusal(tmp_path / "t.csv", task="multi-label").message
     switches = [{"text": f"t {i}", "a": i % 2, "b": 2 if i == 5 else i % 3 == 0} for i in range(30)]
     error = refusal(jsonl(tmp_path / "s.jsonl", [{**r, "b": int(r["b"])} for r in switches]), task="multi-label",
                     label_column=["a", "b"])  # fmt: skip
@@ -317,12 +314,18 @@ def test_class_names_go_through_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
-def test_another_delimiter_is_named(tmp_path: Path, mark: str) -> None:
+def test_another_delimiter_is_found_and_said(tmp_path: Path, mark: str) -> None:
     file = tmp_path / "t.csv"
-    file.write_text("".join(mark.join(row) + "\n" for row in [("text", "label"), ("a b", "x"), ("c d", "y")]))
+    rows = [("text", "label"), *((f"a{i}, b", "xy"[i % 2]) for i in range(20))]
+    file.write_text("".join(mark.join(row) + "\n" for row in rows))
+    found = read(file)
+    assert sum(found.summary.num_samples.values()) == 20
+    assert f"{file}: its columns are separated by {mark!r}, as its first line shows" in found.summary.notes
+    file.write_text("\n".join(mark.join(("id, old", *row)) for row in rows))
     error = refusal(file)
     assert "has no column 'label'" in error.message
-    assert f"separated by {mark!r}" in error.mend
+    assert f"data.separator {mark!r} (--separator {mark!r})" in error.mend
+    assert read(file, separator=mark).classes == ("x", "y")
 
 
 # --- what lies beside, and what is not there ---

@@ -253,7 +253,13 @@ def values(field: FieldInfo) -> st.SearchStrategy[Any]:
 JOBS = part(
     Job,
     method=st.sampled_from(sorted(METHODS)),
-    data=part(Data, validation_fraction=st.floats(0, 0.49), test_fraction=st.floats(0, 0.49)),
+    data=part(
+        Data,
+        validation_fraction=st.floats(0, 0.49),
+        test_fraction=st.floats(0, 0.49),
+        separator=st.sampled_from(["tab", ";", " ", "ß"]),
+        encoding=st.sampled_from(["cp1252", "utf-16", "UTF8"]),
+    ),
     training=part(Training),
     scaling=part(Scaling),
     settings=SETTINGS,

@@ -294,7 +294,7 @@ FLAC = encoded(tone(440, 0.5), form="FLAC")
         (b"", "the file is empty"),
         (b"no sound at all", "no audio that libsndfile can read"),
         (WAV[:30], "is cut off"),
-        (WAV[:-2000], "is cut off: 6044 of the 8044 bytes that its header tells"),
+        (WAV[:-2000], "is cut off: 6000 of the 8000 bytes of sound that its header tells"),
         (FLAC[: len(FLAC) // 2], "cut off|no audio"),
         (encoded(np.zeros((0, 1), np.float32)), "0 samples"),
         (encoded(np.array([[0.1], [np.nan], [0.2]], np.float32), subtype="FLOAT"), "not finite"),

@@ -35,7 +35,8 @@ def test_every_flag_sets_its_setting(screen: Screen) -> None:
         )
     for flag in FLAGS:
         if flag.setting:
-            words = {"--method": "head", "--task": "regression", "--feature-store": "s3://bucket/features"}
+            words = {"--method": "head", "--task": "regression", "--feature-store": "s3://bucket/features",
+                     "--separator": ";", "--encoding": "cp1252"}  # fmt: skip
             value: object = {int: 4, float: 0.5}.get(flag.kind, words.get(flag.option, "skip"))
             fields = {"backbone": "b", "data": "d", flag.setting: value}
             assert make_job(**fields) != make_job(backbone="b", data="e"), flag  # a setting that the job knows
