@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import timm
 import torch
 import transformers
@@ -20,6 +19,7 @@ from orchestrator.errors import TrainingError
 from orchestrator.modality import Plan
 from orchestrator.network import Network, build_pooled, build_transformers
 from orchestrator_image import named_processor, processor_of
+from orchestrator_image.appearance import convert
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +33,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "aimv2_vision_model": {"use_head": False},
     "siglip_vision_model": {"vision_use_head": False},
 }
+_MAX_RESIZED = 2**24
+"""Pixels that an image may have once it is resized by its shorter edge."""
 _IMPORTS = "import torch\nfrom PIL import Image\nfrom transformers import AutoImageProcessor"
 _PREPARE = """\
 image = Image.open("a file").convert("RGB")
@@ -128,9 +130,12 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Image.Image]
     processor = make_processor(plan, directory)
     augment = _augmentation(plan.input["augment"])
     mode = "RGB" if plan.input["channels"] == 3 else "L"
+    # A run of an earlier version dropped transparency.
+    background, white_level = plan.input.get("background", "none"), plan.input.get("white_level")
+    edge = _cropped_from(processor)
 
     def collate(decoded: Sequence[Image.Image], train: bool) -> dict[str, Tensor]:
-        images = [convert(image, mode) for image in decoded]
+        images = [convert(_seen(image, edge), mode, background, white_level) for image in decoded]
         if train and augment is not None:
             images = [augment(image) for image in images]
         return dict(processor(images, return_tensors="pt"))
@@ -138,11 +143,25 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Image.Image]
     return collate
 
 
-def convert(image: Image.Image, mode: str) -> Image.Image:
-    """The image in the mode that the backbone takes; 16 bits become 8."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    return image if image.mode == mode else image.convert(mode)
+def _cropped_from(processor: Any) -> int:
+    """What the shorter edge becomes before the centre is cropped; 0 where images are not cropped."""
+    size = getattr(processor, "size", None) or {}
+    if isinstance(processor, TimmWrapperImageProcessor):
+        settings = processor.data_config
+        edge = max(settings["input_size"][1:]) / (settings.get("crop_pct") or 1.0)
+        return 0 if settings.get("crop_mode") == "squash" else round(edge)
+    return int(dict(size).get("shortest_edge") or 0)
+
+
+def _seen(image: Image.Image, edge: int) -> Image.Image:
+    """The image without ends of it that would be cropped off once it is resized, where that would be very large."""
+    short, long = sorted(image.size)
+    if edge * edge * long <= _MAX_RESIZED * short:
+        return image
+    left = max(4 * short, short * _MAX_RESIZED // (edge * edge)) + long % 2  # whole pixels on both sides
+    cut = (long - left) // 2
+    box = (cut, 0, cut + left, image.height) if image.width == long else (0, cut, image.width, cut + left)
+    return image.crop(box)
 
 
 def _augmentation(name: str) -> Callable[[Image.Image], Image.Image] | None:
