@@ -11,6 +11,7 @@ import yaml
 
 from orchestrator.job import FIGURES, Plan, figure, interval
 from orchestrator.modality import registry
+from orchestrator.network import from_pipeline
 
 _PIPELINES = {
     # What `forward` takes first -> the Hub's name of the task, whatever plugin trained the model.
@@ -22,8 +23,7 @@ _PIPELINES = {
 _PIPELINE = """\
 from transformers import pipeline
 
-classify = pipeline("{task}", model=".")
-classify({what})"""
+{call}"""
 _OURS = """\
 import orchestrator  # with the plugin of the modality {modality}
 
@@ -95,7 +95,7 @@ def _header(
 
 
 def _origin(plan: Plan, lineage: Mapping[str, Any]) -> str:
-    source = escape(plan.backbone.source)
+    source = escape(plan.backbone.repo_id or plan.backbone.name)  # where it lay on this machine is nobody's business
     commit = str(plan.backbone.commit or "")[:23]
     if plan.weights == "random":
         network = plan.row.architecture or plan.backbone.model_type
@@ -138,7 +138,8 @@ def _data(plan: Plan) -> list[str]:
 def _usage(plan: Plan, task: str) -> str:
     """Python that calls the model: through transformers where that has a pipeline for it, else through this package."""
     if task:
-        return _PIPELINE.format(task=task, what='"a text"' if task == "text-classification" else '"a file"')
+        what, more = ('"a text"', ", truncation=True") if task == "text-classification" else ('"a file"', "")
+        return _PIPELINE.format(call=from_pipeline(plan.job.task, task, len(plan.classes), what, more))
     is_text = registry.get(plan.job.modality).sample[0].kind == "text"
     what, argument = ('"a text"', '"A TEXT"...') if is_text else ('"a file"', "FILE...")
     return _OURS.format(modality=plan.job.modality, run=plan.name, what=what, argument=argument)

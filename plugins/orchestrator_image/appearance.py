@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.modality import Adaptation, Facts, Profile
+from orchestrator.modality import Adaptation, Facts, Plan, Profile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BACKGROUNDS = {"white": 255, "grey": 128, "black": 0}
 """What transparent images may be laid over."""
+DEEP = "16 bits a channel"
+"""What the adaptation of such images is called."""
 _FLAT = "flat on"
 _WHITE = 0xFFFF  # of 16 bits
 _VISIBLE = 4.0  # of 255, the deviation of an image on which one sees anything
@@ -61,6 +63,26 @@ def _in_8_bits(image: Image, white_level: int | None) -> npt.NDArray[np.uint8]:
     if white_level is None:
         return (values.clip(0, _WHITE) >> 8).astype(np.uint8)
     return (values.clip(0, white_level) * (255.0 / white_level) + 0.5).astype(np.uint8)
+
+
+def code_of_reading(plan: Plan) -> str:
+    """Python for the model card: `image`, out of "a file", as `convert` makes it; with 16 bits where the data has."""
+    mode, background = "RGB" if plan.input["channels"] == 3 else "L", plan.input.get("background", "none")
+    lines = ['image = ImageOps.exif_transpose(Image.open("a file"))']
+    if any(one.what == DEEP for one in plan.adaptations):
+        level = plan.input.get("white_level")
+        shown = "v * (1 / 256)" if level is None else f"v * (255 / {level}) + 0.5"
+        lines += ['if image.mode.startswith("I"):  # 16 bits a channel',
+                  f'    image = image.convert("I").point(lambda v: {shown}).convert("L")']  # fmt: skip
+    if background == "none":
+        lines.append(f'image = image.convert("{mode}")')
+    else:
+        colour = (BACKGROUNDS[background],) * 3
+        lines += [
+            'image = image.convert("RGBA")  # what is transparent shows the background',
+            f'image = Image.alpha_composite(Image.new("RGBA", image.size, {colour}), image).convert("{mode}")',
+        ]
+    return "\n".join(lines)
 
 
 def measure(image: Image, channels: int) -> Facts:
@@ -126,9 +148,7 @@ def losses(
     deep = [name for name in others if is_deep(name)]
     if deep:
         used = "the upper 8" if white_level is None else f"0 to {white_level} as 0 to 255"
-        adaptations.append(
-            _adapted("16 bits a channel", ", ".join(deep), used, profile, lambda one: is_deep(one["mode"]))
-        )
+        adaptations.append(_adapted(DEEP, ", ".join(deep), used, profile, lambda one: is_deep(one["mode"])))
         notes += _outside_the_range(profile, white_level)
     share = profile.share(lambda one: "grey values" in str(one.get(_FLAT, "")))
     if mode == "L" and share >= _FEW:

@@ -17,9 +17,9 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 
 from orchestrator.errors import TrainingError
 from orchestrator.modality import Plan
-from orchestrator.network import Network, build_pooled, build_transformers
+from orchestrator.network import Network, build_pooled, build_transformers, from_logits, from_pipeline
 from orchestrator_image import named_processor, processor_of
-from orchestrator_image.appearance import convert
+from orchestrator_image.appearance import code_of_reading, convert
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,14 +35,49 @@ _CHANGES: dict[str, dict[str, Any]] = {
 }
 _MAX_RESIZED = 2**24
 """Pixels that an image may have once it is resized by its shorter edge."""
-_IMPORTS = "import torch\nfrom PIL import Image\nfrom transformers import AutoImageProcessor"
+_IMPORTS = "import torch\nfrom PIL import Image, ImageOps\nfrom transformers import AutoImageProcessor"
 _PREPARE = """\
-image = Image.open("a file").convert("RGB")
+{read}
 inputs = AutoImageProcessor.from_pretrained(".")(image, return_tensors="pt")"""
+_PIPELINE = """\
+from PIL import Image, ImageOps
+from transformers import pipeline
+
+{read}
+{scores}"""
+_MODEL = """\
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+{read}
+inputs = AutoImageProcessor.from_pretrained(".")(image, return_tensors="pt")
+model = AutoModelForImageClassification.from_pretrained(".").eval()
+with torch.no_grad():
+    logits = model(**inputs).logits
+{scores}"""
 
 
 def build_network(plan: Plan, directory: Path) -> Network:
     """An AutoModelForImageClassification whose config says the input size that it was trained with."""
+    if plan.row.pool:
+        height, width = plan.input["size"]
+        return build_pooled(
+            plan, directory, make_processor(plan, directory), _CHANGES.get(plan.backbone.model_type, {}),
+            {"pixel_values": torch.zeros(1, plan.input["channels"], height, width)}, _IMPORTS,
+            _PREPARE.format(read=code_of_reading(plan)),
+        )  # fmt: skip
+    network = _with_its_own_head(plan, directory)
+    if plan.input["channels"] == 3:
+        scores = from_pipeline(plan.job.task, "image-classification", len(plan.classes), "image")
+        network.usage = _PIPELINE.format(read=code_of_reading(plan), scores=scores)
+    else:  # the pipeline makes RGB of every image
+        scores = from_logits(plan.job.task, "logits[0]", "model.config")
+        network.usage = _MODEL.format(read=code_of_reading(plan), scores=scores)
+    return network
+
+
+def _with_its_own_head(plan: Plan, directory: Path) -> Network:
     if plan.backbone.library == "timm":
         return build_transformers(
             plan,
@@ -52,12 +87,6 @@ def build_network(plan: Plan, directory: Path) -> Network:
             processor=None,  # timm's settings stand in config.json
             fresh=_fresh_timm,
         )
-    if plan.row.pool:
-        height, width = plan.input["size"]
-        return build_pooled(
-            plan, directory, make_processor(plan, directory), _CHANGES.get(plan.backbone.model_type, {}),
-            {"pixel_values": torch.zeros(1, plan.input["channels"], height, width)}, _IMPORTS, _PREPARE,
-        )  # fmt: skip
     return build_transformers(
         plan, directory, getattr(transformers, plan.row.architecture), {}, make_processor(plan, directory),
         fresh=lambda config: getattr(transformers, plan.row.architecture)(config),
