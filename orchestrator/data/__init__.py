@@ -7,6 +7,7 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     sources       a job's data -> its rows, opened one after the other
     folders       the files of class folders -> rows
     table_rows    a table's cells -> rows
+    unlabelled    the same of tables without labels, for a finished run
     columns       which columns samples and labels stand in
     tables        CSV, Parquet, JSON lines -> batches of cells
     hub_datasets  data sets of the Hub, or saved to disk -> batches of cells
@@ -44,3 +45,4 @@ from orchestrator.data.table_store import (
     table_key as table_key,
     table_of as table_of,
 )
+from orchestrator.data.unlabelled import Unlabelled as Unlabelled, read_unlabelled as read_unlabelled

@@ -9,6 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from orchestrator.job import FIGURES, Run, figure
 from orchestrator.modality import registry
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
@@ -17,11 +19,12 @@ if TYPE_CHECKING:
     from orchestrator.data import StoredTable
     from orchestrator.gate import Checked
     from orchestrator.modality import Listing
-    from orchestrator.predictor import Prediction
+    from orchestrator.predictor import Prediction, Written
     from orchestrator.store import Listing as FeatureListing
 
 
 _WIDEST_EXAMPLE = 16
+_BOUNDLESS = 1_000_000  # columns
 
 
 def show_run(run: Run, as_json: bool) -> None:
@@ -86,19 +89,23 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
 def show_predictions(predictions: Sequence[Prediction], task: str, as_json: bool) -> None:
     """A line an input: what the model says of it, or why it cannot be read."""
     if as_json:
-        _print(
-            [
-                {"input": one.input, "problem": one.problem}
-                if one.problem
-                else {"input": one.input, "label": one.label, "score": one.score, "top": [list(t) for t in one.top]}
-                for one in predictions
-            ]
-        )
+        _print([one.as_dict() for one in predictions])
         return
     titles = ["target", "value"] if task == "regression" else ["label", "score"]
-    # Whole where there is room; `--json` has them whole in any case.
-    cells = [[cut_middle(one.input, out.width * 2 // 5), *_prediction_cells(one, task)] for one in predictions]
-    out.print(table(["input", *titles, "then"], cells, right=(2,)))
+    # On a screen whole where there is room; into a pipe or a file always.
+    screen = out if out.is_terminal else Console(highlight=False, emoji=False, width=_BOUNDLESS)
+    cells = [[cut_middle(one.input, screen.width * 2 // 5), *_prediction_cells(one, task)] for one in predictions]
+    screen.print(table(["input", *titles, "then"], cells, right=(2,)))
+
+
+def show_written(written: Written, as_json: bool) -> None:
+    """How many predictions there are in the table, and how many inputs have a problem instead."""
+    if as_json:
+        _print({"output": str(written.file), "rows": written.num_rows, "problems": written.num_problems})
+        return
+    out.print(f"{written.num_rows} rows in {written.file}", markup=False, soft_wrap=True)
+    if written.num_problems:
+        out.print(f"{written.num_problems} of them have no prediction: the column 'problem' says why")
 
 
 def _prediction_cells(one: Prediction, task: str) -> list[str]:

@@ -1,19 +1,15 @@
-"""A finished run on new inputs: predictions for files, figures for labelled data."""
+"""Figures of a finished run on labelled data."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from orchestrator.data import (
     LEAVE_OUT,
@@ -22,123 +18,21 @@ from orchestrator.data import (
     input_columns,
     label_columns,
     prepare_data,
-    split_by_size,
     table_of,
 )
-from orchestrator.errors import BadSampleError, DataError, TrainingError
+from orchestrator.errors import DataError, TrainingError
 from orchestrator.features import SampleSource
 from orchestrator.gate import drafted, materialised
 from orchestrator.job import DATA_FOLDER, Data, Plan, Run, shown
-from orchestrator.modality import Modality, Sample
 from orchestrator.training import LoadedRun, Predictions, load_run, measure
-
-Input = str | Path | bytes | tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one input."""
-
-    input: str
-    label: str
-    """The class; multi-label: the classes above one half, joined by ' + ', '' if there is none; regression: ''."""
-    score: float
-    """The probability of the first of `top`; regression: the value of the first target."""
-    top: tuple[tuple[str, float], ...]
-    """The most probable classes, in falling order; regression: every target with its value."""
-    problem: str = ""
-    """Why there is no prediction."""
-
-
-# --- predictions for inputs ---
-
-
-def predict(run: Run | str | Path, inputs: Iterable[Input] | str | Path | bytes, top: int = 3) -> list[Prediction]:
-    """One Prediction for each input: the path of a file, or its bytes; of text the text itself, or a tuple of two.
-
-    A folder stands for all files of the modality's kind below it, in order. An input that cannot be read, or that the
-    network cannot take, gets a Prediction with its `problem`, and the others theirs.
-    """
-    with ExitStack() as resources:
-        loaded = load_run(run, resources)
-        given: list[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
-        asked = [one for some in given for one in _files(some, loaded.modality)]
-        sizes = np.array([_num_bytes(one, loaded.modality) for one in asked], np.int64)
-        # Like lengths together waste no padding; results come in the order of the inputs all the same.
-        order = np.argsort(sizes, kind="stable") if loaded.modality.length_bucketing else np.arange(len(asked))
-        outcomes: dict[int, Tensor | str] = {}
-        for piece in split_by_size(sizes[order]):
-            numbers = order[piece].tolist()
-            reads = [partial(_sample, asked[number], loaded.modality) for number in numbers]
-            outcomes |= zip(numbers, loaded.outcomes(reads), strict=True)
-        return [_prediction(_name(i, one), outcomes[i], loaded.plan, top) for i, one in enumerate(asked)]
-
-
-def _files(one: Input, modality: Modality) -> list[Input]:
-    """The files of a folder that the modality reads; anything else, an empty folder too, as it is."""
-    first = modality.sample[0]
-    if first.kind != "file" or not isinstance(one, (str, Path)) or not os.path.isdir(one):
-        return [one]
-    files = [file for file in Path(one).rglob("*") if file.suffix.lower() in first.suffixes and file.is_file()]
-    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(one).parts)]
-    return [*sorted(visible)] or [one]
-
-
-def _num_bytes(one: Input, modality: Modality) -> int:
-    """Of the file, 0 where it cannot be asked; of a text its characters."""
-    if isinstance(one, bytes):
-        return len(one)
-    if modality.sample[0].kind == "text":
-        return sum(map(len, one)) if isinstance(one, tuple) else len(str(one))
-    try:
-        return os.stat(str(one)).st_size
-    except (OSError, ValueError):
-        return 0
-
-
-def _name(number: int, one: Input) -> str:
-    """What the input is called in its Prediction."""
-    if isinstance(one, bytes):
-        return f"input {number + 1}"
-    return " | ".join(one) if isinstance(one, tuple) else str(one)
-
-
-def _sample(one: Input, modality: Modality) -> Sample:
-    """{field: its bytes}; a text is the text itself, everything else the path of a file. Raises `BadSampleError`."""
-    if isinstance(one, bytes):
-        return {modality.sample[0].name: one}
-    if modality.sample[0].kind == "file":
-        if os.path.isdir(str(one)):
-            raise BadSampleError(f"is a folder, and holds no file of {', '.join(modality.sample[0].suffixes)}")
-        return {modality.sample[0].name: Path(str(one)).read_bytes()}
-    texts = one if isinstance(one, tuple) else (str(one),)
-    if len(texts) > len(modality.sample):
-        raise BadSampleError(f"{len(texts)} texts, and {modality.name} takes {len(modality.sample)} at most")
-    # A lone surrogate, which an argument that is not in UTF-8 becomes, is for `decode` to refuse.
-    return {
-        field.name: text.encode(errors="surrogatepass") for field, text in zip(modality.sample, texts, strict=False)
-    }
-
-
-def _prediction(name: str, outcome: Tensor | str, plan: Plan, top: int) -> Prediction:
-    if isinstance(outcome, str):
-        return Prediction(name, "", 0.0, (), outcome)
-    if plan.job.task == "regression":
-        values = tuple(zip(plan.classes, outcome.tolist(), strict=True))
-        return Prediction(name, "", values[0][1], values)
-    best = outcome.topk(max(1, min(top, len(plan.classes))))
-    ranked = tuple((plan.classes[k], v) for k, v in zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    label = ranked[0][0]
-    if plan.job.task == "multi-label":
-        label = " + ".join(plan.classes[k] for k in (outcome > 0.5).nonzero().flatten().tolist())
-    return Prediction(name, label, ranked[0][1], ranked)
-
-
-# --- figures on labelled data ---
 
 
 def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any]) -> dict[str, Any]:
-    """The figures of a finished run on labelled data, as in its results.json: a place, a `Data`, or rows.
+    """The figures of a finished run on labelled data: a place, a `Data`, or rows.
+
+    They are a dict, with the keys that the splits have in results.json, so that both can be compared and written as
+    JSON; beside them `task`, `num_seen` (samples that the run was trained on; None if nothing tells), `num_skipped` and
+    `notes`.
 
     All of the data counts, but where it comes with a test split: then that alone. Columns that are not named are those
     of the run, where the table has them.
