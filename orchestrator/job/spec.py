@@ -44,8 +44,9 @@ class Data(_Part):
     """Where the labelled samples are, and how they are split."""
 
     path: str = Field(
+        min_length=1,
         description="a folder of class folders, a .csv, .parquet or .jsonl table, a data set of the Hub (org/name) or "
-        "one that was saved to disk; a path or a URI such as s3://bucket/table.parquet"
+        "one that was saved to disk; a path or a URI such as s3://bucket/table.parquet",
     )
     subset: str | None = Field(None, description="of a data set of the Hub that has several")
     validation: str | None = Field(None, description="the validation split, where it stands on its own")

@@ -13,6 +13,7 @@ import numpy as np
 
 from orchestrator.data import (
     LEAVE_OUT,
+    Ints,
     Samples,
     columns_of,
     input_columns,
@@ -20,11 +21,11 @@ from orchestrator.data import (
     prepare_data,
     table_of,
 )
-from orchestrator.errors import DataError, TrainingError
+from orchestrator.errors import BadSampleError, DataError, TrainingError
 from orchestrator.features import SampleSource
 from orchestrator.gate import drafted, materialised
 from orchestrator.job import DATA_FOLDER, Data, Plan, Run, shown
-from orchestrator.training import LoadedRun, Predictions, load_run, measure
+from orchestrator.training import LoadedRun, Predictions, load_run, measure, problem_of
 
 
 def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any]) -> dict[str, Any]:
@@ -73,12 +74,28 @@ def _predictions(loaded: LoadedRun, source: SampleSource) -> Predictions | None:
     parts = []
     for some in samples.batches(rows):
         try:
-            batch = source.batch(some, train=False)
+            parts += _columns(loaded, source, some, len(rows))
         except TrainingError as error:
             raise DataError(error.message, mend=f"mend or remove it, or {LEAVE_OUT}") from None
-        if batch is not None:
-            parts.append(loaded.objective.columns(batch.rows, loaded.outputs(batch.inputs), batch.targets, len(rows)))
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True))) if parts else None
+
+
+def _columns(loaded: LoadedRun, source: SampleSource, rows: Ints, num_rows: int) -> list[list[Any]]:
+    """The columns of `Predictions` for these rows, a batch or several: where they fail together, each is tried alone.
+
+    Raises `TrainingError` for one that the network cannot take, unless such are left out.
+    """
+    try:
+        batch = source.batch(rows, train=False)
+        if batch is None:
+            return []
+        return [loaded.objective.columns(batch.rows, loaded.outputs(batch.inputs), batch.targets, num_rows)]
+    except Exception as error:
+        problem = problem_of(error)
+    if len(rows) == 1:
+        source.leave_out(int(rows[0]), BadSampleError(problem))
+        return []
+    return [part for row in rows for part in _columns(loaded, source, row[None], num_rows)]
 
 
 def _data(labelled: str | Path | Data | Iterable[Any], folder: Path) -> Data:

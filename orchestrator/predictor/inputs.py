@@ -100,17 +100,28 @@ def _files(one: str | Path, modality: Modality) -> Iterator[Asked]:
             expected="a file ending in " + ", ".join((*TABLE_SUFFIXES, *first.suffixes)),
             mend="rename it; a text that is also the name of a file: give it on standard input (-), or in a table",
         )
-    found: list[Path] = []
-    if os.path.isdir(one):
-        files = [file for file in Path(one).rglob("*") if file.suffix.lower() in first.suffixes and file.is_file()]
-        found = sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(one).parts))
-    for file in found or [Path(one)]:
-        yield Asked(
-            str(file) if found else str(one),
-            partial(_content, file, modality),
-            _size(str(file)),
-            path=os.path.abspath(file),
-        )
+    unlisted: list[OSError] = []
+    found = sorted(_below(Path(one), first.suffixes, unlisted)) if os.path.isdir(one) else []
+    for file in found:
+        yield Asked(str(file), partial(_content, file, modality), _size(str(file)), path=os.path.abspath(file))
+    for error in unlisted:
+        yield Asked(str(error.filename), partial(_raise, error), 0, path=os.path.abspath(error.filename))
+    if not found and not unlisted:
+        yield Asked(str(one), partial(_content, one, modality), _size(str(one)), path=os.path.abspath(one))
+
+
+def _below(folder: Path, suffixes: Sequence[str], unlisted: list[OSError]) -> Iterator[Path]:
+    """The files of these suffixes, hidden ones left out; folders that cannot be listed go to `unlisted`."""
+    for here, folders, names in os.walk(folder, onerror=unlisted.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = Path(here, name)
+            if not name.startswith(".") and file.suffix.lower() in suffixes and file.is_file():
+                yield file
+
+
+def _raise(error: OSError) -> Sample:
+    raise BadSampleError(f"its files cannot be listed: {error.strerror or error}")
 
 
 def _content(file: str | Path, modality: Modality) -> Sample:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from orchestrator.job import FIGURES, Run, figure
 from orchestrator.modality import registry
+from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _BOUNDLESS = 1_000_000  # columns
 def show_run(run: Run, as_json: bool) -> None:
     """The figures of a run, where its files are, and what to do with it next."""
     if as_json:
-        _print({"run": str(run.path), **run.results})
+        print_json({"run": str(run.path), **run.results})
         return
     show_results(run.results)
     where = _relative(run.path)
@@ -50,7 +50,7 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
     """What a backbone is, and how the data becomes its input."""
     card, fit = backbone.card, backbone.fit
     if as_json:
-        _print(
+        print_json(
             {
                 "accepted": True,
                 "backbone": card.source,
@@ -89,7 +89,7 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
 def show_predictions(predictions: Sequence[Prediction], task: str, as_json: bool) -> None:
     """A line an input: what the model says of it, or why it cannot be read."""
     if as_json:
-        _print([one.as_dict() for one in predictions])
+        print_json([one.as_dict() for one in predictions])
         return
     titles = ["target", "value"] if task == "regression" else ["label", "score"]
     # On a screen whole where there is room; into a pipe or a file always.
@@ -101,7 +101,7 @@ def show_predictions(predictions: Sequence[Prediction], task: str, as_json: bool
 def show_written(written: Written, as_json: bool) -> None:
     """How many predictions there are in the table, and how many inputs have a problem instead."""
     if as_json:
-        _print({"output": str(written.file), "rows": written.num_rows, "problems": written.num_problems})
+        print_json({"output": str(written.file), "rows": written.num_rows, "problems": written.num_problems})
         return
     out.print(f"{written.num_rows} rows in {written.file}", markup=False, soft_wrap=True)
     if written.num_problems:
@@ -120,7 +120,7 @@ def _prediction_cells(one: Prediction, task: str) -> list[str]:
 def show_evaluation(figures: Mapping[str, Any], as_json: bool) -> None:
     """The figures on labelled data, over all and for each class."""
     if as_json:
-        _print(figures)
+        print_json(figures)
         return
     show_results({"task": figures["task"], "data": figures})
     if figures["num_seen"]:
@@ -145,7 +145,7 @@ def show_runs(runs: Sequence[Run], storage: str, as_json: bool) -> None:
     """The runs, how far they are, and the figure that counts."""
     rows = [_run_row(run) for run in runs]
     if as_json:
-        _print(rows)
+        print_json(rows)
         return
     if not rows:
         out.print(f"there are no runs in {storage}", markup=False)
@@ -176,7 +176,7 @@ def _run_row(run: Run) -> dict[str, Any]:
 def show_plugins(listings: Sequence[Listing], as_json: bool) -> None:
     """What each modality takes and which backbones fit; below, why a broken one does not load."""
     if as_json:
-        _print(
+        print_json(
             [
                 {
                     "name": one.name,
@@ -218,16 +218,12 @@ def show_types(modality: str, as_json: bool) -> None:
     """Every model type that a modality takes."""
     rules = registry.get(modality).rules
     if as_json:
-        _print({"types": sorted(rules.accepts), "timm": sorted(rules.timm)})
+        print_json({"types": sorted(rules.accepts), "timm": sorted(rules.timm)})
         return
     out.print(f"{modality}, from {rules.generated_from}", markup=False)
     out.print(", ".join(sorted(rules.accepts)), markup=False)
     if rules.timm:
         out.print(f"and {len(rules.timm)} timm architectures", markup=False)
-
-
-def _print(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False))
 
 
 def _relative(path: Path) -> str:
@@ -240,7 +236,7 @@ def _relative(path: Path) -> str:
 def show_features(listings: Sequence[FeatureListing], place: str, as_json: bool) -> None:
     """The sets of features of a storage, or of an object store."""
     if as_json:
-        _print([_as_dict(one) for one in listings])
+        print_json([_as_dict(one) for one in listings])
         return
     if not listings:
         out.print(f"there are no features in {place}", markup=False)
@@ -253,7 +249,7 @@ def show_features(listings: Sequence[FeatureListing], place: str, as_json: bool)
 def show_feature_set(one: FeatureListing, as_json: bool) -> None:
     """What a set of features is of."""
     if as_json:
-        _print(_as_dict(one))
+        print_json(_as_dict(one))
         return
     key = one.key
     inputs = key.get("input")
@@ -276,7 +272,7 @@ def show_pruned(
 ) -> None:  # fmt: skip
     """What was removed, or would be, and what is left; `tables` are the sample tables among it."""
     if as_json:
-        _print({"removed": [_as_dict(one) for one in removed], "left": [_as_dict(one) for one in left],
+        print_json({"removed": [_as_dict(one) for one in removed], "left": [_as_dict(one) for one in left],
                 "tables": [dataclasses.asdict(one) for one in tables], "dry_run": dry_run})  # fmt: skip
         return
     what = "would be removed" if dry_run else "removed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import sys
 from importlib.metadata import version
@@ -13,6 +13,7 @@ import typer
 
 from orchestrator.errors import REASONS, DataError, InterruptedRunError, JobError, OrchestratorError, missing_extra
 from orchestrator.terminal import feature_commands
+from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.flags import Json, name_flags, takes_flags
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def plan(fields: dict[str, Any], job: JobFile = None, json_: Json = False) -> No
 
     made = make_plan(job, **fields)
     if json_:
-        print(made.model_dump_json(indent=1))
+        print_json(made.model_dump(mode="json"), indent=1)
     else:
         show_plan(made)
 
@@ -259,6 +260,10 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, where
 
 def main() -> None:
     """The entry point: every error becomes a message and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files are bytes, and texts hold halves of characters: what a stream cannot take becomes an escape.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -314,7 +319,7 @@ def run(arguments: list[str]) -> int:
 
 def _fail(error: OrchestratorError, as_json: bool) -> int:
     if as_json:
-        print(json.dumps({"accepted": False, **error.as_dict()}, ensure_ascii=False))
+        print_json({"accepted": False, **error.as_dict()})
     else:
         from orchestrator.terminal.console import show_error
 
