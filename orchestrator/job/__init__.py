@@ -31,7 +31,13 @@ from orchestrator.job.events import (
     PhaseBegan as PhaseBegan,
     Report as Report,
 )
-from orchestrator.job.figures import FIGURES as FIGURES, figure as figure, interval as interval
+from orchestrator.job.figures import (
+    FIGURES as FIGURES,
+    OF_TARGETS as OF_TARGETS,
+    figure as figure,
+    figures_of as figures_of,
+    interval as interval,
+)
 from orchestrator.job.places import (
     DATA_FOLDER as DATA_FOLDER,
     SPLIT_KEYS as SPLIT_KEYS,

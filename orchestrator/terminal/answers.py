@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from orchestrator.job import FIGURES, Run, figure
+from orchestrator.job import Run, figure, figures_of
 from orchestrator.modality import registry
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
@@ -130,10 +130,7 @@ def show_evaluation(figures: Mapping[str, Any], as_json: bool) -> None:
         )
     for note in figures["notes"]:
         out.print(note, markup=False, soft_wrap=True)
-    if figures["task"] == "regression":
-        rows = [[name, figure(one["mae"]), figure(one["r2"])] for name, one in figures["per_class"].items()]
-        out.print(table(["target", "MAE", "R2"], rows, right=(1, 2)))
-    else:
+    if figures["task"] != "regression":  # whose targets stand beside the figures
         worst = sorted((v, k) for k, v in figures["per_class"].items() if v is not None)[:10]
         what = "accuracy" if figures["task"] == "single-label" else "F1"
         out.print(table(["class", what], [[name, figure(value)] for value, name in worst], right=(1,)))
@@ -162,7 +159,7 @@ def _run_row(run: Run) -> dict[str, Any]:
     state, metrics = run.state, run.metrics
     results = run.results if state == "finished" else {}
     figures = results.get("test") or results.get("validation") or {}
-    title, key = FIGURES[results.get("task", "single-label")][0]
+    title, key = figures_of(results.get("task", "single-label"), figures)[0]
     return {
         "name": run.name,
         "state": state,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from orchestrator.job import FIGURES, Plan, figure, interval
+from orchestrator.job import OF_TARGETS, Plan, figure, figures_of, interval
 from orchestrator.modality import registry
 from orchestrator.network import from_pipeline
 
@@ -84,7 +84,7 @@ def _header(
     if license_name:
         header["license"] = license_name
     if figures:
-        keys = [key for _, key in FIGURES[plan.job.task] if figures.get(key) is not None]
+        keys = [key for _, key in figures_of(plan.job.task, figures) if figures.get(key) is not None]
         result = {
             "task": {"type": task or plan.job.modality},
             "dataset": {"name": Path(plan.job.data.path).name, "type": "private", "split": split},
@@ -106,15 +106,20 @@ def _origin(plan: Plan, lineage: Mapping[str, Any]) -> str:
 
 def _table_of(plan: Plan, split: str, figures: Mapping[str, Any]) -> list[str]:
     columns = [(f"{split} samples", str(figures["num_samples"]))]
-    for title, key in FIGURES[plan.job.task]:
+    for title, key in figures_of(plan.job.task, figures):
         columns += [(title, figure(figures.get(key))), ("95 % interval", interval(figures, key))]
     shown = [(title, cell) for title, cell in columns if cell]
-    return [
-        "| " + " | ".join(title for title, _ in shown) + " |",
-        "|---" * len(shown) + "|",
-        "| " + " | ".join(cell for _, cell in shown) + " |",
-        "",
-    ]
+    lines = [*_rows([title for title, _ in shown], [[cell for _, cell in shown]]), ""]
+    if plan.job.task == "regression" and len(plan.classes) > 1:  # which have no MAE in common
+        rows = [[escape(name), *(figure(one.get(key)) for _, key in OF_TARGETS)]
+                for name, one in list(figures["per_class"].items())[:_MAX_CLASSES]]  # fmt: skip
+        lines += [*_rows(["target", *(title for title, _ in OF_TARGETS)], rows), ""]
+    return lines
+
+
+def _rows(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of Markdown."""
+    return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
 
 
 def _data(plan: Plan) -> list[str]:
