@@ -5,6 +5,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
 
     spec      the Job and its parts; Python, YAML and flags become the same object
     drafts    what a person wrote -> a Job, each fault with its place
+    keys      every key of a job, and what a name without its group stands for
     places    what a place of the user's means: a path, a URI, a data set of the Hub
     plans     the plain data that travels: BackboneCard, Plan
     runs      a run's directory: what is in it, whether it is done, who works on it
