@@ -6,6 +6,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     spec      the Job and its parts; Python, YAML and flags become the same object
     drafts    what a person wrote -> a Job, each fault with its place
     keys      every key of a job, and what a name without its group stands for
+    reference  what each key takes, its default and its meaning, out of the models
     places    what a place of the user's means: a path, a URI, a data set of the Hub
     plans     the plain data that travels: BackboneCard, Plan
     runs      a run's directory: what is in it, whether it is done, who works on it
@@ -66,6 +67,12 @@ from orchestrator.job.plans import (
     Phase as Phase,
     Plan as Plan,
     Recipe as Recipe,
+)
+from orchestrator.job.reference import (
+    Setting as Setting,
+    job_reference as job_reference,
+    setting_of as setting_of,
+    settings_of as settings_of,
 )
 from orchestrator.job.runs import (
     ERROR_FILE as ERROR_FILE,

@@ -18,6 +18,7 @@ from orchestrator.terminal.console import cut_middle, out, pairs, settings_line,
 if TYPE_CHECKING:
     from orchestrator.data import StoredTable
     from orchestrator.gate import Checked
+    from orchestrator.job import Setting
     from orchestrator.modality import Listing
     from orchestrator.predictor import Prediction, Written
     from orchestrator.store import Listing as FeatureListing
@@ -209,6 +210,21 @@ def _families(one: Listing) -> str:
     count = "1 type" if len(names) == 1 else f"{len(names)} types"
     timm = f", {len(rules.timm)} timm" if rules.timm else ""
     return f"{count}{timm}: {', '.join(names[:3])}" + (", …" if names[3:] else "")
+
+
+def show_settings(groups: Mapping[str, Sequence[Setting]], modalities: Sequence[str], as_json: bool) -> None:
+    """What can be set, by group; `modalities` have settings of their own, listed when they are asked for."""
+    if as_json:
+        print_json({name: [dataclasses.asdict(one) for one in several] for name, several in groups.items()})
+        return
+    for name, several in groups.items():
+        rows = [
+            [one.key.rpartition(".")[2], one.default, f"{one.takes}: {one.meaning}" if one.meaning else one.takes]
+            for one in several
+        ]
+        out.print(table([name, "default", "what it takes, and what for"], rows))
+    if modalities:
+        out.print("settings of a modality: " + ", ".join(f"orchestrator settings {name}" for name in modalities))
 
 
 def show_types(modality: str, as_json: bool) -> None:

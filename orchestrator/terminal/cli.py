@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.errors import REASONS, DataError, InterruptedRunError, JobError, OrchestratorError, missing_extra
+from orchestrator.errors import (
+    REASONS,
+    DataError,
+    InterruptedRunError,
+    JobError,
+    OrchestratorError,
+    did_you_mean,
+    missing_extra,
+)
 from orchestrator.terminal import feature_commands
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.flags import Json, name_flags, takes_flags
@@ -242,6 +250,37 @@ def plugins(
         answers.show_types(types, json_)
     else:
         answers.show_plugins(registry.listings(), json_)
+
+
+@app.command()
+def settings(
+    group: Annotated[
+        str | None, typer.Argument(help="job, data, training, scaling, or a modality: those of its plugin")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """List what can be set, with what it takes, its default and its meaning.
+
+    orchestrator settings training
+
+    orchestrator settings image
+    """
+    from orchestrator.job import job_reference, settings_of
+    from orchestrator.modality import registry
+    from orchestrator.terminal import answers
+
+    groups = dict(job_reference())
+    if group is not None and group in groups:
+        groups = {group: groups[group]}
+    elif group is not None:
+        if group not in registry.names():
+            names = [*groups, *registry.names()]
+            raise JobError(
+                f"there is no group of settings {group!r}", expected="one of " + ", ".join(names),
+                mend=did_you_mean(group, names) or "orchestrator settings",
+            )  # fmt: skip
+        groups = {group: settings_of(registry.get(group).settings, "settings.")}
+    answers.show_settings(groups, registry.names() if group is None else [], json_)
 
 
 app.add_typer(feature_commands.app, name="features")
