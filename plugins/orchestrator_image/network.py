@@ -18,7 +18,7 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 from orchestrator.errors import TrainingError
 from orchestrator.modality import Plan
 from orchestrator.network import Network, build_pooled, build_transformers, from_logits, from_pipeline
-from orchestrator_image import named_processor, processor_of
+from orchestrator_image import LargeImage, named_processor, processor_of
 from orchestrator_image.appearance import code_of_reading, convert
 
 if TYPE_CHECKING:
@@ -154,7 +154,9 @@ def _at_size(processor: Any, wanted: tuple[int, ...], given: int) -> dict[str, A
     return changes
 
 
-def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Image.Image], bool], dict[str, Tensor]]:
+def make_collate(
+    plan: Plan, directory: Path
+) -> Callable[[Sequence[Image.Image | LargeImage], bool], dict[str, Tensor]]:
     """Pillow images -> the processor's output, in training with augmentation in front of it."""
     processor = make_processor(plan, directory)
     augment = _augmentation(plan.input["augment"])
@@ -163,11 +165,19 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Image.Image]
     background, white_level = plan.input.get("background", "none"), plan.input.get("white_level")
     edge = _cropped_from(processor)
 
-    def collate(decoded: Sequence[Image.Image], train: bool) -> dict[str, Tensor]:
-        images = [convert(_seen(image, edge), mode, background, white_level) for image in decoded]
-        if train and augment is not None:
-            images = [augment(image) for image in images]
-        return dict(processor(images, return_tensors="pt"))
+    def one(image: Image.Image, train: bool) -> Image.Image:
+        image = convert(_seen(image, edge), mode, background, white_level)
+        return augment(image) if train and augment is not None else image
+
+    def collate(decoded: Sequence[Image.Image | LargeImage], train: bool) -> dict[str, Tensor]:
+        if not any(isinstance(image, LargeImage) for image in decoded):
+            return dict(processor([one(image, train) for image in decoded], return_tensors="pt"))
+        # One after the other, so that one large image is in memory at once.
+        each = [
+            processor([one(image.opened() if isinstance(image, LargeImage) else image, train)], return_tensors="pt")
+            for image in decoded
+        ]
+        return {key: torch.cat([values[key] for values in each]) for key in each[0]}
 
     return collate
 

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -291,6 +293,61 @@ def test_what_would_be_cropped_off_a_strip_is_never_resized() -> None:
 def middle(image: Image.Image) -> Image.Image:
     left, top = (image.width - 200) // 2, (image.height - 200) // 2
     return image.crop((left, top, left + 200, top + 200))
+
+
+def test_large_images_are_decoded_when_they_are_used_and_give_the_same(
+    tiny_resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import orchestrator_image
+    from orchestrator_image.network import make_collate
+
+    noise = Image.effect_noise((300, 200), 80).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    contents = [saved(noise, "PNG", exif=exif), icon("disc", 0, "black"), saved(noise.convert("P"), "PNG")]
+    plan = planned(tiny_resnet, folders(tmp_path / "data", lambda name, i: icon(name, i, "black")), augment="light")
+    collate = make_collate(plan, tiny_resnet)
+    found = []
+    for most in (2**24, 300 * 200 - 1):
+        monkeypatch.setattr(orchestrator_image, "_LARGE", most)
+        decoded = [decode("image", content) for content in contents]
+        large = [isinstance(one, orchestrator_image.LargeImage) for one in decoded]
+        assert large == [most < 2**24, False, most < 2**24]
+        for train in (False, True):
+            torch.manual_seed(0)
+            found.append(collate(decoded, train)["pixel_values"])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.slow
+def test_a_batch_of_large_images_takes_no_gigabytes(tiny_resnet: Path, tmp_path: Path) -> None:
+    """16 of 40 million pixels: some kB as files, 120 MB each in memory."""
+    plan = planned(tiny_resnet, folders(tmp_path / "data", lambda name, i: icon(name, i, "black")))
+    (tmp_path / "plan.json").write_text(plan.model_dump_json())
+    Image.new("RGB", (8_000, 5_000), "red").save(tmp_path / "large.png", compress_level=1)
+    program = """
+import resource, sys
+from pathlib import Path
+import orchestrator_image
+from orchestrator.job import Plan
+from orchestrator_image.network import make_collate
+plan, content = Plan.model_validate_json(Path("plan.json").read_text()), Path("large.png").read_bytes()
+collate = make_collate(plan, Path(sys.argv[1]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decoded = [orchestrator_image.decode({"image": content}) for _ in range(16)]
+assert collate(decoded, False)["pixel_values"].shape == (16, 3, 32, 32)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tiny_resnet)], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1_000_000  # kB; all of them are 1.9 GB
 
 
 def test_images_whose_greater_half_is_cropped_off_are_a_warning(
