@@ -20,7 +20,7 @@ BACKGROUNDS = {"white": 255, "grey": 128, "black": 0}
 """What transparent images may be laid over."""
 DEEP = "16 bits a channel"
 """What the adaptation of such images is called."""
-_FLAT = "flat on"
+_HIDDEN = "hidden on"
 _WHITE = 0xFFFF  # of 16 bits
 _VISIBLE = 4.0  # of 255, the deviation of an image on which one sees anything
 _MOST = 0.1  # of the variance is left: the image has lost most of it
@@ -90,10 +90,17 @@ def measure(image: Image, channels: int) -> Facts:
     facts: dict[str, int | float | str] = {"width": image.width, "height": image.height, "mode": image.mode}
     if is_deep(image.mode):
         facts["largest value"] = int(image.getextrema()[1])  # type: ignore[arg-type]
+    if _is_transparent(image):
+        facts["transparent"] = "yes"
     flat = [] if image.mode in ("1", "L") or is_deep(image.mode) else [*_flat_on(image, channels)]
     if flat:
-        facts[_FLAT] = " ".join(flat)
+        facts[_HIDDEN] = " ".join(flat)
     return facts
+
+
+def _is_transparent(image: Image) -> bool:
+    """Whether any pixel is; an alpha channel may be opaque throughout."""
+    return image.mode == "RGBA" and image.getextrema()[3][0] < 255  # type: ignore[index]
 
 
 def _flat_on(image: Image, channels: int) -> Iterator[str]:
@@ -103,12 +110,10 @@ def _flat_on(image: Image, channels: int) -> Iterator[str]:
     """
     import numpy as np
 
-    if image.mode == "RGBA":
+    if _is_transparent(image):
         steps = tuple(max(1, size // _SAMPLED) for size in (image.height, image.width))
         pixels = np.asarray(image)[:: steps[0], :: steps[1]].astype(np.float32)
         alpha = pixels[..., 3:] / np.float32(255)
-        if bool((alpha == 1).all()):
-            return
         seen = {"none": _variance(pixels[..., :3])}
         seen |= {
             name: _variance(pixels[..., :3] * alpha + np.float32(level) * (1 - alpha))
@@ -141,16 +146,16 @@ def losses(
     others = {name: n for name, n in profile.counts["mode"].items() if name != mode}
     if others:
         adaptations.append(_adapted("channels", ", ".join(others), mode, profile, lambda one: one["mode"] != mode))
-    if "RGBA" in others:
+    if "transparent" in profile.counts:
         used = "dropped" if background == "none" else f"laid over {background}"
-        adaptations.append(_adapted("transparency", "RGBA", used, profile, lambda one: one["mode"] == "RGBA"))
+        adaptations.append(_adapted("transparency", "RGBA", used, profile, lambda one: "transparent" in one))
         notes += _flattened(profile, background)
     deep = [name for name in others if is_deep(name)]
     if deep:
         used = "the upper 8" if white_level is None else f"0 to {white_level} as 0 to 255"
         adaptations.append(_adapted(DEEP, ", ".join(deep), used, profile, lambda one: is_deep(one["mode"])))
         notes += _outside_the_range(profile, white_level)
-    share = profile.share(lambda one: "grey values" in str(one.get(_FLAT, "")))
+    share = profile.share(lambda one: "grey values" in str(one.get(_HIDDEN, "")))
     if mode == "L" and share >= _FEW:
         notes.append(
             f"{share:.0%} of the images lose most of their variance as grey values (channels: {', '.join(others)} -> "
@@ -167,7 +172,7 @@ def _flattened(profile: Profile, background: str) -> list[str]:
     """A warning where the background hides the drawing of some images, with the one that hides the fewest."""
 
     def share(name: str) -> float:
-        return profile.share(lambda one: name in str(one.get(_FLAT, "")).split())
+        return profile.share(lambda one: name in str(one.get(_HIDDEN, "")).split())
 
     lost = share(background)
     if lost < _FEW:

@@ -184,6 +184,14 @@ def planned(backbone: Path, data: Path, **settings: Any) -> orchestrator.Plan:
     return orchestrator.plan(backbone=str(backbone), data=str(data), settings=settings)
 
 
+def test_an_alpha_channel_that_is_opaque_is_no_transparency(tmp_path: Path, tiny_resnet: Path) -> None:
+    data = folders(tmp_path / "data", lambda name, i: saved(drawn(name, i, "red", "white").convert("RGBA"), "PNG"))
+    plan = planned(tiny_resnet, data)
+    assert [one.what for one in plan.adaptations] == ["channels", "resize"]
+    content = (data / "disc" / "00.png").read_bytes()
+    assert same(as_rgb(content), drawn("disc", 0, "red", "white"))
+
+
 def lost(plan: orchestrator.Plan) -> list[str]:
     return [one for one in plan.warnings if "lose most of their variance" in one]
 
