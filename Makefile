@@ -1,9 +1,9 @@
-# make install | demo | test | lint | bench | picture; each makes .venv first, if it is missing or out of date.
+# make install | demo | test | lint | bench | picture | settings; each makes .venv first, if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-most test-ray test-fast lint bench rows picture clean
+.PHONY: install demo test test-most test-ray test-fast lint bench rows picture settings clean
 
 install: $(STAMP)
 
@@ -47,6 +47,10 @@ rows: $(STAMP)
 # docs/wings.svg, from the code; a test holds the two together.
 picture: $(STAMP)
 	$(BIN)/python scripts/draw_wings.py
+
+# docs/settings.md, from the models; a test holds the two together.
+settings: $(STAMP)
+	$(BIN)/python scripts/write_settings.py
 
 clean:
 	rm -rf .venv build dist runs examples/digits/data examples/digits/backbone

@@ -78,10 +78,11 @@ def finetune(
     """Train, and return the finished Run.
 
     `job` is a Job, a dict or the path of a YAML file; `fields` are set on top of it: `method="full"`,
-    `data="photos/"`, `training={"epochs": 3}` or `**{"training.epochs": 3}`. The same call again goes on
-    with an unfinished run and returns a finished one; `fresh` starts over. With `verify_content` every sample is read
-    to find out whether there are features of it, where by default a file of the same size and time of modification is
-    taken to be the same.
+    `data="photos/"`, `training={"epochs": 3}`, `**{"training.epochs": 3}` or `epochs=3`, the name of a setting that
+    one group alone has; `size=64` of the modality's own. `orchestrator settings` lists them. The same call again goes
+    on with an unfinished run and returns a finished one; `fresh` starts over. With `verify_content` every sample is
+    read to find out whether there are features of it, where by default a file of the same size and time of modification
+    is taken to be the same.
 
     `report` is called with what happens (`orchestrator.job.Event`); by default a progress bar shows it. `stop` is asked
     often; once it returns true the run stops, resumable. By default Ctrl-C and SIGTERM do that; who gives a

@@ -9,6 +9,7 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     layout        where in a folder the class folders lie: below splits, below one that wraps them
     metadata_tables  files beside a metadata.csv that names them
     table_rows    a table's cells -> rows
+    unlabelled    the same of tables without labels, for a finished run
     columns       which columns samples and labels stand in
     tables        CSV, Parquet, Arrow, JSON lines -> batches of cells
     delimited     CSV and TSV: separators, and quotation marks that close or do not
@@ -51,3 +52,4 @@ from orchestrator.data.table_store import (
     table_key as table_key,
     table_of as table_of,
 )
+from orchestrator.data.unlabelled import Unlabelled as Unlabelled, read_unlabelled as read_unlabelled

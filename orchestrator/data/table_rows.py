@@ -49,9 +49,9 @@ def open_rows(
         for at, (value, second, label, group, split) in enumerate(_cells(table, inputs, spec), 1):
             row = Row(origin.row(at), "", number, at, split=table.split)
             if sample[0].kind == "text":
-                _fill_text(row, value, second, len(inputs) > 1)
+                fill_text(row, value, second, len(inputs) > 1)
             else:
-                _fill_file(row, value)
+                fill_file(row, value)
             if row.uri and table.folders:
                 row.split = table.folders.get(posixpath.normpath(row.uri).split("/")[0])
                 row.problem = "" if row.split is not None else f"lies in none of {', '.join(table.folders)}"
@@ -94,7 +94,7 @@ def _cells(table: Table, inputs: Sequence[str], spec: Data) -> Iterator[_Cells]:
         )
 
 
-def _fill_text(row: Row, value: object, second: object, pair: bool) -> None:
+def fill_text(row: Row, value: object, second: object, pair: bool) -> None:
     """The text, or the two of a pair."""
     for text in (value, second) if pair else (value,):
         if not isinstance(text, str):
@@ -104,7 +104,7 @@ def _fill_text(row: Row, value: object, second: object, pair: bool) -> None:
     row.second = str(second).encode("utf-8", "surrogatepass") if pair else None
 
 
-def _fill_file(row: Row, value: object) -> None:
+def fill_file(row: Row, value: object) -> None:
     """The path or the bytes; also the Hugging Face form {bytes, path}."""
     if isinstance(value, dict):  # the Hugging Face form: {bytes, path}
         value = value.get("path") if value.get("bytes") is None else value["bytes"]

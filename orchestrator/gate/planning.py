@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.backbone import read_card, read_tensors, require_harmless, require_weights, with_digest
-from orchestrator.errors import RefusedError, missing_extra
+from orchestrator.errors import JobError, RefusedError, missing_extra
 from orchestrator.gate import decide
 from orchestrator.gate.recipes import first_weights, may_keep_features
 from orchestrator.gate.resolve import make_plan
@@ -149,7 +149,33 @@ def drafted(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[st
         job = {**job, "data": as_settings(job["data"])}
     if "data" in fields:
         fields = {**fields, "data": as_settings(fields["data"])}
-    return make_draft(job, fields)
+    return _with_plugin_settings(make_draft(job, fields))
+
+
+def _with_plugin_settings(draft: Draft) -> Draft:
+    """The draft with top-level names that are settings of its modality, and of nothing else, put there: `size=64`.
+
+    Raises `JobError` where `settings` has it as well.
+    """
+    unknown = [name for name in draft.tree if name not in Job.model_fields]
+    modality = draft.tree.get("modality", Job.model_fields["modality"].default)
+    if not unknown or modality not in registry.names():
+        return draft
+    tree, lines = dict(draft.tree), dict(draft.lines)
+    given = tree.get("settings") or {}
+    if not isinstance(given, Mapping):  # which the job's own check refuses
+        return draft
+    own = dict(given)
+    for name in unknown:
+        if name not in registry.get(modality).settings.model_fields:
+            continue
+        if name in own:
+            raise JobError(f"{name} is settings.{name}, and both are set", mend=f"leave out {name}")
+        own[name] = tree.pop(name)
+        tree["settings"] = own
+        if name in lines:
+            lines[f"settings.{name}"] = lines.pop(name)
+    return replace(draft, tree=tree, lines=lines)
 
 
 def without_rows(draft: Draft) -> Job:

@@ -5,6 +5,8 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
 
     spec      the Job and its parts; Python, YAML and flags become the same object
     drafts    what a person wrote -> a Job, each fault with its place
+    keys      every key of a job, and what a name without its group stands for
+    reference  what each key takes, its default and its meaning, out of the models
     places    what a place of the user's means: a path, a URI, a data set of the Hub
     split_names  which names mean a split
     plans     the plain data that travels: BackboneCard, Plan
@@ -34,7 +36,13 @@ from orchestrator.job.events import (
     PhaseBegan as PhaseBegan,
     Report as Report,
 )
-from orchestrator.job.figures import FIGURES as FIGURES, figure as figure, interval as interval
+from orchestrator.job.figures import (
+    FIGURES as FIGURES,
+    OF_TARGETS as OF_TARGETS,
+    figure as figure,
+    figures_of as figures_of,
+    interval as interval,
+)
 from orchestrator.job.files import (
     still_there as still_there,
     sync as sync,
@@ -74,6 +82,12 @@ from orchestrator.job.plans import (
     Phase as Phase,
     Plan as Plan,
     Recipe as Recipe,
+)
+from orchestrator.job.reference import (
+    Setting as Setting,
+    job_reference as job_reference,
+    setting_of as setting_of,
+    settings_of as settings_of,
 )
 from orchestrator.job.runs import (
     Run as Run,

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import JobError, did_you_mean
+from orchestrator.job.keys import all_keys, at_home, meant
 from orchestrator.job.spec import Job
 
 _RENAMED: Mapping[str, str] = {"training.num_shards": "training.num_microbatches"}
@@ -22,7 +23,8 @@ def make_job(job: Job | Mapping[str, Any] | str | Path | None = None, /, **field
     """A checked Job out of a Job, a dict, the path of a YAML file, or fields alone; fields win.
 
     A field is a top-level key (`method="full"`), a part (`training={"epochs": 3}`) that is merged into what
-    is there, or a dotted key (`**{"training.epochs": 3}`). Raises `JobError` with the place of the fault.
+    is there, a dotted key (`**{"training.epochs": 3}`), or the name of a setting that one group alone has (`epochs=3`).
+    Raises `JobError` with the place of the fault.
     """
     return make_draft(job, fields).job()
 
@@ -70,16 +72,31 @@ def make_draft(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping
             mend="pass one of these, or the fields by name: backbone=..., data=...",
         )
     # Each by itself: a field under its new name wins over a file that has the old one.
-    base, notes = _with_new_names(base)
+    base, notes = _with_new_names(_in_groups(base, lines, source))
     for old, new in _RENAMED.items():
         if old in lines:
             lines[new] = lines.pop(old)
-    for key, value in fields.items():
+    given, moved = at_home(fields, {})
+    for name, key in moved.items():
+        if key in given:
+            raise JobError(f"{name} is {key}, and both are set", mend=f"leave out {name}")
+        given[key] = fields[name]
+    for key, value in given.items():
         (today, renamed), more = _field_with_new_names(key, value)
         notes = (*notes, *more)
         _put(base, today, renamed)
         lines.pop(today, None)
     return Draft(base, source, lines, tuple(dict.fromkeys(notes)))
+
+
+def _in_groups(tree: dict[str, Any], lines: dict[str, int], source: str) -> dict[str, Any]:
+    """The tree of a file or a dict, with names that stand for one setting of a group put there, and their lines."""
+    kept, moved = at_home(tree, {key: f"{source}:{line}: " for key, line in lines.items()})
+    for name, key in moved.items():
+        _put(kept, key, tree[name])
+        if name in lines:
+            lines[key] = lines.pop(name)
+    return kept
 
 
 def _field_with_new_names(key: str, value: object) -> tuple[tuple[str, object], tuple[str, ...]]:
@@ -216,11 +233,12 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     given = fault.get("input")
     if fault["type"] == "extra_forbidden":
-        names = _keys_beside(fault["loc"])
+        *group, name = map(str, fault["loc"])
+        names = _keys_beside(fault["loc"]) if group else [*all_keys(), "settings.… of the modality"]
         return JobError(
             f"{where}unknown key {place}{more}",
             expected="one of " + ", ".join(names),
-            mend=did_you_mean(fault["loc"][-1], names) or "take it out, or use one of the keys above",
+            mend=meant(name, ".".join(group)) or "take it out, or use one of the keys above (orchestrator settings)",
         )
     if fault["type"] == "missing":
         return JobError(f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]), mend=f"give it: {place}")

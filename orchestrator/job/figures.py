@@ -8,9 +8,17 @@ from typing import Any
 FIGURES: dict[str, tuple[tuple[str, str], ...]] = {
     "single-label": (("accuracy", "accuracy"), ("macro F1", "macro_f1"), ("AUROC", "auroc")),
     "multi-label": (("average precision", "average_precision"), ("macro F1", "macro_f1"), ("AUROC", "auroc")),
-    "regression": (("MAE", "mae"), ("R2", "r2"), ("RMSE", "rmse")),
+    "regression": (("MAE", "mae"), ("R2", "r2"), ("scaled MAE", "scaled_mae"), ("RMSE", "rmse")),
 }
 """Task -> (title, key in the results) of what is shown, the one that counts first."""
+OF_TARGETS = (("MAE", "mae"), ("RMSE", "rmse"), ("R2", "r2"), ("scaled MAE", "scaled_mae"))
+"""What is shown of each of several targets."""
+
+
+def figures_of(task: str, *splits: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Those of `FIGURES` that a split has; all of them, where none has any. Several targets have no MAE in common."""
+    there = tuple((title, key) for title, key in FIGURES[task] if any(one.get(key) is not None for one in splits))
+    return there or FIGURES[task]
 
 
 def figure(value: float | None) -> str:

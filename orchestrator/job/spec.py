@@ -44,8 +44,9 @@ class Data(_Part):
     """Where the labelled samples are, and how they are split."""
 
     path: str = Field(
+        min_length=1,
         description="a folder of class folders, a .csv, .parquet or .jsonl table, a data set of the Hub (org/name) or "
-        "one that was saved to disk; a path or a URI such as s3://bucket/table.parquet"
+        "one that was saved to disk; a path or a URI such as s3://bucket/table.parquet",
     )
     subset: str | None = Field(None, description="of a data set of the Hub that has several")
     validation: str | None = Field(None, description="the validation split, where it stands on its own")
@@ -113,26 +114,36 @@ class Data(_Part):
 class Training(_Part):
     """How the weights are moved. `None` means: by the method's default, which the plan shows."""
 
-    epochs: int | None = Field(None, ge=1, le=100_000)
-    batch_size: int | None = Field(None, ge=1, description="samples a step, over all workers")
+    epochs: int | None = Field(
+        None, ge=1, le=100_000, description="passes over the training samples; default: by method, head 40, full 20, "
+        "scratch 40"
+    )  # fmt: skip
+    batch_size: int | None = Field(None, ge=1, description="samples a step, over all workers; default: 32")
     num_microbatches: int | None = Field(
         None,
         ge=1,
         description="parts that a step's batch is computed in, whatever the number of workers; more than "
         "there are workers is gradient accumulation; default: one for each worker, as the run begins",
     )
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float | None = Field(None, gt=0, description="of the body, and of the head unless given")
-    head_learning_rate: float | None = Field(None, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum")
+    learning_rate: float | None = Field(
+        None, gt=0, description="of the body, and of the head unless given; default: by method, head 0.003, full "
+        "0.001, scratch 0.001; ten times that for sgd"
+    )  # fmt: skip
+    head_learning_rate: float | None = Field(None, gt=0, description="of the new head; default: learning_rate")
+    weight_decay: float = Field(0.01, ge=0, description="of all weights but vectors: biases, norms")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="of the learning rate after its warm-up: down to 0, or as it is"
+    )
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="of all steps, linear from 0")
-    clip_norm: float | None = Field(1.0, gt=0, description="of the gradient over all parameters")
+    clip_norm: float | None = Field(1.0, gt=0, description="of the gradient over all parameters; null: none")
     class_weights: Literal["none", "auto"] = Field(
         "none", description="auto: rare classes count more, in inverse proportion to their training samples"
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="so much of each target is spread evenly over the classes"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where a GPU has it; of a frozen body's features where it is faster and as good"
     )
@@ -147,18 +158,18 @@ class Training(_Part):
         None, ge=1, le=1000, description="method head with augmentation: so many random views of each sample are kept; "
         "default: the body runs in every step"
     )  # fmt: skip
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of new weights, the order of samples, augmentation and dropout")
     deterministic: bool = Field(
         False, description="on a GPU: algorithms that give the same to the bit each time, where there are some; slower"
     )
-    checkpoint_every_s: float = Field(60.0, gt=0)
-    checkpoint_every_steps: int | None = Field(None, ge=1)
+    checkpoint_every_s: float = Field(60.0, gt=0, description="seconds from one checkpoint to the next")
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="steps instead of seconds")
 
 
 class Scaling(_Part):
     """Where it runs. One worker without an address needs no cluster and starts none."""
 
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(1, ge=1, description="processes that train; more than one run on Ray")
     address: str | None = Field(
         None, description="a Ray cluster to join: its address, 'auto', or 'local' to start one here"
     )
@@ -167,7 +178,9 @@ class Scaling(_Part):
         "head; default: the workers run it"
     )  # fmt: skip
     threads_per_worker: int | None = Field(None, ge=1, description="default: the cores over the workers")
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="auto: GPUs where there is one for each process, else CPUs"
+    )
     max_failures: int = Field(2, ge=0, description="how often a dead worker group is restarted")
 
 
@@ -186,11 +199,14 @@ _IDENTITY_VERSION = 2
 class Job(_Part):
     """All that a user asks for. Frozen; `orchestrator.plan` turns it into a Plan or refuses it."""
 
-    modality: str = "image"
+    modality: str = Field("image", description="image, audio, text, or another that `orchestrator plugins` lists")
     backbone: str = Field(description="org/name[@revision] on the Hub, a local directory, or an earlier run")
     data: Data
-    task: TaskName = "single-label"
-    method: Method = "head"
+    task: TaskName = Field("single-label", description="one class a sample, any number of them, or numbers")
+    method: Method = Field(
+        "head", description="head: the body is frozen, the new last layer is trained; full: everything, from the "
+        "pretrained weights; scratch: everything, from random weights"
+    )  # fmt: skip
     training: Training = Training()
     scaling: Scaling = Scaling()
     settings: dict[str, Any] = Field(default_factory=dict, description="the modality plugin's own settings")

@@ -9,6 +9,7 @@ a `Worker`, which knows its rank and device and exchanges tensors with the other
     loading    a checkpoint -> a network with its new head: transformers, timm, a plugin's own module
     optimizer  parameter groups and their rates
     pooled     a head of our own on bodies that transformers has no head for
+    usage      code for model cards: how an exported model is called, and what its scores say
     strategy   how the network lies on the workers: gradients, checkpoint, export, initial weights
     cut        where a network is cut into body and head, and the proof
     batchnorm  running statistics over microbatches, the same on any number of workers
@@ -39,6 +40,7 @@ from orchestrator.network.strategy import (
     Replicated as Replicated,
     Strategy as Strategy,
 )
+from orchestrator.network.usage import from_logits as from_logits, from_pipeline as from_pipeline
 from orchestrator.network.worker import (
     Worker as Worker,
     autocast as autocast,

@@ -45,7 +45,7 @@ class Network:
     [(int64 indices, inputs), ...]. None: the batch as it is."""
     usage: str = ""
     """Python that loads and calls the saved model without this package, for the model card; '' where
-    `transformers.pipeline` serves it."""
+    `transformers.pipeline` serves it by itself."""
     library: str = "transformers"
     """Which library that is, by the Hub's name."""
 

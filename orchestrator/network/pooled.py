@@ -20,6 +20,7 @@ from orchestrator.job import Plan
 from orchestrator.network.config import make_config
 from orchestrator.network.loading import load_body, new_layer, part_of, quiet
 from orchestrator.network.network import Inputs, Network, StateDict
+from orchestrator.network.usage import from_logits
 
 _NOTHING: tuple[str, ...] = ()
 HEAD_FILE = "head.safetensors"
@@ -46,7 +47,7 @@ head = load_file("{head_file}")
 with torch.no_grad():
     output = body(**inputs)
 logits = {pooled} @ head["weight"].T + head["bias"]
-print(body.config.id2label[int(logits.argmax())])"""
+{scores}"""
 
 
 class Pooled(nn.Module):
@@ -107,7 +108,7 @@ def build_pooled(
 
     usage = _USAGE.format(
         imports=imports, architecture=plan.row.architecture, head_file=HEAD_FILE, prepare=prepare,
-        pooled=_POOLINGS[plan.row.pool],
+        pooled=_POOLINGS[plan.row.pool], scores=from_logits(plan.job.task, "logits[0]", "body.config"),
     )  # fmt: skip
     new = {"trained": (), "pretrained": ("classifier.weight", "classifier.bias"), "random": tuple(module.state_dict())}
     return Network(module, ("classifier",), new[plan.weights], unused, save, usage=usage)

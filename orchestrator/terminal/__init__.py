@@ -7,5 +7,6 @@ In: arguments. Out: the same calls that Python makes, printed as tables at 80 co
     feature_commands  those of `orchestrator features`
     flags             every flag, and the setting that it sets
     answers           what the commands print: a table, or JSON
+    answers_json      the JSON alone
     console           plans, results and errors on a screen
 """

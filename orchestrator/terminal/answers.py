@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from orchestrator.errors import counted
 from orchestrator.job import BackboneCard, Run, figure
 from orchestrator.modality import registry
+from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
 
 if TYPE_CHECKING:
     from orchestrator.data import StoredTable
     from orchestrator.gate import Checked
+    from orchestrator.job import Setting
     from orchestrator.modality import Listing
-    from orchestrator.predictor import Prediction
+    from orchestrator.predictor import Prediction, Written
     from orchestrator.store import Listing as FeatureListing
 
 
 _WIDEST_EXAMPLE = 16
+_BOUNDLESS = 1_000_000  # columns
 
 
 def show_run(run: Run, as_json: bool) -> None:
     """The figures of a run, where its files are, and what to do with it next."""
     if as_json:
-        _print({"run": str(run.path), **run.results})
+        print_json({"run": str(run.path), **run.results})
         return
     show_results(run.results)
     where = _relative(run.path)
@@ -49,7 +53,7 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
     """What a backbone is, and how the data becomes its input."""
     card, fit = backbone.card, backbone.fit
     if as_json:
-        _print(
+        print_json(
             {
                 "accepted": True,
                 "backbone": card.source,
@@ -95,19 +99,23 @@ def _whose(card: BackboneCard, modality: str) -> str:
 def show_predictions(predictions: Sequence[Prediction], task: str, as_json: bool) -> None:
     """A line an input: what the model says of it, or why it cannot be read."""
     if as_json:
-        _print(
-            [
-                {"input": one.input, "problem": one.problem}
-                if one.problem
-                else {"input": one.input, "label": one.label, "score": one.score, "top": [list(t) for t in one.top]}
-                for one in predictions
-            ]
-        )
+        print_json([one.as_dict() for one in predictions])
         return
     titles = ["target", "value"] if task == "regression" else ["label", "score"]
-    # Whole where there is room; `--json` has them whole in any case.
-    cells = [[cut_middle(one.input, out.width * 2 // 5), *_prediction_cells(one, task)] for one in predictions]
-    out.print(table(["input", *titles, "then"], cells, right=(2,)))
+    # On a screen whole where there is room; into a pipe or a file always.
+    screen = out if out.is_terminal else Console(highlight=False, emoji=False, width=_BOUNDLESS)
+    cells = [[cut_middle(one.input, screen.width * 2 // 5), *_prediction_cells(one, task)] for one in predictions]
+    screen.print(table(["input", *titles, "then"], cells, right=(2,)))
+
+
+def show_written(written: Written, as_json: bool) -> None:
+    """How many predictions there are in the table, and how many inputs have a problem instead."""
+    if as_json:
+        print_json({"output": str(written.file), "rows": written.num_rows, "problems": written.num_problems})
+        return
+    out.print(f"{written.num_rows} rows in {written.file}", markup=False, soft_wrap=True)
+    if written.num_problems:
+        out.print(f"{written.num_problems} of them have no prediction: the column 'problem' says why")
 
 
 def _prediction_cells(one: Prediction, task: str) -> list[str]:
@@ -122,7 +130,7 @@ def _prediction_cells(one: Prediction, task: str) -> list[str]:
 def show_evaluation(figures: Mapping[str, Any], as_json: bool) -> None:
     """The figures on labelled data, over all and for each class."""
     if as_json:
-        _print(figures)
+        print_json(figures)
         return
     show_results({"task": figures["task"], "data": figures})
     if figures["num_seen"]:
@@ -132,10 +140,7 @@ def show_evaluation(figures: Mapping[str, Any], as_json: bool) -> None:
         )
     for note in figures["notes"]:
         out.print(note, markup=False, soft_wrap=True)
-    if figures["task"] == "regression":
-        rows = [[name, figure(one["mae"]), figure(one["r2"])] for name, one in figures["per_class"].items()]
-        out.print(table(["target", "MAE", "R2"], rows, right=(1, 2)))
-    else:
+    if figures["task"] != "regression":  # whose targets stand beside the figures
         worst = sorted((v, k) for k, v in figures["per_class"].items() if v is not None)[:10]
         what = "accuracy" if figures["task"] == "single-label" else "F1"
         out.print(table(["class", what], [[name, figure(value)] for value, name in worst], right=(1,)))
@@ -146,7 +151,7 @@ def show_evaluation(figures: Mapping[str, Any], as_json: bool) -> None:
 def show_plugins(listings: Sequence[Listing], as_json: bool) -> None:
     """What each modality takes and which backbones fit; below, why a broken one does not load."""
     if as_json:
-        _print(
+        print_json(
             [
                 {
                     "name": one.name,
@@ -184,20 +189,31 @@ def _families(one: Listing) -> str:
     return f"{count}{timm}: {', '.join(names[:3])}" + (", …" if names[3:] else "")
 
 
+def show_settings(groups: Mapping[str, Sequence[Setting]], modalities: Sequence[str], as_json: bool) -> None:
+    """What can be set, by group; `modalities` have settings of their own, listed when they are asked for."""
+    if as_json:
+        print_json({name: [dataclasses.asdict(one) for one in several] for name, several in groups.items()})
+        return
+    for name, several in groups.items():
+        rows = [
+            [one.key.rpartition(".")[2], one.default, f"{one.takes}: {one.meaning}" if one.meaning else one.takes]
+            for one in several
+        ]
+        out.print(table([name, "default", "what it takes, and what for"], rows))
+    if modalities:
+        out.print("settings of a modality: " + ", ".join(f"orchestrator settings {name}" for name in modalities))
+
+
 def show_types(modality: str, as_json: bool) -> None:
     """Every model type that a modality takes."""
     rules = registry.get(modality).rules
     if as_json:
-        _print({"types": sorted(rules.accepts), "timm": sorted(rules.timm)})
+        print_json({"types": sorted(rules.accepts), "timm": sorted(rules.timm)})
         return
     out.print(f"{modality}, from {rules.generated_from}", markup=False)
     out.print(", ".join(sorted(rules.accepts)), markup=False)
     if rules.timm:
         out.print(f"and {len(rules.timm)} timm architectures", markup=False)
-
-
-def _print(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False))
 
 
 def _relative(path: Path) -> str:
@@ -210,7 +226,7 @@ def _relative(path: Path) -> str:
 def show_features(listings: Sequence[FeatureListing], place: str, as_json: bool) -> None:
     """The sets of features of a storage, or of an object store."""
     if as_json:
-        _print([_as_dict(one) for one in listings])
+        print_json([_as_dict(one) for one in listings])
         return
     if not listings:
         out.print(f"there are no features in {place}", markup=False)
@@ -223,7 +239,7 @@ def show_features(listings: Sequence[FeatureListing], place: str, as_json: bool)
 def show_feature_set(one: FeatureListing, as_json: bool) -> None:
     """What a set of features is of."""
     if as_json:
-        _print(_as_dict(one))
+        print_json(_as_dict(one))
         return
     key = one.key
     inputs = key.get("input")
@@ -246,7 +262,7 @@ def show_pruned(
 ) -> None:  # fmt: skip
     """What was removed, or would be, and what is left; `tables` are the sample tables among it."""
     if as_json:
-        _print({"removed": [_as_dict(one) for one in removed], "left": [_as_dict(one) for one in left],
+        print_json({"removed": [_as_dict(one) for one in removed], "left": [_as_dict(one) for one in left],
                 "tables": [dataclasses.asdict(one) for one in tables], "dry_run": dry_run})  # fmt: skip
         return
     what = "would be removed" if dry_run else "removed"

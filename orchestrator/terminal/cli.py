@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.errors import REASONS, InterruptedRunError, JobError, OrchestratorError, missing_extra
+from orchestrator.errors import (
+    REASONS,
+    DataError,
+    InterruptedRunError,
+    JobError,
+    OrchestratorError,
+    did_you_mean,
+    missing_extra,
+)
 from orchestrator.terminal import feature_commands, run_commands
+from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.flags import Json, name_flags, takes_flags
+
+if TYPE_CHECKING:
+    from orchestrator.job import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -90,7 +102,7 @@ def plan(fields: dict[str, Any], job: JobFile = None, json_: Json = False) -> No
 
     made = make_plan(job, **fields)
     if json_:
-        print(made.model_dump_json(indent=1))
+        print_json(made.model_dump(mode="json"), indent=1)
     else:
         show_plan(made)
 
@@ -126,23 +138,67 @@ def predict(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="files, or folders of them; of a text model the texts themselves; - for the lines of standard input"
+            help="files, folders of them, or tables; of a text model also the texts themselves; - for the lines of "
+            "standard input"
         ),
     ],
     top: Annotated[int, typer.Option(min=1, help="so many classes each")] = 3,
+    output: Annotated[
+        str | None,
+        typer.Option(help="write a table instead: .csv, .parquet or .jsonl, with the scores of all classes"),
+    ] = None,
+    input_column: Annotated[
+        list[str] | None, typer.Option(help="of tables; default: that of the run, or the usual names (twice for pairs)")
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="what a table's paths are relative to; default: its folder")] = None,
     json_: Json = False,
 ) -> None:
-    """Classify files with a finished run. Exit code 1 if one of them cannot be read."""
+    """Say what a finished run predicts for new inputs. Exit code 1 if one of them cannot be read.
+
+    orchestrator predict runs/NAME photo.jpg more-photos/
+
+    orchestrator predict runs/NAME table.csv --output predictions.csv
+    """
     from orchestrator.job import open_finished
 
     opened = open_finished(run)  # before torch is imported, which takes seconds
-    from orchestrator.predictor import predict as run_predict
+    from orchestrator.predictor import predict as run_predict, require_output, write
     from orchestrator.terminal import answers
 
-    predictions = run_predict(opened, [one for given in inputs for one in (_lines() if given == "-" else [given])], top)
+    asked = [one for given in inputs for one in (_lines() if given == "-" else [as_input(given, opened)])]
+    columns = tuple(input_column or ()) or None
+    if output is not None:
+        require_output(output, asked)  # before the network is loaded
+        written = write(opened, asked, output, columns, root)
+        answers.show_written(written, json_)
+        if written.num_problems:
+            raise typer.Exit(1)
+        return
+    predictions = run_predict(opened, asked, top, input_column=columns, root=root)
     answers.show_predictions(predictions, opened.plan.job.task, json_)
     if any(one.problem for one in predictions):
         raise typer.Exit(1)
+
+
+def as_input(given: str, run: Run) -> str | Path:
+    """An argument of `predict`: of a text model a file that is there is read, and all else is a text.
+
+    Raises `DataError` for what is no text, but the name of a file that is not there.
+    """
+    from orchestrator.job import TABLE_SUFFIXES
+    from orchestrator.modality import registry
+
+    sample = registry.get(run.plan.job.modality).sample[0]
+    if sample.kind != "text":
+        return given
+    if os.path.isfile(given) or (os.path.isdir(given) and os.sep in given):
+        return Path(given)
+    if given.lower().endswith((*TABLE_SUFFIXES, *sample.suffixes)) and not any(map(str.isspace, given)):
+        raise DataError(
+            f"there is no file {given}", expected="a table or a file of text that is there, or a text",
+            mend="check the path; a text that looks like one: give it on standard input (-)",
+        )  # fmt: skip
+    return given
 
 
 def _lines() -> list[str]:
@@ -185,6 +241,37 @@ def plugins(
         answers.show_plugins(registry.listings(), json_)
 
 
+@app.command()
+def settings(
+    group: Annotated[
+        str | None, typer.Argument(help="job, data, training, scaling, or a modality: those of its plugin")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """List what can be set, with what it takes, its default and its meaning.
+
+    orchestrator settings training
+
+    orchestrator settings image
+    """
+    from orchestrator.job import job_reference, settings_of
+    from orchestrator.modality import registry
+    from orchestrator.terminal import answers
+
+    groups = dict(job_reference())
+    if group is not None and group in groups:
+        groups = {group: groups[group]}
+    elif group is not None:
+        if group not in registry.names():
+            names = [*groups, *registry.names()]
+            raise JobError(
+                f"there is no group of settings {group!r}", expected="one of " + ", ".join(names),
+                mend=did_you_mean(group, names) or "orchestrator settings",
+            )  # fmt: skip
+        groups = {group: settings_of(registry.get(group).settings, "settings.")}
+    answers.show_settings(groups, registry.names() if group is None else [], json_)
+
+
 app.add_typer(run_commands.app, name="runs")
 app.add_typer(feature_commands.app, name="features")
 
@@ -202,6 +289,10 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, where
 
 def main() -> None:
     """The entry point: every error becomes a message and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files are bytes, and texts hold halves of characters: what a stream cannot take becomes an escape.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -257,7 +348,7 @@ def run(arguments: list[str]) -> int:
 
 def _fail(error: OrchestratorError, as_json: bool) -> int:
     if as_json:
-        print(json.dumps({"accepted": False, **error.as_dict()}, ensure_ascii=False))
+        print_json({"accepted": False, **error.as_dict()})
     else:
         from orchestrator.terminal.console import show_error
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import OrchestratorError, counted
-from orchestrator.job import FIGURES, Parameters, Phase, Plan, figure, interval
+from orchestrator.job import OF_TARGETS, Parameters, Phase, Plan, figure, figures_of, interval
 from orchestrator.progress import err
 
 out = Console(highlight=False, emoji=False)
@@ -157,17 +157,32 @@ def _mb(num: int) -> str:
     return f"{num / 2**20:,.1f} MB"
 
 
+def show_targets(splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Of several targets each with its own figures: there is no mean of kilograms and metres."""
+    rows = []
+    for split, one in splits.items():
+        targets = one.get("per_class")
+        if one.get("mae") is None and isinstance(targets, Mapping):
+            rows += [
+                [name, split, *(figure(of.get(key)) for _, key in OF_TARGETS)]
+                for name, of in targets.items() if isinstance(of, Mapping)
+            ]  # fmt: skip
+    if rows:
+        out.print(table(["target", "split", *(title for title, _ in OF_TARGETS)], rows, right=(2, 3, 4, 5)))
+
+
 def show_results(results: Mapping[str, Any]) -> None:
     """The final figures of a run."""
-    rows, shown = [], FIGURES[results.get("task", "single-label")]
-    for split in ("validation", "test", "data"):
-        if split in results:
-            one = results[split]
+    splits = {split: results[split] for split in ("validation", "test", "data") if split in results}
+    rows, shown = [], figures_of(results.get("task", "single-label"), *splits.values())
+    for split, one in splits.items():
+        if one:
             values = [figure(one.get(key)) for _, key in shown]
             rows.append([split, one["num_samples"], values[0], interval(one, shown[0][1]), *values[1:]])
     if rows:
         titles = [title for title, _ in shown]
-        out.print(table(["split", "samples", titles[0], "95 % interval", *titles[1:]], rows, (1, 2, 4, 5)))
+        out.print(table(["split", "samples", titles[0], "95 % interval", *titles[1:]], rows, (1, 2, 4, 5, 6)))
+        show_targets(splits)
     else:
         out.print("no sample was held back, so there are no figures")
     if results.get("num_skipped"):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.job import parse_setting
+from orchestrator.job import Setting, parse_setting, setting_of
 
 _JOB = "The job"
 _DATA = "Data"
@@ -40,10 +40,20 @@ class Flag:
 
     def as_parameter(self) -> inspect.Parameter:
         """What typer reads."""
-        option = typer.Option(self.option, help=self.help, rich_help_panel=self.panel, metavar=self.metavar)
+        of_the_model = setting_of(f"{self.setting}.path" if self.setting == "data" else self.setting)
+        option = typer.Option(
+            self.option, help=_help(self, of_the_model), rich_help_panel=self.panel,
+            metavar=self.metavar or ("|".join(of_the_model.choices) if of_the_model else None) or None,
+        )  # fmt: skip
         return inspect.Parameter(
             self.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[self.kind | None, option]
         )
+
+
+def _help(flag: Flag, setting: Setting | None) -> str:
+    """What the flag says of itself, or the setting's own meaning; and the default, where that is a value."""
+    text = flag.help or (setting.meaning if setting else "")
+    return f"{text} [default: {setting.default}]" if setting and setting.default else text
 
 
 FLAGS = (
@@ -51,7 +61,7 @@ FLAGS = (
     Flag("--method", "method", _JOB,
          "head: new last layer only; full: everything; lp-ft: first the one, then the other; scratch: random weights"),
     Flag("--modality", "modality", _JOB, "image, or another that `plugins` lists"),
-    Flag("--task", "task", _JOB, "single-label, multi-label or regression"),
+    Flag("--task", "task", _JOB, "one class a sample, any number of them, or numbers"),
     Flag("--name", "name", _JOB, "of the run; made from the job by default"),
     Flag("--set", "", _JOB, "any setting: training.epochs=3 (repeatable)", list[str], "KEY=VALUE"),
     Flag("--data", "data", _DATA,
@@ -66,15 +76,15 @@ FLAGS = (
     Flag("--split-column", "data.split_column", _DATA, "a table's column that says train, validation or test"),
     Flag("--group-column", "data.group_column", _DATA, "samples of one group stay on one side of every split"),
     Flag("--num-train", "data.num_train", _DATA, "train on so many samples only", int),
-    Flag("--on-bad-sample", "data.on_bad_sample", _DATA, "fail or skip: what a broken sample does"),
+    Flag("--on-bad-sample", "data.on_bad_sample", _DATA, "what a broken sample does"),
     Flag("--epochs", "training.epochs", _TRAINING, None, int),
-    Flag("--batch-size", "training.batch_size", _TRAINING, "samples a step, over all workers", int),
+    Flag("--batch-size", "training.batch_size", _TRAINING, None, int),
     Flag("--learning-rate", "training.learning_rate", _TRAINING, None, float),
     Flag("--seed", "training.seed", _TRAINING, None, int),
     Flag("--size", "settings.size", _TRAINING, "input size, where the modality has one", int),
     Flag("--workers", "scaling.num_workers", _WHERE, "more than one: processes on Ray", int),
     Flag("--address", "scaling.address", _WHERE, "a Ray cluster; 'local' starts one here"),
-    Flag("--storage", "storage", _WHERE, "the directory of the runs [default: runs]"),
+    Flag("--storage", "storage", _WHERE, "the directory of the runs"),
     Flag("--feature-store", "feature_store", _WHERE, "s3://…: features of frozen bodies, for other machines too"),
 )  # fmt: skip
 _OPTIONS = {flag.setting: flag.option for flag in FLAGS if flag.setting} | {"data.path": "--data"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from orchestrator.errors import RefusedError
-from orchestrator.job import FIGURES, Plan, Run, figure, interval, list_runs, local_path, open_run, shown
+from orchestrator.job import Plan, Run, figure, figures_of, interval, list_runs, local_path, open_run, shown
+from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
 from orchestrator.terminal.flags import Json
 
@@ -21,6 +21,8 @@ StorageOf = Annotated[str | None, typer.Option(help="the directory of the runs [
 State = Literal["running", "finished", "unfinished", "damaged"]
 Order = Literal["name", "date", "result"]
 _WIDEST_PLACE = 24
+_ERRORS = ("MAE", "RMSE", "scaled MAE")
+"""Figures of which the smaller is the better."""
 _EPOCHS_SHOWN = 10
 
 
@@ -77,7 +79,7 @@ def show(
     if json_:
         job = plan.job.model_dump(mode="json", exclude_defaults=True)
         results = opened.results if opened.finished else None
-        print(json.dumps({**summary, "job": job, "metrics": opened.metrics, "results": results}))
+        print_json({**summary, "job": job, "metrics": opened.metrics, "results": results})
         return
     counts, card = plan.data.num_samples, plan.backbone
     rows: list[tuple[str, object]] = [
@@ -117,10 +119,10 @@ def compare(
     differing = [name for name in names if len({str(one.get(name)) for one in settings}) > 1]
     figures = [_figures(run) for run in opened]
     if json_:
-        print(json.dumps([
+        print_json([
             {"name": run.name, "settings": {name: one.get(name) for name in differing}, "figures": measured}
             for run, one, measured in zip(opened, settings, figures, strict=True)
-        ]))  # fmt: skip
+        ])  # fmt: skip
         return
     rows: list[list[object]] = [[name, *(_setting(one.get(name)) for one in settings)] for name in differing]
     rows += _figure_rows(opened, figures)
@@ -143,8 +145,8 @@ def _summary(run: Run) -> dict[str, Any]:
     results = run.results if state == "finished" else {}
     plan = _plan(run)
     task = plan.job.task if plan else None
-    title, key = FIGURES[task or "single-label"][0]
     figures = results.get("test") or results.get("validation") or {}
+    title, key = figures_of(task or "single-label", figures)[0]
     return {
         "name": run.name,
         "state": state,
@@ -203,7 +205,7 @@ def _outputs(plan: Plan) -> str:
 def _badness(row: Mapping[str, Any]) -> float:
     if row["value"] is None:
         return float("inf")
-    return float(row["value"]) if row["task"] == "regression" else -float(row["value"])
+    return float(row["value"]) if row["figure"] in _ERRORS else -float(row["value"])
 
 
 # --- how it is shown ---
@@ -211,7 +213,7 @@ def _badness(row: Mapping[str, Any]) -> float:
 
 def _show_list(rows: Sequence[Mapping[str, Any]], storage: str, as_json: bool) -> None:
     if as_json:
-        print(json.dumps([{**row, "changed": _when(row["changed"])} for row in rows], ensure_ascii=False))
+        print_json([{**row, "changed": _when(row["changed"])} for row in rows])
         return
     if not rows:
         out.print(f"there are no runs in {storage}", markup=False)
@@ -255,7 +257,7 @@ def _last(metrics: Sequence[Mapping[str, Any]]) -> set[int]:
 
 
 def _figure_rows(runs: Sequence[Run], figures: Sequence[Mapping[str, Any]]) -> list[list[object]]:
-    shown = {key: title for run in runs for title, key in FIGURES[run.plan.job.task]}
+    shown = {key: title for run in runs for title, key in figures_of(run.plan.job.task, *figures)}
     rows: list[list[object]] = []
     for key, title in shown.items():
         cells = []
@@ -275,7 +277,7 @@ def _judge(runs: Sequence[Run], figures: Sequence[Mapping[str, Any]]) -> None:
     if len({(one.get("num_samples"), run.plan.data.fingerprint) for one, run in zip(figures, runs, strict=True)}) > 1:
         out.print("these figures are of different samples")
         return
-    key = FIGURES[runs[0].plan.job.task][0][1]
+    key = figures_of(runs[0].plan.job.task, *figures)[0][1]
     edges = [one[f"{key}_95"] for one in figures if one.get(f"{key}_95")]
     if len(edges) == len(runs) and max(low for low, _ in edges) <= min(high for _, high in edges):
         out.print("the intervals overlap: the difference may be chance")

@@ -16,6 +16,7 @@ from orchestrator.testing.declaration import (
     check_name,
     check_pickle,
     check_rules,
+    refuse_while_imported,
 )
 from orchestrator.testing.samples import check_garbage, check_gate, check_toys
 
@@ -36,6 +37,7 @@ def check_modality(
     fit this one too, on purpose. Every task that is declared is trained for. Takes seconds, works in a temporary
     directory and downloads nothing.
     """
+    refuse_while_imported()
     check_declaration(modality)
     check_name(modality)
     check_rules(modality, shares)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,10 @@ from orchestrator.job import FIGURES, BackboneCard
 from orchestrator.modality import Modality, Sample, registry
 
 _HEAVY = ("torch", "ray", "transformers", "timm", "torchvision")
+LONGEST_S = 120.0
+"""How long a process of the check may take."""
+_OF_A_CHECK = "ORCHESTRATOR_CHECK_MODALITY"
+"""A variable of the environment of such processes, and of those that they start."""
 _CALLED = ("decode", "measure", "fit", "build", "batch", "toy")
 
 
@@ -122,42 +127,91 @@ def check_pickle(modality: Modality) -> None:
             ) from error  # fmt: skip
 
 
+def refuse_while_imported() -> None:
+    """Raise `ContractError` in a process that a check started: it would start another one, and that one the next."""
+    if _OF_A_CHECK in os.environ:
+        raise ContractError(
+            "the top module", "calls check_modality when it is imported",
+            expected="a module that only declares: every process that reads the plugin imports it, those of the check "
+            "among them",
+            mend="put the call into a test, def test_it_keeps_the_contract(): check_modality(...), or another file",
+        )  # fmt: skip
+
+
 def check_in_another_process(
     modality: Modality, card: BackboneCard, sample: Sample, settings: Mapping[str, Any]
 ) -> None:  # fmt: skip
     """What the gate calls works after a pickle, and imports nothing heavy: a laptop asks it."""
-    given = pickle.dumps((modality, card, sample, dict(settings)))
     modules = sorted({getattr(getattr(modality, part), "__module__", "") for part in (*_CALLED, "settings")} - {""})
-    done = subprocess.run(
-        [sys.executable, "-c", _ANOTHER_PROCESS, json.dumps([modules, _HEAVY])],
-        input=given, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+    if "__main__" in modules:
         raise ContractError(
-            "the top module", f"does not work in another process: {' '.join(last)}",
-            expected="that the modality can be unpickled and asked where only its package is installed",
+            "the top module", "stands in the script that is run, which no other process can import",
+            expected="a module of the plugin's own, as the entry point names it",
+            mend="call check_modality in another file, which imports the modality from its module",
         )  # fmt: skip
-    field, heavy = json.loads(done.stdout.decode().splitlines()[-1])
-    if heavy:
-        where = f"importing {field}" if field in modules else f"{field}()"
+    status, answer, complaint = _in_another_process(
+        [json.dumps([modules, _HEAVY])], pickle.dumps((modality, card, sample, dict(settings)))
+    )
+    if status:
         raise ContractError(
-            "the top module" if field in modules else field, f"{where} imports {', '.join(heavy)}",
+            "the top module", f"does not work in another process: {' '.join(complaint.strip().splitlines()[-1:])}",
+            expected="that the modality can be unpickled and asked where only its package is installed",
+            mend="let the module import what it needs, and read nothing that this process alone has set",
+        )  # fmt: skip
+    step, heavy, refused = json.loads(answer.splitlines()[-1])
+    if refused:
+        raise ContractError(**refused)
+    if heavy:
+        where = f"importing {step}" if step in modules else f"{step}()"
+        raise ContractError(
+            "the top module" if step in modules else step, f"{where} imports {', '.join(heavy)}",
             expected="neither torch nor ray nor transformers: the gate runs on any laptop, at once",
             mend="import them inside build and batch",
         )  # fmt: skip
 
 
+def _in_another_process(arguments: Sequence[str], given: bytes) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error) of a fresh interpreter; what it started ends with it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _ANOTHER_PROCESS, *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), _OF_A_CHECK: "1"},
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(given, timeout=LONGEST_S)
+    except subprocess.TimeoutExpired:
+        raise ContractError(
+            "the top module", f"is not imported and asked within {LONGEST_S:g} s in another process",
+            expected="decode, measure and fit of one toy sample, in seconds",
+            mend="wait for nothing there: no server, no lock, no input, no process that is not ended",
+        ) from None  # fmt: skip
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+    return process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
+
+
 _ANOTHER_PROCESS = """
 import importlib, json, pickle, sys
 modules, heavy = json.loads(sys.argv[1])
+from orchestrator.errors import ContractError
 def done(step):
     found = [name for name in heavy if name in sys.modules]
     if found:
-        print(json.dumps([step, found]))
+        print(json.dumps([step, found, None]))
         sys.exit()
 for name in modules:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ContractError as error:
+        print(json.dumps([name, [], {k: getattr(error, k) for k in ("field", "found", "expected", "mend")}]))
+        sys.exit()
     done(name)
 modality, card, sample, settings = pickle.loads(sys.stdin.buffer.read())
 from orchestrator.gate import match
@@ -169,5 +223,5 @@ done("measure")
 row = match(card, modality, {})
 modality.fit(card, row, modality.settings.model_validate(settings), Profile.of([facts]))
 done("fit")
-print(json.dumps(["", []]))
+print(json.dumps(["", [], None]))
 """

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from orchestrator.job import FIGURES, Plan, figure, interval
+from orchestrator.job import OF_TARGETS, Plan, figure, figures_of, interval
 from orchestrator.modality import registry
+from orchestrator.network import from_pipeline
 
 _PIPELINES = {
     # What `forward` takes first -> the Hub's name of the task, whatever plugin trained the model.
@@ -22,8 +23,7 @@ _PIPELINES = {
 _PIPELINE = """\
 from transformers import pipeline
 
-classify = pipeline("{task}", model=".")
-classify({what})"""
+{call}"""
 _OURS = """\
 import orchestrator  # with the plugin of the modality {modality}
 
@@ -84,7 +84,7 @@ def _header(
     if license_name:
         header["license"] = license_name
     if figures:
-        keys = [key for _, key in FIGURES[plan.job.task] if figures.get(key) is not None]
+        keys = [key for _, key in figures_of(plan.job.task, figures) if figures.get(key) is not None]
         result = {
             "task": {"type": task or plan.job.modality},
             "dataset": {"name": Path(plan.job.data.path).name, "type": "private", "split": split},
@@ -95,7 +95,7 @@ def _header(
 
 
 def _origin(plan: Plan, lineage: Mapping[str, Any]) -> str:
-    source = escape(plan.backbone.source)
+    source = escape(plan.backbone.repo_id or plan.backbone.name)  # where it lay on this machine is nobody's business
     commit = str(plan.backbone.commit or "")[:23]
     if plan.weights == "random":
         network = plan.row.architecture or plan.backbone.model_type
@@ -106,15 +106,20 @@ def _origin(plan: Plan, lineage: Mapping[str, Any]) -> str:
 
 def _table_of(plan: Plan, split: str, figures: Mapping[str, Any]) -> list[str]:
     columns = [(f"{split} samples", str(figures["num_samples"]))]
-    for title, key in FIGURES[plan.job.task]:
+    for title, key in figures_of(plan.job.task, figures):
         columns += [(title, figure(figures.get(key))), ("95 % interval", interval(figures, key))]
     shown = [(title, cell) for title, cell in columns if cell]
-    return [
-        "| " + " | ".join(title for title, _ in shown) + " |",
-        "|---" * len(shown) + "|",
-        "| " + " | ".join(cell for _, cell in shown) + " |",
-        "",
-    ]
+    lines = [*_rows([title for title, _ in shown], [[cell for _, cell in shown]]), ""]
+    if plan.job.task == "regression" and len(plan.classes) > 1:  # which have no MAE in common
+        rows = [[escape(name), *(figure(one.get(key)) for _, key in OF_TARGETS)]
+                for name, one in list(figures["per_class"].items())[:_MAX_CLASSES]]  # fmt: skip
+        lines += [*_rows(["target", *(title for title, _ in OF_TARGETS)], rows), ""]
+    return lines
+
+
+def _rows(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of Markdown."""
+    return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
 
 
 def _data(plan: Plan) -> list[str]:
@@ -138,7 +143,8 @@ def _data(plan: Plan) -> list[str]:
 def _usage(plan: Plan, task: str) -> str:
     """Python that calls the model: through transformers where that has a pipeline for it, else through this package."""
     if task:
-        return _PIPELINE.format(task=task, what='"a text"' if task == "text-classification" else '"a file"')
+        what, more = ('"a text"', ", truncation=True") if task == "text-classification" else ('"a file"', "")
+        return _PIPELINE.format(call=from_pipeline(plan.job.task, task, len(plan.classes), what, more))
     is_text = registry.get(plan.job.modality).sample[0].kind == "text"
     what, argument = ('"a text"', '"A TEXT"...') if is_text else ('"a file"', "FILE...")
     return _OURS.format(modality=plan.job.modality, run=plan.name, what=what, argument=argument)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class LoadedRun:
             try:
                 decoded[i] = self.decode(read())
             except Exception as error:
-                outcomes[i] = _problem(error)
+                outcomes[i] = problem_of(error)
         outcomes |= zip(decoded, self._scores(list(decoded.values())), strict=True)
         return [outcomes[i] for i in range(len(reads))]
 
@@ -67,7 +68,7 @@ class LoadedRun:
         try:
             return list(self.objective.scores(self.outputs(self.collate(decoded, False))))
         except Exception as error:
-            problem = _problem(error)
+            problem = problem_of(error)
         return [problem] if len(decoded) == 1 else [one for sample in decoded for one in self._scores([sample])]
 
 
@@ -93,16 +94,30 @@ def load_run(run: Run | str | Path, resources: ExitStack) -> LoadedRun:
     assert modality.build is not None
     assert modality.batch is not None
     worker = resources.enter_context(start_worker(plan.threads_per_worker, find_device("auto")))
-    network = modality.build(plan, run.model)
-    network.module.to(worker.device, memory_format=torch.channels_last)
-    network.module.eval().requires_grad_(False)
-    return LoadedRun(
-        run, plan, modality, modality.decode, modality.batch(plan, run.model), network, make_objective(plan, network),
-        worker,
-    )  # fmt: skip
+    with _built_from_its_files(run):
+        network = modality.build(plan, run.model)
+        network.module.to(worker.device, memory_format=torch.channels_last)
+        network.module.eval().requires_grad_(False)
+        collate, objective = modality.batch(plan, run.model), make_objective(plan, network)
+    return LoadedRun(run, plan, modality, modality.decode, collate, network, objective, worker)
 
 
-def _problem(error: Exception) -> str:
+@contextlib.contextmanager
+def _built_from_its_files(run: Run) -> Iterator[None]:
+    """What a library raises on values that no run of ours has becomes a `RefusedError`, with its trace behind it."""
+    try:
+        yield
+    except (OrchestratorError, ImportError):
+        raise
+    except Exception as error:
+        raise RefusedError(
+            "damaged", f"nothing can be built from {run.model}: {type(error).__name__}: {first_line(error)}",
+            expected="its files, and those beside it, as the run wrote them",
+            mend="put back what was changed, or train it again: --fresh",
+        ) from error  # fmt: skip
+
+
+def problem_of(error: Exception) -> str:
     """What is wrong with a sample. Raises the error again where it is no single sample's: a library is missing."""
     if isinstance(error, BadSampleError):
         return error.message

@@ -155,31 +155,47 @@ def _of_ranks(scores: npt.NDArray[np.float32], positive: npt.NDArray[np.bool_]) 
 
 
 def _regression(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
-    """Errors in the targets' own units; of several targets the mean, and each in `per_class`."""
+    """Errors of each target in its own unit, in `per_class`; over all of them only what has no unit.
+
+    `r2` and `scaled_mae`, the error in deviations of the target on these samples, are means over the targets. `mae` and
+    `rmse` are those of the one target there is, and None where there are several: kilograms and metres have no mean.
+    """
     targets, predicted = (array.astype(np.float64) for array in (predictions.targets, predictions.predicted))
     errors = np.abs(predicted - targets)
     centred = targets - targets.mean(axis=0)  # sums of squares stay small
-    each_mae, each_r2 = errors.mean(axis=0), _each_r2(np.ones(len(errors)), centred, errors)
-    drawn = [
-        (float((weights @ errors).mean() / weights.sum()), _mean_of_known(_each_r2(weights, centred, errors)))
-        for weights in resamples(len(errors))
+    values = _of_numbers(np.ones(len(errors)), centred, errors)
+    drawn = [_of_numbers(weights, centred, errors) for weights in resamples(len(errors))]
+    each = [
+        {
+            **with_interval("mae", float(values[0, i]), [float(one[0, i]) for one in drawn]),
+            "rmse": float(np.sqrt((errors[:, i] ** 2).mean())),
+            **with_interval("r2", float(values[1, i]), [float(one[1, i]) for one in drawn]),
+            **with_interval("scaled_mae", float(values[2, i]), [float(one[2, i]) for one in drawn]),
+        }
+        for i in range(len(classes))
     ]
+    means: dict[str, Any] = {}
+    for number, name in ((1, "r2"), (2, "scaled_mae")):
+        means |= with_interval(name, _mean_of_known(values[number]), [_mean_of_known(one[number]) for one in drawn])
+    of_one = ("mae", "mae_95", "rmse")
     return {
-        **with_interval("mae", float(errors.mean()), [mae for mae, _ in drawn]),
-        "rmse": float(np.sqrt((errors**2).mean())),
-        **with_interval("r2", _mean_of_known(each_r2), [r2 for _, r2 in drawn]),
-        "per_class": {name: {"mae": float(each_mae[i]), "r2": float(each_r2[i])} for i, name in enumerate(classes)},
+        **(dict.fromkeys(of_one) if len(each) > 1 else {name: each[0][name] for name in of_one}),
+        **means,
+        "per_class": dict(zip(classes, each, strict=True)),
     }
 
 
-def _each_r2(weights: Floats, centred: Floats, errors: Floats) -> Floats:
-    """The share of each target's variance that is explained, by how often each sample counts.
+def _of_numbers(weights: Floats, centred: Floats, errors: Floats) -> Floats:
+    """[3, targets]: MAE, R2, and MAE over the target's deviation, by how often each sample counts.
 
-    NaN for a target whose values are all equal: it has no variance, and is left out of the mean.
+    The last two are NaN for a target whose values are all equal: it has no variance, and is left out of their means.
     """
+    total = weights.sum()
     squares = weights @ centred**2
-    spread = squares - (weights @ centred) ** 2 / weights.sum()
-    return 1 - (weights @ errors**2) / np.where(spread > _SAME * squares, spread, np.nan)
+    spread = squares - (weights @ centred) ** 2 / total
+    spread = np.where(spread > _SAME * squares, spread, np.nan)
+    mae = (weights @ errors) / total
+    return np.stack([mae, 1 - (weights @ errors**2) / spread, mae / np.sqrt(spread / total)])
 
 
 def _mean_of_known(each: Floats) -> float:

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from orchestrator.modality import Plan
-from orchestrator.network import Inputs, Network, build_pooled, build_transformers
+from orchestrator.network import Inputs, Network, build_pooled, build_transformers, from_pipeline
 from orchestrator_audio import SPECTROGRAM, Recording
 
 Waveform = npt.NDArray[np.float32]
@@ -24,25 +24,44 @@ MASKED = {"wav2vec2-bert"}
 # transformers' own SpecAugment draws from numpy's global generator, which no seed of ours reaches.
 _NO_SPEC_AUGMENT = {"apply_spec_augment": False}
 
-_IMPORTS = "import soundfile\nimport soxr\nimport torch\nfrom transformers import AutoFeatureExtractor"
-_PREPARE = """\
+_IMPORTS = (
+    "import numpy as np\nimport soundfile\nimport soxr\nimport torch\nfrom transformers import AutoFeatureExtractor"
+)
+_READ = """\
 samples, rate = soundfile.read("a file", dtype="float32", always_2d=True)
-sound = soxr.resample(samples.mean(axis=1), rate, {rate})[:{most}]
+samples = samples[: -(-{most} * rate // {rate})].mean(axis=1)
+sound = soxr.resample(samples, rate, {rate})[:{most}]
+sound = np.pad(sound, (0, max(0, {least} - len(sound))))"""
+_PREPARE = """\
+{read}
 inputs = AutoFeatureExtractor.from_pretrained(".")(sound, sampling_rate={rate}, return_tensors="pt")"""
+_NATIVE = """\
+import numpy as np
+import soundfile
+import soxr
+from transformers import pipeline
+
+{read}
+{scores}"""
 
 
 def build_network(plan: Plan, directory: Path) -> Network:
     """A model for audio classification, exported with its feature extractor."""
+    rate = plan.input["sample_rate_hz"]
+    read = _READ.format(rate=rate, most=round(plan.input["max_seconds"] * rate), least=plan.input["min_samples"])
     if plan.row.pool:
-        extractor, rate = make_extractor(directory), plan.input["sample_rate_hz"]
+        extractor = make_extractor(directory)
         example = dict(extractor(np.zeros(rate, np.float32), sampling_rate=rate, return_tensors="pt"))
-        prepare = _PREPARE.format(rate=rate, most=round(plan.input["max_seconds"] * rate))
+        prepare = _PREPARE.format(read=read, rate=rate)
         return build_pooled(plan, directory, extractor, {}, example, _IMPORTS, prepare)
     chosen = getattr(transformers, plan.row.architecture)
     network = build_transformers(
         plan, directory, chosen, _NO_SPEC_AUGMENT, make_extractor(directory),
         fresh=lambda config: chosen(config),
     )  # fmt: skip
+    given = f'{{"raw": sound, "sampling_rate": {rate}}}'
+    scores = from_pipeline(plan.job.task, "audio-classification", len(plan.classes), given)
+    network.usage = _NATIVE.format(read=read, scores=scores)
     if plan.backbone.model_type not in (*SPECTROGRAM, *MASKED):
         network.parts = of_equal_length
     return network

@@ -9,6 +9,7 @@ import re
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,7 @@ from orchestrator.modality import (
     SampleField,
     Task,
 )
+from orchestrator_image.appearance import losses, measure as facts_of, with_alpha
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +40,11 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ENLARGED_TOO_FAR = 3.0
+_FEW = 0.01  # of the images: what happens to fewer is not worth a warning
+_LARGE = 2**24
+"""Pixels of an image: 48 MB in RGB, of which up to 64 are in memory at once."""
+_LONGEST = 100
+"""Times as long as wide: resized by its shorter side, a longer strip takes gigabytes, of which the centre is used."""
 _HEADERS = threading.Lock()  # filters of warnings are the whole process's, and decoding runs in threads
 _TIMM_SIZE = (3, 224, 224)
 
@@ -52,28 +59,60 @@ class Settings(BaseModel):
         "none",
         description="light: small rotations, shifts, scales and colours; flip: the same with mirroring",
     )
+    background: Literal["white", "grey", "black", "none"] = Field(
+        "white",
+        description="what transparent images are laid over; none: their transparency is dropped, so that the colours "
+        "behind it show",
+    )
+    white_level: int | None = Field(
+        None, ge=1, lt=2**31,
+        description="the value that is white in images of 16 bits a channel; default: 65535, of which the upper 8 bits "
+        "are taken",
+    )  # fmt: skip
 
 
-def decode(sample: Sample) -> Image:
-    """The image in the mode of its file, upright by its EXIF orientation, the first frame of several."""
+@dataclass(frozen=True)
+class LargeImage:
+    """One that was decoded, and is decoded again when it is used: many at once would take gigabytes."""
+
+    content: bytes
+
+    def opened(self) -> Image:
+        """The image as `decode` gives smaller ones."""
+        return _decoded(self.content)
+
+
+def decode(sample: Sample) -> Image | LargeImage:
+    """The image in the mode of its file, RGBA where that has transparency; upright by its EXIF orientation, the first
+    frame of several."""
+    content = sample["image"]
+    if not content:
+        raise BadSampleError("the file is empty")
+    image = _decoded(content)
+    return LargeImage(content) if image.width * image.height > _LARGE else image
+
+
+def _decoded(content: bytes) -> Image:
     try:
         from PIL import Image, ImageOps
     except ImportError:
         raise MissingExtraError("pillow", "image") from None
-    content = sample["image"]
-    if not content:
-        raise BadSampleError("the file is empty")
     try:
         with _HEADERS, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content))
+        if max(image.size) > _LONGEST * min(image.size):
+            raise BadSampleError(
+                f"is {image.width} x {image.height} pixels, more than {_LONGEST} times as long as wide: cut it up"
+            )
         image.load()
         if image.mode == "F":
-            raise BadSampleError("holds floating-point values, and nothing says which of them is white")
-        # Transparency is dropped, as the pipeline that serves the model does it; of a palette Pillow warns of that.
-        if image.mode == "P":
-            image.info.pop("transparency", None)
-        return ImageOps.exif_transpose(image) or image
+            raise BadSampleError(
+                "holds floating-point values, and nothing says which of them is white: save it with 8 or 16 bits"
+            )
+        image = with_alpha(image)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of its own, where there is nothing to turn, is as large
+        return image
     except BadSampleError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -84,9 +123,9 @@ def decode(sample: Sample) -> Image:
         raise BadSampleError(f"cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
-def measure(image: Image, card: BackboneCard) -> Facts:  # noqa: ARG001  # an image is measured without it
-    """Width and height in pixels, and Pillow's mode."""
-    return {"width": image.width, "height": image.height, "mode": image.mode}
+def measure(image: Image | LargeImage, card: BackboneCard) -> Facts:
+    """Width and height in pixels, Pillow's mode, and which ways to give it the backbone's channels hide its drawing."""
+    return facts_of(image.opened() if isinstance(image, LargeImage) else image, _channels(card))
 
 
 def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profile | None) -> Fit:
@@ -130,9 +169,16 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
         )
     adaptations, notes = [], []
     if profile is not None and profile.num_measured:
-        adaptations, notes = _hold_against(profile, height, width, "RGB" if channels == 3 else "L")
+        adaptations, notes = _hold_against(profile, height, width, "RGB" if channels == 3 else "L", settings)
+        notes += _cropped(profile, card)
     return Fit(
-        input={"size": [height, width], "channels": channels, "augment": settings.augment},
+        input={
+            "size": [height, width],
+            "channels": channels,
+            "augment": settings.augment,
+            "background": settings.background,
+            **({} if settings.white_level is None else {"white_level": settings.white_level}),
+        },
         adaptations=adaptations,
         warnings=notes,
         augmented=settings.augment != "none",
@@ -151,18 +197,10 @@ def _require_whole_patches(card: BackboneCard, row: BackboneRow, size: int) -> N
         )
 
 
-def _hold_against(profile: Profile, height: int, width: int, mode: str) -> tuple[list[Adaptation], list[str]]:
-    adaptations, notes = [], []
-    others = {name: n for name, n in profile.counts["mode"].items() if name != mode}
-    if others:
-        adaptations.append(
-            Adaptation(
-                what="channels",
-                received=", ".join(others),
-                used=mode,
-                share=profile.share(lambda one: one["mode"] != mode),
-            )
-        )
+def _hold_against(
+    profile: Profile, height: int, width: int, mode: str, settings: Settings
+) -> tuple[list[Adaptation], list[str]]:  # fmt: skip
+    adaptations, notes = losses(profile, mode, settings.background, settings.white_level)
     share = profile.share(lambda one: (one["height"], one["width"]) != (height, width))
     if share:
         received = f"{profile.ranges['width']} x {profile.ranges['height']}"
@@ -174,6 +212,21 @@ def _hold_against(profile: Profile, height: int, width: int, mode: str) -> tuple
             "a smaller settings.size is faster, and often as good, if the backbone takes it"
         )
     return adaptations, notes
+
+
+def _cropped(profile: Profile, card: BackboneCard) -> list[str]:
+    """A warning where images lose more than half to the processor, which resizes by the shorter edge and crops."""
+    if card.library == "timm":
+        crops = (card.config.get("pretrained_cfg") or {}).get("crop_mode") != "squash"
+    else:
+        crops = "shortest_edge" in str(_processor_settings(card).get("size"))
+    share = profile.share(lambda one: max(one["width"], one["height"]) > 2 * min(one["width"], one["height"]))
+    if not crops or share < _FEW:
+        return []
+    return [
+        f"{share:.0%} of the images are more than twice as long as wide, and the backbone's processor crops their "
+        "centre: more than half of each is not seen; cut them up, or fill them up to squares, beforehand"
+    ]
 
 
 def _own_size(card: BackboneCard) -> tuple[int, int]:
@@ -201,7 +254,7 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
             expected="size, mean and standard deviation of its training images",
             mend="save the image processor beside the model: AutoImageProcessor...save_pretrained()",
         )
-    settings = {**_defaults(card), **{k: v for k, v in card.preprocessor.items() if v is not None}}
+    settings = _processor_settings(card)
     cropped = settings.get("crop_size") if settings.get("do_center_crop") else None
     size = _height_width(cropped) or _height_width(settings.get("size")) or _image_size(card)
     if size is None or min(size) < 1:
@@ -211,6 +264,10 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
             mend="save the image processor beside the model: AutoImageProcessor...save_pretrained()",
         )
     return size
+
+
+def _processor_settings(card: BackboneCard) -> dict[str, Any]:
+    return {**_defaults(card), **{k: v for k, v in (card.preprocessor or {}).items() if v is not None}}
 
 
 def _defaults(card: BackboneCard) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import timm
 import torch
 import transformers
@@ -18,8 +17,9 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 
 from orchestrator.errors import TrainingError
 from orchestrator.modality import Plan
-from orchestrator.network import Network, build_pooled, build_transformers
-from orchestrator_image import named_processor, processor_of
+from orchestrator.network import Network, build_pooled, build_transformers, from_logits, from_pipeline
+from orchestrator_image import LargeImage, named_processor, processor_of
+from orchestrator_image.appearance import code_of_reading, convert
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,14 +33,51 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "aimv2_vision_model": {"use_head": False},
     "siglip_vision_model": {"vision_use_head": False},
 }
-_IMPORTS = "import torch\nfrom PIL import Image\nfrom transformers import AutoImageProcessor"
+_MAX_RESIZED = 2**24
+"""Pixels that an image may have once it is resized by its shorter edge."""
+_IMPORTS = "import torch\nfrom PIL import Image, ImageOps\nfrom transformers import AutoImageProcessor"
 _PREPARE = """\
-image = Image.open("a file").convert("RGB")
+{read}
 inputs = AutoImageProcessor.from_pretrained(".")(image, return_tensors="pt")"""
+_PIPELINE = """\
+from PIL import Image, ImageOps
+from transformers import pipeline
+
+{read}
+{scores}"""
+_MODEL = """\
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+{read}
+inputs = AutoImageProcessor.from_pretrained(".")(image, return_tensors="pt")
+model = AutoModelForImageClassification.from_pretrained(".").eval()
+with torch.no_grad():
+    logits = model(**inputs).logits
+{scores}"""
 
 
 def build_network(plan: Plan, directory: Path) -> Network:
     """An AutoModelForImageClassification whose config says the input size that it was trained with."""
+    if plan.row.pool:
+        height, width = plan.input["size"]
+        return build_pooled(
+            plan, directory, make_processor(plan, directory), _CHANGES.get(plan.backbone.model_type, {}),
+            {"pixel_values": torch.zeros(1, plan.input["channels"], height, width)}, _IMPORTS,
+            _PREPARE.format(read=code_of_reading(plan)),
+        )  # fmt: skip
+    network = _with_its_own_head(plan, directory)
+    if plan.input["channels"] == 3:
+        scores = from_pipeline(plan.job.task, "image-classification", len(plan.classes), "image")
+        network.usage = _PIPELINE.format(read=code_of_reading(plan), scores=scores)
+    else:  # the pipeline makes RGB of every image
+        scores = from_logits(plan.job.task, "logits[0]", "model.config")
+        network.usage = _MODEL.format(read=code_of_reading(plan), scores=scores)
+    return network
+
+
+def _with_its_own_head(plan: Plan, directory: Path) -> Network:
     if plan.backbone.library == "timm":
         return build_transformers(
             plan,
@@ -50,12 +87,6 @@ def build_network(plan: Plan, directory: Path) -> Network:
             processor=None,  # timm's settings stand in config.json
             fresh=_fresh_timm,
         )
-    if plan.row.pool:
-        height, width = plan.input["size"]
-        return build_pooled(
-            plan, directory, make_processor(plan, directory), _CHANGES.get(plan.backbone.model_type, {}),
-            {"pixel_values": torch.zeros(1, plan.input["channels"], height, width)}, _IMPORTS, _PREPARE,
-        )  # fmt: skip
     return build_transformers(
         plan, directory, getattr(transformers, plan.row.architecture), {}, make_processor(plan, directory),
         fresh=lambda config: getattr(transformers, plan.row.architecture)(config),
@@ -123,26 +154,53 @@ def _at_size(processor: Any, wanted: tuple[int, ...], given: int) -> dict[str, A
     return changes
 
 
-def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Image.Image], bool], dict[str, Tensor]]:
+def make_collate(
+    plan: Plan, directory: Path
+) -> Callable[[Sequence[Image.Image | LargeImage], bool], dict[str, Tensor]]:
     """Pillow images -> the processor's output, in training with augmentation in front of it."""
     processor = make_processor(plan, directory)
     augment = _augmentation(plan.input["augment"])
     mode = "RGB" if plan.input["channels"] == 3 else "L"
+    # A run of an earlier version dropped transparency.
+    background, white_level = plan.input.get("background", "none"), plan.input.get("white_level")
+    edge = _cropped_from(processor)
 
-    def collate(decoded: Sequence[Image.Image], train: bool) -> dict[str, Tensor]:
-        images = [convert(image, mode) for image in decoded]
-        if train and augment is not None:
-            images = [augment(image) for image in images]
-        return dict(processor(images, return_tensors="pt"))
+    def one(image: Image.Image, train: bool) -> Image.Image:
+        image = convert(_seen(image, edge), mode, background, white_level)
+        return augment(image) if train and augment is not None else image
+
+    def collate(decoded: Sequence[Image.Image | LargeImage], train: bool) -> dict[str, Tensor]:
+        if not any(isinstance(image, LargeImage) for image in decoded):
+            return dict(processor([one(image, train) for image in decoded], return_tensors="pt"))
+        # One after the other, so that one large image is in memory at once.
+        each = [
+            processor([one(image.opened() if isinstance(image, LargeImage) else image, train)], return_tensors="pt")
+            for image in decoded
+        ]
+        return {key: torch.cat([values[key] for values in each]) for key in each[0]}
 
     return collate
 
 
-def convert(image: Image.Image, mode: str) -> Image.Image:
-    """The image in the mode that the backbone takes; 16 bits become 8."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    return image if image.mode == mode else image.convert(mode)
+def _cropped_from(processor: Any) -> int:
+    """What the shorter edge becomes before the centre is cropped; 0 where images are not cropped."""
+    size = getattr(processor, "size", None) or {}
+    if isinstance(processor, TimmWrapperImageProcessor):
+        settings = processor.data_config
+        edge = max(settings["input_size"][1:]) / (settings.get("crop_pct") or 1.0)
+        return 0 if settings.get("crop_mode") == "squash" else round(edge)
+    return int(dict(size).get("shortest_edge") or 0)
+
+
+def _seen(image: Image.Image, edge: int) -> Image.Image:
+    """The image without ends of it that would be cropped off once it is resized, where that would be very large."""
+    short, long = sorted(image.size)
+    if edge * edge * long <= _MAX_RESIZED * short:
+        return image
+    left = max(4 * short, short * _MAX_RESIZED // (edge * edge)) + long % 2  # whole pixels on both sides
+    cut = (long - left) // 2
+    box = (cut, 0, cut + left, image.height) if image.width == long else (0, cut, image.width, cut + left)
+    return image.crop(box)
 
 
 def _augmentation(name: str) -> Callable[[Image.Image], Image.Image] | None:

@@ -19,6 +19,8 @@ from orchestrator.network import (
     Network,
     StateDict,
     build_transformers,
+    from_logits,
+    from_pipeline,
     load_body,
     make_config,
     new_layer,
@@ -31,14 +33,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _DENSE = "2_Dense"
-_USAGE = """\
+_POOLED = """\
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig
 
-model = SentenceTransformer(".")
-names = AutoConfig.from_pretrained(".").id2label
-logits = model.encode(["a text"], convert_to_tensor=True)
-print([names[int(i)] for i in logits.argmax(dim=-1)])"""
+model, config = SentenceTransformer("."), AutoConfig.from_pretrained(".")
+logits = model.encode([{text}], convert_to_tensor=True)
+{scores}"""
+_NATIVE = """\
+from transformers import pipeline
+
+{scores}"""
 
 
 def build_network(plan: Plan, directory: Path) -> Network:
@@ -48,7 +53,18 @@ def build_network(plan: Plan, directory: Path) -> Network:
     if plan.input["head"] == "pooled":
         return _build_pooled(plan, directory, tokenizer, changes)
     chosen = getattr(transformers, plan.row.architecture)
-    return build_transformers(plan, directory, chosen, changes, tokenizer, fresh=lambda config: chosen(config))
+    network = build_transformers(plan, directory, chosen, changes, tokenizer, fresh=lambda config: chosen(config))
+    text = '{"text": "a text", "text_pair": "another"}' if _of_pairs(plan) else '"a text"'
+    more = ", truncation=True"
+    network.usage = _NATIVE.format(
+        scores=from_pipeline(plan.job.task, "text-classification", len(plan.classes), text, more)
+    )
+    return network
+
+
+def _of_pairs(plan: Plan) -> bool:
+    columns = plan.job.data.input_column
+    return isinstance(columns, tuple) and len(columns) > 1
 
 
 def make_tokenizer(plan: Plan, directory: Path) -> Any:
@@ -134,7 +150,11 @@ def _build_pooled(plan: Plan, directory: Path, tokenizer: Any, changes: dict[str
     return Network(
         module, ("classifier",), new[plan.weights], unused,
         save=lambda folder, state_dict: _save(module, tokenizer, plan, folder, state_dict),
-        usage=_USAGE, library="sentence-transformers",
+        usage=_POOLED.format(
+            text='("a text", "another")' if _of_pairs(plan) else '"a text"',
+            scores=from_logits(plan.job.task, "logits[0]", "config"),
+        ),
+        library="sentence-transformers",
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import orchestrator
 from orchestrator.errors import BadSampleError, DataError
@@ -57,7 +59,7 @@ def photograph() -> Image.Image:
 
 def as_rgb(content: bytes) -> Image.Image:
     """The image as the network gets it, before it is resized."""
-    from orchestrator_image.network import convert
+    from orchestrator_image.appearance import convert
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -123,9 +125,245 @@ def test_unusual_images_are_what_the_pipeline_makes_of_them(name: str) -> None:
     assert same(as_rgb(content), as_the_pipeline(content))
 
 
-def test_what_is_behind_transparency_shows() -> None:
+def test_what_is_behind_transparency_shows_where_no_background_is_asked_for() -> None:
     assert as_rgb(hidden("RGB")).getpixel((0, 0)) == (255, 0, 0)
     assert decode("image", hidden("RGB")).mode == "RGBA"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LA",
+        "RGBA",
+        "RGB, one transparent colour",
+        "palette, one transparent colour",
+        "palette, transparency of each colour",
+    ],
+)
+def test_transparency_of_every_form_is_laid_over_the_background(name: str) -> None:
+    from orchestrator_image.appearance import BACKGROUNDS, convert
+
+    image = decode("image", UNUSUAL[name]())
+    alpha = np.asarray(image)[..., 3:] / 255
+    assert alpha.min() < 1
+    for background, level in BACKGROUNDS.items():
+        found = np.asarray(convert(image, "RGB", background), np.float64)
+        assert np.abs(found - (np.asarray(image)[..., :3] * alpha + level * (1 - alpha))).max() <= 1
+        grey = np.asarray(convert(image, "L", background), np.float64)
+        assert np.abs(grey[alpha[..., 0] == 0] - level).max(initial=0) <= 1
+
+
+def folders(root: Path, draw: Callable[[str, int], bytes], suffix: str = "png") -> Path:
+    """12 images of each of two classes."""
+    for name in ("disc", "cross"):
+        (root / name).mkdir(parents=True)
+        for i in range(12):
+            (root / name / f"{i:02}.{suffix}").write_bytes(draw(name, i))
+    return root
+
+
+def drawn(name: str, i: int, ink: str, paper: str) -> Image.Image:
+    image = Image.new("RGB", (64, 64), paper)
+    pen, (x, y, r) = ImageDraw.Draw(image), (20 + i, 40 - i, 8 + i % 6)
+    if name == "disc":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+    else:
+        pen.line((x - r, y - r, x + r, y + r), fill=ink, width=4)
+        pen.line((x - r, y + r, x + r, y - r), fill=ink, width=4)
+    return image
+
+
+def icon(name: str, i: int, ink: str) -> bytes:
+    """Drawn in the alpha channel alone: ink everywhere, and transparent but where the drawing is."""
+    image = Image.new("RGB", (64, 64), ink)
+    image.putalpha(drawn(name, i, "white", "black").convert("L"))
+    return saved(image, "PNG")
+
+
+def planned(backbone: Path, data: Path, **settings: Any) -> orchestrator.Plan:
+    return orchestrator.plan(backbone=str(backbone), data=str(data), settings=settings)
+
+
+def test_an_alpha_channel_that_is_opaque_is_no_transparency(tmp_path: Path, tiny_resnet: Path) -> None:
+    data = folders(tmp_path / "data", lambda name, i: saved(drawn(name, i, "red", "white").convert("RGBA"), "PNG"))
+    plan = planned(tiny_resnet, data)
+    assert [one.what for one in plan.adaptations] == ["channels", "resize"]
+    content = (data / "disc" / "00.png").read_bytes()
+    assert same(as_rgb(content), drawn("disc", 0, "red", "white"))
+
+
+def lost(plan: orchestrator.Plan) -> list[str]:
+    return [one for one in plan.warnings if "lose most of their variance" in one]
+
+
+def test_icons_drawn_in_the_alpha_channel_are_seen(tmp_path: Path, tiny_resnet: Path) -> None:
+    from orchestrator_image.network import make_collate
+
+    data = folders(tmp_path / "data", lambda name, i: icon(name, i, "black"))
+    plan = planned(tiny_resnet, data)
+    assert not lost(plan)
+    assert "transparency: RGBA -> laid over white" in map(str, plan.adaptations)
+    inputs = make_collate(plan, tiny_resnet)([decode("image", icon("disc", 3, "black"))], False)["pixel_values"]
+    assert float(inputs.std()) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("ink", "background", "mend"),
+    [("black", "black", "white"), ("white", "white", "black"), ("black", "none", "white")],
+)
+def test_a_background_that_hides_the_drawing_is_a_warning_whose_mend_mends(
+    tmp_path: Path, tiny_resnet: Path, ink: str, background: str, mend: str
+) -> None:
+    data = folders(tmp_path / "data", lambda name, i: icon(name, i, ink))
+    (note,) = lost(planned(tiny_resnet, data, background=background))
+    assert note.startswith("100% of the images")
+    assert "(transparency)" in note
+    assert f"settings.background = {mend}" in note
+    assert not lost(planned(tiny_resnet, data, background=mend))
+
+
+def test_a_few_images_that_become_one_flat_colour_are_a_warning_too(tmp_path: Path, tiny_resnet: Path) -> None:
+    data = folders(
+        tmp_path / "data", lambda name, i: saved(drawn(name, i, "red", "white"), "PNG") if i else icon(name, i, "white")
+    )
+    (note,) = lost(planned(tiny_resnet, data))
+    assert note.startswith("8% of the images")
+
+
+def deep(name: str, i: int, largest: int) -> bytes:
+    values = np.asarray(drawn(name, i, "white", "black").convert("L"), np.float64)
+    return saved(Image.fromarray((values / 255 * largest).astype(np.uint16)), "PNG")
+
+
+def test_images_of_12_bits_in_16_are_a_warning_whose_mend_mends(tmp_path: Path, tiny_resnet: Path) -> None:
+    from orchestrator_image.appearance import convert
+
+    data = folders(tmp_path / "data", lambda name, i: deep(name, i, 4000))
+    (note,) = lost(planned(tiny_resnet, data))
+    assert "the largest value of all is 4000: choose settings.white_level" in note
+    mended = planned(tiny_resnet, data, white_level=4000)
+    assert not mended.warnings or not lost(mended)
+    assert "16 bits a channel: I;16 -> 0 to 4000 as 0 to 255" in map(str, mended.adaptations)
+    seen = np.asarray(convert(decode("image", deep("disc", 0, 4000)), "RGB", "white", 4000))
+    assert (seen.min(), seen.max()) == (0, 255)
+    assert not lost(planned(tiny_resnet, folders(tmp_path / "whole", lambda name, i: deep(name, i, 65535))))
+    beyond = planned(tiny_resnet, data, white_level=1000)
+    assert any("values above 1000, which become white" in one for one in beyond.warnings)
+
+
+def test_colours_of_one_brightness_on_a_backbone_of_grey_values_are_a_warning(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTImageProcessor
+
+    from tests.conftest import save_backbone
+
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16,
+                       patch_size=4, num_channels=1)  # fmt: skip
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5])
+    backbone = save_backbone(tmp_path / "grey", config, processor)
+    data = folders(tmp_path / "data", lambda name, i: saved(drawn(name, i, "#ff0000", "#008200"), "PNG"))
+    (note,) = lost(planned(backbone, data))
+    assert "(channels: RGB -> L)" in note
+    plain = folders(tmp_path / "plain", lambda name, i: saved(drawn(name, i, "red", "white"), "PNG"))
+    assert not lost(planned(backbone, plain))
+
+
+def test_lab_images_have_grey_values_too() -> None:
+    from orchestrator_image.appearance import convert
+
+    image = decode("image", saved(Image.new("LAB", (8, 6), (200, 128, 128)), "TIFF"))
+    assert convert(image, "L").mode == "L"
+
+
+# --- strips ---
+
+
+def test_a_strip_that_would_take_gigabytes_once_resized_is_a_bad_sample(tmp_path: Path, tiny_resnet: Path) -> None:
+    data = folders(tmp_path / "data", lambda name, i: saved(drawn(name, i, "red", "white"), "PNG"))
+    (data / "disc" / "strip.png").write_bytes(saved(Image.new("RGB", (60_000, 1)), "PNG"))
+    with pytest.raises(DataError, match=r"strip\.png: is 60000 x 1 pixels, more than 100 times as long as wide"):
+        planned(tiny_resnet, data)
+    plan = orchestrator.plan(backbone=str(tiny_resnet), data={"path": str(data), "on_bad_sample": "skip"})
+    assert plan.data.num_skipped == 1
+
+
+def test_what_would_be_cropped_off_a_strip_is_never_resized() -> None:
+    """At 4096 pixels a strip of 20 to 1 would have 335 million; what is left of it is the same to a pixel's edge."""
+    from orchestrator_image import network
+
+    image = Image.effect_noise((400, 20), 80).convert("RGB").resize((4000, 200), Image.Resampling.BICUBIC)
+    assert network._seen(image, 32) is image
+    for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
+        cut = network._seen(turned, 4096)
+        assert sorted(cut.size) == [200, 800]
+        assert same(middle(turned), middle(cut))
+
+
+def middle(image: Image.Image) -> Image.Image:
+    left, top = (image.width - 200) // 2, (image.height - 200) // 2
+    return image.crop((left, top, left + 200, top + 200))
+
+
+def test_large_images_are_decoded_when_they_are_used_and_give_the_same(
+    tiny_resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import orchestrator_image
+    from orchestrator_image.network import make_collate
+
+    noise = Image.effect_noise((300, 200), 80).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    contents = [saved(noise, "PNG", exif=exif), icon("disc", 0, "black"), saved(noise.convert("P"), "PNG")]
+    plan = planned(tiny_resnet, folders(tmp_path / "data", lambda name, i: icon(name, i, "black")), augment="light")
+    collate = make_collate(plan, tiny_resnet)
+    found = []
+    for most in (2**24, 300 * 200 - 1):
+        monkeypatch.setattr(orchestrator_image, "_LARGE", most)
+        decoded = [decode("image", content) for content in contents]
+        large = [isinstance(one, orchestrator_image.LargeImage) for one in decoded]
+        assert large == [most < 2**24, False, most < 2**24]
+        for train in (False, True):
+            torch.manual_seed(0)
+            found.append(collate(decoded, train)["pixel_values"])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.slow
+def test_a_batch_of_large_images_takes_no_gigabytes(tiny_resnet: Path, tmp_path: Path) -> None:
+    """16 of 40 million pixels: some kB as files, 120 MB each in memory."""
+    plan = planned(tiny_resnet, folders(tmp_path / "data", lambda name, i: icon(name, i, "black")))
+    (tmp_path / "plan.json").write_text(plan.model_dump_json())
+    Image.new("RGB", (8_000, 5_000), "red").save(tmp_path / "large.png", compress_level=1)
+    program = """
+import resource, sys
+from pathlib import Path
+import orchestrator_image
+from orchestrator.job import Plan
+from orchestrator_image.network import make_collate
+plan, content = Plan.model_validate_json(Path("plan.json").read_text()), Path("large.png").read_bytes()
+collate = make_collate(plan, Path(sys.argv[1]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decoded = [orchestrator_image.decode({"image": content}) for _ in range(16)]
+assert collate(decoded, False)["pixel_values"].shape == (16, 3, 32, 32)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tiny_resnet)], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1_000_000  # kB; all of them are 1.9 GB
+
+
+def test_images_whose_greater_half_is_cropped_off_are_a_warning(
+    tmp_path: Path, tiny_resnet: Path, tiny_vit: Path
+) -> None:
+    wide = folders(tmp_path / "wide", lambda name, i: saved(drawn(name, i, "red", "white").resize((150, 64)), "PNG"))
+    assert any("crops their centre" in one for one in planned(tiny_resnet, wide).warnings)
+    assert not any("crops their centre" in one for one in planned(tiny_vit, wide).warnings)  # it squeezes them
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import orchestrator
 from orchestrator.errors import REASONS, JobError, RefusedError
@@ -319,3 +320,24 @@ def test_every_row_names_a_head_or_is_not_trainable() -> None:
     for modality in registry.available().values():
         assert not set(modality.rules.accepts) & set(modality.rules.refuses)
         assert {rule.reason for rule in modality.rules.refuses.values()} <= set(REASONS)
+
+
+def test_a_setting_of_the_modality_is_understood_without_its_group(tiny_resnet: Path, tmp_path: Path) -> None:
+    """As the command line's --size does it; what neither the job nor the modality knows is refused."""
+    data = tmp_path / "data"
+    for i in range(20):
+        file = data / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (i, 2 * i, 255 - i)).save(file)
+    (tmp_path / "job.yaml").write_text(f"backbone: {tiny_resnet}\ndata: {data}\nsize: 64\nepochs: 2\n")
+    for plan in (orchestrator.plan(tmp_path / "job.yaml"),
+                 orchestrator.plan(backbone=str(tiny_resnet), data=str(data), size=64, epochs=2)):  # fmt: skip
+        assert plan.job.settings == {"size": 64}
+        assert plan.recipe.num_epochs == 2
+    with pytest.raises(JobError, match=r"size is settings\.size, and both are set"):
+        orchestrator.plan(backbone=str(tiny_resnet), data=str(data), size=64, settings={"size": 32})
+    with pytest.raises(JobError, match=r"unknown key max_seconds"):
+        orchestrator.plan(backbone=str(tiny_resnet), data=str(data), max_seconds=3)
+    (tmp_path / "job.yaml").write_text(f"backbone: {tiny_resnet}\ndata: {data}\nsize: 1\n")
+    with pytest.raises(JobError, match=r"job\.yaml:3: settings\.size = 1"):
+        orchestrator.plan(tmp_path / "job.yaml")

@@ -42,6 +42,31 @@ def test_a_job_written_as_yaml_is_the_same_job(tmp_path: Path) -> None:
     assert make_job(file) == job
 
 
+def test_a_setting_without_its_group_is_understood_where_one_group_has_it(tmp_path: Path) -> None:
+    wanted = make_job(backbone="a/b", data={"path": "x", "label_column": "y"}, training={"epochs": 3, "batch_size": 8})
+    flat = {"backbone": "a/b", "data": "x", "label_column": "y", "epochs": 3, "batch_size": 8}
+    (tmp_path / "job.yaml").write_text("".join(f"{key}: {value}\n" for key, value in flat.items()))
+    for job in (make_job(**flat), make_job(flat), make_job(tmp_path / "job.yaml")):
+        assert job == wanted
+        assert job.digest() == wanted.digest()
+    assert make_job(label_column="y", **{key: flat[key] for key in ("backbone", "data")}).data == wanted.data
+    assert make_job(tmp_path / "job.yaml", epochs=9).training.epochs == 9  # fields win over the file
+    assert make_job(wanted, epochs=9).training == wanted.training.model_copy(update={"epochs": 9})
+    for both in ({"training": {"epochs": 4}}, {"training.epochs": 4}):
+        error = refusal(backbone="a/b", data="x", epochs=3, **both)
+        assert (error.message, error.mend) == ("epochs is training.epochs, and both are set", "leave out epochs")
+    assert "training.seed" in refusal(backbone="a/b", data="x", seed=3).mend
+
+
+def test_of_a_key_that_is_not_known_all_keys_are_named() -> None:
+    error = refusal(backbone="a/b", data="x", lerning_rate=1)
+    for name, model in (("data", Data), ("training", Training), ("scaling", Scaling)):
+        assert all(f"{name}.{key}" in error.expected for key in model.model_fields)
+    assert "method" in error.expected
+    assert error.mend == "did you mean training.learning_rate?"
+    assert "orchestrator settings" in refusal(backbone="a/b", data="x", zzz=1).mend
+
+
 def test_fields_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(GOOD + "  seed: 5\n")
@@ -58,7 +83,31 @@ def test_where_a_run_is_put_does_not_change_its_digest() -> None:
 @pytest.mark.parametrize(
     ("text", "message", "expected", "mend"),
     [
-        ("backbone: a/b\ndata: x\nepochs: 3\n", "job.yaml:3: unknown key epochs", "modality, backbone", ""),
+        (
+            "backbone: a/b\ndata: x\nepoch: 3\n",
+            "job.yaml:3: unknown key epoch",
+            "modality, backbone",
+            "did you mean training.epochs?",
+        ),
+        (
+            "backbone: a/b\ndata: x\nseed: 3\n",
+            "job.yaml:3: seed may be data.seed or training.seed",
+            "the group",
+            "did you mean training.seed?",
+        ),
+        (
+            "backbone: a/b\ndata: x\ntraining: {label_column: y}\n",
+            "job.yaml:3: unknown key training.label_column",
+            "epochs",
+            "did you mean data.label_column?",
+        ),
+        (
+            "backbone: a/b\ndata: x\nepochs: 3\ntraining: {epochs: 4}\n",
+            "job.yaml:3: epochs is training.epochs, and both are set",
+            "",
+            "leave out epochs",
+        ),
+        ("backbone: a/b\ndata: x\nepochs: many\n", "job.yaml:3: training.epochs = 'many'", "", ""),
         (
             "backbone: a/b\ndata: x\ntraining:\n  epoch: 3\n",
             "job.yaml:4: unknown key training.epoch",

@@ -183,6 +183,24 @@ def test_long_inputs_are_cut_in_the_middle() -> None:
     assert cut_middle("雨" * 40, 33).count("雨") == 16
 
 
+def test_several_targets_are_shown_each_with_its_own_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    """Figures that have a unit are never shown as one of all."""
+    from orchestrator.terminal.console import show_results
+
+    one = {"mae": 12.5, "rmse": 15.0, "r2": 0.5, "scaled_mae": 0.6}
+    both = {"mae": None, "rmse": None, "r2": 0.25, "r2_95": [0.1, 0.4], "scaled_mae": 0.7, "num_samples": 9}
+    show_results({"task": "regression", "test": {**both, "per_class": {"weight": one, "way": {**one, "mae": 4000.0}}}})
+    shown = capsys.readouterr().out
+    words = [line.split() for line in shown.splitlines()]
+    assert ["split", "samples", "R2", "95", "%", "interval", "scaled", "MAE"] in words
+    assert ["weight", "test", "12.5", "15", "0.500", "0.600"] in words
+    assert ["way", "test", "4,000", "15", "0.500", "0.600"] in words
+    show_results({"task": "regression", "test": {**one, "num_samples": 9, "per_class": {"weight": one}}})
+    shown = capsys.readouterr().out
+    assert "MAE" in shown
+    assert "weight" not in shown
+
+
 def test_predictions_of_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     from orchestrator.terminal import answers
 

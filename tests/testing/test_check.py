@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from orchestrator.errors import ContractError, OrchestratorError
 from orchestrator.job.plans import BackboneRow
 from orchestrator.modality import registry
 from orchestrator.modality.contract import BackboneRules, Modality, SampleField, Task
-from orchestrator.testing import check_modality
+from orchestrator.testing import check_modality, declaration
 from tests.conftest import REPOSITORY
 from tests.modality.test_registry import install
 from tests.tiny import make_bert, make_wav2vec2
@@ -194,6 +198,73 @@ def test_a_top_module_that_imports_torch(tmp_path: Path, monkeypatch: pytest.Mon
     error = caught(heavy_sensor.modality)
     assert error.field == "the top module"
     assert "importing heavy_sensor imports torch" in error.message
+
+
+COUNTED = """
+import os, sys
+with open({count!r}, "a") as file:
+    print(os.getpid(), file=file)
+if sum(1 for _ in open({count!r})) > 3:
+    os._exit(1)  # without the guard each import starts the next one
+"""
+
+
+def test_a_check_at_the_top_of_the_plugin_itself_starts_no_chain_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (REPOSITORY / "examples" / "third_party" / "orchestrator_sensor.py").read_text()
+    count = tmp_path / "imports"
+    called = f"\nfrom orchestrator.testing import check_modality\ncheck_modality(modality, {BACKBONE})\n"
+    (tmp_path / "eager_sensor.py").write_text(COUNTED.format(count=str(count)) + code + called)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ContractError, match="calls check_modality when it is imported") as error:
+        importlib.import_module("eager_sensor")
+    assert error.value.field == "the top module"
+    assert "put the call into a test" in error.value.mend
+    assert len(count.read_text().split()) == 2  # here, and in the one process of the check
+
+
+def test_a_plugin_in_the_script_that_is_run_is_told_where_to_call_the_check(tmp_path: Path) -> None:
+    code = (REPOSITORY / "examples" / "third_party" / "orchestrator_sensor.py").read_text()
+    called = f"\nfrom orchestrator.testing import check_modality\ncheck_modality(modality, {BACKBONE})\n"
+    (tmp_path / "script.py").write_text(code + called)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "script.py"], capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
+    assert "call check_modality in another file" in done.stderr.splitlines()[-1]
+
+
+def test_a_plugin_that_waits_in_another_process_is_given_up_and_what_it_started_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (REPOSITORY / "examples" / "third_party" / "orchestrator_sensor.py").read_text()
+    pid = tmp_path / "pid"
+    waits = f"""
+import os, subprocess, time
+if "ORCHESTRATOR_CHECK_MODALITY" in os.environ:
+    child = subprocess.Popen(["sleep", "600"])
+    with open({str(pid)!r}, "w") as file:
+        file.write(str(child.pid))
+    time.sleep(600)
+"""
+    (tmp_path / "waiting_sensor.py").write_text(waits + code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(declaration, "LONGEST_S", 5.0)
+    error = caught(importlib.import_module("waiting_sensor").modality)
+    assert "within 5 s in another process" in error.message
+    for _ in range(100):
+        if not _runs(pid.read_text()):
+            break
+        time.sleep(0.1)
+    assert not _runs(pid.read_text())
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_backbones_that_are_shared_on_purpose() -> None:

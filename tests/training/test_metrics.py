@@ -95,15 +95,38 @@ def test_several_labels_agree_with_scikit_learn() -> None:
 
 def test_numbers_agree_with_scikit_learn() -> None:
     random = np.random.default_rng(0)
-    targets = (1000 + 50 * random.normal(size=(200, 2))).astype(np.float32)
-    values = targets + (10 * random.normal(size=(200, 2))).astype(np.float32)
-    found = measure("regression", made(targets, values, values), ("x", "y"))
+    targets = (1000 + 50 * random.normal(size=(200, 1))).astype(np.float32)
+    values = targets + (10 * random.normal(size=(200, 1))).astype(np.float32)
+    found = measure("regression", made(targets, values, values), ("x",))
     assert found["mae"] == pytest.approx(sklearn_metrics.mean_absolute_error(targets, values), rel=1e-4)
     assert found["rmse"] == pytest.approx(sklearn_metrics.root_mean_squared_error(targets.ravel(), values.ravel()))
     assert found["r2"] == pytest.approx(sklearn_metrics.r2_score(targets, values), abs=1e-6)
-    assert found["per_class"]["x"]["mae"] == pytest.approx(np.abs(targets - values)[:, 0].mean(), rel=1e-4)
-    assert found["mae_95"][0] < found["mae"] < found["mae_95"][1]
-    assert found["r2_95"][0] < found["r2"] < found["r2_95"][1]
+    assert found["scaled_mae"] == pytest.approx(found["mae"] / targets.astype(float).std())
+    for name in ("mae", "r2", "scaled_mae"):
+        assert found[f"{name}_95"][0] < found[name] < found[f"{name}_95"][1]
+
+
+def test_targets_of_different_units_have_no_mae_in_common() -> None:
+    """Grams beside kilometres: what is said over both does not change with the unit of one."""
+    random = np.random.default_rng(0)
+    targets = random.normal(size=(300, 2)).astype(np.float32)
+    values = targets + random.normal(size=(300, 2)).astype(np.float32) * np.float32([0.1, 0.5])
+    units = np.float32([1000, 0.001])
+    small, large = (
+        measure("regression", made(targets * by, values * by, values * by), ("weight", "way")) for by in (1, units)
+    )
+    for found in (small, large):
+        assert (found["mae"], found["mae_95"], found["rmse"]) == (None, None, None)
+    for name in ("r2", "scaled_mae"):
+        assert small[name] == pytest.approx(large[name], rel=1e-4)
+        assert small[f"{name}_95"] == pytest.approx(large[f"{name}_95"], rel=1e-3)
+        assert small[name] == pytest.approx(np.mean([one[name] for one in small["per_class"].values()]))
+    for i, name in enumerate(("weight", "way")):
+        one, mean = large["per_class"][name], np.abs(targets - values)[:, i].mean() * units[i]
+        assert one["mae"] == pytest.approx(mean, rel=1e-4)
+        assert one["mae_95"][0] < one["mae"] < one["mae_95"][1]
+        assert one["rmse"] > one["mae"]
+    assert large["r2"] == pytest.approx(sklearn_metrics.r2_score(targets, values), abs=1e-4)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(1e6, 1.0), (0.0, 1e-5)])
@@ -121,7 +144,10 @@ def test_a_target_without_variance_has_no_share_of_it() -> None:
     """In the whole split, and in resamples: `null`, where NaN would be no JSON."""
     targets = np.array([[0.3, 1], [0.3, 2], [0.3, 3]], np.float32)
     found = measure("regression", made(targets, targets, targets), ("same", "x"))
-    assert found["per_class"]["same"] == {"mae": 0.0, "r2": None}
+    assert found["per_class"]["same"] == {
+        "mae": 0.0, "mae_95": [0.0, 0.0], "rmse": 0.0, "r2": None, "r2_95": None, "scaled_mae": None,
+        "scaled_mae_95": None,
+    }  # fmt: skip
     assert (found["r2"], found["r2_95"]) == (1.0, [1.0, 1.0])
     alone = measure("regression", made(targets[:, :1], targets[:, :1] + 1, targets[:, :1]), ("same",))
     assert (alone["r2"], alone["r2_95"]) == (None, None)

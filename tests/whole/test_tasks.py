@@ -72,8 +72,13 @@ def test_numbers_of_an_image(efficientnet: Path, kinds: Path, digits: Path, meth
         training={"epochs": 30 if method == "head" else 5},
     )  # fmt: skip
     assert run.figures["r2"] > 0.3
-    low, high = run.figures["mae_95"]
-    assert low < run.figures["mae"] < high
+    low, high = run.figures["scaled_mae_95"]
+    assert low < run.figures["scaled_mae"] < high
+    assert run.figures["mae"] is None  # of both together: each has its own
+    assert 0 < run.figures["per_class"]["value"]["mae"] < 50
+    card = (run.model / "README.md").read_text()
+    assert "| target | MAE | RMSE | R2 | scaled MAE |" in card
+    assert "| rest |" in card
     file = sorted((digits / "test").rglob("*.png"))[0]
     (ours,) = orchestrator.predict(run, [file])
     assert [name for name, _ in ours.top] == ["value", "rest"]

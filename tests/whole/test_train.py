@@ -785,10 +785,13 @@ def test_evaluating_takes_columns_as_the_run_had_them(tmp_path: Path) -> None:
     assert (open_["num_seen"], open_["notes"]) == (90, [])
     spec = orchestrator.job.spec.Data
     turned = orchestrator.evaluate(run, spec(path=str(tmp_path / "t.jsonl"), label_column=("high", "low")))
-    assert turned["mae"] == open_["mae"]
+    assert turned["per_class"] == open_["per_class"]
     other = table("o.jsonl", low="small", words="text")
     found = orchestrator.evaluate(run, spec(path=str(other), label_column=("small", "high")))
-    assert (found["mae"], found["notes"]) == (open_["mae"], ["the target 'low' is compared with the column 'small'"])
+    assert (found["per_class"], found["notes"]) == (
+        open_["per_class"],
+        ["the target 'low' is compared with the column 'small'"],
+    )
     with pytest.raises(DataError, match="'high' would be compared with what the model says of 'low'"):
         orchestrator.evaluate(run, spec(path=str(other), label_column=("high", "small")))
 

@@ -1,0 +1,76 @@
+"""Samples without labels out of a table: what a finished run is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.data.columns import find_inputs, input_columns
+from orchestrator.data.locations import path_or_location
+from orchestrator.data.rows import Row, inside, inside_store
+from orchestrator.data.table_rows import fill_file, fill_text
+from orchestrator.data.tables import open_table
+from orchestrator.errors import BadSampleError
+from orchestrator.job import Data
+from orchestrator.modality import Sample, SampleField
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """One row of a table, as far as it is read: its bytes or texts, or the place of its file."""
+
+    number: int
+    """From 1, as the rows of a table are counted everywhere."""
+    shown: str
+    """The path as it stands in the table, the text, or both of a pair; '' of bytes."""
+    sample: Sample = field(default_factory=dict)
+    """{field: its bytes}, which are empty where a file holds them."""
+    file: str = ""
+    """The absolute path or URI of that file."""
+    problem: str = ""
+
+    def read(self) -> Sample:
+        """{field: its bytes}. Raises `BadSampleError` or `OSError` where they cannot be read."""
+        if self.problem:
+            raise BadSampleError(self.problem)
+        if not self.file:
+            return self.sample
+        (name,) = self.sample
+        place = path_or_location(self.file)
+        return {name: place.read_bytes() if isinstance(place, Path) else place.read()}
+
+
+def read_unlabelled(spec: Data, sample: Sequence[SampleField]) -> Iterator[Unlabelled]:
+    """The rows of the table `spec.path`, one after the other; its `input_column` and `root` are used, if it has any.
+
+    A path that leaves the root is not read. Raises `DataError` where the table cannot be read, or has no such column.
+    """
+    table = open_table(path_or_location(spec.path), input_columns(spec))
+    names = find_inputs(table, spec, sample)
+    root = path_or_location(spec.root) if spec.root is not None else table.root
+    root = root.resolve() if isinstance(root, Path) else root
+    fields, resolved, number = [one.name for one in sample], dict[str, str](), 0
+    for batch in table.batches(list(names)):
+        for cells in zip(*(batch[name] for name in names), strict=True):
+            number += 1
+            row = Row("", "", number=number)
+            if sample[0].kind == "text":
+                fill_text(row, cells[0], cells[1] if len(cells) > 1 else None, len(cells) > 1)
+                yield _of_texts(row, fields, cells)
+                continue
+            fill_file(row, cells[0])
+            shown, file = row.uri, ""
+            if row.uri:
+                uri, why = inside(root, row.uri, resolved) if isinstance(root, Path) else inside_store(root, row.uri)
+                if uri is None:
+                    row.problem = f"the path {why} {root if isinstance(root, Path) else root.text}"
+                else:
+                    file = str(root / uri) if isinstance(root, Path) else root.join(uri).text
+            yield Unlabelled(number, shown, {fields[0]: row.content or b""}, file, row.problem)
+
+
+def _of_texts(row: Row, fields: Sequence[str], cells: Sequence[object]) -> Unlabelled:
+    texts = [text for text in (row.content, row.second) if text is not None]
+    shown = " | ".join("" if cell is None else str(cell) for cell in cells)
+    return Unlabelled(row.number, shown, dict(zip(fields, texts, strict=False)), problem=row.problem)

@@ -1,0 +1,156 @@
+"""What a run is asked about -> samples, one after the other: files, folders of them, texts, bytes, tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from orchestrator.data import columns_of, read_unlabelled
+from orchestrator.errors import BadSampleError, DataError
+from orchestrator.job import TABLE_SUFFIXES, Data
+from orchestrator.modality import Modality, Sample
+
+Input = str | Path | bytes | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One sample that a run is asked about."""
+
+    name: str
+    """What it is called in its Prediction: the path as it was given, or the text."""
+    read: Callable[[], Sample]
+    """{field: its bytes}. Raises `BadSampleError`, `OSError` or `ValueError` where it cannot be read."""
+    num_bytes: int
+    """Of the file, 0 where it cannot be asked; of a text its characters."""
+    held: int = 0
+    """Bytes of it that are in memory already."""
+    path: str = ""
+    """The absolute path, or the URI, of its file."""
+    table: str = ""
+    """The absolute path of the table that it stands in."""
+    row: int = 0
+    """And its row there, from 1."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where samples stand in tables."""
+
+    given: tuple[str, ...] = ()
+    """Columns that the user names."""
+    of_the_run: tuple[str, ...] = ()
+    """Columns that the run was trained on: taken where a table has them and the user names none."""
+    root: str | None = None
+    """What paths are relative to, and may not leave; None: the table's folder."""
+
+
+def asked_about(inputs: Iterable[Input], modality: Modality, columns: Columns) -> Iterator[Asked]:
+    """Each sample, in order.
+
+    Of a modality of files a str is a path; of texts it is the text itself, and a `Path` is a file of text or a table.
+    Raises `DataError` for a table that cannot be read, or a file that holds no such samples.
+    """
+    is_text = modality.sample[0].kind == "text"
+    for number, one in enumerate(inputs, 1):
+        if isinstance(one, bytes):
+            name = f"input {number}"
+            yield Asked(name, partial(_given, {modality.sample[0].name: one}), len(one), len(one))
+        elif is_text and not isinstance(one, Path):
+            yield _text(one, modality)
+        elif isinstance(one, tuple):
+            raise DataError(
+                f"input {number} is a tuple of texts, and {modality.name} takes files",
+                expected="paths, or bytes", mend="give the path of a file",
+            )  # fmt: skip
+        elif os.path.isfile(one) and Path(one).suffix.lower() in TABLE_SUFFIXES:
+            yield from _rows(str(one), modality, columns)
+        else:
+            yield from _files(one, modality)
+
+
+def _given(sample: Sample) -> Sample:
+    return sample
+
+
+def _text(one: str | tuple[str, ...], modality: Modality) -> Asked:
+    texts = one if isinstance(one, tuple) else (one,)
+    return Asked(" | ".join(texts), partial(_encoded, texts, modality), sum(map(len, texts)), sum(map(len, texts)))
+
+
+def _encoded(texts: Sequence[str], modality: Modality) -> Sample:
+    if len(texts) > len(modality.sample):
+        raise BadSampleError(f"{len(texts)} texts, and {modality.name} takes {len(modality.sample)} at most")
+    # A lone surrogate, which an argument that is not in UTF-8 becomes, is for `decode` to refuse.
+    return {
+        field.name: text.encode(errors="surrogatepass") for field, text in zip(modality.sample, texts, strict=False)
+    }
+
+
+def _files(one: str | Path, modality: Modality) -> Iterator[Asked]:
+    """The file; the files of a folder that the modality reads; anything else, an empty folder too, as it is."""
+    first = modality.sample[0]
+    suffix = Path(one).suffix.lower()
+    if first.kind == "text" and os.path.isfile(one) and suffix not in first.suffixes:
+        raise DataError(
+            f"{one} is a file, and neither a table nor a text",
+            expected="a file ending in " + ", ".join((*TABLE_SUFFIXES, *first.suffixes)),
+            mend="rename it; a text that is also the name of a file: give it on standard input (-), or in a table",
+        )
+    unlisted: list[OSError] = []
+    found = sorted(_below(Path(one), first.suffixes, unlisted)) if os.path.isdir(one) else []
+    for file in found:
+        yield Asked(str(file), partial(_content, file, modality), _size(str(file)), path=os.path.abspath(file))
+    for error in unlisted:
+        yield Asked(str(error.filename), partial(_raise, error), 0, path=os.path.abspath(error.filename))
+    if not found and not unlisted:
+        yield Asked(str(one), partial(_content, one, modality), _size(str(one)), path=os.path.abspath(one))
+
+
+def _below(folder: Path, suffixes: Sequence[str], unlisted: list[OSError]) -> Iterator[Path]:
+    """The files of these suffixes, hidden ones left out; folders that cannot be listed go to `unlisted`."""
+    for here, folders, names in os.walk(folder, onerror=unlisted.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = Path(here, name)
+            if not name.startswith(".") and file.suffix.lower() in suffixes and file.is_file():
+                yield file
+
+
+def _raise(error: OSError) -> Sample:
+    raise BadSampleError(f"its files cannot be listed: {error.strerror or error}")
+
+
+def _content(file: str | Path, modality: Modality) -> Sample:
+    if os.path.isdir(file):
+        raise BadSampleError(f"is a folder, and holds no file of {', '.join(modality.sample[0].suffixes)}")
+    return {modality.sample[0].name: Path(file).read_bytes()}
+
+
+def _rows(place: str, modality: Modality, columns: Columns) -> Iterator[Asked]:
+    whole = os.path.abspath(place)
+    usual = columns.of_the_run
+    chosen = columns.given or (usual if set(usual) <= set(columns_of(Data(path=whole), usual)) else ())
+    spec = Data(path=whole, input_column=chosen or None, root=columns.root)
+    for row in read_unlabelled(spec, modality.sample):
+        held = sum(map(len, row.sample.values()))
+        yield Asked(
+            row.shown or f"{place} row {row.number}",
+            row.read,
+            held or _size(row.file),
+            held,
+            row.file,
+            whole,
+            row.number,
+        )
+
+
+def _size(file: str) -> int:
+    """In bytes; 0 where it cannot be asked: that is met again, and told, when the file is read."""
+    try:
+        return os.stat(file).st_size
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,139 @@
+"""Samples -> predictions, in the order of the inputs; some hundred samples are in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from orchestrator.data import split_by_size
+from orchestrator.job import Plan, Run
+from orchestrator.predictor.inputs import Asked, Columns, Input, asked_about
+from orchestrator.training import LoadedRun, load_run
+
+_WINDOW = 1024
+"""So many samples are sorted by their length and computed together."""
+_WINDOW_BYTES = 64 * 2**20
+"""Fewer, where a table holds this much of them itself."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one input."""
+
+    input: str
+    """The path as it was given, the text, `input 3` of bytes, `table.parquet row 3` of bytes in a table."""
+    label: str
+    """The class; multi-label: the classes above one half, joined by ' + ', '' if there is none; regression: ''."""
+    score: float
+    """The probability of the first of `top`; regression: the value of the first target."""
+    top: tuple[tuple[str, float], ...]
+    """The most probable classes, in falling order; regression: every target with its value."""
+    problem: str = ""
+    """Why there is no prediction."""
+    path: str = ""
+    """The absolute path, or the URI, of the input's file; '' where it has none."""
+    table: str = ""
+    """The absolute path of the table that it stands in; '' where it stands in none."""
+    row: int = 0
+    """Its row in that table, from 1."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints; without what there is not."""
+        found: dict[str, Any] = {"input": self.input}
+        found |= {"path": self.path} if self.path else {}
+        found |= {"table": self.table, "row": self.row} if self.table else {}
+        if self.problem:
+            return found | {"problem": self.problem}
+        return found | {"label": self.label, "score": self.score, "top": [list(one) for one in self.top]}
+
+
+def predict(
+    run: Run | str | Path,
+    inputs: Iterable[Input] | str | Path | bytes,
+    top: int = 3,
+    *,
+    input_column: str | tuple[str, ...] | None = None,
+    root: str | None = None,
+) -> list[Prediction]:
+    """One Prediction for each input: the path of a file, or its bytes; of text the text itself, or a tuple of two.
+
+    A folder stands for all files of the modality's kind below it, in order; a table (.csv, .tsv, .parquet, .jsonl) for
+    its rows, by `input_column`, by default the columns of the run or the usual names, its paths relative to `root`, by
+    default its folder. Of a model for text a str is a text, never a file: a table or a file of text is a `Path`. An
+    input that cannot be read, or that the network cannot take, gets a Prediction with its `problem`, and the others
+    theirs.
+
+    Raises `RefusedError` for a run that has not finished or is damaged, and for a table that cannot be read.
+    """
+    with ExitStack() as resources:
+        return list(predictions(load_run(run, resources), inputs, top, input_column, root))
+
+
+def predictions(
+    loaded: LoadedRun,
+    inputs: Iterable[Input] | str | Path | bytes,
+    top: int,
+    input_column: str | tuple[str, ...] | None,
+    root: str | None,
+) -> Iterator[Prediction]:
+    """The same, one after the other: nothing is kept of those that were taken."""
+    given: Iterable[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else inputs
+    columns = Columns(_columns(input_column), _columns(loaded.plan.job.data.input_column), root)
+    for asked in _windows(asked_about(given, loaded.modality, columns)):
+        outcomes = _outcomes(loaded, asked)
+        for i, one in enumerate(asked):
+            yield _prediction(one, outcomes[i], loaded.plan, top)
+
+
+def _columns(named: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (named,) if isinstance(named, str) else tuple(named or ())
+
+
+def _windows(asked: Iterator[Asked]) -> Iterator[list[Asked]]:
+    window: list[Asked] = []
+    held = 0
+    for one in asked:
+        window.append(one)
+        held += one.held
+        if len(window) == _WINDOW or held >= _WINDOW_BYTES:
+            yield window
+            window, held = [], 0
+    if window:
+        yield window
+
+
+def _outcomes(loaded: LoadedRun, asked: Sequence[Asked]) -> dict[int, Tensor | str]:
+    """Number in `asked` -> scores, float32 [classes], or what is wrong."""
+    sizes = np.array([one.num_bytes for one in asked], np.int64)
+    # Like lengths together waste no padding; results come in the order of the inputs all the same.
+    order = np.argsort(sizes, kind="stable") if loaded.modality.length_bucketing else np.arange(len(asked))
+    outcomes: dict[int, Tensor | str] = {}
+    for piece in split_by_size(sizes[order]):
+        numbers = order[piece].tolist()
+        outcomes |= zip(numbers, loaded.outcomes([asked[number].read for number in numbers]), strict=True)
+    return outcomes
+
+
+def _prediction(one: Asked, outcome: Tensor | str, plan: Plan, top: int) -> Prediction:
+    where = {"path": one.path, "table": one.table, "row": one.row}
+    if isinstance(outcome, str):
+        return Prediction(one.name, "", 0.0, (), outcome, **where)  # type: ignore[arg-type]
+    label, ranked = _said(outcome, plan, top)
+    return Prediction(one.name, label, ranked[0][1], ranked, **where)  # type: ignore[arg-type]
+
+
+def _said(scores: Tensor, plan: Plan, top: int) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """(label, top) of a Prediction."""
+    if plan.job.task == "regression":
+        return "", tuple(zip(plan.classes, scores.tolist(), strict=True))
+    best = scores.topk(max(1, min(top, len(plan.classes))))
+    ranked = tuple((plan.classes[k], v) for k, v in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    if plan.job.task == "multi-label":
+        return " + ".join(plan.classes[k] for k in (scores > 0.5).nonzero().flatten().tolist()), ranked
+    return ranked[0][0], ranked
