@@ -252,8 +252,8 @@ def test_a_reformer_whose_body_is_to_move_is_refused(tmp_path: Path) -> None:
     """While it is trained it takes texts of one length alone: a ValueError in the first step."""
     tokenizer = make_tokenizer()
     config = transformers.ReformerConfig(
-        vocab_size=len(tokenizer), is_decoder=False, axial_pos_shape=[4, 6], axial_pos_embds_dim=[16, 16], hidden_size=32,
-        num_attention_heads=2, attention_head_size=8, feed_forward_size=32, attn_layers=["local", "lsh"],
+        vocab_size=len(tokenizer), is_decoder=False, axial_pos_shape=[4, 6], axial_pos_embds_dim=[16, 16],
+        hidden_size=32, num_attention_heads=2, attention_head_size=8, feed_forward_size=32, attn_layers=["local", "lsh"],
         lsh_attn_chunk_length=8, local_attn_chunk_length=8, max_position_embeddings=48, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     backbone = save_backbone(tmp_path / "reformer", config, tokenizer, "ReformerForSequenceClassification")
