@@ -57,6 +57,7 @@ from orchestrator.job import (
 )
 from orchestrator.modality import registry
 from orchestrator.progress import progress
+from orchestrator.rehearsal import rehearsed
 
 if TYPE_CHECKING:
     from orchestrator.training import WorkerSpec
@@ -229,6 +230,7 @@ def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, opt
 
     with held.scratch() as folder:
         plan, prepared = prepare(job, resolved, folder)
+        plan = rehearsed(plan, prepared, resolved.plugin)
         texts = _texts(run, job, plan, prepared)  # what cannot be written down is found before anything is removed
         held.clear()  # also what is left of one that a start over was cut off in removing
         TableStore(held.folder.parent).put(folder, held)

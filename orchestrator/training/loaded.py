@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.backbone import read_card, read_tensors, require_harmless
-from orchestrator.errors import BadSampleError, OrchestratorError, RefusedError, first_line
+from orchestrator.errors import OrchestratorError, RefusedError, fault_of_sample, first_line
 from orchestrator.gate import num_cores
 from orchestrator.job import Plan, Run, open_run
 from orchestrator.modality import Collate, Decode, Modality, Sample, registry
@@ -119,10 +119,7 @@ def _built_from_its_files(run: Run) -> Iterator[None]:
 
 def problem_of(error: Exception) -> str:
     """What is wrong with a sample. Raises the error again where it is no single sample's: a library is missing."""
-    if isinstance(error, BadSampleError):
-        return error.message
-    if isinstance(error, (OrchestratorError, ImportError)):
+    fault = fault_of_sample(error)
+    if fault is None:
         raise error
-    if isinstance(error, OSError):
-        return f"cannot be read: {error.strerror or error}"
-    return f"{type(error).__name__}: {first_line(error)}"
+    return fault.message

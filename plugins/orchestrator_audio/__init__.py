@@ -76,6 +76,13 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
             expected=f"{fixed:g} or less",
             mend="leave settings.max_seconds out; longer recordings are cropped to what the backbone takes",
         )
+    if fixed is not None and not 0 < fixed <= MAX_SECONDS_READ:
+        raise RefusedError(
+            "bad_config",
+            f"{card.source}: preprocessor_config.json makes every recording {fixed:g} s long",
+            expected=f"more than 0, and at most {MAX_SECONDS_READ} s",
+            mend="save the right feature extractor beside the model",
+        )
     seconds = settings.max_seconds or fixed or _DEFAULT_SECONDS
     shortest = _shortest(card, rate)
     adaptations: list[Adaptation] = []
@@ -185,6 +192,9 @@ def _fixed_seconds(card: BackboneCard, rate: int) -> float | None:
         tower = config.get("audio_config", config)
         _require_equal(card, "mel bins", settings.get("feature_size", 64), tower.get("num_mel_bins", 64))
         return float(settings.get("max_length_s", 10))
+    if card.model_type == "wav2vec2-bert":
+        width = int(settings.get("num_mel_bins", settings.get("feature_size", 80))) * int(settings.get("stride", 2))
+        _require_equal(card, "numbers a frame", width, config.get("feature_projection_input_dim", 160))
     return None
 
 

@@ -31,6 +31,7 @@ from orchestrator.modality import (
     Task,
 )
 from orchestrator_image.appearance import losses, measure as facts_of, with_alpha
+from orchestrator_image.channels import channels_of, require_channels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,6 +48,7 @@ _LONGEST = 100
 """Times as long as wide: resized by its shorter side, a longer strip takes gigabytes, of which the centre is used."""
 _HEADERS = threading.Lock()  # filters of warnings are the whole process's, and decoding runs in threads
 _TIMM_SIZE = (3, 224, 224)
+_LARGEST = 4096
 
 
 class Settings(BaseModel):
@@ -54,7 +56,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size: int | None = Field(None, ge=8, le=4096, description="pixels a side; default: the backbone's own")
+    size: int | None = Field(None, ge=8, le=_LARGEST, description="pixels a side; default: the backbone's own")
     augment: Literal["none", "light", "flip"] = Field(
         "none",
         description="light: small rotations, shifts, scales and colours; flip: the same with mirroring",
@@ -125,7 +127,7 @@ def _decoded(content: bytes) -> Image:
 
 def measure(image: Image | LargeImage, card: BackboneCard) -> Facts:
     """Width and height in pixels, Pillow's mode, and which ways to give it the backbone's channels hide its drawing."""
-    return facts_of(image.opened() if isinstance(image, LargeImage) else image, _channels(card))
+    return facts_of(image.opened() if isinstance(image, LargeImage) else image, channels_of(card))
 
 
 def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profile | None) -> Fit:
@@ -159,7 +161,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
             )
         _require_whole_patches(card, row, settings.size)
         height = width = settings.size
-    channels = _channels(card)
+    channels = channels_of(card)
     if channels not in (1, 3):
         raise RefusedError(
             "channels",
@@ -167,6 +169,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
             expected="a backbone of 1 or 3 channels",
             mend="choose another backbone, or write a plugin for such images (docs/plugins.md)",
         )
+    require_channels(card, {} if card.library == "timm" else _settings(card))
     adaptations, notes = [], []
     if profile is not None and profile.num_measured:
         adaptations, notes = _hold_against(profile, height, width, "RGB" if channels == 3 else "L", settings)
@@ -219,7 +222,7 @@ def _cropped(profile: Profile, card: BackboneCard) -> list[str]:
     if card.library == "timm":
         crops = (card.config.get("pretrained_cfg") or {}).get("crop_mode") != "squash"
     else:
-        crops = "shortest_edge" in str(_processor_settings(card).get("size"))
+        crops = "shortest_edge" in str(_settings(card).get("size"))
     share = profile.share(lambda one: max(one["width"], one["height"]) > 2 * min(one["width"], one["height"]))
     if not crops or share < _FEW:
         return []
@@ -239,11 +242,11 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
                 f"{card.source}: input_size in config.json is {size!r}, not [3, h, w]",
                 mend="save the network again with timm",
             )
-        if min(size) < 1:
+        if min(size) < 1 or max(size) > _LARGEST:
             raise RefusedError(
                 "bad_config",
                 f"{card.source}: input_size in config.json is {size!r}",
-                expected="numbers above 0",
+                expected=f"numbers from 1 to {_LARGEST}",
                 mend="save the network again with timm",
             )
         return int(size[1]), int(size[2])
@@ -254,25 +257,24 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
             expected="size, mean and standard deviation of its training images",
             mend="save the image processor beside the model: AutoImageProcessor...save_pretrained()",
         )
-    settings = _processor_settings(card)
+    settings = _settings(card)
     cropped = settings.get("crop_size") if settings.get("do_center_crop") else None
     size = _height_width(cropped) or _height_width(settings.get("size")) or _image_size(card)
-    if size is None or min(size) < 1:
+    if size is None or min(size) < 1 or max(size) > _LARGEST:
+        what = "no size" if size is None else f"the size {size[0]} x {size[1]}"
         raise RefusedError(
             "bad_config",
-            f"{card.source}: preprocessor_config.json gives no size",
+            f"{card.source}: preprocessor_config.json gives {what}",
+            expected=f"1 to {_LARGEST} pixels a side",
             mend="save the image processor beside the model: AutoImageProcessor...save_pretrained()",
         )
     return size
 
 
-def _processor_settings(card: BackboneCard) -> dict[str, Any]:
-    return {**_defaults(card), **{k: v for k, v in (card.preprocessor or {}).items() if v is not None}}
-
-
-def _defaults(card: BackboneCard) -> dict[str, Any]:
-    """What the image processor that the repository names does where its file does not say."""
-    return dict(_processors()["defaults"].get(processor_of(card), {}))
+def _settings(card: BackboneCard) -> dict[str, Any]:
+    """What the image processor does: as the file says, else as the class that it names."""
+    defaults = _processors()["defaults"].get(processor_of(card), {})
+    return {**defaults, **{key: value for key, value in (card.preprocessor or {}).items() if value is not None}}
 
 
 def processor_of(card: BackboneCard) -> str:
@@ -326,14 +328,6 @@ def _is_fixed(card: BackboneCard, row: BackboneRow) -> bool:
     if card.library == "timm":
         return bool((card.config.get("pretrained_cfg") or {}).get("fixed_input_size"))
     return row.size == "fixed"
-
-
-def _channels(card: BackboneCard) -> int:
-    if card.library == "timm":
-        size = (card.config.get("pretrained_cfg") or {}).get("input_size") or _TIMM_SIZE
-        return int(size[0])
-    nested = card.config.get("vision_config") or {}
-    return int(card.config.get("num_channels") or nested.get("num_channels") or 3)
 
 
 def build(plan: Plan, directory: Path) -> Network:
