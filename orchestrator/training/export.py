@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from orchestrator.job import MODEL, HeldRun, Plan
@@ -21,7 +22,8 @@ def export(
     """
     with run.committing(MODEL) as folder:
         network.save(folder, state_dict)
-        (folder / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
+        told = json.dumps(_without_paths(lineage), indent=1, ensure_ascii=False)
+        (folder / "lineage.json").write_text(told, encoding="utf-8")
         card = folder / "README.md"
         card.write_text(model_card(plan, results, lineage, network.usage, network.library), encoding="utf-8")
         # As files are made here: safetensors makes its own for the owner alone, whatever the umask.
@@ -29,3 +31,12 @@ def export(
         for file in folder.rglob("*"):
             if file.is_file():
                 file.chmod(mode)
+
+
+def _without_paths(told: Any) -> Any:
+    """The same, with the last part alone of each absolute path, since the model is handed on."""
+    if isinstance(told, Mapping):
+        return {key: _without_paths(value) for key, value in told.items()}
+    if isinstance(told, str) and told.startswith("/"):
+        return PurePosixPath(told).name
+    return told

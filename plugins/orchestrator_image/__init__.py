@@ -6,16 +6,13 @@ import functools
 import io
 import json
 import re
-import threading
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError
+from orchestrator.errors import RefusedError
 from orchestrator.modality import (
     Adaptation,
     BackboneCard,
@@ -30,8 +27,9 @@ from orchestrator.modality import (
     SampleField,
     Task,
 )
-from orchestrator_image.appearance import losses, measure as facts_of, with_alpha
+from orchestrator_image.appearance import losses, measure as facts_of
 from orchestrator_image.channels import channels_of, require_channels
+from orchestrator_image.reading import LargeImage, decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,11 +40,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ENLARGED_TOO_FAR = 3.0
 _FEW = 0.01  # of the images: what happens to fewer is not worth a warning
-_LARGE = 2**24
-"""Pixels of an image: 48 MB in RGB, of which up to 64 are in memory at once."""
-_LONGEST = 100
-"""Times as long as wide: resized by its shorter side, a longer strip takes gigabytes, of which the centre is used."""
-_HEADERS = threading.Lock()  # filters of warnings are the whole process's, and decoding runs in threads
 _TIMM_SIZE = (3, 224, 224)
 _LARGEST = 4096
 
@@ -71,58 +64,6 @@ class Settings(BaseModel):
         description="the value that is white in images of 16 bits a channel; default: 65535, of which the upper 8 bits "
         "are taken",
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LargeImage:
-    """One that was decoded, and is decoded again when it is used: many at once would take gigabytes."""
-
-    content: bytes
-
-    def opened(self) -> Image:
-        """The image as `decode` gives smaller ones."""
-        return _decoded(self.content)
-
-
-def decode(sample: Sample) -> Image | LargeImage:
-    """The image in the mode of its file, RGBA where that has transparency; upright by its EXIF orientation, the first
-    frame of several."""
-    content = sample["image"]
-    if not content:
-        raise BadSampleError("the file is empty")
-    image = _decoded(content)
-    return LargeImage(content) if image.width * image.height > _LARGE else image
-
-
-def _decoded(content: bytes) -> Image:
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise MissingExtraError("pillow", "image") from None
-    try:
-        with _HEADERS, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content))
-        if max(image.size) > _LONGEST * min(image.size):
-            raise BadSampleError(
-                f"is {image.width} x {image.height} pixels, more than {_LONGEST} times as long as wide: cut it up"
-            )
-        image.load()
-        if image.mode == "F":
-            raise BadSampleError(
-                "holds floating-point values, and nothing says which of them is white: save it with 8 or 16 bits"
-            )
-        image = with_alpha(image)
-        ImageOps.exif_transpose(image, in_place=True)  # a copy of its own, where there is nothing to turn, is as large
-        return image
-    except BadSampleError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadSampleError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
-    except Image.UnidentifiedImageError:
-        raise BadSampleError("is no image that Pillow can read") from None
-    except Exception as error:  # Pillow's decoders raise what their format's parser happens to raise
-        raise BadSampleError(f"cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
 def measure(image: Image | LargeImage, card: BackboneCard) -> Facts:

@@ -18,8 +18,9 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 from orchestrator.errors import TrainingError
 from orchestrator.modality import Plan
 from orchestrator.network import Network, build_pooled, build_transformers, from_logits, from_pipeline
-from orchestrator_image import LargeImage, named_processor, processor_of
+from orchestrator_image import named_processor, processor_of
 from orchestrator_image.appearance import code_of_reading, convert
+from orchestrator_image.reading import LargeImage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -308,7 +308,7 @@ def test_large_images_are_decoded_when_they_are_used_and_give_the_same(
 ) -> None:
     import torch
 
-    import orchestrator_image
+    from orchestrator_image import reading
     from orchestrator_image.network import make_collate
 
     noise = Image.effect_noise((300, 200), 80).convert("RGB")
@@ -319,9 +319,9 @@ def test_large_images_are_decoded_when_they_are_used_and_give_the_same(
     collate = make_collate(plan, tiny_resnet)
     found = []
     for most in (2**24, 300 * 200 - 1):
-        monkeypatch.setattr(orchestrator_image, "_LARGE", most)
+        monkeypatch.setattr(reading, "_LARGE", most)
         decoded = [decode("image", content) for content in contents]
-        large = [isinstance(one, orchestrator_image.LargeImage) for one in decoded]
+        large = [isinstance(one, reading.LargeImage) for one in decoded]
         assert large == [most < 2**24, False, most < 2**24]
         for train in (False, True):
             torch.manual_seed(0)

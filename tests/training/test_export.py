@@ -86,6 +86,17 @@ def test_a_file_of_a_run_is_on_the_disk_under_its_name(
     assert calls[named + 1] == ("fsync", str(run.path))
 
 
+def test_the_model_says_nothing_of_the_machine(finished: tuple[orchestrator.Run, list[tuple[str, str]]]) -> None:
+    run, _ = finished
+    texts = {file.name: file.read_text() for file in run.model.iterdir() if file.suffix in (".json", ".md")}
+    assert {"lineage.json", ".manifest.json", "README.md"} <= texts.keys()
+    for name, text in texts.items():
+        assert str(run.path.parent) not in text, name
+        assert run.plan.job.data.path not in text, name
+        assert run.plan.backbone.source not in text, name
+    assert run.lineage["data"]["path"] == run.plan.job.data.path  # the run's own says it
+
+
 def test_every_file_of_the_model_has_the_usual_mode(finished: tuple[orchestrator.Run, list[tuple[str, str]]]) -> None:
     run, _ = finished
     modes = {file.name: oct(file.stat().st_mode & 0o777) for file in run.model.rglob("*") if file.is_file()}

@@ -1,0 +1,74 @@
+"""Bytes -> an image, or what is wrong with them. Needs Pillow alone."""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import BadSampleError, MissingExtraError
+from orchestrator.modality import Sample
+from orchestrator_image.appearance import with_alpha
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_LARGE = 2**24
+"""Pixels of an image: 48 MB in RGB, of which up to 64 are in memory at once."""
+_LONGEST = 100
+"""Times as long as wide: resized by its shorter side, a longer strip takes gigabytes, of which the centre is used."""
+_HEADERS = threading.Lock()  # filters of warnings are the whole process's, and decoding runs in threads
+
+
+@dataclass(frozen=True)
+class LargeImage:
+    """One that was decoded, and is decoded again when it is used: many at once would take gigabytes."""
+
+    content: bytes
+
+    def opened(self) -> Image:
+        """The image as `decode` gives smaller ones."""
+        return _decoded(self.content)
+
+
+def decode(sample: Sample) -> Image | LargeImage:
+    """The image in the mode of its file, RGBA where that has transparency; upright by its EXIF orientation, the first
+    frame of several."""
+    content = sample["image"]
+    if not content:
+        raise BadSampleError("the file is empty")
+    image = _decoded(content)
+    return LargeImage(content) if image.width * image.height > _LARGE else image
+
+
+def _decoded(content: bytes) -> Image:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise MissingExtraError("pillow", "image") from None
+    try:
+        with _HEADERS, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content))
+        if max(image.size) > _LONGEST * min(image.size):
+            raise BadSampleError(
+                f"is {image.width} x {image.height} pixels, more than {_LONGEST} times as long as wide: cut it up"
+            )
+        image.load()
+        if image.mode == "F":
+            raise BadSampleError(
+                "holds floating-point values, and nothing says which of them is white: save it with 8 or 16 bits"
+            )
+        image = with_alpha(image)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of its own, where there is nothing to turn, is as large
+        return image
+    except BadSampleError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadSampleError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise BadSampleError("is no image that Pillow can read") from None
+    except Exception as error:  # Pillow's decoders raise what their format's parser happens to raise
+        raise BadSampleError(f"cannot be decoded: {str(error) or type(error).__name__}") from None
