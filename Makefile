@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-most test-ray test-fast lint bench rows picture settings clean
+.PHONY: install demo test test-most test-ray test-fast fuzz lint bench rows picture settings clean
 
 install: $(STAMP)
 
@@ -35,6 +35,11 @@ test-ray: $(STAMP)  # wants all cores for itself
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"
+
+# The fuzz tests with many more inputs than `test` gives them; some ten minutes.
+fuzz: $(STAMP)
+	FUZZ_NUM=2000 $(BIN)/python -m pytest -q -n auto tests/data/test_fuzz.py tests/data/test_fuzz_tables.py \
+	  tests/whole/test_predictor_fuzz.py tests/gate/test_fuzz_backbones.py
 
 # What the benchmarks hold us against is installed only for them; RUN="--repeats 1" for a quick look.
 bench: $(STAMP)

@@ -205,7 +205,7 @@ class Job(_Part):
     task: TaskName = Field("single-label", description="one class a sample, any number of them, or numbers")
     method: Method = Field(
         "head", description="head: the body is frozen, the new last layer is trained; full: everything, from the "
-        "pretrained weights; scratch: everything, from random weights"
+        "pretrained weights; lp-ft: the one, then the other; scratch: everything, from random weights"
     )  # fmt: skip
     training: Training = Training()
     scaling: Scaling = Scaling()
