@@ -204,6 +204,20 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def fault_of_sample(error: Exception) -> BadSampleError | None:
+    """What a tokenizer, a processor or a network raises on one sample, as that sample's fault.
+
+    None where it is no sample's: an error of ours, a library that is missing, no memory.
+    """
+    if isinstance(error, BadSampleError):
+        return error
+    if isinstance(error, (OrchestratorError, ImportError, MemoryError)) or type(error).__name__ == "OutOfMemoryError":
+        return None
+    if isinstance(error, OSError):
+        return BadSampleError(f"cannot be read: {error.strerror or error}")
+    return BadSampleError(f"{type(error).__name__}: {first_line(error)}")
+
+
 def did_you_mean(given: object, names: Iterable[str]) -> str:
     """`did you mean head?`, '' where no name is like the one that was given."""
     lower = {name.lower(): name for name in reversed(list(names))}

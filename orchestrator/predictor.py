@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from orchestrator.data import (
     LEAVE_OUT,
+    Ints,
     Samples,
     columns_of,
     input_columns,
@@ -25,7 +26,7 @@ from orchestrator.data import (
     split_by_size,
     table_of,
 )
-from orchestrator.errors import BadSampleError, DataError, TrainingError
+from orchestrator.errors import BadSampleError, DataError, TrainingError, fault_of_sample
 from orchestrator.features import SampleSource
 from orchestrator.gate import drafted, materialised
 from orchestrator.job import DATA_FOLDER, Data, Plan, Run, shown
@@ -176,15 +177,30 @@ def _predictions(loaded: LoadedRun, source: SampleSource) -> Predictions | None:
     rows = np.arange(len(samples.targets))
     if loaded.modality.length_bucketing:
         rows = samples.order_by_length(rows)
-    parts = []
+    parts: list[Sequence[Any]] = []
     for some in samples.batches(rows):
         try:
-            batch = source.batch(some, train=False)
+            parts += _columns(loaded, source, some, len(rows))
         except TrainingError as error:
             raise DataError(error.message, mend=f"mend or remove it, or {LEAVE_OUT}") from None
-        if batch is not None:
-            parts.append(loaded.objective.columns(batch.rows, loaded.outputs(batch.inputs), batch.targets, len(rows)))
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True))) if parts else None
+
+
+def _columns(loaded: LoadedRun, source: SampleSource, rows: Ints, num: int) -> list[Sequence[Any]]:
+    """The predictions for these of `num` rows. Where they fail together, each is tried alone."""
+    try:
+        batch = source.batch(rows, train=False)
+        if batch is None:
+            return []
+        return [loaded.objective.columns(batch.rows, loaded.outputs(batch.inputs), batch.targets, num)]
+    except Exception as error:
+        fault = fault_of_sample(error)
+        if fault is None:
+            raise
+    if len(rows) == 1:
+        source.leave_out(int(rows[0]), fault)
+        return []
+    return [part for i in range(len(rows)) for part in _columns(loaded, source, rows[i : i + 1], num)]
 
 
 def _data(labelled: str | Path | Data | Iterable[Any], folder: Path) -> Data:

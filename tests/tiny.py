@@ -44,3 +44,105 @@ def make_tokenizer() -> Any:
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", model_max_length=24)
+
+
+SENTENCES = [
+    "rain falls on the hills", "a cold wind blows today", "the sun shines all day", "snow and fog tonight",
+    "fresh bread with butter", "a bowl of hot soup", "rice and beans for lunch", "sweet apple cake",
+]  # fmt: skip
+
+
+def make_bpe_tokenizer(specials: list[str], **names: Any) -> Any:
+    """Pieces of bytes, as GPT-2 and BART have them; `specials` are numbered from 0. `names`: bos_token and its like."""
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(SENTENCES * 3, vocab_size=320, special_tokens=specials, show_progress=False)
+    made = Tokenizer.from_str(trained._tokenizer.to_str())
+    if "cls_token" in names:
+        numbers = {token: i for i, token in enumerate(specials)}
+        first, last = names["cls_token"], names["sep_token"]
+        made.post_processor = processors.RobertaProcessing((last, numbers[last]), (first, numbers[first]))
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=64, **names)
+
+
+def make_encoder_decoder(directory: Path, form: str) -> Path:
+    """BART or T5, whose heads read the last end token of each text."""
+    from tokenizers import SentencePieceUnigramTokenizer, Tokenizer, processors
+    from transformers import BartConfig, PreTrainedTokenizerFast, T5Config
+
+    if form == "bart":
+        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        tokenizer = make_bpe_tokenizer(
+            specials, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", cls_token="<s>",
+            sep_token="</s>", mask_token="<mask>",
+        )  # fmt: skip
+        config: Any = BartConfig(
+            vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+            pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
+        )  # fmt: skip
+        return save_backbone(directory, config, tokenizer, "BartModel")
+    trained = SentencePieceUnigramTokenizer()
+    trained.train_from_iterator(
+        SENTENCES * 3, vocab_size=150, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    made = Tokenizer.from_str(trained._tokenizer.to_str())
+    made.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0,
+        eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    return save_backbone(directory, config, tokenizer, "T5Model")
+
+
+def make_language_model(directory: Path, form: str, padding: str = "") -> Path:
+    """GPT-2 or Llama; `padding` is a token that the tokenizer has, and the embedding no row for."""
+    from transformers import GPT2Config, LlamaConfig
+
+    if form == "gpt2":
+        end = "<|endoftext|>"
+        tokenizer = make_bpe_tokenizer([end], bos_token=end, eos_token=end, unk_token=end)
+        config: Any = GPT2Config(
+            vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+    else:
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer = make_bpe_tokenizer(["<s>", "</s>", "<unk>"], **names)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+    if padding:
+        tokenizer.add_special_tokens({"pad_token": padding})
+    return save_backbone(directory, config, tokenizer, {"gpt2": "GPT2Model", "llama": "LlamaModel"}[form])
+
+
+def make_xlnet(directory: Path) -> Path:
+    """An XLNet with its own kind of tokenizer, which puts <sep> <cls> behind a text; large weights."""
+    import json
+
+    import sentencepiece
+    from transformers import XLNetConfig, XLNetTokenizer
+
+    directory.mkdir(parents=True)
+    corpus, model = directory / "corpus.txt", directory / "spiece"
+    corpus.write_text("\n".join(SENTENCES * 3))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(model), vocab_size=150, model_type="unigram", hard_vocab_limit=False,
+        control_symbols="<cls>,<sep>,<pad>,<mask>,<eod>,<eop>", unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    corpus.unlink()
+    (directory / "spiece.vocab").unlink()
+    (directory / "config.json").write_text(json.dumps({"model_type": "xlnet"}))
+    tokenizer = XLNetTokenizer.from_pretrained(directory)
+    config = XLNetConfig(
+        vocab_size=len(tokenizer), d_model=32, n_layer=2, n_head=2, d_inner=64, initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return save_backbone(directory, config, tokenizer, "XLNetModel")

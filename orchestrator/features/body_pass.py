@@ -28,7 +28,7 @@ from orchestrator.features.bodies import (
     seconds_of,
 )
 from orchestrator.features.formats import compute, number_format
-from orchestrator.features.sources import SampleSource
+from orchestrator.features.sources import SampleSource, collated
 from orchestrator.network import Body, Inputs, Worker, channels_last, on_device, seed_for, with_threads
 from orchestrator.store import FeatureSet, Format, Values
 
@@ -142,7 +142,7 @@ class BodyPass:
         if self._compile_tried or len(batches) * times < _LEAST_BATCHES or 2 * len(whole) < len(batches):
             return
         loaded = loading.load(whole[0], np.zeros((len(whole[0]), 2), np.uint64))
-        pieces = loaded.inputs or loading.collated(loaded.decoded)
+        pieces = loaded.inputs or loading.collated(loaded.decoded)[0]
         if not pieces or len(pieces[0][1]) < bodies.batch_size or not can_be_compiled(pieces[0][0]):
             return
         inputs = channels_last(on_device(pieces[0][0], self.worker.device))
@@ -259,12 +259,13 @@ class Loading:
         read = (np.fromiter(contents, np.int64, len(contents)),
                 np.array(list(contents.values()), np.uint64).reshape(-1, 2))  # fmt: skip
         # On a CPU the bodies have all cores: another set of OpenMP threads, for the collate function, cost them 11 %.
+        loaded = Loaded(read, missing, list(decoded.items()), None)
         if self.device.type == "cpu":
-            return Loaded(read, missing, list(decoded.items()), None)
-        pieces = self.collated(list(decoded.items()))
+            return loaded
+        pieces = self._collate(loaded)
         if self.device.type == "cuda":  # from pinned memory a copy need not be waited for
             pieces = [({name: value.pin_memory() for name, value in inputs.items()}, at) for inputs, at in pieces]
-        return Loaded(read, missing, [], pieces)
+        return Loaded(loaded.read, missing, [], pieces)
 
     def _read(self, row: int) -> tuple[Content, object] | BadSampleError:
         """(the content's id, the decoded sample; None for one whose features are stored), or why it cannot be read."""
@@ -277,23 +278,45 @@ class Loading:
         except BadSampleError as error:
             return error
 
-    def collated(self, decoded: Sequence[tuple[Content, Any]]) -> list[tuple[Inputs, Ints]]:
-        """What the body takes of these samples, in pieces: (tensors [samples, ...], which of the samples they are)."""
-        if not decoded:
-            return []
+    def _collate(self, loaded: Loaded) -> list[tuple[Inputs, Ints]]:
+        """What the body takes of a batch, in pieces; samples that cannot be collated are left out of it."""
+        pieces, faults = self.collated(loaded.decoded)
+        for content, error in faults.items():
+            rows, ids = loaded.read
+            is_it = (ids == np.array(content, np.uint64)).all(axis=1)
+            for row in rows[is_it].tolist():
+                self.source.leave_out(row, error)
+            loaded.read = rows[~is_it], ids[~is_it]
+        return pieces
+
+    def collated(
+        self, decoded: Sequence[tuple[Content, Any]]
+    ) -> tuple[list[tuple[Inputs, Ints]], dict[Content, BadSampleError]]:
+        """What the body takes of these samples, in pieces, and those that it cannot take: content -> why.
+
+        A piece is (tensors [samples, ...], which of the samples they are).
+        """
+        faults: dict[Content, BadSampleError] = {}
         if self.view is None:
-            return [(self.source.collate([sample for _, sample in decoded], False), np.arange(len(decoded)))]
+            inputs, wrong = collated(self.source.collate, [sample for _, sample in decoded], False)
+            faults = {decoded[place][0]: error for place, error in wrong.items()}
+            at = np.delete(np.arange(len(decoded)), list(wrong))
+            return ([(inputs, at)] if inputs is not None else []), faults
         # How a sample is changed depends on its content alone, not on those beside it: so it is the same for every job.
         groups: dict[Any, list[tuple[int, Inputs]]] = {}
         for i, (content, sample) in enumerate(decoded):
             seed_for(_VIEW, self.seed, self.view, *content)
-            one = self.source.collate([sample], True)
+            one, wrong = collated(self.source.collate, [sample], True)
+            if one is None:
+                faults[content] = wrong[0]
+                continue
             groups.setdefault(tuple((name, value.shape) for name, value in one.items()), []).append((i, one))
-        return [
+        pieces: list[tuple[Inputs, Ints]] = [
             ({name: torch.cat([one[name] for _, one in group]) for name in group[0][1]},
              np.array([i for i, _ in group]))
             for group in groups.values()
         ]  # fmt: skip
+        return pieces, faults
 
     def through(
         self, body: Body, loaded: Loaded, format: Format, compiled: Compiled | None
@@ -302,7 +325,7 @@ class Loading:
         pieces = loaded.inputs
         if pieces is None:
             with self._collating:
-                pieces = self.collated(loaded.decoded)
+                pieces = self._collate(loaded)
         return [
             (loaded.ids[at], compute(body, on_device(inputs, self.device), format, compiled)) for inputs, at in pieces
         ]

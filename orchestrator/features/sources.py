@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from orchestrator.data import Ints, Samples
-from orchestrator.errors import BadSampleError, TrainingError
+from orchestrator.errors import BadSampleError, TrainingError, fault_of_sample
 from orchestrator.modality import Collate, Decode
 from orchestrator.network import Inputs, on_device
 from orchestrator.store import Values
@@ -49,7 +50,11 @@ class SampleSource:
     def batch(self, rows: Ints, train: bool) -> Batch | None:
         """The rows that can be read, None if there is none. Raises `TrainingError` unless `skip`."""
         decoded, readable = self.decoded(rows)
-        return Batch(self.collate(decoded, train), self.targets(readable), readable) if decoded else None
+        inputs, faults = collated(self.collate, decoded, train)
+        for place, error in faults.items():
+            self.leave_out(int(readable[place]), error)
+        readable = np.delete(readable, list(faults))
+        return Batch(inputs, self.targets(readable), readable) if inputs is not None else None
 
     def targets(self, rows: Ints) -> Tensor:
         """Of these rows."""
@@ -81,6 +86,34 @@ class SampleSource:
             return self.decode(self.samples.read(row))
         except BadSampleError as error:
             return error
+
+
+def collated(collate: Collate, decoded: Sequence[Any], train: bool) -> tuple[Inputs | None, dict[int, BadSampleError]]:
+    """What a batch of decoded samples becomes, and those that are not in it: place in `decoded` -> why.
+
+    Where the samples together raise something, each is tried alone; those that raise it then are at fault. None where
+    all are. What is no sample's fault is raised again.
+    """
+    if not decoded:
+        return None, {}
+    try:
+        return collate(decoded, train), {}
+    except Exception as error:
+        if fault_of_sample(error) is None:
+            raise
+        faults: dict[int, BadSampleError] = {}
+        for place, one in enumerate(decoded):
+            try:
+                collate([one], train)
+            except Exception as alone:
+                fault = fault_of_sample(alone)
+                if fault is None:
+                    raise
+                faults[place] = fault
+        if not faults:
+            raise
+    good = [one for place, one in enumerate(decoded) if place not in faults]
+    return (collate(good, train) if good else None), faults
 
 
 @dataclass(frozen=True)

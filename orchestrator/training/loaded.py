@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.backbone import read_card, read_tensors, require_harmless
-from orchestrator.errors import BadSampleError, OrchestratorError, RefusedError, first_line
+from orchestrator.errors import OrchestratorError, RefusedError, fault_of_sample, first_line
 from orchestrator.gate import num_cores
 from orchestrator.job import Plan, Run, open_run
 from orchestrator.modality import Collate, Decode, Modality, Sample, registry
@@ -93,21 +93,25 @@ def load_run(run: Run | str | Path, resources: ExitStack) -> LoadedRun:
     assert modality.build is not None
     assert modality.batch is not None
     worker = resources.enter_context(start_worker(plan.threads_per_worker, find_device("auto")))
-    network = modality.build(plan, run.model)
+    try:
+        network, collate = modality.build(plan, run.model), modality.batch(plan, run.model)
+    except (OrchestratorError, ImportError):
+        raise
+    except Exception as error:  # what its library makes of files that were changed
+        raise RefusedError(
+            "damaged", f"the model of the run {run.path} cannot be loaded: {type(error).__name__}: {first_line(error)}",
+            mend="train it again: --fresh",
+        ) from error  # fmt: skip
     network.module.to(worker.device, memory_format=torch.channels_last)
     network.module.eval().requires_grad_(False)
     return LoadedRun(
-        run, plan, modality, modality.decode, modality.batch(plan, run.model), network, make_objective(plan, network),
-        worker,
+        run, plan, modality, modality.decode, collate, network, make_objective(plan, network), worker,
     )  # fmt: skip
 
 
 def _problem(error: Exception) -> str:
     """What is wrong with a sample. Raises the error again where it is no single sample's: a library is missing."""
-    if isinstance(error, BadSampleError):
-        return error.message
-    if isinstance(error, (OrchestratorError, ImportError)):
+    fault = fault_of_sample(error)
+    if fault is None:
         raise error
-    if isinstance(error, OSError):
-        return f"cannot be read: {error.strerror or error}"
-    return f"{type(error).__name__}: {first_line(error)}"
+    return fault.message

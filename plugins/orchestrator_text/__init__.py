@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.backbone import metadata_file
 from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError
 from orchestrator.modality import (
     Adaptation,
@@ -27,6 +25,8 @@ from orchestrator.modality import (
     SampleField,
     Task,
 )
+from orchestrator_text.families import OFFSET_BY_2
+from orchestrator_text.vocabulary import notes_on_numbers, num_tokens
 
 if TYPE_CHECKING:
     from orchestrator.modality import Collate
@@ -36,13 +36,9 @@ _DEFAULT_TOKENS = 512
 _FEW_NULS = 0.2  # of the characters
 _OFTEN = 0.1  # of the texts truncated: more is worth a warning
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-# Their position table begins behind the padding token: two entries are no positions.
-_OFFSET_BY_2 = {
-    "roberta", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "longformer", "data2vec-text",
-    "roberta-prelayernorm", "mpnet", "ibert", "luke",
-}  # fmt: skip
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
                "tokenizer.model", "spm.model", "sentencepiece.model", "entity_vocab.json", "vocab.bpe")  # fmt: skip
+_WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer")  # bytes and characters are their numbers
 _BY_SENTENCEPIECE = (".model",)
 POOLINGS = ("mean", "cls", "max")
 
@@ -92,45 +88,12 @@ def _decode(content: bytes, what: str) -> str:
 def measure(text: Text, card: BackboneCard) -> Facts:
     """Characters, and tokens by the backbone's own tokenizer where it comes as a tokenizer.json."""
     facts: dict[str, int | float | str] = {"characters": len(text.first) + len(text.second or "")}
-    tokenizer = _tokenizer(card)
-    if tokenizer is not None:
-        facts["tokens"] = len(tokenizer.encode(text.first, text.second).ids)
+    num = num_tokens(card, text.first, text.second)
+    if num is not None:
+        facts["tokens"] = num
     if text.second is not None:
         facts["form"] = "pair"
     return facts
-
-
-_tokenizers: dict[tuple[str | None, str | None], Any] = {}
-_lock = threading.Lock()
-
-
-def _tokenizer(card: BackboneCard) -> Any:
-    """The fast tokenizer without truncation, None where the backbone has none. Needs no transformers."""
-    key = (card.path or card.repo_id, card.commit)
-    with _lock:  # samples are measured in threads
-        if key not in _tokenizers:
-            _tokenizers[key] = _load_tokenizer(card)
-    return _tokenizers[key]
-
-
-def _load_tokenizer(card: BackboneCard) -> Any:
-    file = metadata_file(card, "tokenizer.json")
-    if file is None:
-        return None
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise MissingExtraError("tokenizers", "text") from None
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exceptions
-        raise RefusedError(
-            "bad_config", f"{card.source}: tokenizer.json cannot be used: {error}",
-            mend="fetch or save the tokenizer again",
-        ) from None  # fmt: skip
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profile | None) -> Fit:  # noqa: ARG001
@@ -147,7 +110,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
         )
     most = settings.max_tokens or min(limit or _DEFAULT_TOKENS, _DEFAULT_TOKENS)
     pooling = _pooling(card, settings)
-    adaptations, notes = [], []
+    adaptations, notes = [], notes_on_numbers(card)
     if profile is not None and "tokens" in profile.ranges:
         share = profile.share(lambda one: one["tokens"] > most)
         if share:
@@ -172,6 +135,8 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
 
 def _require_tokenizer(card: BackboneCard) -> None:
     vocabularies = [name for name in _TOKENIZERS if name in card.files]
+    if not vocabularies and (card.tokenizer or {}).get("tokenizer_class") in _WITHOUT_VOCABULARY:
+        return
     if not vocabularies:
         raise RefusedError(
             "no_processor",
@@ -199,7 +164,7 @@ def _limit(card: BackboneCard) -> int | None:
     for config in (card.config, nested if isinstance(nested, Mapping) else {}):
         most = next((config[key] for key in _LENGTHS if isinstance(config.get(key), int)), None)
         if most is not None and most > 0:
-            known.append(most - 2 if card.model_type in _OFFSET_BY_2 else most)
+            known.append(most - 2 if card.model_type in OFFSET_BY_2 else most)
             break
     return min(known) if known else None
 

@@ -13,9 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from orchestrator.errors import WeightsError
+from orchestrator.errors import BadSampleError, WeightsError
 from orchestrator.modality import Plan
 from orchestrator.network import (
+    Inputs,
     Network,
     StateDict,
     build_transformers,
@@ -26,6 +27,8 @@ from orchestrator.network import (
     quiet,
 )
 from orchestrator_text import Text
+from orchestrator_text.families import APART, CHANGES, LEAST_TOKENS, PADS_LEFT, READS_ENDS
+from orchestrator_text.vocabulary import STAND_INS, panics_raised, require_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,26 +47,38 @@ print([names[int(i)] for i in logits.argmax(dim=-1)])"""
 def build_network(plan: Plan, directory: Path) -> Network:
     """A model for sequence classification, or a pooled body with one layer, as the plan says."""
     tokenizer = make_tokenizer(plan, directory)
-    changes = {"pad_token_id": tokenizer.pad_token_id}
+    changes = {"pad_token_id": tokenizer.pad_token_id, **CHANGES.get(plan.backbone.model_type, {})}
     if plan.input["head"] == "pooled":
         return _build_pooled(plan, directory, tokenizer, changes)
     chosen = getattr(transformers, plan.row.architecture)
-    return build_transformers(plan, directory, chosen, changes, tokenizer, fresh=lambda config: chosen(config))
+    network = build_transformers(plan, directory, chosen, changes, tokenizer, fresh=lambda config: chosen(config))
+    network.parts = parts_of(plan)
+    return network
 
 
 def make_tokenizer(plan: Plan, directory: Path) -> Any:
-    """The backbone's own tokenizer, which pads on the right and cuts off where the plan says."""
+    """The backbone's own tokenizer, which cuts off where the plan says and pads on its family's side.
+
+    Control tokens in a text are text to it. Raises `RefusedError` where it gives numbers beyond the embedding.
+    """
     # Old versions wrote into tokenizer_config.json where tokenizer.json lay, and some read it from there.
     own = directory / "tokenizer.json"
     files = {"tokenizer_file": str(own) if own.is_file() else None} if "tokenizer_file" in (
         plan.backbone.tokenizer or {}) else {}  # fmt: skip
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False, **files
-    )
+    with panics_raised():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, split_special_tokens=True, **files
+        )
     tokenizer.model_max_length = plan.input["max_tokens"]
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    if tokenizer.pad_token is None:  # language models were trained without padding; what is masked may be any token
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.padding_side = "left" if plan.backbone.model_type in PADS_LEFT else "right"
+    tokenizer.truncation_side = "right"
+    rows = getattr(make_config(plan, {}).get_text_config(), "vocab_size", None)
+    if isinstance(rows, int):
+        _require_within(plan, tokenizer, rows)
+    if tokenizer.pad_token is None or (isinstance(rows, int) and tokenizer.pad_token_id >= rows):
+        # Language models were trained without padding; what is masked may be any token.
+        named = [getattr(tokenizer, name, None) for name in STAND_INS]
+        tokenizer.pad_token = next((one for one in named if one is not None and _is_within(tokenizer, one, rows)), None)
     if tokenizer.pad_token is None:
         raise WeightsError(
             f"the tokenizer of {plan.backbone.source} has no token to pad with",
@@ -73,24 +88,72 @@ def make_tokenizer(plan: Plan, directory: Path) -> Any:
     return tokenizer
 
 
+def _is_within(tokenizer: Any, token: str, rows: int | None) -> bool:
+    number = tokenizer.convert_tokens_to_ids(token)
+    return isinstance(number, int) and (rows is None or number < rows)
+
+
+def _require_within(plan: Plan, tokenizer: Any, rows: int) -> None:
+    """Raise `RefusedError` where a text can become a number that the embedding has no row for."""
+    given = set(tokenizer("a", "a")["input_ids"])
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    numbers = tokenizer.get_vocab().items()
+    require_within(plan.backbone, rows, ((t, n) for t, n in numbers if n not in special or n in given))
+
+
 def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Text], bool], dict[str, Tensor]]:
-    """Texts -> what the tokenizer gives, padded to the longest of the batch."""
+    """Texts -> what the tokenizer gives, padded to the longest of the batch; where families need them, `lengths`.
+
+    Those are int64 [texts]: without padding.
+    """
     tokenizer = make_tokenizer(plan, directory)
+    apart, least = plan.backbone.model_type in APART, LEAST_TOKENS.get(plan.backbone.model_type, 0)
 
     def collate(decoded: Sequence[Text], train: bool) -> dict[str, Tensor]:  # noqa: ARG001  # texts are not augmented
         pairs = any(text.second is not None for text in decoded)
-        return dict(
-            tokenizer(
-                [text.first for text in decoded],
-                [text.second or "" for text in decoded] if pairs else None,
-                truncation=True,
-                max_length=plan.input["max_tokens"],
-                padding="longest",
-                return_tensors="pt",
+        with panics_raised():
+            batch = dict(
+                tokenizer(
+                    [text.first for text in decoded],
+                    [text.second or "" for text in decoded] if pairs else None,
+                    truncation=True,
+                    max_length=plan.input["max_tokens"],
+                    padding="longest",
+                    return_tensors="pt",
+                    return_attention_mask=True if apart else None,
+                )
             )
-        )
+        if apart:
+            batch["lengths"] = batch["attention_mask"].sum(dim=1)
+            if int(batch["lengths"].min()) < least:
+                raise BadSampleError(f"has fewer than {least} tokens, and {plan.backbone.model_type} takes no fewer")
+            if "attention_mask" not in tokenizer.model_input_names:
+                del batch["attention_mask"]
+        return batch
 
     return collate
+
+
+def parts_of(plan: Plan) -> Callable[[Inputs], list[tuple[Tensor, Inputs]]] | None:
+    """Which texts of a batch are computed together: None for all. See families.py."""
+    model_type = plan.backbone.model_type
+    if model_type not in READS_ENDS and model_type not in APART:
+        return None
+    end = make_config(plan, {}).eos_token_id if model_type in READS_ENDS else None
+
+    def parts(inputs: Inputs) -> list[tuple[Tensor, Inputs]]:
+        """[(int64 indices, inputs), ...]: of one length, unpadded; with one number of end tokens."""
+        ids = inputs["input_ids"]
+        lengths = inputs.get("lengths", torch.full(ids.shape[:1], ids.shape[1], device=ids.device))
+        ends = (ids == end).sum(dim=1) if end is not None else torch.zeros_like(lengths)
+        found = []
+        for length, num_ends in torch.stack([lengths, ends], dim=1).unique(dim=0).tolist():
+            index = ((lengths == length) & (ends == num_ends)).nonzero().flatten()
+            given = {key: value[index, :length] for key, value in inputs.items() if key != "lengths"}
+            found.append((index, given))
+        return found
+
+    return parts
 
 
 class Pooled(nn.Module):
@@ -102,12 +165,15 @@ class Pooled(nn.Module):
         self.classifier = new_layer(width, num_classes)
         self._pooling = pooling
 
-    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
         """Logits, float [batch, classes]."""
-        tokens = self.body(attention_mask=attention_mask, **inputs).last_hidden_state
+        given = {} if attention_mask is None else {"attention_mask": attention_mask}
+        tokens = self.body(input_ids=input_ids, **given, **inputs).last_hidden_state
+        if attention_mask is None:  # of families that take none, and whose texts come without padding
+            attention_mask = torch.ones_like(input_ids)
         mask = attention_mask.unsqueeze(-1).to(tokens.dtype)
-        if self._pooling == "cls":
-            pooled = tokens[:, 0]
+        if self._pooling == "cls":  # the first that is no padding, on whichever side that is
+            pooled = tokens[torch.arange(len(tokens), device=tokens.device), attention_mask.argmax(dim=1)]
         elif self._pooling == "max":
             pooled = tokens.masked_fill(mask == 0, -1e9).max(dim=1).values
         else:
@@ -133,7 +199,7 @@ def _build_pooled(plan: Plan, directory: Path, tokenizer: Any, changes: dict[str
     new = {"trained": (), "pretrained": ("classifier.weight", "classifier.bias"), "random": tuple(module.state_dict())}
     return Network(
         module, ("classifier",), new[plan.weights], unused,
-        save=lambda folder, state_dict: _save(module, tokenizer, plan, folder, state_dict),
+        save=lambda folder, state_dict: _save(module, tokenizer, plan, folder, state_dict), parts=parts_of(plan),
         usage=_USAGE, library="sentence-transformers",
     )  # fmt: skip
 

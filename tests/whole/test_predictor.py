@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 import orchestrator
+from orchestrator.errors import DataError
+from orchestrator.job import Data
 from orchestrator.modality import Modality, registry
 from tests.conftest import REPOSITORY, save_backbone
 from tests.plugins.test_audio import encoded, of_ast, tone
@@ -122,6 +124,21 @@ def test_a_sample_that_the_network_cannot_take_does_not_lose_the_others(sensor_r
     assert "channels" in odd.problem
     (alone,) = orchestrator.predict(sensor_run, signal(2))
     assert alone.problem == odd.problem
+
+
+def test_evaluating_a_sample_that_the_network_cannot_take_names_it(
+    sensor_run: orchestrator.Run, tmp_path: Path
+) -> None:
+    """It ended with a trace."""
+    for i in range(6):
+        file = tmp_path / "data" / sensor_run.plan.classes[i % 2] / f"{i}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(signal(2 if i == 4 else 3) + bytes(i))  # no two are the same
+    with pytest.raises(DataError, match=r"4\.npy: RuntimeError: .*channels") as refused:
+        orchestrator.evaluate(sensor_run, tmp_path / "data")
+    assert "on_bad_sample skip" in refused.value.mend
+    figures = orchestrator.evaluate(sensor_run, Data(path=str(tmp_path / "data"), on_bad_sample="skip"))
+    assert (figures["num_samples"], figures["num_skipped"]) == (5, 1)
 
 
 def test_what_no_sample_is_at_fault_for_is_raised(sensor_run: orchestrator.Run) -> None:

@@ -1,0 +1,165 @@
+"""The backbone's tokenizer.json, without transformers: how many tokens a text has, and which numbers it can give."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from orchestrator.backbone import metadata_file
+from orchestrator.errors import BadSampleError, MissingExtraError, RefusedError, first_line
+from orchestrator.modality import BackboneCard
+
+_ROWS = ("vocab_size", "n_words")
+_PARTS = ("text_config", "encoder", "decoder")
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+STAND_INS = ("eos_token", "unk_token", "sep_token", "bos_token", "cls_token")
+"""What may stand for a padding token: it is masked, so that any token of the embedding does."""
+
+_tokenizers: dict[object, Any] = {}
+_lock = threading.Lock()
+
+
+def num_tokens(card: BackboneCard, first: str, second: str | None) -> int | None:
+    """How many tokens a text or a pair becomes; None where the backbone has no tokenizer.json.
+
+    Raises `BadSampleError` where the tokenizer cannot take it.
+    """
+    tokenizer = load(card)
+    if tokenizer is None:
+        return None
+    try:
+        with panics_raised():
+            return len(tokenizer.encode(first, second).ids)
+    except Exception as error:  # the library raises plain Exceptions
+        raise BadSampleError(f"the tokenizer cannot take it: {first_line(error)}") from None
+
+
+def load(card: BackboneCard) -> Any:
+    """The fast tokenizer without truncation, None where the backbone has none. Raises `RefusedError`."""
+    key = (card.path or card.repo_id, card.commit, _state(card))
+    with _lock:  # samples are measured in threads
+        if key not in _tokenizers:
+            _tokenizers[key] = _load(card)
+        return _tokenizers[key]
+
+
+def _state(card: BackboneCard) -> object:
+    """What tells a directory's tokenizer.json from one that is put in its place later."""
+    if not card.path or "tokenizer.json" not in card.files:
+        return None
+    file = metadata_file(card, "tokenizer.json")
+    assert file is not None
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _load(card: BackboneCard) -> Any:
+    file = metadata_file(card, "tokenizer.json")
+    if file is None:
+        return None
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise MissingExtraError("tokenizers", "text") from None
+    try:
+        with panics_raised():
+            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            tokenizer.encode_special_tokens = True  # a control token in a text is text, here as in the batches
+            tokenizer.encode("a", "a")
+    except Exception as error:  # the library raises plain Exceptions
+        raise RefusedError(
+            "bad_config", f"{card.source}: tokenizer.json cannot be used: {first_line(error)}",
+            mend="fetch or save the tokenizer again",
+        ) from None  # fmt: skip
+    return tokenizer
+
+
+@contextlib.contextmanager
+def panics_raised() -> Iterator[None]:
+    """What the library gives up on in Rust is an Exception like its others."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(first_line(error)) from None
+
+
+# --- numbers against the embedding ---
+
+
+def num_embeddings(config: Mapping[str, Any]) -> int | None:
+    """How many rows the embedding of tokens has, None where config.json does not say."""
+    for part in (config, *(config.get(name) for name in _PARTS)):
+        for key in _ROWS if isinstance(part, Mapping) else ():
+            if isinstance(part.get(key), int) and not isinstance(part[key], bool):
+                return int(part[key])
+    return None
+
+
+def notes_on_numbers(card: BackboneCard) -> list[str]:
+    """What is done about tokens whose number lies beyond the embedding. Raises `RefusedError` where nothing can be."""
+    rows = num_embeddings(card.config)
+    if rows is None:
+        return []
+    try:
+        tokenizer = load(card)
+    except MissingExtraError:  # the gate alone was installed: who trains has it
+        return []
+    if tokenizer is None:
+        return []
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    numbers = tokenizer.get_vocab()
+    given = set(tokenizer.encode("a", "a").ids)
+    require_within(card, rows, ((t, n) for t, n in numbers.items() if n not in special or n in given))
+    named = {key: token for key in _SPECIAL if (token := _content((card.tokenizer or {}).get(key)))}
+    padding = named.get("pad_token")
+    if padding is None:
+        return []
+    following = max(numbers.values(), default=-1) + 1  # transformers adds a token that the vocabulary lacks
+    at = numbers.get(padding, following)
+    if at < rows:
+        return []
+    within = [named[key] for key in STAND_INS if key in named and numbers.get(named[key], following) < rows]
+    if not within:
+        raise beyond(card, padding, at, rows)
+    return [padded_otherwise(padding, at, rows, within[0])]
+
+
+def _content(token: object) -> str:
+    """The text of a special token, which is written down alone or as an object."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
+
+
+def padded_otherwise(padding: str, number: int, rows: int, other: str) -> str:
+    """That another token pads."""
+    return (
+        f"texts are padded with {other!r}: the tokenizer's own {padding!r} has the number {number}, beyond the "
+        f"embedding's {rows} rows; padding is masked, so that any token does"
+    )
+
+
+def require_within(card: BackboneCard, rows: int, tokens: Iterable[tuple[str, int]]) -> None:
+    """Raise `RefusedError` where a token's number lies beyond the embedding. `tokens`: (token, number)."""
+    outside = sorted((number, token) for token, number in tokens if number >= rows)
+    if outside:
+        raise beyond(card, outside[0][1], outside[0][0], rows, len(outside) - 1)
+
+
+def beyond(card: BackboneCard, token: str, number: int, rows: int, others: int = 0) -> RefusedError:
+    """The refusal of a token that the embedding has no row for."""
+    more = f" (and {others} more)" if others else ""
+    return RefusedError(
+        "bad_config",
+        f"{card.source}: the tokenizer gives {token!r}{more} the number {number}, and the embedding has {rows} rows "
+        "(vocab_size in config.json)",
+        expected=f"numbers below {rows}",
+        mend="save the tokenizer that the network was trained with beside it; or let the embedding grow once: "
+        "model.resize_token_embeddings(len(tokenizer)), and save_pretrained() of both",
+    )

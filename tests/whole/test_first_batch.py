@@ -1,0 +1,239 @@
+"""What `check` and `plan` accept, the first batch accepts too: inputs on which it once was not so."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import orchestrator
+from orchestrator.errors import DataError, RefusedError, TrainingError
+from orchestrator.features.sources import collated
+from orchestrator.gate import planning
+from orchestrator.job import Data
+from orchestrator.modality import registry
+from tests.conftest import Cli, save_backbone
+from tests.tiny import SENTENCES, make_bert, make_encoder_decoder, make_language_model, make_xlnet
+
+
+def silent(_event: object) -> None:
+    pass
+
+
+def table(folder: Path, texts: list[str], name: str = "texts.csv") -> Path:
+    file = folder / name
+    with file.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows(
+            [("text", "label"), *((text, ("food", "weather")[i % 2]) for i, text in enumerate(texts))]
+        )
+    return file
+
+
+def sentences(num: int = 40) -> list[str]:
+    return [f"{SENTENCES[i % len(SENTENCES)]} {i}" for i in range(num)]
+
+
+def finetune(modality: str, backbone: Path, data: Path, **more: Any) -> orchestrator.Run:
+    fields = {
+        "method": "full",
+        "training": {"epochs": 1, "batch_size": 8},
+        "scaling": {"threads_per_worker": 1},
+        **more,
+    }
+    return orchestrator.finetune(modality=modality, backbone=str(backbone), data=str(data), report=silent, **fields)
+
+
+# --- control tokens in a text ---
+
+
+@pytest.mark.parametrize("form", ["bart", "t5"])
+def test_an_end_token_in_a_text_is_text(form: str, tmp_path: Path, cli: Cli) -> None:
+    """Their heads want as many end tokens in each text of a batch, and raised where a text held `</s>`."""
+    backbone = make_encoder_decoder(tmp_path / form, form)
+    texts = sentences()
+    texts[7] += " </s> end of the page"
+    texts[8] = "</s> </s>"
+    data = table(tmp_path, texts)
+    for method in ("full", "head"):
+        run = finetune("text", backbone, data, method=method)
+        assert run.results["num_skipped"] == 0
+    said = orchestrator.predict(run, texts[:12])
+    assert not any(one.problem for one in said)
+    (alone,) = orchestrator.predict(run, texts[7])
+    assert dict(said[7].top) == pytest.approx(dict(alone.top), abs=1e-5)
+    pipe = transformers.pipeline("text-classification", model=str(run.model))
+    assert pipe(texts[7])[0]["score"] == pytest.approx(alone.score, abs=1e-4)
+    done = cli("evaluate", run.path, "--data", data)
+    assert done.returncode == 0, done.stderr
+
+
+def test_of_bart_the_letters_of_an_end_token_are_read(tmp_path: Path) -> None:
+    backbone = make_encoder_decoder(tmp_path / "bart", "bart")
+    plan = orchestrator.plan(modality="text", backbone=str(backbone), data=str(table(tmp_path, sentences())))
+    text = registry.get("text")
+    assert text.batch is not None
+    assert text.decode is not None
+    ids = text.batch(plan, backbone)([text.decode({"text": b"rain </s> snow"})], False)["input_ids"]
+    assert (ids == 2).sum() == 1
+
+
+# --- a tokenizer that fails on one sample ---
+
+
+def refuse_hail(decoded: Any, train: bool) -> Any:  # noqa: ARG001
+    if any("hail" in text.first for text in decoded):
+        raise ValueError("no token for hail")
+    return {"num": len(decoded)}
+
+
+def test_what_raises_on_one_sample_is_that_samples_fault() -> None:
+    text = registry.get("text")
+    assert text.decode is not None
+    decoded = [text.decode({"text": one.encode()}) for one in ("rain", "hail", "snow")]
+    inputs, faults = collated(refuse_hail, decoded, False)
+    assert inputs == {"num": 2}
+    assert {place: error.message for place, error in faults.items()} == {1: "ValueError: no token for hail"}
+    assert collated(refuse_hail, decoded[1:2], False)[0] is None
+
+    def without_memory(decoded: Any, train: bool) -> Any:  # noqa: ARG001
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        collated(without_memory, decoded, False)
+
+
+def test_a_batch_that_only_fails_together_is_no_samples_fault() -> None:
+    def together(decoded: Any, train: bool) -> Any:  # noqa: ARG001
+        if len(decoded) > 1:
+            raise ValueError("of different sizes")
+        return {}
+
+    with pytest.raises(ValueError, match="of different sizes"):
+        collated(together, [1, 2], False)
+
+
+def fussy_batch(plan: Any, directory: Path) -> Any:
+    """The text plugin's, with a tokenizer that raises where a text holds hail."""
+    from orchestrator_text.network import make_collate
+
+    collate = make_collate(plan, directory)
+    return lambda decoded, train: collate(decoded, train) if refuse_hail(decoded, train) else {}
+
+
+@pytest.fixture
+def fussy() -> Iterator[None]:
+    registry.register(dataclasses.replace(registry.get("text"), name="fussy", batch=fussy_batch))
+    yield
+    registry.unregister("fussy")
+
+
+@pytest.mark.parametrize("method", ["full", "head"])
+@pytest.mark.usefixtures("fussy")
+def test_a_text_that_the_tokenizer_cannot_take_is_named_or_left_out(method: str, tmp_path: Path) -> None:
+    backbone, data = make_bert(tmp_path / "bert"), table(tmp_path, [*sentences(), "rain and hail"])
+    job = {"method": method, "data.validation_fraction": 0, "data.test_fraction": 0}
+    with pytest.raises((TrainingError, DataError), match="row 41: ValueError: no token for hail"):
+        finetune("fussy", backbone, data, **job)
+    run = finetune("fussy", backbone, data, **job, **{"data.on_bad_sample": "skip"}, name="skipped")
+    assert run.results["num_skipped"] == 1
+    (line,) = (run.path / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["problem"] == "ValueError: no token for hail"
+    said = orchestrator.predict(run, ["rain", "hail", "snow"])
+    assert [one.problem for one in said] == ["", "ValueError: no token for hail", ""]
+    with pytest.raises(DataError, match="row 41: ValueError: no token for hail"):
+        orchestrator.evaluate(run, str(data))
+    figures = orchestrator.evaluate(run, Data(path=str(data), on_bad_sample="skip"))
+    assert (figures["num_samples"], figures["num_skipped"]) == (40, 1)
+
+
+def test_a_text_that_makes_no_place_for_canine_is_a_bad_sample(tmp_path: Path) -> None:
+    """It makes one place of four characters, and of fewer none: its pooling raised in the middle of a run."""
+    config = transformers.CanineConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, num_hash_buckets=64,
+        local_transformer_stride=16, max_position_embeddings=64,
+    )  # fmt: skip
+    backbone = save_backbone(
+        tmp_path / "canine", config, transformers.CanineTokenizer(), "CanineForSequenceClassification"
+    )
+    plan = orchestrator.plan(modality="text", backbone=str(backbone), data=str(table(tmp_path, sentences())))
+    text = registry.get("text")
+    assert text.batch is not None
+    assert text.decode is not None
+    decoded = [text.decode({"text": one}) for one in (b"rain", b"x", b"snow")]
+    inputs, faults = collated(text.batch(plan, backbone), decoded, False)
+    assert inputs is not None
+    assert len(inputs["input_ids"]) == 2
+    assert [error.message for error in faults.values()] == ["has fewer than 4 tokens, and canine takes no fewer"]
+
+
+# --- numbers beyond the embedding ---
+
+
+@pytest.mark.parametrize("form", ["gpt2", "llama"])
+def test_a_padding_token_beyond_the_embedding(form: str, tmp_path: Path, cli: Cli) -> None:
+    """Somebody added [PAD] to the tokenizer, and not to the embedding: IndexError in the first batch of two lengths."""
+    backbone = make_language_model(tmp_path / form, form, padding="[PAD]")
+    checked = cli("check", backbone, "--modality", "text", "--json")
+    assert checked.returncode == 0
+    (said,) = json.loads(checked.stdout)["warnings"]
+    assert "'[PAD]' has the number" in said
+    assert "beyond the embedding's" in said
+    data = table(tmp_path, [f"{one}{' and so on' * (i % 4)}" for i, one in enumerate(sentences())])
+    run = finetune("text", backbone, data)
+    assert said in run.plan.warnings
+    assert len(orchestrator.predict(run, ["rain [PAD] rain", "a much longer text about the rain"])) == 2
+    pipe = transformers.pipeline("text-classification", model=str(run.model), batch_size=2)
+    assert len(pipe(["rain", "a much longer text about the rain"])) == 2
+
+
+def test_words_beyond_the_embedding_are_refused_at_the_gate(tmp_path: Path) -> None:
+    backbone = make_language_model(tmp_path / "gpt2", "gpt2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(backbone)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["brontosaurus"])
+    tokenizer.save_pretrained(backbone)
+    with pytest.raises(
+        RefusedError, match=f"'brontosaurus' the number {rows}, and the embedding has {rows} rows"
+    ) as said:
+        planning.inspect(str(backbone), "text")
+    assert said.value.reason == "bad_config"
+    assert "resize_token_embeddings" in said.value.mend
+    model = transformers.AutoModel.from_pretrained(backbone)  # the mend, as it is written
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(backbone)
+    tokenizer.save_pretrained(backbone)
+    run = finetune("text", backbone, table(tmp_path, [f"{one} brontosaurus" for one in sentences()]))
+    assert run.finished
+
+
+def test_a_special_token_beyond_the_embedding_that_no_text_becomes_is_no_matter(tmp_path: Path) -> None:
+    """As gemma 3's `<image_soft_token>`: its number is the size of the embedding."""
+    backbone = make_language_model(tmp_path / "gpt2", "gpt2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(backbone)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(backbone)
+    run = finetune("text", backbone, table(tmp_path, [f"{one} <image_soft_token>" for one in sentences()]))
+    assert not run.plan.warnings
+
+
+# --- padding on the side that the family wants ---
+
+
+def test_xlnet_is_padded_on_the_left(tmp_path: Path) -> None:
+    """Its head reads the last place; padded on the right, a text's label depended on those beside it."""
+    backbone = make_xlnet(tmp_path / "xlnet")
+    texts = [f"{one}{' and so on' * (i % 5)}" for i, one in enumerate(sentences())]
+    run = finetune("text", backbone, table(tmp_path, texts))
+    together = orchestrator.predict(run, texts)
+    pipe = transformers.pipeline("text-classification", model=str(run.model), top_k=None)
+    for text, one in list(zip(texts, together, strict=True))[:10]:
+        (alone,) = orchestrator.predict(run, text)
+        served = {said["label"]: said["score"] for said in pipe([text])[0]}
+        assert dict(one.top) == pytest.approx(dict(alone.top), abs=1e-4)
+        assert dict(one.top) == pytest.approx(served, abs=1e-4)
