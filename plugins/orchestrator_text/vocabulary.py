@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator.backbone import metadata_file
@@ -126,7 +126,7 @@ def notes_on_numbers(card: BackboneCard) -> list[str]:
         return []
     within = [named[key] for key in STAND_INS if key in named and numbers.get(named[key], following) < rows]
     if not within:
-        raise beyond(card, padding, at, rows)
+        raise beyond(card, rows, [(at, padding)])
     return [padded_otherwise(padding, at, rows, within[0])]
 
 
@@ -149,17 +149,17 @@ def require_within(card: BackboneCard, rows: int, tokens: Iterable[tuple[str, in
     """Raise `RefusedError` where a token's number lies beyond the embedding. `tokens`: (token, number)."""
     outside = sorted((number, token) for token, number in tokens if number >= rows)
     if outside:
-        raise beyond(card, outside[0][1], outside[0][0], rows, len(outside) - 1)
+        raise beyond(card, rows, outside)
 
 
-def beyond(card: BackboneCard, token: str, number: int, rows: int, others: int = 0) -> RefusedError:
-    """The refusal of a token that the embedding has no row for."""
-    more = f" (and {others} more)" if others else ""
+def beyond(card: BackboneCard, rows: int, outside: Sequence[tuple[int, str]]) -> RefusedError:
+    """The refusal of tokens that the embedding has no row for. `outside`: (number, token), in order."""
+    (number, token), more = outside[0], f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
     return RefusedError(
         "bad_config",
         f"{card.source}: the tokenizer gives {token!r}{more} the number {number}, and the embedding has {rows} rows "
         "(vocab_size in config.json)",
         expected=f"numbers below {rows}",
         mend="save the tokenizer that the network was trained with beside it; or let the embedding grow once: "
-        "model.resize_token_embeddings(len(tokenizer)), and save_pretrained() of both",
+        f"model.resize_token_embeddings({outside[-1][0] + 1}), and model.save_pretrained()",
     )

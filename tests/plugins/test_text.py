@@ -31,7 +31,7 @@ def tokenizer() -> Any:
     """A real WordPiece tokenizer over the words of these tests."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(sum(WORDS.values(), ["the", "a", "and", "of"])), *LETTERS]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(sum(WORDS.values(), ["the", "and", "of"])), *LETTERS]
     made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
