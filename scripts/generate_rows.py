@@ -374,6 +374,10 @@ TOWERS = {
 }
 
 
+# What the image plugin reads of a processor's settings.
+PREPARES = ("size", "crop_size", "do_center_crop", "do_convert_rgb", "do_normalize", "image_mean", "image_std")
+
+
 def processors() -> dict[str, Any]:
     """What the image processors do where a repository's file does not say, and which one goes with which type."""
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
@@ -388,7 +392,7 @@ def processors() -> dict[str, Any]:
             made = getattr(transformers, name)()
         except Exception:
             continue
-        plain = {key: getattr(made, key, None) for key in ("size", "crop_size", "do_center_crop")}
+        plain = {key: getattr(made, key, None) for key in PREPARES}
         for key in ("size", "crop_size"):
             if plain[key] is not None:
                 plain[key] = {k: v for k, v in dict(plain[key]).items() if v is not None}

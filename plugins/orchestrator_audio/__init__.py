@@ -185,6 +185,9 @@ def _fixed_seconds(card: BackboneCard, rate: int) -> float | None:
         tower = config.get("audio_config", config)
         _require_equal(card, "mel bins", settings.get("feature_size", 64), tower.get("num_mel_bins", 64))
         return float(settings.get("max_length_s", 10))
+    if card.model_type == "wav2vec2-bert":
+        width = int(settings.get("num_mel_bins", settings.get("feature_size", 80))) * int(settings.get("stride", 2))
+        _require_equal(card, "numbers a frame", width, config.get("feature_projection_input_dim", 160))
     return None
 
 

@@ -29,6 +29,7 @@ from orchestrator.modality import (
     SampleField,
     Task,
 )
+from orchestrator_image.channels import channels_of, require_channels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -120,7 +121,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
             )
         _require_whole_patches(card, row, settings.size)
         height = width = settings.size
-    channels = _channels(card)
+    channels = channels_of(card)
     if channels not in (1, 3):
         raise RefusedError(
             "channels",
@@ -128,6 +129,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
             expected="a backbone of 1 or 3 channels",
             mend="choose another backbone, or write a plugin for such images (docs/plugins.md)",
         )
+    require_channels(card, {} if card.library == "timm" else _settings(card))
     adaptations, notes = [], []
     if profile is not None and profile.num_measured:
         adaptations, notes = _hold_against(profile, height, width, "RGB" if channels == 3 else "L")
@@ -201,7 +203,7 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
             expected="size, mean and standard deviation of its training images",
             mend="save the image processor beside the model: AutoImageProcessor...save_pretrained()",
         )
-    settings = {**_defaults(card), **{k: v for k, v in card.preprocessor.items() if v is not None}}
+    settings = _settings(card)
     cropped = settings.get("crop_size") if settings.get("do_center_crop") else None
     size = _height_width(cropped) or _height_width(settings.get("size")) or _image_size(card)
     if size is None or min(size) < 1:
@@ -213,9 +215,10 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
     return size
 
 
-def _defaults(card: BackboneCard) -> dict[str, Any]:
-    """What the image processor that the repository names does where its file does not say."""
-    return dict(_processors()["defaults"].get(processor_of(card), {}))
+def _settings(card: BackboneCard) -> dict[str, Any]:
+    """What the image processor does: as the file says, else as the class that it names."""
+    defaults = _processors()["defaults"].get(processor_of(card), {})
+    return {**defaults, **{key: value for key, value in (card.preprocessor or {}).items() if value is not None}}
 
 
 def processor_of(card: BackboneCard) -> str:
@@ -269,14 +272,6 @@ def _is_fixed(card: BackboneCard, row: BackboneRow) -> bool:
     if card.library == "timm":
         return bool((card.config.get("pretrained_cfg") or {}).get("fixed_input_size"))
     return row.size == "fixed"
-
-
-def _channels(card: BackboneCard) -> int:
-    if card.library == "timm":
-        size = (card.config.get("pretrained_cfg") or {}).get("input_size") or _TIMM_SIZE
-        return int(size[0])
-    nested = card.config.get("vision_config") or {}
-    return int(card.config.get("num_channels") or nested.get("num_channels") or 3)
 
 
 def build(plan: Plan, directory: Path) -> Network:

@@ -86,13 +86,13 @@ def make_processor(plan: Plan, directory: Path) -> Any:
     if plan.row.pool and not named_processor(plan.backbone):  # transformers knows no processor of a tower by its type
         processor_class = getattr(transformers, processor_of(plan.backbone))
     load = partial(processor_class.from_pretrained, directory, local_files_only=True, trust_remote_code=False)
-    wanted = tuple(plan.input["size"])
+    wanted = (plan.input["channels"], *plan.input["size"])
     mode = "RGB" if plan.input["channels"] == 3 else "L"
     processor = load()
     given = _gives(processor, mode)
     if given == {wanted}:
         return processor  # as the backbone was trained
-    processor = load(**_at_size(processor, wanted, min(map(min, given))))
+    processor = load(**_at_size(processor, wanted[1:], min(min(shape[1:]) for shape in given)))
     given = _gives(processor, mode)
     if given != {wanted}:
         raise TrainingError(
@@ -103,9 +103,9 @@ def make_processor(plan: Plan, directory: Path) -> Any:
 
 
 def _gives(processor: Any, mode: str) -> set[tuple[int, ...]]:
-    """The sizes that a tall and a wide image come out with."""
+    """The shapes, (channels, height, width), that a tall and a wide image come out with."""
     images = [Image.new(mode, (131, 197)), Image.new(mode, (197, 131))]
-    return {tuple(processor([image], return_tensors="pt")["pixel_values"].shape[-2:]) for image in images}
+    return {tuple(processor([image], return_tensors="pt")["pixel_values"].shape[-3:]) for image in images}
 
 
 def _at_size(processor: Any, wanted: tuple[int, ...], given: int) -> dict[str, Any]:

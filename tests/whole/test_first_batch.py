@@ -237,3 +237,89 @@ def test_xlnet_is_padded_on_the_left(tmp_path: Path) -> None:
         served = {said["label"]: said["score"] for said in pipe([text])[0]}
         assert dict(one.top) == pytest.approx(dict(alone.top), abs=1e-4)
         assert dict(one.top) == pytest.approx(served, abs=1e-4)
+
+
+# --- channels of the network against those of its processor ---
+
+
+def make_vit(directory: Path, channels: int = 1, **settings: Any) -> Path:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,
+        num_channels=channels,
+    )  # fmt: skip
+    return save_backbone(
+        directory, config, transformers.ViTImageProcessor(size={"height": 16, "width": 16}, **settings)
+    )
+
+
+def change(directory: Path, file: str, **settings: Any) -> None:
+    """Keys of a JSON file set, or taken out where None is given."""
+    held = json.loads((directory / file).read_text()) | settings
+    (directory / file).write_text(json.dumps({key: value for key, value in held.items() if value is not None}))
+
+
+def test_a_network_for_one_channel_with_a_processor_of_three_means(tmp_path: Path, flat_digits: Path) -> None:
+    """Accepted, and then a RuntimeError of shapes."""
+    backbone = make_vit(tmp_path / "vit")
+    with pytest.raises(RefusedError, match="for 1 channel, and image_mean in .* holds 3 numbers") as refused:
+        orchestrator.check(str(backbone), "image")
+    assert refused.value.reason == "bad_config"
+    change(backbone, "preprocessor_config.json", image_mean=[0.5], image_std=[0.5])  # the mend
+    run = finetune("image", backbone, flat_digits)
+    assert run.plan.input["channels"] == 1
+    assert not orchestrator.predict(run, [next(flat_digits.rglob("*.png"))])[0].problem
+
+
+@pytest.mark.parametrize(
+    ("channels", "settings", "words"),
+    [
+        (3, {"image_mean": [0.5]}, "for 3 channels, and image_mean"),
+        (3, {"image_std": [0.5, 0.5]}, "for 3 channels, and image_std"),
+        (3, {"image_std": [0.5, 0.5, 0]}, "image_std in preprocessor_config.json holds 0"),
+        (3, {"image_mean": [0.5, 0.5, "x"]}, "holds 'x'"),
+        (1, {"image_mean": None, "image_std": None}, "holds 3 numbers"),  # the class's own means
+        (1, {"image_mean": [0.5], "image_std": [0.5], "do_convert_rgb": True}, "makes 3 of it"),
+        (1, {"image_mean": 0.5, "image_std": 0.5}, ""),
+        (1, {"do_normalize": False}, ""),
+        (3, {"do_convert_rgb": True}, ""),
+    ],
+)
+def test_channels_are_held_against_means(channels: int, settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    backbone = make_vit(tmp_path / "vit", channels)
+    change(backbone, "preprocessor_config.json", **settings)
+    if not words:
+        assert orchestrator.check(str(backbone), "image").model_type == "vit"
+        return
+    with pytest.raises(RefusedError, match=words) as refused:
+        orchestrator.check(str(backbone), "image")
+    assert refused.value.mend
+
+
+def test_of_timms_networks_too(tmp_path: Path, flat_digits: Path) -> None:
+    import timm
+    from timm.models import save_for_hf
+
+    backbone = tmp_path / "gray"
+    network = timm.create_model("resnet10t", in_chans=1, num_classes=5)
+    save_for_hf(network, str(backbone), model_args={"in_chans": 1}, safe_serialization=True)
+    plan = orchestrator.plan(backbone=str(backbone), data=str(flat_digits), settings={"size": 32})
+    assert plan.input["channels"] == 1
+    config = json.loads((backbone / "config.json").read_text())
+    wrong = config["pretrained_cfg"] | {"mean": [0.5, 0.5, 0.5]}
+    change(backbone, "config.json", pretrained_cfg=wrong)
+    with pytest.raises(RefusedError, match="for 1 channel, and mean in pretrained_cfg"):
+        orchestrator.check(str(backbone), "image")
+    change(backbone, "config.json", pretrained_cfg=config["pretrained_cfg"], model_args=None)
+    with pytest.raises(RefusedError, match="has 1 channels, and the network is built with 3"):
+        orchestrator.check(str(backbone), "image")
+
+
+def test_numbers_a_frame_of_a_speech_network(tmp_path: Path) -> None:
+    from tests.plugins.test_audio import of_bert
+
+    config, extractor = of_bert()
+    backbone = save_backbone(tmp_path / "bert", config, extractor, "Wav2Vec2BertForSequenceClassification")
+    assert orchestrator.check(str(backbone), "audio").model_type == "wav2vec2-bert"
+    change(backbone, "preprocessor_config.json", stride=1)
+    with pytest.raises(RefusedError, match="a network for 160 numbers a frame, and .* gives 80"):
+        orchestrator.check(str(backbone), "audio")
