@@ -68,10 +68,11 @@ def num_views(job: Job, adapted: Fit) -> int:
     return views
 
 
-def make_recipe(job: Job, num_train: int, keeps_features: bool) -> Recipe:
+def make_recipe(job: Job, num_train: int, keeps_features: bool, has_batch_norm: bool = True) -> Recipe:
     """The recipe of the job's method with every default resolved. Raises `JobError`.
 
     `keeps_features`: a frozen body gives the same for a sample in every epoch, so that it has to run once alone.
+    `has_batch_norm`: whether the network may have layers of it, which want two samples in a microbatch.
     """
     training, method = job.training, _METHODS[job.method]
     batch_size = min(training.batch_size or method.batch_size, num_train)
@@ -85,7 +86,7 @@ def make_recipe(job: Job, num_train: int, keeps_features: bool) -> Recipe:
     steps_per_epoch = math.ceil(num_train / batch_size)
     phases = tuple(_phase(job, method, row, num_train, steps_per_epoch, keeps_features) for row in method.phases)
     smallest = num_train // steps_per_epoch // num_microbatches
-    if smallest < (2 if any(phase.batch_norm == "train" for phase in phases) else 1):
+    if smallest < (2 if has_batch_norm and any(phase.batch_norm == "train" for phase in phases) else 1):
         raise JobError(
             f"{num_train} training samples in batches of {batch_size} leave microbatches of {smallest}",
             expected="2 samples a microbatch for BatchNorm in train mode, 1 otherwise",

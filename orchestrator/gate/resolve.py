@@ -50,8 +50,9 @@ def make_plan(
     adapted = fit(card, row, modality, job.settings, profile)
     views = num_views(job, adapted)
     recipe = make_recipe(
-        job, data.num_samples["train"], keeps_features=may_keep_features(job) and (views > 0 or not adapted.augmented)
-    )
+        job, data.num_samples["train"], keeps_features=may_keep_features(job) and (views > 0 or not adapted.augmented),
+        has_batch_norm=tensors is None or any(name.endswith("running_mean") for name in tensors),
+    )  # fmt: skip
     num_extractors = (job.scaling.num_extractors or 0) if recipe.needs_features else 0
     extractor_threads = _threads(job, num_extractors, "extractors", num_cores)
     return Plan(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,11 @@ def freeze(network: Network, phase: Phase) -> None:
 
 
 def set_mode(network: Network, phase: Phase, training: bool) -> None:
-    """Train or eval mode. What is frozen stays in eval mode: dropout off, BatchNorm on its own statistics."""
+    """Train or eval mode. What is frozen stays in eval mode: dropout off, BatchNorm on its own statistics.
+
+    In train mode too BatchNorm goes by its own statistics where a channel has one value alone, as in a batch of one
+    sample: of one value there is no variance.
+    """
     if phase.trains == "head":
         network.module.eval()
         for name in network.head:
@@ -88,6 +93,26 @@ def set_mode(network: Network, phase: Phase, training: bool) -> None:
         if phase.batch_norm == "frozen":
             for layer in batch_norms(network.module):
                 layer.eval()
+    for layer in batch_norms(network.module) if training else ():
+        if layer.training and not hasattr(layer, _GOES_BY):
+            setattr(layer, _GOES_BY, "the batch")
+            layer.register_forward_pre_hook(_before)
+            layer.register_forward_hook(_after, always_call=True)
+
+
+_GOES_BY = "_orchestrator_goes_by"
+
+
+def _before(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    if layer.training and args and args[0].numel() == args[0].shape[1]:
+        layer.eval()
+        setattr(layer, _GOES_BY, "its own statistics")
+
+
+def _after(layer: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+    if getattr(layer, _GOES_BY) == "its own statistics":
+        layer.train()
+        setattr(layer, _GOES_BY, "the batch")
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import orchestrator
@@ -323,3 +324,51 @@ def test_numbers_a_frame_of_a_speech_network(tmp_path: Path) -> None:
     change(backbone, "preprocessor_config.json", stride=1)
     with pytest.raises(RefusedError, match="a network for 160 numbers a frame, and .* gives 80"):
         orchestrator.check(str(backbone), "audio")
+
+
+# --- BatchNorm with a batch of one ---
+
+
+@pytest.fixture(scope="module")
+def levit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its head has a BatchNorm of its own, over one value a sample and channel."""
+    config = transformers.LevitConfig(
+        image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[1, 1, 1], depths=[1, 1, 1], key_dim=[8, 8, 8]
+    )
+    processor = transformers.LevitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    return save_backbone(tmp_path_factory.mktemp("levit"), config, processor, "LevitModel")
+
+
+@pytest.mark.parametrize("features", ["once", "every step"])
+def test_a_head_with_batch_norm_and_a_batch_of_one(features: str, levit: Path, flat_digits: Path) -> None:
+    """It raised: expected more than 1 value per channel."""
+    training = {"epochs": 1, "batch_size": 1, "features": features}
+    run = finetune("image", levit, flat_digits, method="head", training=training, **{"data.num_train": 20})
+    assert run.plan.recipe.steps_per_epoch == 20
+    assert run.finished
+
+
+def test_a_batch_of_one_that_bad_samples_leave(levit: Path, flat_digits: Path, tmp_path: Path) -> None:
+    """Microbatches of two, of which one cannot be decoded: too late for the plan to know."""
+    from orchestrator.network import set_mode
+    from orchestrator.network.network import Network
+
+    plan = orchestrator.plan(backbone=str(levit), data=str(flat_digits), method="full", settings={})
+    layer = torch.nn.BatchNorm1d(3)
+    network = Network(torch.nn.Sequential(layer), ("0",), (), (), lambda *_: None)
+    set_mode(network, plan.recipe.phases[0], training=True)
+    one = torch.tensor([[1.0, 2.0, 3.0]])
+    assert torch.allclose(network.module(one), one, atol=1e-4)
+    assert int(layer.num_batches_tracked) == 0
+    assert layer.training
+    network.module(torch.cat([one, -one]))
+    assert int(layer.num_batches_tracked) == 1
+
+
+def test_a_microbatch_of_one_is_refused_where_there_is_batch_norm_and_nowhere_else(
+    tiny_resnet: Path, tiny_vit: Path, flat_digits: Path
+) -> None:
+    job = {"data": str(flat_digits), "method": "full", "training": {"batch_size": 1}}
+    with pytest.raises(RefusedError, match="leave microbatches of 1"):
+        orchestrator.plan(backbone=str(tiny_resnet), **job)
+    assert orchestrator.plan(backbone=str(tiny_vit), **job).recipe.batch_size == 1
