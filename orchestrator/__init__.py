@@ -16,7 +16,7 @@ from orchestrator.errors import missing_extra
 
 if TYPE_CHECKING:
     from orchestrator.errors import OrchestratorError as OrchestratorError, RefusedError as RefusedError
-    from orchestrator.gate import check as check, plan as plan
+    from orchestrator.gate import check as check
     from orchestrator.job import (
         BackboneCard as BackboneCard,
         Job as Job,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from orchestrator.modality import Modality as Modality, register as register
     from orchestrator.predictor import evaluate as evaluate, predict as predict
+    from orchestrator.rehearsal import plan as plan
     from orchestrator.train import finetune as finetune, pretrain as pretrain
 
 # No module may have the name of a public function: importing `orchestrator.x` would replace `orchestrator.x()`.
@@ -41,7 +42,7 @@ _HOMES = {
     "evaluate": "predictor",
     "finetune": "train",
     "open_run": "job",
-    "plan": "gate",
+    "plan": "rehearsal",
     "predict": "predictor",
     "pretrain": "train",
     "register": "modality",

@@ -57,6 +57,7 @@ from orchestrator.job import (
 )
 from orchestrator.modality import registry
 from orchestrator.progress import progress
+from orchestrator.rehearsal import rehearsed
 
 if TYPE_CHECKING:
     from orchestrator.training import WorkerSpec
@@ -227,6 +228,7 @@ def _laid_out(run: Run, job: Job, resolved: ResolvedBackbone, options: RunOption
     partial.mkdir()
     try:
         plan, prepared = prepare(job, resolved, partial)
+        plan = rehearsed(plan, prepared, resolved.plugin)
         texts = _texts(run, job, plan, prepared)  # what cannot be written down is found before anything is removed
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Write each plugin's rows.json from the installed transformers and timm, and what else is read from them.
 
-    python scripts/generate_rows.py            # writes plugins/orchestrator_*/rows.json, backbone/timm_args.json
+    python scripts/generate_rows.py            # writes plugins/orchestrator_*/rows.json, two more tables
     python scripts/generate_rows.py --check    # exit 1 if they would change
 
 A row says which class a model type is loaded with, what its forward takes, and which modules depend on the
@@ -400,6 +400,23 @@ def processors() -> dict[str, Any]:
     return {"by_type": by_type, "defaults": defaults}
 
 
+def config_keys(types: list[str]) -> dict[str, Any]:
+    """The keys of config.json that each type's class knows, besides those that every class does."""
+    general = set(transformers.PreTrainedConfig().to_dict()) | set(
+        inspect.signature(transformers.PreTrainedConfig).parameters
+    )
+    found = {}
+    for model_type in sorted(types):
+        cls = transformers.CONFIG_MAPPING[model_type]
+        known = set(inspect.signature(cls).parameters) | set(getattr(cls, "attribute_map", {}))
+        try:
+            known |= set(cls().to_dict())
+        except Exception as error:  # a part that only a whole model has
+            print(f"{model_type}: {type(error).__name__}: {str(error)[:80]}", file=sys.stderr)
+        found[model_type] = " ".join(sorted(known - general - {"kwargs", "self"}))
+    return {"general": " ".join(sorted(general - {"kwargs", "self"})), "types": found}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
@@ -423,10 +440,12 @@ def main() -> int:
         print(f"{modality}: {len(rows['accepts'])} accepted, {len(rows.get('pooled', {}))} with a head of ours, "
               f"{len(rows['refuses'])} refused by name, "
               f"{len(rows.get('timm', {}))} timm")  # fmt: skip
+    types = [name for rows in plugins.values() for name in (*rows["accepts"], *rows.get("pooled", {}))]
     not_args = {name: why for why, names in NOT_TIMM_ARGS.items() for name in names.split() if len(name) > 4}
     for file, content in (
         (PLUGINS / "orchestrator_image" / "processors.json", processors()),
         (PLUGINS.parent / "orchestrator" / "backbone" / "timm_args.json", {"allowed": timm_args(), "not": not_args}),
+        (PLUGINS.parent / "orchestrator" / "gate" / "config_keys.json", config_keys(types)),
     ):
         lines = json.dumps(content, indent=1, sort_keys=True) + "\n"
         if not file.is_file() or file.read_text() != lines:

@@ -26,6 +26,7 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
 
 from orchestrator.data.columns import input_columns as input_columns, label_columns as label_columns
 from orchestrator.data.contents import Catalog as Catalog, Ids as Ids, Ints as Ints, Marks as Marks, known as known
+from orchestrator.data.ingested import Example as Example
 from orchestrator.data.locations import (
     Found as Found,
     Location as Location,

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from orchestrator.data.contents import content_id, digest64
-from orchestrator.data.ingested import IngestedRows, Skip, view
+from orchestrator.data.ingested import Example, IngestedRows, Skip, view
 from orchestrator.data.locations import Location
 from orchestrator.data.rows import Row, Source, inside, inside_store
 from orchestrator.data.samples import SampleWriter
 from orchestrator.data.tables import suffix_of
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job import BackboneCard, TaskName
-from orchestrator.modality import Facts, Modality, Profile
+from orchestrator.modality import Facts, Modality, Profile, Sample
 
 NUM_MEASURED_ALL = 5_000
 """Up to so many samples are all decoded before the start; of more, some at even distances."""
@@ -31,6 +31,9 @@ MAX_HASHED_BYTES = 256 * 2**20
 """Up to so many bytes the fingerprint is of the contents; above, of sizes and modification times."""
 _MAX_PROBLEMS = 1_000
 """After so many broken rows, a job that may not skip them reads on no further."""
+NUM_EXAMPLES = 8
+"""So many samples are kept to try the first batch with."""
+_EXAMPLE_BYTES = 16 * 2**20
 _CHUNK_ROWS = 128
 _NO_SPLIT = -1
 
@@ -45,7 +48,7 @@ def ingest(
     """
     ingested = IngestedRows(label=array("d" if task == "regression" else "i"))
     measured: list[tuple[int, Facts]] = []
-    looker = _Looker(source, modality, card)
+    looker, examples = _Looker(source, modality, card), _Examples(ingested.examples)
     rows = source.rows()
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         while chunk := list(islice(rows, _CHUNK_ROWS)):
@@ -64,6 +67,7 @@ def ingest(
                 number, look = look_of[id(row)]
                 if look.facts is not None:
                     measured.append((number, look.facts))
+                    examples.offer(row.place, look)
                 looker.total_bytes += max(0, look.num_bytes)
                 _remember(ingested, row, look, task)
                 writer.add(row)
@@ -124,6 +128,32 @@ class _Look:
     timed: bool = False
     facts: Facts | None = None
     """None where the row is not one of the measured."""
+    sample: Sample | None = None
+    """As it was read, of the measured."""
+
+
+class _Examples:
+    """Chooses a few of the measured rows: the first of each kind, and some at growing distances."""
+
+    def __init__(self, chosen: list[Example]) -> None:
+        self._chosen = chosen
+        self._kinds: set[object] = set()
+        self._num_offered = self._num_bytes = 0
+
+    def offer(self, place: str, look: _Look) -> None:
+        """A measured row; it is kept if it is wanted, and there is room."""
+        assert look.facts is not None
+        assert look.sample is not None
+        number, self._num_offered = self._num_offered, self._num_offered + 1
+        if len(self._chosen) >= NUM_EXAMPLES:
+            return
+        kind = frozenset((key, value) for key, value in look.facts.items() if isinstance(value, str))
+        size = sum(map(len, look.sample.values()))
+        is_wanted = kind not in self._kinds or number & (number - 1) == 0
+        if is_wanted and (not self._chosen or self._num_bytes + size <= _EXAMPLE_BYTES):
+            self._kinds.add(kind)
+            self._num_bytes += size
+            self._chosen.append(Example(place, look.sample))
 
 
 class _Looker:
@@ -194,7 +224,7 @@ class _Looker:
             return look
         try:
             sample = {self._fields[0]: content} | ({} if row.second is None else {self._fields[1]: row.second})
-            return replace(look, facts=self._measure(self._decode(sample), self._card))
+            return replace(look, facts=self._measure(self._decode(sample), self._card), sample=sample)
         except BadSampleError as error:
             row.problem = error.message
             return look

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from orchestrator.data.contents import Ints
 from orchestrator.data.rows import Origin
-from orchestrator.modality import Profile
+from orchestrator.modality import Profile, Sample
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,14 @@ class Skip:
 
     place: str
     problem: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample as it was read, for a look at how the first batch is made."""
+
+    place: str
+    sample: Sample
 
 
 @dataclass
@@ -67,6 +75,8 @@ class IngestedRows:
     """Whether `stat_id` holds a time: some stores tell none, and then the same size is no sign of the same content.
     May be empty."""
     skipped: list[Skip] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    """A few of the measured rows: of each kind (mode, encoding, pair) one, and some at growing distances."""
     profile: Profile = field(default_factory=lambda: Profile.of(()))
     """What was measured: on all rows, or on some at even distances."""
     by_content: bool = True

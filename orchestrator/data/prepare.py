@@ -17,7 +17,7 @@ import numpy as np
 from orchestrator.data.contents import Ints, fingerprint
 from orchestrator.data.duplicates import drop_duplicates, notes_on_leaks
 from orchestrator.data.ingest import ingest
-from orchestrator.data.ingested import IngestedTable, Skip, view
+from orchestrator.data.ingested import Example, IngestedTable, Skip, view
 from orchestrator.data.labels import (
     Targets,
     class_names,
@@ -44,6 +44,8 @@ class Prepared:
     summary: DataSummary
     profile: Profile
     skipped: tuple[Skip, ...]
+    examples: tuple[Example, ...] = ()
+    """A few samples, as they were read."""
 
 
 def prepare_data(
@@ -104,7 +106,7 @@ def _prepare(
         num_skipped=len(ingested.skipped),
         notes=tuple(notes),
     )
-    return Prepared(tuple(names), summary, ingested.profile, tuple(ingested.skipped))
+    return Prepared(tuple(names), summary, ingested.profile, tuple(ingested.skipped), tuple(ingested.examples))
 
 
 def _refuse_broken(skipped: Sequence[Skip], num_rows: int, spec: Data) -> None:

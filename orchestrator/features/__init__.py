@@ -19,6 +19,7 @@ from orchestrator.features.sources import (
     FeatureSource as FeatureSource,
     SampleSource as SampleSource,
     Source as Source,
+    collated as collated,
     split_evenly as split_evenly,
 )
 from orchestrator.features.stage import (

@@ -4,6 +4,7 @@ In: a Job. Out: a `Plan` with every default resolved and every adaptation of the
 the mend. Reads metadata and data, never a weight; imports neither torch nor Ray.
 
     decide    pure: does the backbone fit the modality and the data, or why not
+    own_code  is the network the one that its type names
     recipes   a method -> phases, with every default
     resolve   pure: (modality, card, profile, job) -> Plan
     resume    a plan against the one that an unfinished run began with
@@ -11,6 +12,7 @@ the mend. Reads metadata and data, never a weight; imports neither torch nor Ray
 """
 
 from orchestrator.gate.decide import match as match, parse_settings as parse_settings
+from orchestrator.gate.own_code import refuse_own_code as refuse_own_code
 from orchestrator.gate.planning import (
     Checked as Checked,
     ResolvedBackbone as ResolvedBackbone,
@@ -20,6 +22,7 @@ from orchestrator.gate.planning import (
     materialised as materialised,
     num_cores as num_cores,
     plan as plan,
+    planned as planned,
     prepare as prepare,
     refuse_inside_data as refuse_inside_data,
     resolve_backbone as resolve_backbone,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import JobError, RefusedError, did_you_mean
+from orchestrator.gate.own_code import notes_on_keys
 from orchestrator.job import BackboneCard, BackboneRow, nearest_value
 from orchestrator.modality import BackboneRule, Fit, Modality, Profile
 
@@ -117,7 +119,8 @@ def fit(card: BackboneCard, row: BackboneRow, modality: Modality, job_settings: 
         raise not_built(modality)
     settings = parse_settings(modality, job_settings)
     try:
-        return modality.fit(card, row, settings, profile)
+        adapted = modality.fit(card, row, settings, profile)
+        return replace(adapted, warnings=(*adapted.warnings, *notes_on_keys(card)))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise RefusedError(
             "bad_config",

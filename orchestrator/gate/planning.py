@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.backbone import read_card, read_tensors, require_harmless, require_weights, with_digest
 from orchestrator.errors import RefusedError, missing_extra
 from orchestrator.gate import decide
+from orchestrator.gate.own_code import refuse_own_code
 from orchestrator.gate.recipes import first_weights, may_keep_features
 from orchestrator.gate.resolve import make_plan
 from orchestrator.job import (
@@ -90,10 +91,17 @@ def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: A
 
     Takes what `finetune` takes. Raises `JobError` and `RefusedError`.
     """
+    return planned(job, fields)[0]
+
+
+def planned(
+    job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]
+) -> tuple[Plan, Prepared, Modality]:
+    """The Plan of a job, what was found in its data, and its plugin."""
     draft = drafted(job, fields)
     resolved = resolve_backbone(without_rows(draft))  # before rows are written
     with TemporaryDirectory(prefix="orchestrator-") as folder:
-        return prepare(materialised(draft, Path(folder) / DATA_FOLDER).job(), resolved)[0]
+        return *prepare(materialised(draft, Path(folder) / DATA_FOLDER).job(), resolved), resolved.plugin
 
 
 @dataclass(frozen=True)
@@ -217,6 +225,7 @@ def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
             raise
     else:
         require_harmless(card)
+        refuse_own_code(card, row)
         return row
     return decide.match(card, plugin, registry.available())  # only a refusal asks what the others take
 

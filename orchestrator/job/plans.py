@@ -212,6 +212,8 @@ class Plan(_Plain):
     """So many random views of each training sample are computed and kept; 0: the samples as they are."""
     adaptations: tuple[Adaptation, ...] = ()
     warnings: tuple[str, ...] = ()
+    rehearsal: tuple[str, ...] = ()
+    """What was done with a few real samples and with the headers of the weights, before the start."""
     recipe: Recipe
     parameters: Parameters | None = None
     num_workers: int = 1

@@ -6,6 +6,7 @@ a `Worker`, which knows its rank and device and exchanges tensors with the other
     worker     one worker: rank, device, threads, what it exchanges with the others
     network    body and head, what is frozen, train and eval mode
     config     config.json -> what a network is built from
+    headers    a network from the headers of its weights alone
     loading    a checkpoint -> a network with its new head: transformers, timm, a plugin's own module
     optimizer  parameter groups and their rates
     pooled     a head of our own on bodies that transformers has no head for
@@ -17,6 +18,7 @@ a `Worker`, which knows its rank and device and exchanges tensors with the other
 from orchestrator.network.batchnorm import MicrobatchStatistics as MicrobatchStatistics
 from orchestrator.network.config import make_config as make_config
 from orchestrator.network.cut import Body as Body, Cut as Cut, Head as Head, find_cut as find_cut
+from orchestrator.network.headers import from_headers as from_headers
 from orchestrator.network.loading import (
     build_module as build_module,
     build_transformers as build_transformers,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from orchestrator.errors import WeightsError
 from orchestrator.job import Plan
 from orchestrator.network.config import make_config
+from orchestrator.network.headers import held_tensors
 from orchestrator.network.network import Network, StateDict, within
 
 _HEAD_STD = 0.02
@@ -126,6 +127,9 @@ def load_body(
 
 def _tower(plan: Plan, directory: Path) -> dict[str, Tensor]:
     """The tensors of one part of a larger model, by the names that they have in the part."""
+    held = held_tensors()
+    if held is not None:
+        return part_of(held, plan.row.prefix.removesuffix("."))
     in_tower = {}
     for file in plan.backbone.weight_files:
         with safe_open(directory / file, "pt") as tensors:
@@ -137,6 +141,9 @@ def _tower(plan: Plan, directory: Path) -> dict[str, Tensor]:
 
 def _load(plan: Plan, directory: Path | None, model_class: Any, config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
     """transformers' model in float32, and what it tells of the loading; without a directory from `state_dict`."""
+    held = held_tensors()
+    if held is not None and directory is not None:
+        directory, more = None, {**more, "state_dict": held}
     with ExitStack() as resources:
         resources.enter_context(quiet())
         place = None if directory is None else resources.enter_context(_weights_alone(plan, directory))

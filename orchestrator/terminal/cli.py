@@ -85,7 +85,7 @@ def pretrain(fields: dict[str, Any], job: JobFile = None, fresh: Fresh = False, 
 @takes_flags()
 def plan(fields: dict[str, Any], job: JobFile = None, json_: Json = False) -> None:
     """Print what `finetune` would do, and run nothing."""
-    from orchestrator.gate import plan as make_plan
+    from orchestrator.rehearsal import plan as make_plan
     from orchestrator.terminal.console import show_plan
 
     made = make_plan(job, **fields)

@@ -72,6 +72,7 @@ def show_plan(plan: Plan) -> None:
         *_balance(plan),
         ("input", settings_line(plan.input)),
         *(("adapted", str(one)) for one in plan.adaptations),
+        *(("tried", one) for one in plan.rehearsal),
         *(("warning", one) for one in plan.warnings),
         *(("note", one) for one in plan.data.notes),
     ]

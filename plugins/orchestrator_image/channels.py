@@ -73,6 +73,6 @@ def require_channels(card: BackboneCard, settings: Mapping[str, Any]) -> None:
                 f"{card.source}: config.json is of a network for {channels} channel{'s' if channels > 1 else ''}, and "
                 f"{key} in {file} holds {len(each)} numbers",
                 expected="one for each channel",
-                mend=f"put {channels} {'numbers' if channels > 1 else 'number'} into {means} and {deviations} of {file}: "
+                mend=f"put {channels} number{'s' if channels > 1 else ''} into {means} and {deviations} of {file}: "
                 "those that the network was trained with",
             )

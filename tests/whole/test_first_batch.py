@@ -262,7 +262,7 @@ def change(directory: Path, file: str, **settings: Any) -> None:
 def test_a_network_for_one_channel_with_a_processor_of_three_means(tmp_path: Path, flat_digits: Path) -> None:
     """Accepted, and then a RuntimeError of shapes."""
     backbone = make_vit(tmp_path / "vit")
-    with pytest.raises(RefusedError, match="for 1 channel, and image_mean in .* holds 3 numbers") as refused:
+    with pytest.raises(RefusedError, match=r"for 1 channel, and image_mean in .* holds 3 numbers") as refused:
         orchestrator.check(str(backbone), "image")
     assert refused.value.reason == "bad_config"
     change(backbone, "preprocessor_config.json", image_mean=[0.5], image_std=[0.5])  # the mend
@@ -322,7 +322,7 @@ def test_numbers_a_frame_of_a_speech_network(tmp_path: Path) -> None:
     backbone = save_backbone(tmp_path / "bert", config, extractor, "Wav2Vec2BertForSequenceClassification")
     assert orchestrator.check(str(backbone), "audio").model_type == "wav2vec2-bert"
     change(backbone, "preprocessor_config.json", stride=1)
-    with pytest.raises(RefusedError, match="a network for 160 numbers a frame, and .* gives 80"):
+    with pytest.raises(RefusedError, match=r"a network for 160 numbers a frame, and .* gives 80"):
         orchestrator.check(str(backbone), "audio")
 
 
@@ -348,7 +348,7 @@ def test_a_head_with_batch_norm_and_a_batch_of_one(features: str, levit: Path, f
     assert run.finished
 
 
-def test_a_batch_of_one_that_bad_samples_leave(levit: Path, flat_digits: Path, tmp_path: Path) -> None:
+def test_a_batch_of_one_that_bad_samples_leave(levit: Path, flat_digits: Path) -> None:
     """Microbatches of two, of which one cannot be decoded: too late for the plan to know."""
     from orchestrator.network import set_mode
     from orchestrator.network.network import Network

@@ -1,0 +1,177 @@
+"""Before the start: a few real samples become a batch, and the network is built from the headers of its weights.
+
+So what the first batch or the loading would fail on is refused while nothing is downloaded but small files. `plan` does
+it, and so does `finetune` before a run begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.backbone import fetch, read_tensors
+from orchestrator.data import LEAVE_OUT, Prepared
+from orchestrator.errors import (
+    BadSampleError,
+    DataError,
+    OrchestratorError,
+    RefusedError,
+    first_line,
+    missing_extra,
+)
+from orchestrator.gate import planned, refuse_own_code
+from orchestrator.job import Job, Plan
+from orchestrator.modality import Modality
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from orchestrator.modality import Collate
+    from orchestrator.network import Inputs, Network
+
+_KNOWN = ("transformers", "timm")
+_SHOWN = 3
+
+
+def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: Any) -> Plan:
+    """The Plan of a job: what would happen, with nothing trained and no weight downloaded.
+
+    Takes what `finetune` takes. A few samples go through the backbone's tokenizer or processor, and `rehearsal` says
+    what came of it. Raises `JobError` and `RefusedError`.
+    """
+    made, prepared, plugin = planned(job, fields)
+    return rehearsed(made, prepared, plugin)
+
+
+def rehearsed(plan: Plan, prepared: Prepared, plugin: Modality) -> Plan:
+    """The plan, with what a rehearsal found. Raises `RefusedError` where the first batch or the weights would fail."""
+    try:
+        import torch  # noqa: F401  # before anything of a plugin's that needs it
+    except ModuleNotFoundError as error:
+        refusal = missing_extra(error, plugin.extra)
+        return plan.model_copy(update={"rehearsal": (f"nothing: {refusal or error}",)})
+    directory = _asking(plan, lambda: fetch(plan.backbone, with_weights=False), "its small files")
+    lines = [_try_batch(plan, prepared, plugin, directory)]
+    warnings: list[str] = []
+    if plan.weights == "pretrained" and plan.backbone.library in _KNOWN:
+        network = _built(plan, plugin, directory)
+        if network is not None:
+            refuse_own_code(plan.backbone, plan.row, _lost(network))
+            lines.append("the network from the headers of its weights: they fit")
+            warnings += _unused(plan, network)
+    return plan.model_copy(update={"rehearsal": tuple(lines), "warnings": (*plan.warnings, *warnings)})
+
+
+def _asking(plan: Plan, make: Any, what: str) -> Any:
+    """What `make()` gives; what it raises becomes a refusal of the backbone."""
+    source = plan.backbone.source
+    try:
+        return make()
+    except RefusedError:
+        raise
+    except OrchestratorError as error:
+        raise RefusedError("bad_config", error.message, expected=error.expected, mend=error.mend) from error
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) or error from None
+    except Exception as error:  # what a library makes of files that are not as it expects
+        raise RefusedError(
+            "bad_config", f"{source}: {what} cannot be used: {type(error).__name__}: {first_line(error)}",
+            mend="fetch or save the backbone again, with its tokenizer or processor",
+        ) from error  # fmt: skip
+
+
+# --- a batch ---
+
+
+def _try_batch(plan: Plan, prepared: Prepared, plugin: Modality, directory: Path) -> str:
+    """What a few real samples became, in a line. Raises `RefusedError` where they become nothing."""
+    from orchestrator.features import collated
+
+    assert plugin.decode is not None
+    assert plugin.batch is not None
+    batch = plugin.batch
+    collate: Collate = _asking(plan, lambda: batch(plan, directory), "its tokenizer or processor")
+    decoded, places = [], []
+    for example in prepared.examples:
+        try:
+            decoded.append(plugin.decode(example.sample))
+        except BadSampleError as error:  # a plugin whose decoding is not the same each time
+            raise DataError(f"{example.place}: {error.message}", mend=f"mend or remove it, or {LEAVE_OUT}") from None
+        places.append(example.place)
+    inputs, faults = _asking(plan, lambda: collated(collate, decoded, False), "its tokenizer or processor")
+    if faults:
+        place, fault = next(iter(faults.items()))
+        if inputs is None:
+            raise RefusedError(
+                "bad_config",
+                f"{plan.backbone.source}: its tokenizer or processor takes none of {len(decoded)} samples, "
+                f"{places[place]} among them: {fault.message}",
+                mend="fetch or save the backbone again, with its tokenizer or processor",
+            )
+        if plan.job.data.on_bad_sample == "fail":
+            raise DataError(
+                f"{places[place]}: {fault.message}", expected="samples that can all be used",
+                mend=f"mend or remove them, or {LEAVE_OUT}",
+            )  # fmt: skip
+    if inputs is None:
+        return "no samples"
+    _require_inputs(plan, inputs)
+    shapes = ", ".join(
+        f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for name, tensor in inputs.items()
+    )
+    left_out = f"; {len(faults)} cannot be taken, and will be left out" if faults else ""
+    return f"a batch of {len(decoded) - len(faults)} samples: {shapes}{left_out}"
+
+
+def _require_inputs(plan: Plan, inputs: Inputs) -> None:
+    """Raise `RefusedError` where nothing of the batch is what the network takes."""
+    wanted = plan.row.inputs
+    if wanted and not set(wanted) & set(inputs):
+        raise RefusedError(
+            "bad_config",
+            f"{plan.backbone.source}: its tokenizer or processor gives {', '.join(inputs)}, and "
+            f"{plan.row.architecture} takes {' or '.join(wanted)}",
+            mend="save the right tokenizer or processor beside the model",
+        )
+
+
+# --- the weights ---
+
+
+def _built(plan: Plan, plugin: Modality, directory: Path) -> Network | None:
+    """The plan's network, whose tensors hold nothing; None where it cannot be built so."""
+    from orchestrator.network import from_headers
+
+    assert plugin.build is not None
+    build = plugin.build
+    tensors = read_tensors(plan.backbone)
+    try:
+        with from_headers(tensors):
+            network: Network = _asking(plan, lambda: build(plan, directory), "its network")
+    except RefusedError as error:
+        if type(error.__cause__).__module__.startswith("torch."):  # what cannot be done without values
+            return None
+        raise
+    return network
+
+
+def _lost(network: Network) -> list[str]:
+    """Tensors of the checkpoint that belong to the body by their names, and that the body has no place for."""
+    module: nn.Module = network.module
+    body = getattr(module, getattr(module, "base_model_prefix", "") or "body", None)
+    children = {name for name, _ in body.named_children()} if body is not None else set()
+    return [name for name in network.unused if name.split(".")[0] in children and "pooler" not in name]
+
+
+def _unused(plan: Plan, network: Network) -> list[str]:
+    """That tensors of the checkpoint are not used, in a line."""
+    names = network.unused
+    if not names:
+        return []
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    what = "one tensor" if len(names) == 1 else f"{len(names)} tensors"
+    return [
+        f"{what} of the checkpoint {'is' if len(names) == 1 else 'are'} not used ({shown}): the head of another task, "
+        f"or a part that {plan.row.architecture} has not"
+    ]
