@@ -6,6 +6,7 @@ it, and so does `finetune` before a run begins.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _KNOWN = ("transformers", "timm")
 _SHOWN = 3
+_COUNTS_LAYERS = re.compile(r"layer|depth|block|stage|repeat")
+_MANY_LAYERS = 1000
 
 
 def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: Any) -> Plan:
@@ -146,6 +149,7 @@ def _built(plan: Plan, plugin: Modality, directory: Path) -> Network | None:
     assert plugin.build is not None
     build = plugin.build
     tensors = read_tensors(plan.backbone)
+    _require_layers(plan, plan.backbone.config, len(tensors))
     try:
         with from_headers(tensors):
             network: Network = _asking(plan, lambda: build(plan, directory), "its network")
@@ -154,6 +158,22 @@ def _built(plan: Plan, plugin: Modality, directory: Path) -> Network | None:
             return None
         raise
     return network
+
+
+def _require_layers(plan: Plan, config: Mapping[str, Any], num_tensors: int) -> None:
+    """Raise `RefusedError` where config.json asks for more layers than there are tensors: they take all memory."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _require_layers(plan, value, num_tensors)
+        each = value if isinstance(value, (list, tuple)) else [value]
+        numbers = [one for one in each if isinstance(one, (int, float)) and one > max(_MANY_LAYERS, num_tensors)]
+        if numbers and _COUNTS_LAYERS.search(key):
+            raise RefusedError(
+                "bad_config",
+                f"{plan.backbone.source}: config.json sets {key} = {numbers[0]}, and the weights are {num_tensors} "
+                "tensors",
+                mend="fetch or save the backbone again",
+            )
 
 
 def _lost(network: Network) -> list[str]:

@@ -26,6 +26,9 @@ FILES = (
 )  # fmt: skip
 """What transformers reads settings from, wherever the card has them from."""
 
+_OF_INPUT = ("preprocessor_config.json", "processor_config.json")
+_MOST_OF_INPUT = 1_000_000
+
 _OTHER_FILE = "names another file to read settings from, which nobody looked at"
 _OPENS = "would be opened, whatever file of this machine it is"
 _KERNEL = "would be downloaded from the Hub and run"
@@ -133,6 +136,7 @@ def _require_harmless(card: BackboneCard, file: str, settings: Mapping[str, Any]
         for problem in (
             tables.get(key),
             _problem_of_value(key, value),
+            _too_large(key, value) if file in _OF_INPUT else None,
             _problem_of_tokenizer(card, file, key, value) if of_tokenizer else None,
         ):
             if problem is not None:
@@ -150,6 +154,14 @@ def _settings(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[st
         for index, one in inner.items():
             if key not in _NOT_SETTINGS:
                 yield from _settings(one, f"{place}{index}.")
+
+
+def _too_large(key: str, value: Any) -> tuple[str, str] | None:
+    """Sizes, rates and windows that would take all memory for one sample."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or abs(value) <= _MOST_OF_INPUT or "pixels" in key:
+        return None
+    return "bad_config", f"is no size, rate or window of a sample (more than {_MOST_OF_INPUT:,})"
 
 
 def _problem_of_value(key: str, value: Any) -> tuple[str, str] | None:

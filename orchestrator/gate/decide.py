@@ -121,7 +121,7 @@ def fit(card: BackboneCard, row: BackboneRow, modality: Modality, job_settings: 
     try:
         adapted = modality.fit(card, row, settings, profile)
         return replace(adapted, warnings=(*adapted.warnings, *notes_on_keys(card)))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise RefusedError(
             "bad_config",
             f"{card.source}: its metadata files hold values that cannot be understood: {error}",

@@ -25,12 +25,13 @@ _OF_OLD_VERSIONS: Mapping[str, tuple[Any, ...]] = {
     "summary_type": ("last", "first", "cls_index"),
     **dict.fromkeys(
         (
-            "_num_labels", "adapters", "attn_type", "auto_map", "begin_suppress_tokens", "classif_dropout",
+            "_num_labels", "adapters", "attn_type", "auto_map", "begin_suppress_tokens", "bos_token_id",
+            "classif_dropout", "eos_token_id", "pad_token_id", "sep_token_id",
             "cross_attention_hidden_size", "custom_pipelines", "decoder_start_token_id", "do_sample",
             "early_stopping", "finetuning_task", "forced_decoder_ids", "force_bos_token_to_be_generated",
             "gradient_checkpointing", "id2label", "initializer_cutoff_factor", "language", "length_penalty",
-            "max_length", "min_length", "model_max_length", "n_ctx", "name", "no_repeat_ngram_size", "num_beams", "num_labels",
-            "output_past", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+            "max_length", "min_length", "model_max_length", "n_ctx", "name", "no_repeat_ngram_size", "num_beams",
+            "num_labels", "output_past", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
             "pooler_size_per_head", "prefix", "pretrained_config_archive_map", "pruned_heads", "repetition_penalty",
             "return_all_scores", "rope_scaling", "rope_theta", "save_step", "sentence_transformers", "suppress_tokens",
             "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",

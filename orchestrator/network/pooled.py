@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from orchestrator.errors import TrainingError
 from orchestrator.job import Plan
 from orchestrator.network.config import make_config
+from orchestrator.network.headers import held_tensors
 from orchestrator.network.loading import load_body, new_layer, part_of, quiet
 from orchestrator.network.network import Inputs, Network, StateDict
 
@@ -87,7 +88,8 @@ def build_pooled(
     body.eval()
     try:
         with torch.no_grad():
-            width = pool(body(**example), plan.row.pool).shape[-1]
+            # From headers alone nothing is run: some bodies keep what they computed, for all networks to come.
+            width = 1 if held_tensors() is not None else pool(body(**example), plan.row.pool).shape[-1]
     except RuntimeError as error:  # convolutions of which a few pixels leave nothing
         shapes = {name: tuple(tensor.shape) for name, tensor in example.items()}
         raise TrainingError(

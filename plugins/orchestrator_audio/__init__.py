@@ -76,6 +76,13 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
             expected=f"{fixed:g} or less",
             mend="leave settings.max_seconds out; longer recordings are cropped to what the backbone takes",
         )
+    if fixed is not None and not 0 < fixed <= MAX_SECONDS_READ:
+        raise RefusedError(
+            "bad_config",
+            f"{card.source}: preprocessor_config.json makes every recording {fixed:g} s long",
+            expected=f"more than 0, and at most {MAX_SECONDS_READ} s",
+            mend="save the right feature extractor beside the model",
+        )
     seconds = settings.max_seconds or fixed or _DEFAULT_SECONDS
     shortest = _shortest(card, rate)
     adaptations: list[Adaptation] = []

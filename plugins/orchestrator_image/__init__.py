@@ -41,6 +41,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 _ENLARGED_TOO_FAR = 3.0
 _HEADERS = threading.Lock()  # filters of warnings are the whole process's, and decoding runs in threads
 _TIMM_SIZE = (3, 224, 224)
+_LARGEST = 4096
 
 
 class Settings(BaseModel):
@@ -48,7 +49,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size: int | None = Field(None, ge=8, le=4096, description="pixels a side; default: the backbone's own")
+    size: int | None = Field(None, ge=8, le=_LARGEST, description="pixels a side; default: the backbone's own")
     augment: Literal["none", "light", "flip"] = Field(
         "none",
         description="light: small rotations, shifts, scales and colours; flip: the same with mirroring",
@@ -188,11 +189,11 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
                 f"{card.source}: input_size in config.json is {size!r}, not [3, h, w]",
                 mend="save the network again with timm",
             )
-        if min(size) < 1:
+        if min(size) < 1 or max(size) > _LARGEST:
             raise RefusedError(
                 "bad_config",
                 f"{card.source}: input_size in config.json is {size!r}",
-                expected="numbers above 0",
+                expected=f"numbers from 1 to {_LARGEST}",
                 mend="save the network again with timm",
             )
         return int(size[1]), int(size[2])
@@ -206,10 +207,12 @@ def _own_size(card: BackboneCard) -> tuple[int, int]:
     settings = _settings(card)
     cropped = settings.get("crop_size") if settings.get("do_center_crop") else None
     size = _height_width(cropped) or _height_width(settings.get("size")) or _image_size(card)
-    if size is None or min(size) < 1:
+    if size is None or min(size) < 1 or max(size) > _LARGEST:
+        what = "no size" if size is None else f"the size {size[0]} x {size[1]}"
         raise RefusedError(
             "bad_config",
-            f"{card.source}: preprocessor_config.json gives no size",
+            f"{card.source}: preprocessor_config.json gives {what}",
+            expected=f"1 to {_LARGEST} pixels a side",
             mend="save the image processor beside the model: AutoImageProcessor...save_pretrained()",
         )
     return size

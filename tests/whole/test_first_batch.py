@@ -19,8 +19,17 @@ from orchestrator.features.sources import collated
 from orchestrator.gate import planning
 from orchestrator.job import Data
 from orchestrator.modality import registry
+from tests.backbone.test_cards import files_of
 from tests.conftest import Cli, save_backbone
-from tests.tiny import SENTENCES, make_bert, make_encoder_decoder, make_language_model, make_xlnet
+from tests.hub_server import Hub, Repository
+from tests.tiny import (
+    SENTENCES,
+    make_bert,
+    make_encoder_decoder,
+    make_language_model,
+    make_tokenizer,
+    make_xlnet,
+)
 
 
 def silent(_event: object) -> None:
@@ -372,3 +381,139 @@ def test_a_microbatch_of_one_is_refused_where_there_is_batch_norm_and_nowhere_el
     with pytest.raises(RefusedError, match="leave microbatches of 1"):
         orchestrator.plan(backbone=str(tiny_resnet), **job)
     assert orchestrator.plan(backbone=str(tiny_vit), **job).recipe.batch_size == 1
+
+
+# --- code of a repository for a type that is known ---
+
+
+def of_own_code(backbone: Path, **settings: Any) -> Path:
+    """The repository says that its code makes the network."""
+    own = {"AutoConfig": "configuration_bert.OwnConfig", "AutoModel": "modeling_bert.OwnModel"}
+    change(backbone, "config.json", auto_map=own, **settings)
+    return backbone
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"position_embedding_type": "alibi"}, "sets position_embedding_type"),
+        ({"feed_forward_type": "glu", "alibi_starting_size": 512}, "sets alibi_starting_size, feed_forward_type"),
+        ({"architectures": ["AlibiBertForMaskedLM"]}, "names the class AlibiBertForMaskedLM"),
+    ],
+)
+def test_another_network_under_a_known_type_is_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """It was trained as a plain BERT."""
+    backbone = of_own_code(make_bert(tmp_path / "bert"), **settings)
+    with pytest.raises(RefusedError, match=words) as refused:
+        orchestrator.check(str(backbone), "text")
+    assert refused.value.reason == "unsupported"
+    assert "take auto_map" in refused.value.mend
+    change(backbone, "config.json", auto_map=None, architectures=None, **dict.fromkeys(settings))  # the mend
+    assert orchestrator.check(str(backbone), "text").model_type == "bert"
+
+
+def test_own_code_for_what_the_plain_class_is_passes(tmp_path: Path) -> None:
+    backbone = of_own_code(make_bert(tmp_path / "bert"), position_embedding_type="absolute")
+    assert finetune("text", backbone, table(tmp_path, sentences())).finished
+
+
+def with_tensor(directory: Path, name: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = directory / "model.safetensors"
+    save_file(load_file(file) | {name: torch.zeros(3)}, file, metadata={"format": "pt"})
+
+
+def test_own_code_whose_weights_the_plain_class_does_not_use_is_refused_by_the_plan(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    backbone = of_own_code(save_backbone(tmp_path / "bert", config, make_tokenizer(), "BertModel"))
+    data = table(tmp_path, sentences())
+    assert orchestrator.plan(modality="text", backbone=str(backbone), data=str(data)).warnings == ()
+    with_tensor(backbone, "encoder.layer.0.attention.slopes")
+    with pytest.raises(RefusedError, match=r"no place for encoder\.layer\.0\.attention\.slopes of its weights"):
+        orchestrator.plan(modality="text", backbone=str(backbone), data=str(data))
+
+
+def test_keys_and_weights_that_nobody_uses_are_said(tmp_path: Path) -> None:
+    backbone = make_bert(tmp_path / "bert")
+    change(backbone, "config.json", rotary_emb_fraction=0.5)
+    with_tensor(backbone, "cls.predictions.bias")
+    warnings = orchestrator.plan(
+        modality="text", backbone=str(backbone), data=str(table(tmp_path, sentences()))
+    ).warnings
+    assert any(
+        "config.json sets rotary_emb_fraction, which transformers' bert does not know" in one for one in warnings
+    )
+    assert any("one tensor of the checkpoint is not used (cls.predictions.bias)" in one for one in warnings)
+    assert any("rotary_emb_fraction" in one for one in planning.inspect(str(backbone), "text").fit.warnings)  # type: ignore[union-attr]
+
+
+# --- the rehearsal ---
+
+
+def test_a_plan_says_what_a_few_samples_became(tmp_path: Path, cli: Cli) -> None:
+    backbone, data = make_bert(tmp_path / "bert"), table(tmp_path, sentences())
+    asked = ("plan", "--modality", "text", "--backbone", backbone, "--data", data)
+    first, second = json.loads(cli(*asked, "--json").stdout)["rehearsal"]
+    assert first.startswith("a batch of 7 samples: input_ids int64 [7, ")
+    assert second == "the network from the headers of its weights: they fit"
+    assert "tried" in cli(*asked).stdout
+    run = finetune("text", backbone, data)
+    assert run.plan.rehearsal == (first, second)
+
+
+def test_what_each_kind_of_sample_becomes_is_tried(tiny_vit: Path, tmp_path: Path) -> None:
+    """Of many images the first, and those of other modes; in threads or not, always the same."""
+    from PIL import Image
+
+    from orchestrator.data import prepare_data
+
+    for i in range(40):
+        file = tmp_path / "images" / "ab"[i % 2] / f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        mode = "L" if i == 35 else "RGBA" if i == 36 else "RGB"
+        Image.new(mode, (8 + i, 9)).save(file)
+    card = orchestrator.check(str(tiny_vit), "image")
+    prepared = prepare_data(Data(path=str(tmp_path / "images")), registry.get("image"), card)
+    names = [Path(one.place).name for one in prepared.examples]
+    assert len(names) <= 8
+    assert {"35.png", "36.png"} <= set(names)
+
+
+def test_weights_that_do_not_fit_are_refused_by_the_plan(tmp_path: Path) -> None:
+    backbone = make_bert(tmp_path / "bert")
+    change(backbone, "config.json", num_hidden_layers=3)
+    with pytest.raises(RefusedError, match=r"do not fit its config\.json"):
+        orchestrator.plan(modality="text", backbone=str(backbone), data=str(table(tmp_path, sentences())))
+
+
+def test_a_processor_that_takes_nothing_is_refused_by_the_plan(tmp_path: Path, flat_digits: Path) -> None:
+    backbone = make_vit(tmp_path / "vit", 3)
+    change(backbone, "preprocessor_config.json", resample="cubic")
+    with pytest.raises(RefusedError, match="its tokenizer or processor") as refused:
+        orchestrator.plan(backbone=str(backbone), data=str(flat_digits))
+    assert refused.value.reason == "bad_config"
+
+
+def test_a_feature_extractor_of_another_kind_is_refused_by_the_plan(tmp_path: Path) -> None:
+    from tests.plugins.test_audio import encoded, of_whisper, tone
+    from tests.tiny import make_wav2vec2
+
+    backbone = make_wav2vec2(tmp_path / "wav2vec2")
+    of_whisper()[1].save_pretrained(backbone)
+    for i in range(20):
+        file = tmp_path / "tones" / "ab"[i % 2] / f"{i}.wav"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(tone(300 + 10 * i, 0.3)))
+    with pytest.raises(RefusedError, match=r"gives input_features.* takes input_values"):
+        orchestrator.plan(modality="audio", backbone=str(backbone), data=str(tmp_path / "tones"))
+
+
+def test_a_rehearsal_of_a_repository_downloads_no_weights(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["org/bert"] = Repository(files_of(make_bert(tmp_path / "bert")))
+    plan = orchestrator.plan(modality="text", backbone="org/bert", data=str(table(tmp_path, sentences())))
+    assert len(plan.rehearsal) == 2
+    assert not [one for one in hub.requests if one[0] == "GET" and one[1].startswith("/large") and not one[2]]
