@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from orchestrator.backbone import Tensors
-
 _DTYPES = {
     "BF16": torch.bfloat16, "BOOL": torch.bool, "F16": torch.float16, "F64": torch.float64, "I16": torch.int16,
     "I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "U8": torch.uint8,
@@ -23,10 +21,10 @@ _held: ContextVar[Mapping[str, Tensor] | None] = ContextVar("held", default=None
 
 
 @contextlib.contextmanager
-def from_headers(tensors: Tensors) -> Iterator[None]:
+def from_headers(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[None]:
     """Within it `build_transformers` and `load_body` take these shapes for the checkpoint; their tensors hold nothing.
 
-    Torch's random numbers are afterwards as they were.
+    `tensors`: name -> (dtype, shape), as `read_tensors` gives them. Torch's random numbers are afterwards as they were.
     """
     before = os.environ.get(_IN_ONE_THREAD)
     os.environ[_IN_ONE_THREAD] = "1"

@@ -45,7 +45,7 @@ def build_network(plan: Plan, directory: Path) -> Network:
         return build_transformers(
             plan,
             directory,
-            transformers.AutoModelForImageClassification,
+            transformers.TimmWrapperForImageClassification,
             {"pretrained_cfg": _timm_settings(plan)},
             processor=None,  # timm's settings stand in config.json
             fresh=_fresh_timm,
