@@ -149,7 +149,8 @@ class _Examples:
             return
         kind = frozenset((key, value) for key, value in look.facts.items() if isinstance(value, str))
         size = sum(map(len, look.sample.values()))
-        is_wanted = kind not in self._kinds or number & (number - 1) == 0
+        is_spread = number & (number - 1) == 0 and len(self._chosen) < NUM_EXAMPLES // 2  # the others are for kinds
+        is_wanted = kind not in self._kinds or is_spread
         if is_wanted and (not self._chosen or self._num_bytes + size <= _EXAMPLE_BYTES):
             self._kinds.add(kind)
             self._num_bytes += size

@@ -408,7 +408,7 @@ def test_another_network_under_a_known_type_is_refused(settings: dict[str, Any],
         orchestrator.check(str(backbone), "text")
     assert refused.value.reason == "unsupported"
     assert "take auto_map" in refused.value.mend
-    change(backbone, "config.json", auto_map=None, architectures=None, **dict.fromkeys(settings))  # the mend
+    change(backbone, "config.json", **{"auto_map": None, "architectures": None, **dict.fromkeys(settings)})  # the mend
     assert orchestrator.check(str(backbone), "text").model_type == "bert"
 
 
@@ -458,7 +458,7 @@ def test_a_plan_says_what_a_few_samples_became(tmp_path: Path, cli: Cli) -> None
     backbone, data = make_bert(tmp_path / "bert"), table(tmp_path, sentences())
     asked = ("plan", "--modality", "text", "--backbone", backbone, "--data", data)
     first, second = json.loads(cli(*asked, "--json").stdout)["rehearsal"]
-    assert first.startswith("a batch of 7 samples: input_ids int64 [7, ")
+    assert first.startswith("a batch of 4 samples: input_ids int64 [4, ")
     assert second == "the network from the headers of its weights: they fit"
     assert "tried" in cli(*asked).stdout
     run = finetune("text", backbone, data)
