@@ -200,12 +200,16 @@ class Collate(Protocol):
 
         `train` asks for augmentation, whose randomness comes from torch's global generator: the loop seeds
         it by (seed, step, microbatch), so that a sample is changed the same way on any number of workers.
+        What it raises on one sample alone is that sample's fault, as `BadSampleError` is.
         """
 
 
 class Batch(Protocol):
     def __call__(self, plan: Plan, directory: Path) -> Collate:
-        """The collate function, built once a worker. `directory` holds the backbone's files."""
+        """The collate function, built once a worker, and before the start to try a few samples.
+
+        `directory` holds the backbone's files; before the start those of a repository but for its weights.
+        """
 
 
 class Build(Protocol):
