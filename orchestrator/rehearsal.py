@@ -7,6 +7,7 @@ it, and so does `finetune` before a run begins.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     from orchestrator.modality import Collate
     from orchestrator.network import Inputs, Network
 
-_KNOWN = ("transformers", "timm")
+_INSIDE = re.compile(r"[/\\](torch[/\\]_subclasses|safetensors)[/\\]")  # what has a look at values, or reads the files
 _SHOWN = 3
-_COUNTS_LAYERS = re.compile(r"layer|depth|block|stage|repeat")
+_COUNTS_LAYERS = re.compile(r"(layers?|depths?|blocks?|block_sizes|stages?|repeats?)$")
 _MANY_LAYERS = 1000
 
 
@@ -57,7 +58,7 @@ def rehearsed(plan: Plan, prepared: Prepared, plugin: Modality) -> Plan:
     directory = _asking(plan, lambda: fetch(plan.backbone, with_weights=False), "its small files")
     lines = [_try_batch(plan, prepared, plugin, directory)]
     warnings: list[str] = []
-    if plan.weights == "pretrained" and plan.backbone.library in _KNOWN:
+    if plan.weights == "pretrained" and _is_known(plan):
         network = _built(plan, plugin, directory)
         if network is not None:
             refuse_own_code(plan.backbone, plan.row, _lost(network))
@@ -154,10 +155,19 @@ def _built(plan: Plan, plugin: Modality, directory: Path) -> Network | None:
         with from_headers(tensors):
             network: Network = _asking(plan, lambda: build(plan, directory), "its network")
     except RefusedError as error:
-        if type(error.__cause__).__module__.startswith("torch."):  # what cannot be done without values
+        cause = error.__cause__
+        if isinstance(cause, Exception) and any(_INSIDE.search(one.filename) for one in traceback.extract_tb(
+            cause.__traceback__)):  # fmt: skip
             return None
         raise
     return network
+
+
+def _is_known(plan: Plan) -> bool:
+    """Whether transformers or timm makes the network: a plugin's own may want the files."""
+    import transformers
+
+    return plan.backbone.library == "timm" or hasattr(transformers, plan.row.architecture or "-")
 
 
 def _require_layers(plan: Plan, config: Mapping[str, Any], num_tensors: int) -> None:
