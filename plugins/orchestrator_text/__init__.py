@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from orchestrator.modality import (
     SampleField,
     Task,
 )
-from orchestrator_text.families import OFFSET_BY_2
+from orchestrator_text.families import OFFSET_BY_2, axial_shape
 from orchestrator_text.vocabulary import notes_on_numbers, num_tokens
 
 if TYPE_CHECKING:
@@ -166,6 +167,8 @@ def _limit(card: BackboneCard) -> int | None:
         if most is not None and most > 0:
             known.append(most - 2 if card.model_type in OFFSET_BY_2 else most)
             break
+    if card.model_type == "reformer":  # its positions are a table of rows and columns
+        known += [math.prod(shape)] if (shape := axial_shape(card.config)) else []
     return min(known) if known else None
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # Their position table begins behind the padding token: two entries are no positions.
 OFFSET_BY_2 = {
     "roberta", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "longformer", "data2vec-text",
@@ -30,3 +33,10 @@ CHANGES: dict[str, dict[str, object]] = {
 }
 # So many tokens make one place, and fewer make none.
 LEAST_TOKENS = {"canine": 4}
+
+
+def axial_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of reformer's table of positions, () where it has none. While its body is trained, all texts are to fill it."""
+    if not config.get("axial_pos_embds", True):
+        return ()
+    return tuple(int(size) for size in config.get("axial_pos_shape") or (64, 64))

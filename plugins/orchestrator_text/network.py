@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from orchestrator.errors import BadSampleError, WeightsError
+from orchestrator.errors import BadSampleError, RefusedError, WeightsError
 from orchestrator.modality import Plan
 from orchestrator.network import (
     Inputs,
@@ -27,7 +28,7 @@ from orchestrator.network import (
     quiet,
 )
 from orchestrator_text import Text
-from orchestrator_text.families import APART, CHANGES, LEAST_TOKENS, PADS_LEFT, READS_ENDS
+from orchestrator_text.families import APART, CHANGES, LEAST_TOKENS, PADS_LEFT, READS_ENDS, axial_shape
 from orchestrator_text.vocabulary import STAND_INS, panics_raised, require_within
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ print([names[int(i)] for i in logits.argmax(dim=-1)])"""
 
 def build_network(plan: Plan, directory: Path) -> Network:
     """A model for sequence classification, or a pooled body with one layer, as the plan says."""
+    _require_trainable(plan)
     tokenizer = make_tokenizer(plan, directory)
     changes = {"pad_token_id": tokenizer.pad_token_id, **CHANGES.get(plan.backbone.model_type, {})}
     if plan.input["head"] == "pooled":
@@ -54,6 +56,18 @@ def build_network(plan: Plan, directory: Path) -> Network:
     network = build_transformers(plan, directory, chosen, changes, tokenizer, fresh=lambda config: chosen(config))
     network.parts = parts_of(plan)
     return network
+
+
+def _require_trainable(plan: Plan) -> None:
+    """Raise `RefusedError` where the body cannot move with texts as they are."""
+    shape = axial_shape(plan.backbone.config) if plan.backbone.model_type == "reformer" else ()
+    if shape and plan.recipe.trains_everything and plan.weights != "trained":
+        raise RefusedError(
+            "unsupported",
+            f"{plan.backbone.source} (reformer): while its body is trained it takes texts of {math.prod(shape)} tokens "
+            f"alone, all of its table of positions (axial_pos_shape = {list(shape)})",
+            mend="train the last layer: method head",
+        )
 
 
 def make_tokenizer(plan: Plan, directory: Path) -> Any:
@@ -107,6 +121,7 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Text], bool]
     Those are int64 [texts]: without padding.
     """
     tokenizer = make_tokenizer(plan, directory)
+    num_types = plan.backbone.config.get("type_vocab_size")
     apart, least = plan.backbone.model_type in APART, LEAST_TOKENS.get(plan.backbone.model_type, 0)
 
     def collate(decoded: Sequence[Text], train: bool) -> dict[str, Tensor]:  # noqa: ARG001  # texts are not augmented
@@ -123,6 +138,8 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Text], bool]
                     return_attention_mask=True if apart else None,
                 )
             )
+        if num_types is not None and "token_type_ids" in batch and int(batch["token_type_ids"].max()) >= num_types:
+            raise BadSampleError(f"is a pair, and the embedding of types has {num_types} rows (type_vocab_size)")
         if apart:
             batch["lengths"] = batch["attention_mask"].sum(dim=1)
             if int(batch["lengths"].min()) < least:

@@ -232,6 +232,39 @@ def test_a_special_token_beyond_the_embedding_that_no_text_becomes_is_no_matter(
     assert not run.plan.warnings
 
 
+def test_a_pair_with_an_embedding_of_one_type(tmp_path: Path) -> None:
+    """IndexError in the first batch: the second text has the type 1."""
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "rain", "cold", "wind"])
+    )
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    config = transformers.BertConfig(
+        vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=24, type_vocab_size=1,
+    )  # fmt: skip
+    backbone = save_backbone(tmp_path / "bert", config, tokenizer, "BertModel")
+    rows = [{"text": one, "text_pair": "cold wind", "label": "ab"[i % 2]} for i, one in enumerate(sentences())]
+    with pytest.raises(RefusedError, match="is a pair, and the embedding of types has 1 rows"):
+        orchestrator.plan(modality="text", backbone=str(backbone), data=rows)
+
+
+def test_a_reformer_whose_body_is_to_move_is_refused(tmp_path: Path) -> None:
+    """While it is trained it takes texts of one length alone: a ValueError in the first step."""
+    tokenizer = make_tokenizer()
+    config = transformers.ReformerConfig(
+        vocab_size=len(tokenizer), is_decoder=False, axial_pos_shape=[4, 6], axial_pos_embds_dim=[16, 16],
+        hidden_size=32, num_attention_heads=2, attention_head_size=8, feed_forward_size=32, attn_layers=["local", "lsh"],
+        lsh_attn_chunk_length=8, local_attn_chunk_length=8, max_position_embeddings=48, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    backbone = save_backbone(tmp_path / "reformer", config, tokenizer, "ReformerForSequenceClassification")
+    data = table(tmp_path, [f"{one} {'cold ' * (i % 40)}" for i, one in enumerate(sentences())])
+    with pytest.raises(RefusedError, match="it takes texts of 24 tokens alone") as refused:
+        orchestrator.plan(modality="text", backbone=str(backbone), data=str(data), method="full")
+    assert "method head" in refused.value.mend
+    run = finetune("text", backbone, data, method="head")
+    assert run.plan.input["max_tokens"] == 24
+
+
 # --- padding on the side that the family wants ---
 
 
