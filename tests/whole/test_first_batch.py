@@ -253,8 +253,9 @@ def test_a_reformer_whose_body_is_to_move_is_refused(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     config = transformers.ReformerConfig(
         vocab_size=len(tokenizer), is_decoder=False, axial_pos_shape=[4, 6], axial_pos_embds_dim=[16, 16],
-        hidden_size=32, num_attention_heads=2, attention_head_size=8, feed_forward_size=32, attn_layers=["local", "lsh"],
-        lsh_attn_chunk_length=8, local_attn_chunk_length=8, max_position_embeddings=48, pad_token_id=0, eos_token_id=1,
+        hidden_size=32, num_attention_heads=2, attention_head_size=8, feed_forward_size=32,
+        attn_layers=["local", "lsh"], lsh_attn_chunk_length=8, local_attn_chunk_length=8, max_position_embeddings=48,
+        pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     backbone = save_backbone(tmp_path / "reformer", config, tokenizer, "ReformerForSequenceClassification")
     data = table(tmp_path, [f"{one} {'cold ' * (i % 40)}" for i, one in enumerate(sentences())])
