@@ -100,6 +100,7 @@ def measure(text: Text, card: BackboneCard) -> Facts:
 def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profile | None) -> Fit:  # noqa: ARG001
     """The number of tokens, the form of the head; truncation as an adaptation."""
     _require_tokenizer(card)
+    _require_language(card)
     limit = _limit(card)
     if settings.max_tokens is not None and limit is not None and settings.max_tokens > limit:
         raise RefusedError(
@@ -150,6 +151,18 @@ def _require_tokenizer(card: BackboneCard) -> None:
         and importlib.util.find_spec("sentencepiece") is None
     ):
         raise MissingExtraError("sentencepiece", "text")
+
+
+def _require_language(card: BackboneCard) -> None:
+    languages = card.config.get("languages") or ["en_XX"]
+    if card.model_type == "xmod" and card.config.get("default_language") is None:
+        raise RefusedError(
+            "bad_config",
+            f"{card.source} (xmod) has an adapter for each of {len(languages)} languages, and config.json does not say "
+            "which one the texts are in",
+            expected="default_language, one of languages",
+            mend=f'put "default_language": "{languages[0]}", or another of its languages, into config.json of a copy',
+        )
 
 
 def _limit(card: BackboneCard) -> int | None:

@@ -121,8 +121,8 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Text], bool]
     Those are int64 [texts]: without padding.
     """
     tokenizer = make_tokenizer(plan, directory)
-    num_types = plan.backbone.config.get("type_vocab_size")
-    apart, least = plan.backbone.model_type in APART, LEAST_TOKENS.get(plan.backbone.model_type, 0)
+    model_type, num_types = plan.backbone.model_type, plan.backbone.config.get("type_vocab_size")
+    apart, least, end = model_type in APART, LEAST_TOKENS.get(model_type, 0), _end_that_is_read(plan)
 
     def collate(decoded: Sequence[Text], train: bool) -> dict[str, Tensor]:  # noqa: ARG001  # texts are not augmented
         pairs = any(text.second is not None for text in decoded)
@@ -140,10 +140,14 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Text], bool]
             )
         if num_types is not None and "token_type_ids" in batch and int(batch["token_type_ids"].max()) >= num_types:
             raise BadSampleError(f"is a pair, and the embedding of types has {num_types} rows (type_vocab_size)")
+        if end is not None and int((batch["input_ids"] == end).sum(dim=1).min()) == 0:
+            raise BadSampleError(
+                f"becomes tokens without the end token {end} (eos_token_id), which the head of {model_type} reads"
+            )
         if apart:
             batch["lengths"] = batch["attention_mask"].sum(dim=1)
             if int(batch["lengths"].min()) < least:
-                raise BadSampleError(f"has fewer than {least} tokens, and {plan.backbone.model_type} takes no fewer")
+                raise BadSampleError(f"has fewer than {least} tokens, and {model_type} takes no fewer")
             if "attention_mask" not in tokenizer.model_input_names:
                 del batch["attention_mask"]
         return batch
@@ -151,12 +155,20 @@ def make_collate(plan: Plan, directory: Path) -> Callable[[Sequence[Text], bool]
     return collate
 
 
+def _end_that_is_read(plan: Plan) -> int | None:
+    """The end token that the head stands on, None for families whose head needs none."""
+    if plan.backbone.model_type not in READS_ENDS or plan.input["head"] == "pooled":
+        return None
+    end = make_config(plan, {}).eos_token_id
+    return end if isinstance(end, int) else None
+
+
 def parts_of(plan: Plan) -> Callable[[Inputs], list[tuple[Tensor, Inputs]]] | None:
     """Which texts of a batch are computed together: None for all. See families.py."""
     model_type = plan.backbone.model_type
     if model_type not in READS_ENDS and model_type not in APART:
         return None
-    end = make_config(plan, {}).eos_token_id if model_type in READS_ENDS else None
+    end = _end_that_is_read(plan)
 
     def parts(inputs: Inputs) -> list[tuple[Tensor, Inputs]]:
         """[(int64 indices, inputs), ...]: of one length, unpadded; with one number of end tokens."""

@@ -93,6 +93,29 @@ def test_of_bart_the_letters_of_an_end_token_are_read(tmp_path: Path) -> None:
     assert (ids == 2).sum() == 1
 
 
+def test_a_head_that_reads_an_end_token_which_no_text_gets_is_refused(tmp_path: Path) -> None:
+    backbone = make_encoder_decoder(tmp_path / "t5", "t5")
+    change(backbone, "tokenizer.json", post_processor=None)
+    data = table(tmp_path, sentences())
+    with pytest.raises(RefusedError, match="without the end token 1 "):
+        orchestrator.plan(modality="text", backbone=str(backbone), data=str(data))
+
+
+def test_an_xmod_that_does_not_say_its_language_is_refused(tmp_path: Path) -> None:
+    """As published; its first batch raised: input language unknown."""
+    tokenizer = make_tokenizer()
+    config = transformers.XmodConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=26, languages=["de_DE", "en_XX"], pad_token_id=0,
+    )  # fmt: skip
+    backbone = save_backbone(tmp_path / "xmod", config, tokenizer, "XmodForSequenceClassification")
+    with pytest.raises(RefusedError, match="does not say which one") as refused:
+        orchestrator.check(str(backbone), "text")
+    assert '"default_language": "de_DE"' in refused.value.mend
+    change(backbone, "config.json", default_language="en_XX")  # the mend
+    assert finetune("text", backbone, table(tmp_path, sentences())).finished
+
+
 # --- a tokenizer that fails on one sample ---
 
 
