@@ -91,8 +91,10 @@ def make_recipe(job: Job, num_train: int, keeps_features: bool, has_batch_norm: 
         )
     steps_per_epoch = math.ceil(num_train / batch_size)
     phases = tuple(_phase(job, method, row, num_train, steps_per_epoch, keeps_features) for row in method.phases)
+    if not has_batch_norm:
+        phases = tuple(phase.model_copy(update={"batch_norm": "none"}) for phase in phases)
     smallest = num_train // steps_per_epoch // num_microbatches
-    if smallest < (2 if has_batch_norm and any(phase.batch_norm == "train" for phase in phases) else 1):
+    if smallest < (2 if any(phase.batch_norm == "train" for phase in phases) else 1):
         raise JobError(
             f"{num_train} training samples in batches of {batch_size} leave microbatches of {smallest}",
             expected="2 samples a microbatch for BatchNorm in train mode, 1 otherwise",

@@ -122,7 +122,8 @@ class Phase(_Plain):
     learning_rate: float
     """Of the body; of what is frozen it means nothing."""
     head_learning_rate: float
-    batch_norm: Literal["train", "frozen"]
+    batch_norm: Literal["train", "frozen", "none"]
+    """none: the weights tell that the network has no such layer."""
 
 
 class Recipe(_Plain):

@@ -97,7 +97,9 @@ def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
         rows.append(("rate", f"{phase.head_learning_rate:g}"))
     else:
         rows.append(("rates", f"body {phase.learning_rate:g}, head {phase.head_learning_rate:g}"))
-        rows.append(("BatchNorm", phase.batch_norm))
+        if phase.batch_norm != "none":
+            unknown = ", where the network has it" if plan.weights == "random" else ""
+            rows.append(("BatchNorm", f"{phase.batch_norm}{unknown}"))
     return [*rows, ("body runs", _body_runs(plan, phase))]
 
 

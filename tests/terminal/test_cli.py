@@ -221,3 +221,13 @@ def test_predictions_of_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "cat (below 0.5)   0.310   dog 0.200" in shown
     assert "cat + dog         0.900   dog 0.600" in shown
+
+
+@pytest.mark.parametrize(("backbone", "says"), [("tiny_resnet", "BatchNorm train"), ("tiny_vit", "")])
+def test_batch_norm_is_said_of_networks_that_have_it(
+    backbone: str, says: str, screen: Screen, flat_digits: Path, request: pytest.FixtureRequest
+) -> None:
+    place = request.getfixturevalue(backbone)
+    out = " ".join(screen("plan", "--backbone", place, "--data", flat_digits, "--method", "full")[1].split())
+    assert ("BatchNorm" in out) == bool(says)
+    assert says in out
