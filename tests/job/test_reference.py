@@ -47,8 +47,8 @@ def test_every_setting_of_a_job_says_what_it_is_for() -> None:
     assert epochs.takes == "whole number, 1 or more, at most 100000"
     # What the method decides stands in the words: held against the recipes.
     for method, row in recipes._METHODS.items():
-        assert f"{method} {row.phases[0].epochs}" in epochs.meaning
-        assert f"{method} {row.phases[0].rate:g}" in rate.meaning
+        assert f"{method} {row.phases[-1].epochs}" in epochs.meaning
+        assert f"{method} {row.phases[-1].rate:g}" in rate.meaning
         batch = setting_of("training.batch_size")
         assert batch is not None
         assert f"default: {row.batch_size}" in batch.meaning
@@ -71,7 +71,7 @@ def test_the_command_lists_a_group_or_a_modality(cli: Cli) -> None:
 
 def test_the_help_of_a_flag_shows_choices_and_defaults(cli: Cli) -> None:
     shown = " ".join(cli("finetune", "--help").stdout.replace("│", " ").split())
-    for choices in ("head|full|scratch", "fail|skip"):
+    for choices in ("head|full|lp-ft|scratch", "fail|skip"):
         assert choices in shown
     for default in ("[default: head]", "[default: fail]", "[default: runs]", "[default: 1]", "[default: label]"):
         assert default in shown
