@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.backbone import Tensors
 from orchestrator.errors import JobError
 from orchestrator.job import Job, Method, Phase, Recipe
 from orchestrator.modality import Fit
 
 _SGD_FACTOR = 10.0
+_LEAST_STEPS, _MOST_EPOCHS = 200, 40
+"""Of fine-tuning a transformer, where the samples are few."""
+_FEWEST_ALIKE, _KERNELS = 4, 4
+"""Of what tells a transformer: matrices of one shape; how many times as many matrices as kernels it has."""
+Kind = Literal["batch_norm", "transformer", "other", "unknown"]
 _FEW_SAMPLES = 50
 """Below, training from pretrained weights keeps their BatchNorm statistics: those of so few samples are worse."""
 _FEW_AFTER_A_HEAD = 2_000
 """The same where the head was trained on features under these statistics, and would have to be learnt anew."""
+
+
+@dataclass(frozen=True)
+class _OfTransformers:
+    """What a transformer wants instead: its body moves at a tenth of the rate, and overfits sooner."""
+
+    epochs: int
+    rate: float
+    head_rate: float
+    """The new layer begins at random, and has further to go."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,7 @@ class _PhaseRow:
     epochs: int
     rate: float
     """For AdamW."""
+    of_transformers: _OfTransformers | None = None
     is_first: bool = False
     """Whether it makes ready what follows: the job's epochs and rates are those of the phases after it."""
 
@@ -39,9 +57,15 @@ class _MethodRow:
 # docs/methods.md has the runs that these were chosen by.
 _METHODS: Mapping[Method, _MethodRow] = {
     "head": _MethodRow("pretrained", (_PhaseRow("head", 40, 3e-3),)),
-    "full": _MethodRow("pretrained", (_PhaseRow("everything", 20, 1e-3),)),
+    "full": _MethodRow("pretrained", (_PhaseRow("everything", 20, 1e-3, _OfTransformers(6, 1e-4, 3e-3)),)),
     # Kumar et al. 2022 (arXiv 2202.10054): a converged head spares the body the large gradients of a random one.
-    "lp-ft": _MethodRow("pretrained", (_PhaseRow("head", 40, 3e-3, is_first=True), _PhaseRow("everything", 20, 3e-4))),
+    "lp-ft": _MethodRow(
+        "pretrained",
+        (
+            _PhaseRow("head", 40, 3e-3, is_first=True),
+            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 5e-5, 5e-5)),
+        ),
+    ),
     "scratch": _MethodRow("random", (_PhaseRow("everything", 40, 1e-3),)),
 }
 
@@ -74,11 +98,28 @@ def num_views(job: Job, adapted: Fit) -> int:
     return views
 
 
-def make_recipe(job: Job, num_train: int, keeps_features: bool, has_batch_norm: bool = True) -> Recipe:
+def kind_of(tensors: Tensors | None) -> Kind:
+    """What kind of network has these weights, by their shapes: it decides the rates that suit it.
+
+    A transformer is told by its square matrices (queries, keys, values, or the three in one), four and more of one
+    shape, beside hardly any kernel of a convolution; BatchNorm by its statistics.
+    """
+    if tensors is None:
+        return "unknown"
+    if any(name.endswith("running_mean") for name in tensors):
+        return "batch_norm"
+    shapes = [shape for _, shape in tensors.values()]
+    matrices = Counter(tuple(shape) for shape in shapes if len(shape) == 2)
+    num_kernels = sum(len(shape) > 2 and max(shape[2:]) > 1 for shape in shapes)
+    attends = any(num >= _FEWEST_ALIKE and rows in (columns, 3 * columns) for (rows, columns), num in matrices.items())
+    return "transformer" if attends and _KERNELS * num_kernels < matrices.total() else "other"
+
+
+def make_recipe(job: Job, num_train: int, keeps_features: bool, kind: Kind = "unknown") -> Recipe:
     """The recipe of the job's method with every default resolved. Raises `JobError`.
 
     `keeps_features`: a frozen body gives the same for a sample in every epoch, so that it has to run once alone.
-    `has_batch_norm`: whether the network may have layers of it, which want two samples in a microbatch.
+    `kind`: of the network, as far as its weights tell. BatchNorm wants two samples in a microbatch.
     """
     training, method = job.training, _METHODS[job.method]
     batch_size = min(training.batch_size or method.batch_size, num_train)
@@ -90,8 +131,8 @@ def make_recipe(job: Job, num_train: int, keeps_features: bool, has_batch_norm: 
             mend="leave it out, or lower scaling.num_workers",
         )
     steps_per_epoch = math.ceil(num_train / batch_size)
-    phases = tuple(_phase(job, method, row, num_train, steps_per_epoch, keeps_features) for row in method.phases)
-    if not has_batch_norm:
+    phases = tuple(_phase(job, method, row, num_train, steps_per_epoch, keeps_features, kind) for row in method.phases)
+    if kind not in ("batch_norm", "unknown"):
         phases = tuple(phase.model_copy(update={"batch_norm": "none"}) for phase in phases)
     smallest = num_train // steps_per_epoch // num_microbatches
     if smallest < (2 if any(phase.batch_norm == "train" for phase in phases) else 1):
@@ -106,11 +147,16 @@ def make_recipe(job: Job, num_train: int, keeps_features: bool, has_batch_norm: 
 
 
 def _phase(
-    job: Job, method: _MethodRow, row: _PhaseRow, num_train: int, steps_per_epoch: int, keeps_features: bool
+    job: Job, method: _MethodRow, row: _PhaseRow, num_train: int, steps_per_epoch: int, keeps_features: bool, kind: Kind
 ) -> Phase:
-    training = job.training
-    default_rate = row.rate * (_SGD_FACTOR if training.optimizer == "sgd" else 1.0)
-    epochs = row.epochs if row.is_first else training.epochs or row.epochs
+    training, other = job.training, row.of_transformers
+    factor = _SGD_FACTOR if training.optimizer == "sgd" else 1.0
+    default_rate, default_head_rate, default_epochs = factor * row.rate, factor * row.rate, row.epochs
+    if other is not None and kind == "transformer":
+        default_rate, default_head_rate = factor * other.rate, factor * other.head_rate
+        # A hundred samples are four steps an epoch: of these it takes more.
+        default_epochs = max(other.epochs, min(_MOST_EPOCHS, math.ceil(_LEAST_STEPS / steps_per_epoch)))
+    epochs = default_epochs if row.is_first else training.epochs or default_epochs
     rate = None if row.is_first else training.learning_rate
     return Phase(
         trains=row.trains,
@@ -118,7 +164,7 @@ def _phase(
         epochs=epochs,
         num_steps=steps_per_epoch * epochs,
         learning_rate=rate or default_rate,
-        head_learning_rate=(None if row.is_first else training.head_learning_rate) or rate or default_rate,
+        head_learning_rate=(None if row.is_first else training.head_learning_rate) or rate or default_head_rate,
         batch_norm=_batch_norm(job, method, row, num_train),
     )
 

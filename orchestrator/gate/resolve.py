@@ -8,7 +8,7 @@ import re
 from orchestrator.backbone import Tensors, require_weights
 from orchestrator.errors import JobError, RefusedError
 from orchestrator.gate.decide import fit, not_built
-from orchestrator.gate.recipes import first_weights, make_recipe, may_keep_features, num_views
+from orchestrator.gate.recipes import first_weights, kind_of, make_recipe, may_keep_features, num_views
 from orchestrator.job import BackboneCard, BackboneRow, DataSummary, Job, Parameters, Plan, Recipe
 from orchestrator.modality import Modality, Profile
 
@@ -51,7 +51,7 @@ def make_plan(
     views = num_views(job, adapted)
     recipe = make_recipe(
         job, data.num_samples["train"], keeps_features=may_keep_features(job) and (views > 0 or not adapted.augmented),
-        has_batch_norm=tensors is None or any(name.endswith("running_mean") for name in tensors),
+        kind=kind_of(tensors),
     )  # fmt: skip
     num_extractors = (job.scaling.num_extractors or 0) if recipe.needs_features else 0
     extractor_threads = _threads(job, num_extractors, "extractors", num_cores)

@@ -192,7 +192,7 @@ NOT_LEARNT: Mapping[str, Any] = {
 }  # fmt: skip
 """Fields of a job that say where and on what it runs, and nothing of what is learnt. How many microbatches there are
 counts too, but as the number that was resolved."""
-_IDENTITY_VERSION = 2
+_IDENTITY_VERSION = 3
 """Raised when the same fields come to mean something else."""
 
 

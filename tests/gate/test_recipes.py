@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import orchestrator
 from orchestrator.errors import JobError
-from orchestrator.job import Recipe
+from orchestrator.gate.recipes import kind_of
+from orchestrator.job import Phase, Recipe
 
 
 @pytest.fixture
@@ -46,6 +49,41 @@ def test_a_frozen_body_has_no_batch_norm_to_train(recipe_of: Any) -> None:
     with pytest.raises(JobError, match="would change a frozen body") as caught:
         recipe_of(method="head", training={"batch_norm": "train"})
     assert "method full" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type"),
+    [
+        ("transformer", "bert"), ("transformer", "distilbert"), ("transformer", "deberta-v2"), ("transformer", "gpt2"),
+        ("transformer", "vit"), ("transformer", "swin"), ("transformer", "wav2vec2"), ("transformer", "whisper"),
+        ("batch_norm", "resnet"), ("batch_norm", "mobilenet_v2"), ("batch_norm", "levit"), ("other", "convnext"),
+    ],
+)  # fmt: skip
+def test_the_kind_of_a_network_is_told_by_its_weights(kind: str, model_type: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        network = AutoModel.from_config(AutoConfig.for_model(model_type))
+    assert kind_of({name: ("F32", tuple(one.shape)) for name, one in network.state_dict().items()}) == kind
+
+
+def test_what_is_no_transformer_is_not_taken_for_one() -> None:
+    for network in (nn.LSTM(40, 256, 3), nn.Sequential(nn.Conv1d(3, 16, 7), nn.ReLU(), nn.Linear(16, 4))):
+        assert kind_of({name: ("F32", tuple(one.shape)) for name, one in network.state_dict().items()}) == "other"
+    assert kind_of(None) == "unknown"
+
+
+def test_a_transformer_moves_slowly_and_its_new_layer_does_not(tiny_vit: Path, flat_digits: Path) -> None:
+    def phase(**training: Any) -> Phase:
+        job: dict[str, Any] = {"backbone": str(tiny_vit), "data": str(flat_digits), "method": "full"}
+        return orchestrator.plan(**job, training=training).recipe.phases[-1]
+
+    default = phase()
+    assert (default.learning_rate, default.head_learning_rate, default.batch_norm) == (1e-4, 3e-3, "none")
+    assert default.num_steps >= 200  # 240 samples are eight steps an epoch
+    asked = phase(learning_rate=1e-5, epochs=2)
+    assert (asked.learning_rate, asked.head_learning_rate, asked.epochs) == (1e-5, 1e-5, 2)
+    assert phase(optimizer="sgd").learning_rate == pytest.approx(1e-3)
 
 
 @pytest.mark.slow
