@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.backbone.hub import asking, offline
 from orchestrator.errors import RefusedError
-from orchestrator.job import BackboneCard
+from orchestrator.job import POINTER, BackboneCard
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # configurations, vocabularies, tokenizers
@@ -28,6 +28,8 @@ def require_weights(card: BackboneCard) -> None:
     """Refuse a card without safetensors weights that are one network's, saying what there is instead."""
     if card.weight_files:
         _require_one_set(card)
+        for name in card.weight_files if card.path else ():
+            require_no_pointer(Path(str(card.path)) / name, card.source)
         return
     others = [file for file in card.files if file.endswith(".safetensors")]
     also = f"; what is in {others[0]} is for another library, or a part of a model" if others else ""
@@ -127,6 +129,16 @@ def read_tensors(card: BackboneCard) -> Tensors:
                 raise offline(card.source, error) from error
             tensors.update(_read_header(Path(path), card.source))
         return tensors
+
+
+def require_no_pointer(path: Path, source: str) -> None:
+    """Raise `RefusedError` where Git LFS has put its pointer in the place of a file."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise RefusedError(
+                "bad_config", f"{source}: {path.name} is a pointer of Git LFS, not the file itself",
+                mend=f"fetch it: git -C {path.parent} lfs pull",
+            )  # fmt: skip
 
 
 def _broken(name: str, source: str) -> RefusedError:

@@ -8,7 +8,8 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.ipc
 
-from orchestrator.data.text_files import POINTER, UnreadableError, pointer_error
+from orchestrator.data.text_files import UnreadableError, pointer_error
+from orchestrator.job import POINTER
 
 _ARROW_FILE, _STREAM_END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
 """How the one form of Arrow begins, and how the other one ends."""

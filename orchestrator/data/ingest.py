@@ -21,9 +21,9 @@ from orchestrator.data.locations import Location
 from orchestrator.data.rows import Row, Source, inside, inside_store
 from orchestrator.data.samples import SampleWriter
 from orchestrator.data.tables import suffix_of
-from orchestrator.data.text_files import POINTER, POINTER_PROBLEM
+from orchestrator.data.text_files import POINTER_PROBLEM
 from orchestrator.errors import BadSampleError, DataError
-from orchestrator.job import BackboneCard, TaskName
+from orchestrator.job import POINTER, BackboneCard, TaskName
 from orchestrator.modality import Facts, Modality, Profile, Sample
 
 NUM_MEASURED_ALL = 5_000

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from orchestrator.data.locations import Location
+from orchestrator.job import POINTER
 
 BLOCK_BYTES = 8 * 2**20
 """What is read at once; no row of a table may be longer."""
-POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the small file begins that Git LFS puts in the place of a large one."""
 POINTER_PROBLEM = "is a pointer of Git LFS, not the file itself: git lfs pull fetches it"
 _ENCODING_MEND = "write it in UTF-8, or name its encoding, such as cp1252: data.encoding (--encoding)"
 _MARKS = (

@@ -44,6 +44,7 @@ from orchestrator.job.figures import (
     interval as interval,
 )
 from orchestrator.job.files import (
+    POINTER as POINTER,
     still_there as still_there,
     sync as sync,
 )

@@ -8,6 +8,8 @@ import uuid
 from pathlib import Path
 from typing import TextIO
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the small file begins that Git LFS puts in the place of a large one."""
 PARTIAL = ".partial"
 """What the names end with of what is being written; they begin with a dot."""
 

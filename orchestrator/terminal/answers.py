@@ -101,11 +101,12 @@ def show_predictions(predictions: Sequence[Prediction], task: str, as_json: bool
     if as_json:
         print_json([one.as_dict() for one in predictions])
         return
-    titles = ["target", "value"] if task == "regression" else ["label", "score"]
+    titles = {"regression": ["target", "value", "then"], "multi-label": ["labels", "scores"]}
     # On a screen whole where there is room; into a pipe or a file always.
     screen = out if out.is_terminal else Console(highlight=False, emoji=False, width=_BOUNDLESS)
     cells = [[cut_middle(one.input, screen.width * 2 // 5), *_prediction_cells(one, task)] for one in predictions]
-    screen.print(table(["input", *titles, "then"], cells, right=(2,)))
+    shown = titles.get(task, ["label", "score", "then"])
+    screen.print(table(["input", *shown], cells, right=(2,) if len(shown) > 2 else ()))
 
 
 def show_written(written: Written, as_json: bool) -> None:
@@ -120,9 +121,12 @@ def show_written(written: Written, as_json: bool) -> None:
 
 def _prediction_cells(one: Prediction, task: str) -> list[str]:
     if one.problem:
-        return ["", "", one.problem]
+        return ["", one.problem] if task == "multi-label" else ["", "", one.problem]
     shown = figure if task == "regression" else "{:.3f}".format
     (best, value), *others = one.top
+    if task == "multi-label":  # which of several the score is of, is said with each
+        scores = ", ".join(f"{name} {shown(value)}" for name, value in one.top)
+        return [one.label or "none reaches 0.5", scores]
     label = best if task == "regression" else (one.label or f"{best} (below 0.5)")
     return [label, shown(value), ", ".join(f"{name} {shown(value)}" for name, value in others)]
 

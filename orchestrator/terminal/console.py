@@ -77,7 +77,8 @@ def show_plan(plan: Plan) -> None:
         *(("note", one) for one in plan.data.notes),
     ]
     if plan.data.num_duplicates or plan.data.num_skipped:
-        rows.append(("left out", f"{plan.data.num_duplicates} duplicates, {plan.data.num_skipped} bad samples"))
+        left = ((plan.data.num_duplicates, "duplicate"), (plan.data.num_skipped, "bad sample"))
+        rows.append(("left out", ", ".join(counted(number, what) for number, what in left if number)))
     if plan.parameters is not None:
         rows += _size(plan.parameters)
     for phase in plan.recipe.phases:

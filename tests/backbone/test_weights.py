@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,14 @@ def test_what_is_no_safetensors_file_is_refused_by_its_header(
     with pytest.raises(RefusedError, match="no valid safetensors file") as caught:
         orchestrator.plan(backbone=backbone, data=str(flat_digits))
     assert caught.value.reason == "bad_config"
+
+
+def test_a_pointer_of_git_lfs_in_the_place_of_weights_is_named(tiny_resnet: Path, tmp_path: Path) -> None:
+    """By `check` too, which reads no weights."""
+    place = shutil.copytree(tiny_resnet, tmp_path / "cloned")
+    (place / "model.safetensors").write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 44815\n"
+    )
+    with pytest.raises(RefusedError, match="is a pointer of Git LFS") as caught:
+        orchestrator.check(str(place), "image")
+    assert caught.value.mend == f"fetch it: git -C {place} lfs pull"

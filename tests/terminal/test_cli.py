@@ -219,8 +219,8 @@ def test_predictions_of_every_task(capsys: pytest.CaptureFixture[str]) -> None:
         False,
     )
     shown = capsys.readouterr().out
-    assert "cat (below 0.5)   0.310   dog 0.200" in shown
-    assert "cat + dog         0.900   dog 0.600" in shown
+    assert "none reaches 0.5   cat 0.310, dog 0.200" in shown
+    assert "cat + dog          cat 0.900, dog 0.600" in shown
 
 
 @pytest.mark.parametrize(("backbone", "says"), [("tiny_resnet", "BatchNorm train"), ("tiny_vit", "")])
