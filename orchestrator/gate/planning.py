@@ -241,10 +241,8 @@ def refuse_inside_data(path: Path, job: Job) -> None:
 
 
 def num_cores() -> int:
-    """The cores that this process may use: as many as the system lets it, and OMP_NUM_THREADS where that is set."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return min(there, int(asked)) if asked.isdecimal() and int(asked) else there
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:

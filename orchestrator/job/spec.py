@@ -177,7 +177,11 @@ class Scaling(_Part):
         None, ge=1, description="method head: processes on Ray that run the frozen body, before the workers train the "
         "head; default: the workers run it"
     )  # fmt: skip
-    threads_per_worker: int | None = Field(None, ge=1, description="default: the cores over the workers")
+    threads_per_worker: int | None = Field(
+        None,
+        ge=1,
+        description="default: the cores that the system gives, over the workers; OMP_NUM_THREADS is not looked at",
+    )
     device: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="auto: GPUs where there is one for each process, else CPUs"
     )
