@@ -16,6 +16,7 @@ from orchestrator.data import (
     Ints,
     Samples,
     columns_of,
+    formed_as,
     input_columns,
     label_columns,
     prepare_data,
@@ -107,6 +108,7 @@ def _data(labelled: str | Path | Data | Iterable[Any], folder: Path) -> Data:
 def _as_the_run(spec: Data, plan: Plan) -> tuple[Data, list[str]]:
     """The data with what the user left open as the run had it, where its tables have that; and notes."""
     run, named = plan.job.data, spec.model_fields_set
+    spec = formed_as(spec, run)
     columns = columns_of(spec, [*input_columns(run), *label_columns(run)])
     of_the_run: dict[str, Any] = {}
     for key, names in (("input_column", input_columns(run)), ("label_column", label_columns(run))):
