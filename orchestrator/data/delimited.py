@@ -135,7 +135,8 @@ class _Records:
         cells = self._closed(first, taken)
         if cells is not None and len(taken) == 1:
             return cells
-        alike = sum(map(self._is_row, taken)) * 2 > len(taken) > 1
+        # With one column every line looks like a row.
+        alike = self._num_columns != 1 and sum(map(self._is_row, taken)) * 2 > len(taken) > 1
         is_row = self._is_row(first) or self._num_columns is None
         if cells is not None and len(taken) > 1 and self._num_columns not in (None, len(cells)) and is_row:
             cells = None

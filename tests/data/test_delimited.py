@@ -79,6 +79,20 @@ def test_what_is_quoted_properly_is_read_without_a_word(tmp_path: Path) -> None:
         assert not any("quotation" in note or "separated" in note for note in read(tmp_path / name).summary.notes)
 
 
+@pytest.mark.parametrize(("name", "dialect"), [("t.csv", csv.excel), ("t.tsv", csv.excel_tab)])
+def test_texts_of_one_column_keep_their_line_breaks(tmp_path: Path, name: str, dialect: type[csv.Dialect]) -> None:
+    """Of TSV each of their lines was a row."""
+    rows = [("two\nlines",), ("plain",), ("three\nof\nthem",)]
+    with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, dialect).writerows([("text",), *rows])
+    table = open_table(tmp_path / name)
+    assert cells(tmp_path / name) == rows
+    assert len(list(table.batches(["text"]))) == 1
+    assert table.notes == []
+    (tmp_path / name).write_text('text\n"open\nb\nc\n')
+    assert cells(tmp_path / name) == [('"open',), ("b",), ("c",)]
+
+
 def test_a_mark_within_a_cell_is_a_character(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text('text,label\n5" nail,a\n"Hello" he said,b\n""",a\nc""d,b\n')
