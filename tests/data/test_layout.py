@@ -215,6 +215,28 @@ def test_a_metadata_table_that_labels_nothing_leaves_the_class_folders(tmp_path:
     assert "no column 'kind'" in refusal(tmp_path / "flat", label_column="kind").message
 
 
+@pytest.mark.parametrize("places", [["train"], ["train", "test"], [""]])
+def test_a_metadata_table_that_labels_nothing_leaves_the_splits(tmp_path: Path, places: list[str]) -> None:
+    """They were refused for want of a column of labels."""
+    root = tmp_path / "data"
+    classes_in(root / "train", 20)
+    classes_in(root / "test", 6, shade=100)
+    for place in places:
+        name = "cat/0.png" if place else "train/cat/0.png"
+        (root / place / "metadata.csv").write_text(f"file_name,width\n{name},9\n")
+    found = read(root, validation_fraction=0.1)
+    assert found.classes == CLASSES
+    assert found.summary.num_samples == {"train": 18, "validation": 2, "test": 6}
+    files = ", ".join(f"{place}/metadata.csv".lstrip("/") for place in sorted(places))
+    assert f"read as class folders: not read, for want of a column 'label': {files}" in found.summary.notes
+
+
+def test_files_without_class_folders_want_a_label(tmp_path: Path) -> None:
+    described(tmp_path / "data" / "train", "metadata.csv")
+    described(tmp_path / "data" / "test", "metadata.csv", 6, shade=100)
+    assert "no column 'kind'" in refusal(tmp_path / "data", label_column="kind").message
+
+
 def test_check_says_how_the_data_is_read(tmp_path: Path, tiny_resnet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classes_in(tmp_path / "data" / "archive" / "train_set", 20)
     classes_in(tmp_path / "data" / "archive" / "test_set", 6, shade=100)
