@@ -107,6 +107,63 @@ def test_a_test_folder_beside_the_classes_of_training_is_refused(tmp_path: Path)
     assert error.mend == "move cat, dog into train/"
 
 
+@pytest.mark.parametrize(
+    "names", [("trainval", "test"), ("train_val", "test"), ("fold1", "fold2"), ("cv_fold_1", "cv_fold_2", "test")]
+)
+def test_parts_with_the_same_classes_are_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """They were the classes `test` and `trainval`."""
+    for i, name in enumerate(names):
+        classes_in(tmp_path / "data" / name, 10, shade=20 * i)
+    error = refusal(tmp_path / "data")
+    assert "hold the same folders, cat, dog: these look like the classes" in error.message
+    assert "name them train/, validation/ and test/" in error.mend
+    (tmp_path / "data" / names[0]).rename(tmp_path / "data" / "train")
+    (tmp_path / "data" / names[1]).rename(tmp_path / "data" / "test_set")
+    assert read(tmp_path / "data", validation_fraction=0.2).classes == CLASSES
+
+
+def test_classes_with_the_same_folders_stay_classes(tmp_path: Path) -> None:
+    """Such as a folder a speaker below each word."""
+    for i in range(40):
+        put(tmp_path / "data" / ("test_tube", "yes")[i % 2] / ("anna", "ben")[i // 2 % 2] / f"{i}.png", png(i))
+    assert read(tmp_path / "data").classes == ("test_tube", "yes")
+
+
+def test_a_class_of_the_model_is_no_split(tmp_path: Path) -> None:
+    """`train/` alone was a split, whose classes were its folders, or none."""
+    for i in range(4):
+        put(tmp_path / "flat" / "train" / f"{i}.png", png(i))
+        put(tmp_path / "deep" / ("train", "bus")[i % 2] / "2020" / f"{i}.png", png(i))
+        put(tmp_path / "both" / "train" / ("train", "bus")[i % 2] / f"{i}.png", png(i))
+    classes = ("bus", "train")
+    assert evaluated(tmp_path / "flat", classes).summary.per_class["test"] == (0, 4)
+    for name in ("deep", "both"):
+        assert evaluated(tmp_path / name, classes).summary.per_class["test"] == (2, 2), name
+
+
+def test_train_beside_several_folders_of_samples_is_asked_about(tmp_path: Path) -> None:
+    """It was read as the split, and the other classes were not read."""
+    for i in range(60):
+        name, year = ("train", "car", "bus")[i % 3], 2020 + i // 3 % 2
+        put(tmp_path / "data" / name / f"{year}" / f"{i}.png", png(i))
+    error = refusal(tmp_path / "data")
+    assert "train/ may be a split or a class: bus, car beside it hold samples too" in error.message
+    assert f"name it as the data: {tmp_path / 'data' / 'train'}" in error.mend
+    assert read(tmp_path / "data" / "train").classes == ("2020", "2021")
+    (tmp_path / "data" / "train").rename(tmp_path / "data" / "train_class")
+    assert read(tmp_path / "data").classes == ("bus", "car", "train_class")
+
+
+def test_numbered_splits_are_all_read(tmp_path: Path) -> None:
+    """train_2 was left out, since there is no test_2."""
+    assert name_splits(["train_1", "train_2", "test_1"]) == {"train_1": 0, "train_2": 0, "test_1": 2}
+    assert name_splits(["train_1", "train_2"]) == {"train_1": None, "train_2": None}
+    for i, name in enumerate(("train_1", "train_2", "test_1")):
+        classes_in(tmp_path / "data" / name, 10, shade=20 * i)
+    found = read(tmp_path / "data", validation_fraction=0.1)
+    assert found.summary.num_samples == {"train": 18, "validation": 2, "test": 10}
+
+
 def test_splits_below_the_classes_are_not_read_in_silence(tmp_path: Path) -> None:
     for i in range(40):
         put(tmp_path / "data" / CLASSES[i % 2] / ("train" if i < 30 else "test") / f"{i}.png", png(i))
