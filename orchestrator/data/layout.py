@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
@@ -179,6 +180,14 @@ def _join(root: Path | Location, uri: str) -> Path | Location:
     return root if not uri else root / uri if isinstance(root, Path) else root.join(uri)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Also of a link to one. Asks the file system for links alone: of all else the listing has told."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
 def children(folder: Path | Location) -> list[tuple[str, bool]]:
     """(name, whether it is a folder) of what lies directly in it, by name.
 
@@ -187,7 +196,8 @@ def children(folder: Path | Location) -> list[tuple[str, bool]]:
     if isinstance(folder, Location):
         return folder.children()
     try:
-        return sorted((child.name, child.is_dir()) for child in folder.iterdir())
+        with os.scandir(folder) as entries:
+            return sorted((entry.name, _is_folder(entry)) for entry in entries)
     except OSError as error:
         raise DataError(
             f"{folder} cannot be listed: {error.strerror}", expected="a folder that may be read",

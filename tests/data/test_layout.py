@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from orchestrator.data.layout import children
 from orchestrator.data.prepare import Prepared, prepare_data
 from orchestrator.errors import DataError
 from orchestrator.job import Data, name_splits, split_of
@@ -206,6 +209,29 @@ def test_a_column_of_splits_in_other_spellings(tmp_path: Path) -> None:
     rows = [{**row, "part": ("Training Set", "test_set")[i >= 30]} for i, row in enumerate(texts())]
     found = read_texts(jsonl(tmp_path / "t.jsonl", rows), split_column="part")
     assert found.summary.num_samples["test"] == 10
+
+
+def test_listing_a_folder_asks_for_links_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file was asked for once more, which takes minutes of many files on a disk far away."""
+    classes_in(tmp_path / "data")
+    put(tmp_path / "data" / "x.png", b"x")
+    (tmp_path / "data" / "link").symlink_to("cat")
+    (tmp_path / "data" / "circle").symlink_to("circle")
+    (tmp_path / "data" / "nowhere").symlink_to("gone")
+    asked: list[str] = []
+    stat = os.stat
+
+    def counted(path: Any, *args: Any, **settings: Any) -> os.stat_result:
+        asked.append(os.fspath(path))
+        return stat(path, *args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", counted)
+        found = children(tmp_path / "data")
+    assert found == [
+        ("cat", True), ("circle", False), ("dog", True), ("link", True), ("nowhere", False), ("x.png", False)
+    ]  # fmt: skip
+    assert asked == []
 
 
 # --- a table beside the files ---
