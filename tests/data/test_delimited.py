@@ -115,6 +115,44 @@ def test_rows_of_another_length_are_refused_by_their_line(tmp_path: Path) -> Non
     assert "it is empty" in refusal(tmp_path / "t.csv").message
 
 
+def test_backslashes_before_marks_are_named(tmp_path: Path) -> None:
+    """The mark was said to be closed by none."""
+    (tmp_path / "t.csv").write_text('text,label\n"plain, so",a\n"he said \\"no\\", so",b\n')
+    error = refusal(tmp_path / "t.csv")
+    assert "line 3 has backslashes before quotation marks, which do not escape them" in error.message
+    assert 'double each mark within a quotation ("" instead of \\")' in error.mend
+    (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().replace('\\"', '""'))
+    assert cells(tmp_path / "t.csv")[1] == ('he said "no", so', "b")
+    (tmp_path / "u.tsv").write_text('text\tlabel\n"he said \\"no\\""\tb\n')
+    table = open_table(tmp_path / "u.tsv")
+    (batch,) = table.batches(["text"])
+    assert batch["text"] == ['"he said \\"no\\""']
+    assert table.notes[0].endswith("1, the first in line 2; 1 have backslashes before marks, and CSV doubles them")
+
+
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;"])
+def test_the_line_that_excel_writes_before_the_header(tmp_path: Path, first: str) -> None:
+    """It was the header."""
+    rows = [(text, label) for text, label in SENTENCES]
+    file = written(tmp_path / "t.csv", rows, ";")
+    file.write_text(f"{first}\r\n{file.read_text()}")
+    assert cells(file) == rows
+    assert cells(file, separator=";") == rows
+    assert open_table(file).notes == ["its columns are separated by ';', as its first line says"]
+    file.write_text(file.read_text() + "a;b;c\n")
+    assert "line 63 has 3 cells" in refusal(file).message
+
+
+def test_a_separator_in_the_name_of_the_only_column(tmp_path: Path) -> None:
+    """The header was cut in two, and the first row refused."""
+    (tmp_path / "t.csv").write_text('question|answer\n"one, two"\nthree\n')
+    assert cells(tmp_path / "t.csv") == [("one, two",), ("three",)]
+    assert open_table(tmp_path / "t.csv").columns == ("question|answer",)
+    assert open_table(tmp_path / "t.csv").notes == []
+    (tmp_path / "t.csv").write_text("question|answer\n")
+    assert open_table(tmp_path / "t.csv").columns == ("question", "answer")
+
+
 def test_a_separator_that_the_job_names(tmp_path: Path) -> None:
     rows = [(text.replace(",", ":"), label) for text, label in SENTENCES]
     assert cells(written(tmp_path / "t.csv", rows, "\t"), separator="\t") == rows
