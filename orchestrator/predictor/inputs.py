@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from orchestrator.data import columns_of, formed_as, input_columns, read_unlabelled
+from orchestrator.data import columns_of, formed_as_run, input_columns, read_unlabelled
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job import TABLE_SUFFIXES, Data
 from orchestrator.modality import Modality, Sample
@@ -139,11 +139,7 @@ def _rows(place: str, modality: Modality, columns: Columns) -> Iterator[Asked]:
     whole = os.path.abspath(place)
     usual = input_columns(columns.run)
     asked = Data(path=whole, root=columns.root, separator=columns.separator, encoding=columns.encoding)
-    spec = formed_as(asked, columns.run)
-    notes = [
-        f"read with the run's data.{key}, {value!r}"
-        for key in ("separator", "encoding") if (value := getattr(spec, key)) != getattr(asked, key)
-    ]  # fmt: skip
+    spec, notes = formed_as_run(asked, columns.run)
     chosen = columns.given or (usual if set(usual) <= set(columns_of(spec, usual)) else ())
     spec = spec.model_copy(update={"input_column": chosen or None})
     for row in read_unlabelled(spec, modality.sample, notes):

@@ -263,7 +263,9 @@ def test_what_the_run_was_trained_on_is_read_again(tmp_path: Path, cli: Cli) -> 
     found = json.loads(done.stdout)
     assert [one["input"] for one in found] == [row.split(";")[0] for row in rows]
     assert f"{table}: read with the run's data.encoding, 'cp1252'" in done.stderr
-    assert orchestrator.evaluate(run, str(table))["num_samples"] == 40
+    figures = orchestrator.evaluate(run, str(table))
+    assert figures["num_samples"] == 40
+    assert "read with the run's data.encoding, 'cp1252'" in figures["notes"]
     # What is of another form is read as it is, or as the user says.
     write_table(tmp_path / "u.csv", [{"text:words": TEXTS[1], "id": "1"}])
     assert json.loads(cli("predict", run.path, "u.csv", "--json").stdout)[0]["input"] == TEXTS[1]
@@ -272,7 +274,9 @@ def test_what_the_run_was_trained_on_is_read_again(tmp_path: Path, cli: Cli) -> 
     assert json.loads(said.stdout)[0]["input"] == "caf\xe9"
     assert "the run's" not in said.stderr
     parquet = write_table(tmp_path / "w.parquet", [{"text:words": text, "label": "w"} for text in TEXTS])
-    assert orchestrator.evaluate(run, str(parquet))["num_samples"] == 4
+    figures = orchestrator.evaluate(run, str(parquet))
+    assert figures["num_samples"] == 4
+    assert not any("the run's" in note for note in figures["notes"])
     with pytest.raises(JobError, match="separator"):
         orchestrator.predict(run, table, separator=";;")
     with pytest.warns(UserWarning, match="read with the run's data.separator, ';'"):
