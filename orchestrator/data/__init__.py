@@ -46,7 +46,7 @@ from orchestrator.data.materialise import materialise_rows as materialise_rows
 from orchestrator.data.object_storage import ObjectStorage as ObjectStorage, open_storage as open_storage
 from orchestrator.data.prepare import LEAVE_OUT as LEAVE_OUT, Prepared as Prepared, prepare_data as prepare_data
 from orchestrator.data.samples import MAX_AT_ONCE as MAX_AT_ONCE, Samples as Samples, split_by_size as split_by_size
-from orchestrator.data.sources import columns_of as columns_of
+from orchestrator.data.sources import columns_of as columns_of, formed_as_run as formed_as_run
 from orchestrator.data.table_store import (
     StoredTable as StoredTable,
     TableStore as TableStore,

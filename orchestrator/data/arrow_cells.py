@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,17 @@ import pyarrow as pa
 
 Batch = dict[str, list[Any]]
 """Column -> its cells."""
+
+
+class ClassName(str):
+    """The name of a class that knows its number, which stands in the table: a target is that number."""
+
+    number: int
+
+    def __new__(cls, name: str, number: int) -> ClassName:
+        made = super().__new__(cls, name)
+        made.number = number
+        return made
 
 
 def cells_of(batch: pa.RecordBatch | pa.Table, names: Mapping[str, list[str]]) -> Batch:
@@ -21,14 +32,15 @@ def cells_of(batch: pa.RecordBatch | pa.Table, names: Mapping[str, list[str]]) -
     cells: Batch = batch.to_pydict()
     for name, kind in zip(batch.schema.names, batch.schema.types, strict=True):
         if name in names:
-            cells[name] = [named(cell, names[name]) for cell in cells[name]]
+            classes = [ClassName(one, number) for number, one in enumerate(names[name])]
+            cells[name] = [named(cell, classes) for cell in cells[name]]
         elif pa.types.is_float32(kind) or pa.types.is_float16(kind):
             exact = np.float32 if pa.types.is_float32(kind) else np.float16
             cells[name] = [None if cell is None else float(str(exact(cell))) for cell in cells[name]]
     return cells
 
 
-def named(cell: Any, names: list[str]) -> Any:
+def named(cell: Any, names: Sequence[str]) -> Any:
     """The name of a class by its number, of each in a list; None where it is no class."""
     if isinstance(cell, list):
         return [named(one, names) for one in cell]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from orchestrator.data.text_files import BLOCK_BYTES, UnreadableError, open_text
 SEPARATORS = (",", ";", "\t", "|")
 """Those that are looked for in the first line; of as many the first."""
 _MARK = '"'
+_ESCAPED = '\\"'
+_SAID = re.compile(r'"?sep=(.)"?[,;\t|]*[\r\n]*', re.IGNORECASE)
+"""The line that Excel writes before the header, and reads there."""
 
 
 def is_tsv(name: str) -> bool:
@@ -33,19 +37,27 @@ def read_header(
 
     Raises `OSError`, `UnreadableError`.
     """
+    usual = usual_separator(place)
     with open_text(place, encoding, notes) as text:
-        header = next(_Records(text, separator or usual_separator(place)).read(), None)
+        records = _Records(text, separator or usual, said_first=separator is None)
+        header = next(records.read(), None)
         if header is None:
             raise UnreadableError("it is empty", "write a line with the names of the columns, and the rows behind it")
         if separator is not None:
             return header, separator
-    usual = usual_separator(place)
+        if records.said:
+            notes.append(f"its columns are separated by {records.said!r}, as its first line says")
+            return header, records.said
     found = max(SEPARATORS, key="".join(header).count) if len(header) == 1 else usual
     if found == usual or found not in "".join(header):
         return header, usual
-    notes.append(f"its columns are separated by {found!r}, as its first line shows")
     with open_text(place, encoding) as text:
-        return next(_Records(text, found).read(), []), found
+        rows = _Records(text, found).read()
+        cut = next(rows, [])
+        if len(next(rows, cut)) == 1:  # one column, whose name has that character
+            return header, usual
+    notes.append(f"its columns are separated by {found!r}, as its first line shows")
+    return cut, found
 
 
 def usual_separator(place: Path | Location) -> str:
@@ -71,15 +83,23 @@ def read_records(
 class _Records:
     """The records of a file, and what was doubtful about them."""
 
-    def __init__(self, lines: Iterator[str], separator: str, num_columns: int | None = None) -> None:
+    def __init__(
+        self, lines: Iterator[str], separator: str, num_columns: int | None = None, said_first: bool = False
+    ) -> None:
         csv.field_size_limit(max(csv.field_size_limit(), 2 * BLOCK_BYTES))  # of all the process, and 128 KiB by default
         self._lines, self._separator, self._num_columns = lines, separator, num_columns
+        self._said_first = said_first
+        """Whether the separator is the one that the first line says, if it says one."""
+        self.said = ""
+        """That one, '' where it says none."""
         self._waiting: deque[str] = deque()
         """Lines that were looked at, and belong to the next records."""
         self._line = 0
         """Number of the line that was taken last, from 1."""
         self._num_characters, self._first_character = 0, 0
         """Quotation marks that are characters, and the line of the first."""
+        self._num_escaped = 0
+        """Lines of these that have a backslash before a mark."""
         self._num_doubtful, self._first_doubtful = 0, 0
         """Cells with line breaks that may as well be rows, and the line of the first."""
 
@@ -88,6 +108,10 @@ class _Records:
         while (line := self._take()) is not None:
             number = self._line
             if not line.rstrip("\r\n"):
+                continue
+            if number == 1 and (said := _SAID.fullmatch(line)):
+                self.said = said[1]
+                self._separator = self.said if self._said_first else self._separator
                 continue
             cells = self._split(line) if _MARK not in line else self._quoted(line)
             if self._num_columns is not None and len(cells) != self._num_columns:
@@ -104,6 +128,10 @@ class _Records:
             notes.append(
                 "quotation marks that open a cell and do not close it are read as characters: "
                 f"{self._num_characters}, the first in line {self._first_character}"
+                + (
+                    f"; {self._num_escaped} have backslashes before marks, and CSV doubles them"
+                    * bool(self._num_escaped)
+                )
             )
         if self._num_doubtful:
             how = "rows of their own" if self._separator == "\t" else "one cell each"
@@ -135,7 +163,8 @@ class _Records:
         cells = self._closed(first, taken)
         if cells is not None and len(taken) == 1:
             return cells
-        alike = sum(map(self._is_row, taken)) * 2 > len(taken) > 1
+        # With one column every line looks like a row.
+        alike = self._num_columns != 1 and sum(map(self._is_row, taken)) * 2 > len(taken) > 1
         is_row = self._is_row(first) or self._num_columns is None
         if cells is not None and len(taken) > 1 and self._num_columns not in (None, len(cells)) and is_row:
             cells = None
@@ -146,12 +175,18 @@ class _Records:
             return cells
         self._give_back(taken[1:])
         if not is_row:
+            if _ESCAPED in first:
+                raise UnreadableError(
+                    f"line {number} has backslashes before quotation marks, which do not escape them",
+                    'double each mark within a quotation ("" instead of \\"); pandas: to_csv without escapechar',
+                )
             raise UnreadableError(
                 f"line {number} opens a cell with a quotation mark, and none closes it",
                 "close the quotation there, or double each mark that is a character",
             )
         if cells is None:
             self._num_characters += 1
+            self._num_escaped += _ESCAPED in first
             self._first_character = self._first_character or number
         return self._split(first)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.data.locations import Location
 from orchestrator.data.tables import suffix_of
 from orchestrator.errors import DataError
-from orchestrator.job import SPLIT_NAMES, SPLITS, name_splits, split_of
+from orchestrator.job import SPLIT_NAMES, SPLITS, is_part, name_splits, split_of
 
 _LITTER = "__macosx"  # what macOS adds to a ZIP file
 
@@ -30,16 +31,18 @@ class Layout:
 def layout_of(root: Path | Location, suffixes: Collection[str], known: Collection[str] = ()) -> Layout:
     """How the folder is laid out. suffixes: of files that are samples; known: classes of a finished model.
 
-    Raises `DataError` where there are splits, and none to train on.
+    Raises `DataError` where there are splits, and none to train on, and where folders may as well be splits as classes.
     """
     text = str(root) if isinstance(root, Path) else root.text
     base = _below_wrappers(root, suffixes, known)
     notes = [f"all lies in the folder {base}/, whose folders are read as if they were at the top"] if base else []
     folders = _folders(_join(root, base))
     splits = name_splits(folders)
+    splits |= {name: None for name in folders if splits[name] is not None and _is_known(root, base, name, known)}
     others = [name for name, split in splits.items() if split is None]
     train = [name for name, split in splits.items() if split == 0]
     if train and not (others and not any(_folders(_join(root, posixpath.join(base, name))) for name in train)):
+        _refuse_classes_beside(root, base, splits, suffixes)
         if others:
             notes.append(f"folders beside {train[0]}/ that are no split, not read: {', '.join(others)}")
         loose = [
@@ -57,6 +60,7 @@ def layout_of(root: Path | Location, suffixes: Collection[str], known: Collectio
             expected="train/ beside " + folders[0] + "/",
             mend="add train/, or name the folder of the classes as the data",
         )
+    _refuse_parts(root, base, [name for name in folders if unicodedata.normalize("NFC", name) not in known])
     for name in (name for name, split in splits.items() if split is not None):
         within = [one for one in _folders(_join(root, posixpath.join(base, name))) if one in others]
         if within:
@@ -67,6 +71,60 @@ def layout_of(root: Path | Location, suffixes: Collection[str], known: Collectio
             )
         notes.append(f"the folder {name}/ is read as a class, though a split may be called so")
     return Layout([(base, None)], notes=notes)
+
+
+def _is_known(root: Path | Location, base: str, name: str, known: Collection[str]) -> bool:
+    """Whether the folder is a class that the model knows, and not a split that is called so and holds such classes."""
+    if unicodedata.normalize("NFC", name) not in known:
+        return False
+    within = _folders(_join(root, posixpath.join(base, name)))
+    return not any(unicodedata.normalize("NFC", one) in known for one in within)
+
+
+def _refuse_classes_beside(
+    root: Path | Location, base: str, splits: Mapping[str, int | None], suffixes: Collection[str]
+) -> None:
+    """Raise `DataError` where `train/` is the only split and several other folders hold samples: it may be a class."""
+    named = [name for name, split in splits.items() if split is not None]
+    others = [name for name, split in splits.items() if split is None]
+    if len(named) > 1 or len(others) < 2:
+        return
+    holding = [name for name in others if _holds_samples(_join(root, posixpath.join(base, name)), suffixes)]
+    if len(holding) < 2:
+        return
+    here = _join(root, base)
+    text, name = str(here) if isinstance(here, Path) else here.text, named[0]
+    raise DataError(
+        f"{text}: {name}/ may be a split or a class: {', '.join(holding[:3])} beside it hold samples too",
+        expected=f"{name}/ beside validation/ or test/, each with the class folders; or class folders alone",
+        mend=f"if it is a split, name it as the data: {posixpath.join(text, name)}; if it is a class, rename its "
+        f"folder, such as {name}_class",
+    )
+
+
+def _holds_samples(folder: Path | Location, suffixes: Collection[str]) -> bool:
+    """Whether there are files of these suffixes in the folder, or in one that lies in it."""
+    places = [folder, *(_join(folder, name) for name in _folders(folder))]
+    return any(suffix_of(name) in suffixes for place in places for name, is_folder in _visible(place) if not is_folder)
+
+
+def _refuse_parts(root: Path | Location, base: str, folders: Sequence[str]) -> None:
+    """Raise `DataError` where folders that are called as parts of data are hold the same folders as another one."""
+    parts = [name for name in folders if is_part(name)]
+    within: dict[str, set[str]] = {}
+    for name in [*parts, *(name for name in folders if name not in parts)] if parts else ():
+        found = {one for one in _folders(_join(root, posixpath.join(base, name))) if not is_part(one)}
+        for other in (other for other in within if other in parts):
+            same = sorted(found & within[other])
+            if len(same) > 1:
+                here = _join(root, base)
+                raise DataError(
+                    f"{here if isinstance(here, Path) else here.text}: {other}/ and {name}/ hold the same folders, "
+                    f"{', '.join(same[:3])}: these look like the classes, and those like splits",
+                    expected="train/, validation/ and test/, each with the class folders",
+                    mend="name them train/, validation/ and test/, or give each by itself: data.path and data.test",
+                )
+        within[name] = found
 
 
 def _of_splits(
@@ -122,6 +180,14 @@ def _join(root: Path | Location, uri: str) -> Path | Location:
     return root if not uri else root / uri if isinstance(root, Path) else root.join(uri)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Also of a link to one. Asks the file system for links alone: of all else the listing has told."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
 def children(folder: Path | Location) -> list[tuple[str, bool]]:
     """(name, whether it is a folder) of what lies directly in it, by name.
 
@@ -130,7 +196,8 @@ def children(folder: Path | Location) -> list[tuple[str, bool]]:
     if isinstance(folder, Location):
         return folder.children()
     try:
-        return sorted((child.name, child.is_dir()) for child in folder.iterdir())
+        with os.scandir(folder) as entries:
+            return sorted((entry.name, _is_folder(entry)) for entry in entries)
     except OSError as error:
         raise DataError(
             f"{folder} cannot be listed: {error.strerror}", expected="a folder that may be read",

@@ -94,6 +94,26 @@ def columns_of(spec: Data, wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in tables[0].columns if all(name in one.columns for one in tables)) if tables else ()
 
 
+def formed_as_run(spec: Data, run: Data) -> tuple[Data, list[str]]:
+    """(the data with the separator and encoding of a run's, notes on them).
+
+    Only where it names none itself, and its tables are text that has them. A separator that does not cut the header,
+    which the file's own does, is not taken. Raises `DataError`.
+    """
+    given = {key: value for key in _OF_TEXT if getattr(spec, key) is None and (value := getattr(run, key)) is not None}
+    if not given:
+        return spec, []
+    tables, _ = _tables_of(spec.path, spec.model_copy(update=given), [])
+    suffixes = {suffix_of(table.text) for table in tables}
+    given = {key: value for key, value in given.items() if suffixes & set(_OF_TEXT[key])}
+    formed = spec.model_copy(update=given)
+    if "separator" in given and all(len(table.columns) == 1 for table in tables):
+        by_itself = formed.model_copy(update={"separator": None})
+        formed = by_itself if len(columns_of(by_itself, [])) > 1 else formed
+    taken = {key: value for key in given if (value := getattr(formed, key)) is not None}
+    return formed, [f"read with the run's data.{key}, {value!r}" for key, value in taken.items()]
+
+
 def _add(source: Source, place: str, wanted: _Wanted, split: int | None, otherwise: int | None) -> None:
     """Put a place's rows behind those of the source: all of one `split`, or `otherwise` where they name none."""
     first = len(source.parts)

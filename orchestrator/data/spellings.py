@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,7 +49,8 @@ def unify_spellings(ingested: IngestedRows, source: Source) -> list[str]:
 def numbers_by_meaning(names: Sequence[str]) -> dict[str, int]:
     """{meaning: number} of a model's classes, without those that mean the same as another."""
     means = [meaning(name) for name in names]
-    return {one: number for number, one in enumerate(means) if means.count(one) == 1}
+    times = Counter(means)
+    return {one: number for number, one in enumerate(means) if times[one] == 1}
 
 
 def _listed(names: Sequence[str]) -> str:

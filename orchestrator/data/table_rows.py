@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from orchestrator.data.arrow_cells import ClassName
 from orchestrator.data.columns import find_inputs, label_columns, require_columns
 from orchestrator.data.locations import Location, path_or_location
 from orchestrator.data.rows import Origin, Row, Source, is_unicode
@@ -127,7 +128,7 @@ def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName, i
         row.label = tuple(_number(row, cell, column) for cell, column in zip(cells, columns, strict=True))
         return
     if task == "multi-label" and len(columns) > 1:
-        on = [_SWITCHES.get(str(_label_text(cell)).lower()) for cell in cells]
+        on = [_switch(cell) for cell in cells]
         for column, cell, switch in zip(columns, cells, on, strict=True):
             if switch is None:
                 row.problem = f"has {cell!r} in {column!r}, not 0 or 1"
@@ -157,6 +158,12 @@ def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName, i
         row.label = text
 
 
+def _switch(cell: object) -> bool | None:
+    """Whether a label's own column says that the sample has it; of a class by its name, else by its number."""
+    said = _SWITCHES.get(str(_label_text(cell)).lower())
+    return _SWITCHES.get(str(cell.number)) if said is None and isinstance(cell, ClassName) else said
+
+
 def _number(row: Row, cell: object, column: str) -> float:
     """A target. Words are refused at once: they are no matter of single samples."""
     if cell is None or (isinstance(cell, str) and not cell.strip()):
@@ -181,7 +188,12 @@ def _number(row: Row, cell: object, column: str) -> float:
 
 
 def _as_number(cell: object) -> float:
-    """The number; a truth value as 0 or 1, in words too. Raises `TypeError`, `ValueError`, `OverflowError`."""
+    """The number; a truth value as 0 or 1, in words too; of a class its number in the table.
+
+    Raises `TypeError`, `ValueError`, `OverflowError`.
+    """
+    if isinstance(cell, ClassName):
+        return float(cell.number)
     if isinstance(cell, str) and cell.strip().lower() in ("true", "false"):
         return float(cell.strip().lower() == "true")
     if isinstance(cell, str) and "_" in cell:  # Python takes 1_000 for 1000

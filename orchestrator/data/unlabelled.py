@@ -10,7 +10,7 @@ from orchestrator.data.columns import find_inputs, input_columns
 from orchestrator.data.locations import path_or_location
 from orchestrator.data.rows import Row, inside, inside_store
 from orchestrator.data.table_rows import fill_file, fill_text
-from orchestrator.data.tables import open_table
+from orchestrator.data.tables import TextForm, open_table
 from orchestrator.errors import BadSampleError
 from orchestrator.job import Data
 from orchestrator.modality import Sample, SampleField
@@ -41,12 +41,15 @@ class Unlabelled:
         return {name: place.read_bytes() if isinstance(place, Path) else place.read()}
 
 
-def read_unlabelled(spec: Data, sample: Sequence[SampleField]) -> Iterator[Unlabelled]:
-    """The rows of the table `spec.path`, one after the other; its `input_column` and `root` are used, if it has any.
+def read_unlabelled(spec: Data, sample: Sequence[SampleField], notes: list[str]) -> Iterator[Unlabelled]:
+    """The rows of the table `spec.path`, one after the other.
+
+    `input_column`, `root`, `separator` and `encoding` of the spec are used, if it has any. How the table was read goes
+    to `notes`, which are whole once all rows were taken.
 
     A path that leaves the root is not read. Raises `DataError` where the table cannot be read, or has no such column.
     """
-    table = open_table(path_or_location(spec.path), input_columns(spec))
+    table = open_table(path_or_location(spec.path), input_columns(spec), TextForm(spec.separator, spec.encoding))
     names = find_inputs(table, spec, sample)
     root = path_or_location(spec.root) if spec.root is not None else table.root
     root = root.resolve() if isinstance(root, Path) else root
@@ -68,6 +71,7 @@ def read_unlabelled(spec: Data, sample: Sequence[SampleField]) -> Iterator[Unlab
                 else:
                     file = str(root / uri) if isinstance(root, Path) else root.join(uri).text
             yield Unlabelled(number, shown, {fields[0]: row.content or b""}, file, row.problem)
+    notes += table.notes
 
 
 def _of_texts(row: Row, fields: Sequence[str], cells: Sequence[object]) -> Unlabelled:

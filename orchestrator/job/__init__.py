@@ -109,6 +109,7 @@ from orchestrator.job.spec import (
 from orchestrator.job.split_names import (
     SPLIT_NAMES as SPLIT_NAMES,
     choose_splits as choose_splits,
+    is_part as is_part,
     name_splits as name_splits,
     split_of as split_of,
 )

@@ -18,6 +18,7 @@ _OF_ANY = {
     "audio", "wav", "sounds", "text", "texts", "samples", "files", "csv",
 }  # fmt: skip
 """Words that say no more: training_set, test-images."""
+_PARTS = {"trainval", "traindev", "fold", "folds", "cv", "part", "parts", "split", "subset", "partition"}
 _GLUED = re.compile(r"(.+?)(?:sets?|data|images|imgs)")
 _WORDS = re.compile(r"[A-Z]?[^\W\d_A-Z]+|[^\W\d_]+|\d+")
 
@@ -31,15 +32,27 @@ def split_of(name: str) -> int | None:
 def name_splits(names: Iterable[str]) -> dict[str, int | None]:
     """The split of each of the names that stand beside one another, None of those that mean none.
 
-    Beside what `split_of` tells, names that differ in nothing but the split: `birds_train` and `birds_test`.
+    Beside what `split_of` tells, names that differ in nothing but the split and numbers: `birds_train` and
+    `birds_test`; `train_1`, `train_2` and `test_1`.
     """
     parsed = {name: _parse(name) for name in names}
     alike = defaultdict(set)
     for split, rest in parsed.values():
         if split is not None:
-            alike[rest].add(split)
-    plain = {rest for rest, splits in alike.items() if not rest or (0 in splits and len(splits) > 1)}
-    return {name: split if rest in plain else None for name, (split, rest) in parsed.items()}
+            alike[_wordy(rest)].add(split)
+    plain = {rest for rest, splits in alike.items() if 0 in splits and len(splits) > 1}
+    return {name: split if not rest or _wordy(rest) in plain else None for name, (split, rest) in parsed.items()}
+
+
+def is_part(name: str) -> bool:
+    """Whether each word of a name says that it is a part of data: `trainval`, `train_val`, `fold1`, `test`."""
+    words = [word.lower() for word in _WORDS.findall(name) if not word.isdecimal()]
+    says = [word in _PARTS or _split_of_word(word) is not None for word in words]
+    return any(says) and all(said or word in _OF_ANY for said, word in zip(says, words, strict=True))
+
+
+def _wordy(words: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word for word in words if not word.isdecimal())
 
 
 def _parse(name: str) -> tuple[int | None, tuple[str, ...]]:

@@ -16,6 +16,7 @@ from orchestrator.data import (
     Ints,
     Samples,
     columns_of,
+    formed_as_run,
     input_columns,
     label_columns,
     prepare_data,
@@ -107,6 +108,7 @@ def _data(labelled: str | Path | Data | Iterable[Any], folder: Path) -> Data:
 def _as_the_run(spec: Data, plan: Plan) -> tuple[Data, list[str]]:
     """The data with what the user left open as the run had it, where its tables have that; and notes."""
     run, named = plan.job.data, spec.model_fields_set
+    spec, notes = formed_as_run(spec, run)
     columns = columns_of(spec, [*input_columns(run), *label_columns(run)])
     of_the_run: dict[str, Any] = {}
     for key, names in (("input_column", input_columns(run)), ("label_column", label_columns(run))):
@@ -115,7 +117,10 @@ def _as_the_run(spec: Data, plan: Plan) -> tuple[Data, list[str]]:
     spec = spec.model_copy(update=of_the_run)
     if plan.job.task == "multi-label" and columns and "label_separator" not in named and len(label_columns(spec)) == 1:
         spec = spec.model_copy(update={"label_separator": run.label_separator})
-    return _in_order(spec, plan) if plan.job.task == "regression" else (spec, [])
+    if plan.job.task == "regression":
+        spec, of_names = _in_order(spec, plan)
+        notes += of_names
+    return spec, notes
 
 
 def _in_order(spec: Data, plan: Plan) -> tuple[Data, list[str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from orchestrator.data import columns_of, read_unlabelled
+from orchestrator.data import columns_of, formed_as_run, input_columns, read_unlabelled
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job import TABLE_SUFFIXES, Data
 from orchestrator.modality import Modality, Sample
@@ -38,14 +38,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where samples stand in tables."""
+    """Where samples stand in tables, and what tables of text are like."""
 
+    run: Data
+    """What the run was trained on: its columns, separator and encoding are taken where a table has them and the user
+    names none."""
+    note: Callable[[str], None]
+    """Is told how a table was read, as far as that is not plain, once all its rows were taken."""
     given: tuple[str, ...] = ()
     """Columns that the user names."""
-    of_the_run: tuple[str, ...] = ()
-    """Columns that the run was trained on: taken where a table has them and the user names none."""
     root: str | None = None
     """What paths are relative to, and may not leave; None: the table's folder."""
+    separator: str | None = None
+    encoding: str | None = None
 
 
 def asked_about(inputs: Iterable[Input], modality: Modality, columns: Columns) -> Iterator[Asked]:
@@ -132,10 +137,12 @@ def _content(file: str | Path, modality: Modality) -> Sample:
 
 def _rows(place: str, modality: Modality, columns: Columns) -> Iterator[Asked]:
     whole = os.path.abspath(place)
-    usual = columns.of_the_run
-    chosen = columns.given or (usual if set(usual) <= set(columns_of(Data(path=whole), usual)) else ())
-    spec = Data(path=whole, input_column=chosen or None, root=columns.root)
-    for row in read_unlabelled(spec, modality.sample):
+    usual = input_columns(columns.run)
+    asked = Data(path=whole, root=columns.root, separator=columns.separator, encoding=columns.encoding)
+    spec, notes = formed_as_run(asked, columns.run)
+    chosen = columns.given or (usual if set(usual) <= set(columns_of(spec, usual)) else ())
+    spec = spec.model_copy(update={"input_column": chosen or None})
+    for row in read_unlabelled(spec, modality.sample, notes):
         held = sum(map(len, row.sample.values()))
         yield Asked(
             row.shown or f"{place} row {row.number}",
@@ -146,6 +153,8 @@ def _rows(place: str, modality: Modality, columns: Columns) -> Iterator[Asked]:
             whole,
             row.number,
         )
+    for note in notes:
+        columns.note(f"{place}: {note}")
 
 
 def _size(file: str) -> int:

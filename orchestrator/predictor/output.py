@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from orchestrator.errors import JobError
-from orchestrator.job import Run, local_path
+from orchestrator.job import Report, Run, local_path
 from orchestrator.predictor.inputs import Input
-from orchestrator.predictor.predictions import Prediction, predictions
+from orchestrator.predictor.predictions import Prediction, Tables, predictions
 from orchestrator.training import load_run
 
 _BATCH_ROWS = 1024
@@ -53,7 +53,8 @@ def require_output(output: str | Path, inputs: Iterable[Input]) -> Path:
 
 def write(
     run: Run | str | Path, inputs: Iterable[Input] | str | Path | bytes, output: str | Path,
-    input_column: str | tuple[str, ...] | None = None, root: str | None = None,
+    input_column: str | tuple[str, ...] | None = None, root: str | None = None, separator: str | None = None,
+    encoding: str | None = None, report: Report | None = None,
 ) -> Written:  # fmt: skip
     """Write a table of predictions for inputs as `predict` takes them; an earlier one of that name is replaced.
 
@@ -62,6 +63,7 @@ def write(
     """
     given: list[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
     place, num_rows, num_problems = require_output(output, given), 0, 0
+    tables = Tables(input_column, root, separator, encoding, report)
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     with ExitStack() as resources:
         loaded = load_run(run, resources)
@@ -70,7 +72,7 @@ def write(
         resources.callback(partial.unlink, missing_ok=True)
         with _WRITERS[place.suffix.lower()](partial, names) as write_rows:
             rows: list[dict[str, Any]] = []
-            for one in predictions(loaded, given, len(classes), input_column, root):
+            for one in predictions(loaded, given, len(classes), tables):
                 rows.append(_row(one, task, names))
                 num_rows += 1
                 num_problems += bool(one.problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from orchestrator.data import split_by_size
-from orchestrator.job import Plan, Run
+from orchestrator.job import Data, Noted, Plan, Report, Run, make_job
 from orchestrator.predictor.inputs import Asked, Columns, Input, asked_about
 from orchestrator.training import LoadedRun, load_run
 
@@ -53,6 +54,28 @@ class Prediction:
         return found | {"label": self.label, "score": self.score, "top": [list(one) for one in self.top]}
 
 
+class Tables:
+    """What the user says of tables. Raises `JobError` for a separator or an encoding that is none."""
+
+    def __init__(
+        self, input_column: str | tuple[str, ...] | None, root: str | None, separator: str | None, encoding: str | None,
+        report: Report | None,
+    ) -> None:  # fmt: skip
+        form = make_job(backbone="-", data={"path": "-", "separator": separator, "encoding": encoding}).data
+        self._given = (input_column,) if isinstance(input_column, str) else tuple(input_column or ())
+        self._root, self._separator, self._encoding, self._report = root, form.separator, form.encoding, report
+
+    def columns(self, run: Data) -> Columns:
+        """The same beside the data of the run."""
+        return Columns(run, self._note, self._given, self._root, self._separator, self._encoding)
+
+    def _note(self, text: str) -> None:
+        if self._report is None:
+            warnings.warn(text, stacklevel=2)
+        else:
+            self._report(Noted(text))
+
+
 def predict(
     run: Run | str | Path,
     inputs: Iterable[Input] | str | Path | bytes,
@@ -60,39 +83,39 @@ def predict(
     *,
     input_column: str | tuple[str, ...] | None = None,
     root: str | None = None,
+    separator: str | None = None,
+    encoding: str | None = None,
+    report: Report | None = None,
 ) -> list[Prediction]:
     """One Prediction for each input: the path of a file, or its bytes; of text the text itself, or a tuple of two.
 
     A folder stands for all files of the modality's kind below it, in order; a table (.csv, .tsv, .parquet, .jsonl) for
     its rows, by `input_column`, by default the columns of the run or the usual names, its paths relative to `root`, by
-    default its folder. Of a model for text a str is a text, never a file: a table or a file of text is a `Path`. An
-    input that cannot be read, or that the network cannot take, gets a Prediction with its `problem`, and the others
-    theirs.
+    default its folder. `separator` and `encoding` of tables that are text are those of the run by default, if it had
+    any, else told by the file. Of a model for text a str is a text, never a file: a table or a file of text is a
+    `Path`. An input that cannot be read, or that the network cannot take, gets a Prediction with its `problem`, and the
+    others theirs. `report` is called with how tables were read, where that is not plain (`orchestrator.job.Noted`); by
+    default it is a warning.
 
     Raises `RefusedError` for a run that has not finished or is damaged, and for a table that cannot be read.
     """
     with ExitStack() as resources:
-        return list(predictions(load_run(run, resources), inputs, top, input_column, root))
+        tables = Tables(input_column, root, separator, encoding, report)
+        return list(predictions(load_run(run, resources), inputs, top, tables))
 
 
 def predictions(
     loaded: LoadedRun,
     inputs: Iterable[Input] | str | Path | bytes,
     top: int,
-    input_column: str | tuple[str, ...] | None,
-    root: str | None,
+    tables: Tables,
 ) -> Iterator[Prediction]:
     """The same, one after the other: nothing is kept of those that were taken."""
     given: Iterable[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else inputs
-    columns = Columns(_columns(input_column), _columns(loaded.plan.job.data.input_column), root)
-    for asked in _windows(asked_about(given, loaded.modality, columns)):
+    for asked in _windows(asked_about(given, loaded.modality, tables.columns(loaded.plan.job.data))):
         outcomes = _outcomes(loaded, asked)
         for i, one in enumerate(asked):
             yield _prediction(one, outcomes[i], loaded.plan, top)
-
-
-def _columns(named: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (named,) if isinstance(named, str) else tuple(named or ())
 
 
 def _windows(asked: Iterator[Asked]) -> Iterator[list[Asked]]:

@@ -133,7 +133,9 @@ def check(
 
 
 @app.command()
+@takes_flags("--separator", "--encoding")
 def predict(
+    fields: dict[str, Any],
     run: FinishedRun,
     inputs: Annotated[
         list[str],
@@ -163,18 +165,22 @@ def predict(
 
     opened = open_finished(run)  # before torch is imported, which takes seconds
     from orchestrator.predictor import predict as run_predict, require_output, write
+    from orchestrator.progress import progress
     from orchestrator.terminal import answers
 
     asked = [one for given in inputs for one in (_lines() if given == "-" else [as_input(given, opened)])]
     columns = tuple(input_column or ()) or None
+    form = {key.removeprefix("data."): value for key, value in fields.items()}
     if output is not None:
         require_output(output, asked)  # before the network is loaded
-        written = write(opened, asked, output, columns, root)
+        with progress() as report:
+            written = write(opened, asked, output, columns, root, report=report, **form)
         answers.show_written(written, json_)
         if written.num_problems:
             raise typer.Exit(1)
         return
-    predictions = run_predict(opened, asked, top, input_column=columns, root=root)
+    with progress() as report:
+        predictions = run_predict(opened, asked, top, input_column=columns, root=root, report=report, **form)
     answers.show_predictions(predictions, opened.plan.job.task, json_)
     if any(one.problem for one in predictions):
         raise typer.Exit(1)

@@ -79,6 +79,20 @@ def test_what_is_quoted_properly_is_read_without_a_word(tmp_path: Path) -> None:
         assert not any("quotation" in note or "separated" in note for note in read(tmp_path / name).summary.notes)
 
 
+@pytest.mark.parametrize(("name", "dialect"), [("t.csv", csv.excel), ("t.tsv", csv.excel_tab)])
+def test_texts_of_one_column_keep_their_line_breaks(tmp_path: Path, name: str, dialect: type[csv.Dialect]) -> None:
+    """Of TSV each of their lines was a row."""
+    rows = [("two\nlines",), ("plain",), ("three\nof\nthem",)]
+    with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, dialect).writerows([("text",), *rows])
+    table = open_table(tmp_path / name)
+    assert cells(tmp_path / name) == rows
+    assert len(list(table.batches(["text"]))) == 1
+    assert table.notes == []
+    (tmp_path / name).write_text('text\n"open\nb\nc\n')
+    assert cells(tmp_path / name) == [('"open',), ("b",), ("c",)]
+
+
 def test_a_mark_within_a_cell_is_a_character(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text('text,label\n5" nail,a\n"Hello" he said,b\n""",a\nc""d,b\n')
@@ -99,6 +113,44 @@ def test_rows_of_another_length_are_refused_by_their_line(tmp_path: Path) -> Non
         assert "data.separator (--separator)" in error.mend
     (tmp_path / "t.csv").write_text("")
     assert "it is empty" in refusal(tmp_path / "t.csv").message
+
+
+def test_backslashes_before_marks_are_named(tmp_path: Path) -> None:
+    """The mark was said to be closed by none."""
+    (tmp_path / "t.csv").write_text('text,label\n"plain, so",a\n"he said \\"no\\", so",b\n')
+    error = refusal(tmp_path / "t.csv")
+    assert "line 3 has backslashes before quotation marks, which do not escape them" in error.message
+    assert 'double each mark within a quotation ("" instead of \\")' in error.mend
+    (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().replace('\\"', '""'))
+    assert cells(tmp_path / "t.csv")[1] == ('he said "no", so', "b")
+    (tmp_path / "u.tsv").write_text('text\tlabel\n"he said \\"no\\""\tb\n')
+    table = open_table(tmp_path / "u.tsv")
+    (batch,) = table.batches(["text"])
+    assert batch["text"] == ['"he said \\"no\\""']
+    assert table.notes[0].endswith("1, the first in line 2; 1 have backslashes before marks, and CSV doubles them")
+
+
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;"])
+def test_the_line_that_excel_writes_before_the_header(tmp_path: Path, first: str) -> None:
+    """It was the header."""
+    rows = [(text, label) for text, label in SENTENCES]
+    file = written(tmp_path / "t.csv", rows, ";")
+    file.write_text(f"{first}\r\n{file.read_text()}")
+    assert cells(file) == rows
+    assert cells(file, separator=";") == rows
+    assert open_table(file).notes == ["its columns are separated by ';', as its first line says"]
+    file.write_text(file.read_text() + "a;b;c\n")
+    assert "line 63 has 3 cells" in refusal(file).message
+
+
+def test_a_separator_in_the_name_of_the_only_column(tmp_path: Path) -> None:
+    """The header was cut in two, and the first row refused."""
+    (tmp_path / "t.csv").write_text('question|answer\n"one, two"\nthree\n')
+    assert cells(tmp_path / "t.csv") == [("one, two",), ("three",)]
+    assert open_table(tmp_path / "t.csv").columns == ("question|answer",)
+    assert open_table(tmp_path / "t.csv").notes == []
+    (tmp_path / "t.csv").write_text("question|answer\n")
+    assert open_table(tmp_path / "t.csv").columns == ("question", "answer")
 
 
 def test_a_separator_that_the_job_names(tmp_path: Path) -> None:
@@ -124,13 +176,13 @@ def test_settings_of_text_for_what_is_none(tmp_path: Path) -> None:
     assert "data.encoding is 'cp1252', and" in refusal(tmp_path / "folder", encoding="cp1252").message
 
 
-@pytest.mark.parametrize("command", ["check", "plan", "evaluate", "finetune"])
+@pytest.mark.parametrize("command", ["check", "plan", "evaluate", "finetune", "predict"])
 def test_separator_and_encoding_are_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.run([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--separator" in shown
     assert "--encoding" in shown
-    assert "--on-bad-sample" in shown
+    assert "--on-bad-sample" in shown or command == "predict"
 
 
 ENCODINGS = {"utf-16": "", "utf-32": "", "utf-8-sig": "", "utf-16-le": "utf-16-le", "utf-16-be": "utf-16-be"}

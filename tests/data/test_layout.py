@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from orchestrator.data.layout import children
 from orchestrator.data.prepare import Prepared, prepare_data
 from orchestrator.errors import DataError
 from orchestrator.job import Data, name_splits, split_of
@@ -107,6 +110,63 @@ def test_a_test_folder_beside_the_classes_of_training_is_refused(tmp_path: Path)
     assert error.mend == "move cat, dog into train/"
 
 
+@pytest.mark.parametrize(
+    "names", [("trainval", "test"), ("train_val", "test"), ("fold1", "fold2"), ("cv_fold_1", "cv_fold_2", "test")]
+)
+def test_parts_with_the_same_classes_are_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """They were the classes `test` and `trainval`."""
+    for i, name in enumerate(names):
+        classes_in(tmp_path / "data" / name, 10, shade=20 * i)
+    error = refusal(tmp_path / "data")
+    assert "hold the same folders, cat, dog: these look like the classes" in error.message
+    assert "name them train/, validation/ and test/" in error.mend
+    (tmp_path / "data" / names[0]).rename(tmp_path / "data" / "train")
+    (tmp_path / "data" / names[1]).rename(tmp_path / "data" / "test_set")
+    assert read(tmp_path / "data", validation_fraction=0.2).classes == CLASSES
+
+
+def test_classes_with_the_same_folders_stay_classes(tmp_path: Path) -> None:
+    """Such as a folder a speaker below each word."""
+    for i in range(40):
+        put(tmp_path / "data" / ("test_tube", "yes")[i % 2] / ("anna", "ben")[i // 2 % 2] / f"{i}.png", png(i))
+    assert read(tmp_path / "data").classes == ("test_tube", "yes")
+
+
+def test_a_class_of_the_model_is_no_split(tmp_path: Path) -> None:
+    """`train/` alone was a split, whose classes were its folders, or none."""
+    for i in range(4):
+        put(tmp_path / "flat" / "train" / f"{i}.png", png(i))
+        put(tmp_path / "deep" / ("train", "bus")[i % 2] / "2020" / f"{i}.png", png(i))
+        put(tmp_path / "both" / "train" / ("train", "bus")[i % 2] / f"{i}.png", png(i))
+    classes = ("bus", "train")
+    assert evaluated(tmp_path / "flat", classes).summary.per_class["test"] == (0, 4)
+    for name in ("deep", "both"):
+        assert evaluated(tmp_path / name, classes).summary.per_class["test"] == (2, 2), name
+
+
+def test_train_beside_several_folders_of_samples_is_asked_about(tmp_path: Path) -> None:
+    """It was read as the split, and the other classes were not read."""
+    for i in range(60):
+        name, year = ("train", "car", "bus")[i % 3], 2020 + i // 3 % 2
+        put(tmp_path / "data" / name / f"{year}" / f"{i}.png", png(i))
+    error = refusal(tmp_path / "data")
+    assert "train/ may be a split or a class: bus, car beside it hold samples too" in error.message
+    assert f"name it as the data: {tmp_path / 'data' / 'train'}" in error.mend
+    assert read(tmp_path / "data" / "train").classes == ("2020", "2021")
+    (tmp_path / "data" / "train").rename(tmp_path / "data" / "train_class")
+    assert read(tmp_path / "data").classes == ("bus", "car", "train_class")
+
+
+def test_numbered_splits_are_all_read(tmp_path: Path) -> None:
+    """train_2 was left out, since there is no test_2."""
+    assert name_splits(["train_1", "train_2", "test_1"]) == {"train_1": 0, "train_2": 0, "test_1": 2}
+    assert name_splits(["train_1", "train_2"]) == {"train_1": None, "train_2": None}
+    for i, name in enumerate(("train_1", "train_2", "test_1")):
+        classes_in(tmp_path / "data" / name, 10, shade=20 * i)
+    found = read(tmp_path / "data", validation_fraction=0.1)
+    assert found.summary.num_samples == {"train": 18, "validation": 2, "test": 10}
+
+
 def test_splits_below_the_classes_are_not_read_in_silence(tmp_path: Path) -> None:
     for i in range(40):
         put(tmp_path / "data" / CLASSES[i % 2] / ("train" if i < 30 else "test") / f"{i}.png", png(i))
@@ -149,6 +209,29 @@ def test_a_column_of_splits_in_other_spellings(tmp_path: Path) -> None:
     rows = [{**row, "part": ("Training Set", "test_set")[i >= 30]} for i, row in enumerate(texts())]
     found = read_texts(jsonl(tmp_path / "t.jsonl", rows), split_column="part")
     assert found.summary.num_samples["test"] == 10
+
+
+def test_listing_a_folder_asks_for_links_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file was asked for once more, which takes minutes of many files on a disk far away."""
+    classes_in(tmp_path / "data")
+    put(tmp_path / "data" / "x.png", b"x")
+    (tmp_path / "data" / "link").symlink_to("cat")
+    (tmp_path / "data" / "circle").symlink_to("circle")
+    (tmp_path / "data" / "nowhere").symlink_to("gone")
+    asked: list[str] = []
+    stat = os.stat
+
+    def counted(path: Any, *args: Any, **settings: Any) -> os.stat_result:
+        asked.append(os.fspath(path))
+        return stat(path, *args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", counted)
+        found = children(tmp_path / "data")
+    assert found == [
+        ("cat", True), ("circle", False), ("dog", True), ("link", True), ("nowhere", False), ("x.png", False)
+    ]  # fmt: skip
+    assert asked == []
 
 
 # --- a table beside the files ---
@@ -213,6 +296,28 @@ def test_a_metadata_table_that_labels_nothing_leaves_the_class_folders(tmp_path:
     (tmp_path / "flat").mkdir()
     described(tmp_path / "flat", "metadata.csv")
     assert "no column 'kind'" in refusal(tmp_path / "flat", label_column="kind").message
+
+
+@pytest.mark.parametrize("places", [["train"], ["train", "test"], [""]])
+def test_a_metadata_table_that_labels_nothing_leaves_the_splits(tmp_path: Path, places: list[str]) -> None:
+    """They were refused for want of a column of labels."""
+    root = tmp_path / "data"
+    classes_in(root / "train", 20)
+    classes_in(root / "test", 6, shade=100)
+    for place in places:
+        name = "cat/0.png" if place else "train/cat/0.png"
+        (root / place / "metadata.csv").write_text(f"file_name,width\n{name},9\n")
+    found = read(root, validation_fraction=0.1)
+    assert found.classes == CLASSES
+    assert found.summary.num_samples == {"train": 18, "validation": 2, "test": 6}
+    files = ", ".join(f"{place}/metadata.csv".lstrip("/") for place in sorted(places))
+    assert f"read as class folders: not read, for want of a column 'label': {files}" in found.summary.notes
+
+
+def test_files_without_class_folders_want_a_label(tmp_path: Path) -> None:
+    described(tmp_path / "data" / "train", "metadata.csv")
+    described(tmp_path / "data" / "test", "metadata.csv", 6, shade=100)
+    assert "no column 'kind'" in refusal(tmp_path / "data", label_column="kind").message
 
 
 def test_check_says_how_the_data_is_read(tmp_path: Path, tiny_resnet: Path, capsys: pytest.CaptureFixture[str]) -> None:

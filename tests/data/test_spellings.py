@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from orchestrator.data.spellings import meaning
+from orchestrator.data.spellings import meaning, numbers_by_meaning
 from tests.data.test_sources import parquet, read, refusal, saved, texts
 
 Rows = list[dict[str, Any]]
@@ -154,6 +155,32 @@ def test_names_of_classes_in_the_schema_s_metadata(tmp_path: Path, suffix: str) 
     assert saved().targets[:2].tolist() == [1, 0]
     file = write_as(tmp_path / f"u{suffix}", with_class_labels(CLASS_LABEL, [0, 1] * 30 + [-1, 2]))
     assert "row 61: has no label in 'label' (and 1 more)" in refusal(file).message
+
+
+def test_the_classes_of_a_large_model_are_looked_through_once() -> None:
+    """Each was counted among all: minutes."""
+    names = [f"class {i}" for i in range(100_000)]
+    began = time.process_time()
+    found = numbers_by_meaning([*names, "True", "true"])
+    assert found == {name: number for number, name in enumerate(names)}
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_numbers_of_classes_where_numbers_are_asked_for(tmp_path: Path, suffix: str) -> None:
+    """Their names were refused: `'weather'`, and a regression target is a number; `'absent'`, not 0 or 1."""
+    file = write_as(tmp_path / f"t{suffix}", with_class_labels(CLASS_LABEL, [0, 1] * 30))
+    read(file, task="regression")
+    assert saved().targets[:4].flatten().tolist() == [0, 1, 0, 1]
+    of_each = {"wet": ["absent", "present"], "cold": ["no", "yes"], "dry": ["yes", "no"]}
+    info = {"info": {"features": {key: {"names": names, "_type": "ClassLabel"} for key, names in of_each.items()}}}
+    cells = {"text": [f"t {i}" for i in range(60)], "wet": [0, 1] * 30, "cold": [1, 0] * 30, "dry": [0, 1] * 30}
+    table = pa.table(cells).replace_schema_metadata({"huggingface": json.dumps(info)})
+    found = read(write_as(tmp_path / f"u{suffix}", table), task="multi-label", label_column=tuple(of_each))
+    columns = [found.classes.index(name) for name in of_each]
+    assert saved().targets[:2][:, columns].tolist() == [[0, 1, 1], [1, 0, 0]]
+    bad = write_as(tmp_path / f"v{suffix}", with_class_labels({**CLASS_LABEL, "names": ["a", "b", "c"]}, [0, -1] * 30))
+    assert "has no number in 'label'" in refusal(bad, task="regression").message
 
 
 @pytest.mark.parametrize("kind", ["Sequence", "List", "LargeList", "[]"])

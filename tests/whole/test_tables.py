@@ -250,3 +250,41 @@ def test_a_large_table_is_never_in_memory_at_once(seer: orchestrator.Run, tmp_pa
     assert [one.problem for one in found] == [""] * 320
     assert size > 180
     assert used < 150
+
+
+def test_what_the_run_was_trained_on_is_read_again(tmp_path: Path, cli: Cli) -> None:
+    """It was no UTF-8, and had no column of texts; the mend named flags that there were not."""
+    rows = [("rain, wind" if i % 2 else "hot, caf\xe9") + f" {i};{'wc'[i % 2]}\n" for i in range(40)]
+    table = tmp_path / "t.csv"
+    table.write_bytes("".join(["text:words;label\n", *rows]).encode("cp1252"))
+    form = {"separator": ";", "encoding": "cp1252", "input_column": "text:words"}
+    run = finish("text", make_bert(tmp_path / "backbone"), table, tmp_path, form)
+    done = cli("predict", run.path, table, "--json")
+    found = json.loads(done.stdout)
+    assert [one["input"] for one in found] == [row.split(";")[0] for row in rows]
+    assert f"{table}: read with the run's data.encoding, 'cp1252'" in done.stderr
+    figures = orchestrator.evaluate(run, str(table))
+    assert figures["num_samples"] == 40
+    assert "read with the run's data.encoding, 'cp1252'" in figures["notes"]
+    # What is of another form is read as it is, or as the user says.
+    write_table(tmp_path / "u.csv", [{"text:words": TEXTS[1], "id": "1"}])
+    assert json.loads(cli("predict", run.path, "u.csv", "--json").stdout)[0]["input"] == TEXTS[1]
+    (tmp_path / "v.csv").write_text("id|text:words\n1|caf\xe9\n", encoding="utf-8")
+    said = cli("predict", run.path, "v.csv", "--separator", "|", "--encoding", "utf-8", "--json")
+    assert json.loads(said.stdout)[0]["input"] == "caf\xe9"
+    assert "the run's" not in said.stderr
+    parquet = write_table(tmp_path / "w.parquet", [{"text:words": text, "label": "w"} for text in TEXTS])
+    figures = orchestrator.evaluate(run, str(parquet))
+    assert figures["num_samples"] == 4
+    assert not any("the run's" in note for note in figures["notes"])
+    with pytest.raises(JobError, match="separator"):
+        orchestrator.predict(run, table, separator=";;")
+    with pytest.warns(UserWarning, match="read with the run's data.separator, ';'"):
+        orchestrator.predict(run, table)
+
+
+def test_how_a_table_was_read_is_said(reader: orchestrator.Run, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "t.tsv").write_text('words\tid\n"rain\t1\nsnow\t2\n')
+    done = cli("predict", reader.path, "t.tsv", "--output", "said.csv")
+    assert "t.tsv: quotation marks that open a cell and do not close it are read as characters: 1" in done.stderr
+    assert len(read_table(tmp_path / "said.csv")) == 2
