@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,15 +27,17 @@ GIVEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def guarded() -> Iterator[str]:
     """The address of a cluster of one node, that runs until the tests are over."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("ray")
+    # A folder of its own, or others that start a cluster here would be told of this one; its name is short for sockets.
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     head = subprocess.Popen(
         [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1",
-         f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"],
+         f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats",
+         f"--temp-dir={folder}"],
         env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "GUARDED_CLUSTER": str(folder)},
         stdout=(folder / "head.log").open("wb"), stderr=subprocess.STDOUT,
     )  # fmt: skip
@@ -47,6 +51,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             if str(folder).encode() in (process / "environ").read_bytes():
                 os.kill(int(process.name), signal.SIGKILL)
     head.wait(60)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
