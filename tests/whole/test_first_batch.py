@@ -474,6 +474,24 @@ def test_own_code_for_what_the_plain_class_is_passes(tmp_path: Path) -> None:
     assert finetune("text", backbone, table(tmp_path, sentences())).finished
 
 
+@pytest.mark.parametrize("own_code", [False, True])
+def test_keys_that_only_the_networks_code_asks_for_are_known(own_code: bool, tmp_path: Path) -> None:
+    """As deberta-v3 is published: its constructor names none of them, and getattr reads them all."""
+    tokenizer = make_tokenizer()
+    config = transformers.DebertaV2Config(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=24, type_vocab_size=0, relative_attention=True, position_biased_input=False,
+        pos_att_type=["p2c", "c2p"], position_buckets=8, share_att_key=True, norm_rel_ebd="layer_norm",
+        cls_dropout=0.1, conv_kernel_size=3,
+    )  # fmt: skip
+    backbone = save_backbone(tmp_path / "deberta", config, tokenizer, "DebertaV2ForSequenceClassification")
+    change(backbone, "config.json", auto_map={"AutoConfig": "own.OwnConfig"} if own_code else None)
+    assert json.loads((backbone / "config.json").read_text())["position_buckets"] == 8
+    fit = planning.inspect(str(backbone), "text").fit
+    assert fit is not None
+    assert not [one for one in fit.warnings if "config.json sets" in one]
+
+
 def with_tensor(directory: Path, name: str) -> None:
     from safetensors.torch import load_file, save_file
 
