@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import orchestrator
+from orchestrator.backbone import read_tensors
 from orchestrator.errors import DataError, RefusedError, TrainingError
 from orchestrator.features.sources import collated
 from orchestrator.gate import planning
@@ -492,6 +493,23 @@ def test_keys_that_only_the_networks_code_asks_for_are_known(own_code: bool, tmp
     assert not [one for one in fit.warnings if "config.json sets" in one]
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"tie_weights_": True, "forced_bos_token_id": 0, "encoder_no_repeat_ngram_size": 3},
+        {"normalize_embedding": True, "extra_pos_embeddings": 2, "n_positions": 512, "untie_r": True},
+        {"down_scale_factor": 1, "gap_size": 0, "net_structure_type": 0, "num_memory_blocks": 0, "path_norm": True},
+        {"mask_channel_length": 10, "mask_channel_selection": "static", "mask_time_other": 0.5},
+        {"attn_implementation": "sdpa", "torch_dtype": "float16"},
+    ],
+)  # fmt: skip
+def test_keys_that_nobody_ever_read_are_no_fault(left: dict[str, Any], tmp_path: Path) -> None:
+    backbone = of_own_code(make_bert(tmp_path / "bert"), **left)
+    fit = planning.inspect(str(backbone), "text").fit
+    assert fit is not None
+    assert not [one for one in fit.warnings if "config.json sets" in one]
+
+
 def with_tensor(directory: Path, name: str) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -516,17 +534,46 @@ def test_keys_and_weights_that_nobody_uses_are_said(tmp_path: Path) -> None:
     backbone = make_bert(tmp_path / "bert")
     change(backbone, "config.json", rotary_emb_fraction=0.5)
     with_tensor(backbone, "cls.predictions.bias")
-    warnings = orchestrator.plan(
-        modality="text", backbone=str(backbone), data=str(table(tmp_path, sentences()))
-    ).warnings
+    plan = orchestrator.plan(modality="text", backbone=str(backbone), data=str(table(tmp_path, sentences())))
+    warnings = plan.warnings
     assert any(
         "config.json sets rotary_emb_fraction, which transformers' bert does not know" in one for one in warnings
     )
-    assert any("one tensor of the checkpoint is not used (cls.predictions.bias)" in one for one in warnings)
+    assert not any("not used" in one for one in warnings)  # of a body that was trained for another task: as always
+    assert "one tensor of the checkpoint is not used (cls.predictions.bias): the head of another task" in plan.rehearsal
     assert any("rotary_emb_fraction" in one for one in planning.inspect(str(backbone), "text").fit.warnings)  # type: ignore[union-attr]
 
 
 # --- the rehearsal ---
+
+
+def test_headers_are_read_once_and_a_network_that_is_not_built_of_them_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BertForSequenceClassification that looks at a weight, as families do which the headers alone do not build."""
+    backbone, data = make_bert(tmp_path / "bert"), table(tmp_path, sentences())
+    asked = []
+
+    def reading(card: Any) -> Any:
+        asked.append(card.source)
+        return read_tensors(card)
+
+    monkeypatch.setattr(planning, "read_tensors", reading)
+    plan = orchestrator.plan(modality="text", backbone=str(backbone), data=str(data))
+    assert plan.rehearsal[1] == "the network from the headers of its weights: they fit"
+    assert len(asked) == 1
+
+    text = registry.get("text")
+
+    def looking(plan: Any, directory: Path) -> Any:
+        assert text.build is not None
+        network = text.build(plan, directory)
+        assert next(network.module.parameters()).sum().item() is not None
+        return network
+
+    monkeypatch.setattr(registry, "get", lambda _name: dataclasses.replace(text, build=looking))
+    plan = orchestrator.plan(modality="text", backbone=str(backbone), data=str(data))
+    assert plan.rehearsal[1].startswith("the network was not built from its headers: ")
 
 
 def test_a_plan_says_what_a_few_samples_became(tmp_path: Path, cli: Cli) -> None:
