@@ -251,6 +251,26 @@ def test_images_of_12_bits_in_16_are_a_warning_whose_mend_mends(tmp_path: Path, 
     assert any("values above 1000, which become white" in one for one in beyond.warnings)
 
 
+def test_a_transparent_value_of_16_bits_is_dropped_and_said(tmp_path: Path, tiny_resnet: Path) -> None:
+    """All of such an image became white."""
+    from orchestrator_image.appearance import code_of_reading, convert
+
+    def with_value(name: str, i: int) -> bytes:
+        return saved(Image.open(io.BytesIO(deep(name, i, 60000))), "PNG", transparency=0)
+
+    image, plain = decode("image", with_value("disc", 1)), decode("image", deep("disc", 1, 60000))
+    assert image.info["transparency"] == 0
+    assert same(convert(image, "RGB", "white"), convert(plain, "RGB", "white"))
+    plan = planned(tiny_resnet, folders(tmp_path / "data", with_value))
+    assert not lost(plan)
+    assert "transparency of 16 bits: one value -> dropped" in map(str, plan.adaptations)
+    (tmp_path / "one.png").write_bytes(with_value("disc", 1))
+    found: dict[str, Any] = {}
+    code = code_of_reading(plan).replace('"a file"', repr(str(tmp_path / "one.png")))
+    exec("from PIL import Image, ImageOps\n" + code, found)
+    assert same(found["image"], convert(plain, "RGB", "white"))
+
+
 def test_colours_of_one_brightness_on_a_backbone_of_grey_values_are_a_warning(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTImageProcessor
 
