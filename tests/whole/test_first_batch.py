@@ -94,6 +94,51 @@ def test_of_bart_the_letters_of_an_end_token_are_read(tmp_path: Path) -> None:
     assert (ids == 2).sum() == 1
 
 
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_tokens_that_the_network_was_trained_with_stay_tokens_and_control_tokens_are_said(
+    where: str, tmp_path: Path
+) -> None:
+    """As tweets have: `<url>` became five unknown pieces, and `[PAD]` between two texts passed in silence."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<url>", "<far>"]})
+    url, far = tokenizer.convert_tokens_to_ids(["<url>", "<far>"])
+    config = transformers.BertConfig(
+        vocab_size=far, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    backbone = save_backbone(tmp_path / "bert", config, tokenizer, "BertForSequenceClassification")
+    if where == "special_tokens_map.json":  # where earlier versions wrote them
+        (backbone / where).write_text(json.dumps({"additional_special_tokens": ["<url>", {"content": "<far>"}]}))
+        change(backbone, "tokenizer_config.json", extra_special_tokens=[])
+    texts = [f"{one} <url>" for one in sentences()]
+    texts[3] = "rain [PAD] snow"
+    data = table(tmp_path, texts)
+    plan = orchestrator.plan(modality="text", backbone=str(backbone), data=str(data))
+    (said,) = [one for one in plan.adaptations if one.what == "control tokens"]
+    assert str(said).startswith("control tokens: '[PAD]' -> read as text")
+    assert said.share == pytest.approx(1 / 40)
+    assert any("pairs of texts are two columns" in one for one in plan.warnings)
+
+    text = registry.get("text")
+    assert text.batch is not None
+    assert text.decode is not None
+    card = plan.backbone
+    collate = text.batch(plan, backbone)
+    for content, kept in (("rain <url>", [url]), ("rain <far>", []), ("rain [PAD]", [])):
+        decoded = text.decode({"text": content.encode()})
+        ids = collate([decoded], False)["input_ids"][0].tolist()
+        assert [one for one in ids if one in (0, url, far)] == kept
+        assert text.measure is not None
+        assert text.measure(decoded, card)["tokens"] == len(ids)
+
+    run = finetune("text", backbone, data)
+    pipe = transformers.pipeline("text-classification", model=str(run.model))
+    for content in ("rain <url>", "rain [PAD]", "rain <far>"):
+        (alone,) = orchestrator.predict(run, [content])
+        assert pipe(content)[0]["score"] == pytest.approx(alone.score, abs=1e-4)
+    assert pipe.tokenizer.tokenize("rain <url>") == ["rain", "<url>"]
+
+
 def test_a_head_that_reads_an_end_token_which_no_text_gets_is_refused(tmp_path: Path) -> None:
     backbone = make_encoder_decoder(tmp_path / "t5", "t5")
     change(backbone, "tokenizer.json", post_processor=None)
