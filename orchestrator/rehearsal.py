@@ -67,7 +67,9 @@ def rehearsed(plan: Plan, prepared: Prepared, resolved: ResolvedBackbone) -> Pla
             lost = _lost(network)
             refuse_own_code(plan.backbone, plan.row, lost)
             lines.append("the network from the headers of its weights: they fit")
-            lines += _unused([name for name in network.unused if name not in lost], "the head of another task")
+            lines += _unused(
+                [name for name in network.unused if name not in lost], "another task's head, or a part beside"
+            )
             warnings += _unused(lost, f"a part that {plan.row.architecture} has not")
     return plan.model_copy(update={"rehearsal": tuple(lines), "warnings": (*plan.warnings, *warnings)})
 
