@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.backbone import fetch, read_tensors
+from orchestrator.backbone import fetch
 from orchestrator.data import LEAVE_OUT, Prepared
 from orchestrator.errors import (
     BadSampleError,
@@ -22,7 +22,7 @@ from orchestrator.errors import (
     first_line,
     missing_extra,
 )
-from orchestrator.gate import planned, refuse_own_code
+from orchestrator.gate import ResolvedBackbone, planned, refuse_own_code
 from orchestrator.job import Job, Plan
 from orchestrator.modality import Modality
 
@@ -44,12 +44,12 @@ def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: A
     Takes what `finetune` takes. A few samples go through the backbone's tokenizer or processor, and `rehearsal` says
     what came of it. Raises `JobError` and `RefusedError`.
     """
-    made, prepared, plugin = planned(job, fields)
-    return rehearsed(made, prepared, plugin)
+    return rehearsed(*planned(job, fields))
 
 
-def rehearsed(plan: Plan, prepared: Prepared, plugin: Modality) -> Plan:
+def rehearsed(plan: Plan, prepared: Prepared, resolved: ResolvedBackbone) -> Plan:
     """The plan, with what a rehearsal found. Raises `RefusedError` where the first batch or the weights would fail."""
+    plugin = resolved.plugin
     try:
         import torch  # noqa: F401  # before anything of a plugin's that needs it
     except ModuleNotFoundError as error:
@@ -59,11 +59,18 @@ def rehearsed(plan: Plan, prepared: Prepared, plugin: Modality) -> Plan:
     lines = [_try_batch(plan, prepared, plugin, directory)]
     warnings: list[str] = []
     if plan.weights == "pretrained" and _is_known(plan):
-        network = _built(plan, plugin, directory)
-        if network is not None:
-            refuse_own_code(plan.backbone, plan.row, _lost(network))
+        try:
+            network = _built(plan, resolved, directory)
+        except _NeedsValuesError as error:
+            lines.append(f"the network was not built from its headers: {error}")
+        else:
+            lost = _lost(network)
+            refuse_own_code(plan.backbone, plan.row, lost)
             lines.append("the network from the headers of its weights: they fit")
-            warnings += _unused(plan, network)
+            lines += _unused(
+                [name for name in network.unused if name not in lost], "another task's head, or a part beside"
+            )
+            warnings += _unused(lost, f"a part that {plan.row.architecture} has not")
     return plan.model_copy(update={"rehearsal": tuple(lines), "warnings": (*plan.warnings, *warnings)})
 
 
@@ -143,13 +150,16 @@ def _require_inputs(plan: Plan, inputs: Inputs) -> None:
 # --- the weights ---
 
 
-def _built(plan: Plan, plugin: Modality, directory: Path) -> Network | None:
-    """The plan's network, whose tensors hold nothing; None where it cannot be built so."""
+class _NeedsValuesError(Exception):
+    """What builds a network looks at values of its tensors, or reads its files itself."""
+
+
+def _built(plan: Plan, resolved: ResolvedBackbone, directory: Path) -> Network:
+    """The plan's network, whose tensors hold nothing. Raises `_NeedsValuesError` where it cannot be built so."""
     from orchestrator.network import from_headers
 
-    assert plugin.build is not None
-    build = plugin.build
-    tensors = read_tensors(plan.backbone)
+    assert resolved.plugin.build is not None
+    build, tensors = resolved.plugin.build, resolved.tensors or {}
     _require_layers(plan, plan.backbone.config, len(tensors))
     try:
         with from_headers(tensors):
@@ -158,7 +168,7 @@ def _built(plan: Plan, plugin: Modality, directory: Path) -> Network | None:
         cause = error.__cause__
         if isinstance(cause, Exception) and any(_INSIDE.search(one.filename) for one in traceback.extract_tb(
             cause.__traceback__)):  # fmt: skip
-            return None
+            raise _NeedsValuesError(f"{type(cause).__name__}: {first_line(cause)}") from error
         raise
     return network
 
@@ -194,14 +204,10 @@ def _lost(network: Network) -> list[str]:
     return [name for name in network.unused if name.split(".")[0] in children and "pooler" not in name]
 
 
-def _unused(plan: Plan, network: Network) -> list[str]:
-    """That tensors of the checkpoint are not used, in a line."""
-    names = network.unused
+def _unused(names: Sequence[str], why: str) -> list[str]:
+    """That tensors of the checkpoint are not used, in a line; without any, none."""
     if not names:
         return []
     shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     what = "one tensor" if len(names) == 1 else f"{len(names)} tensors"
-    return [
-        f"{what} of the checkpoint {'is' if len(names) == 1 else 'are'} not used ({shown}): the head of another task, "
-        f"or a part that {plan.row.architecture} has not"
-    ]
+    return [f"{what} of the checkpoint {'is' if len(names) == 1 else 'are'} not used ({shown}): {why}"]

@@ -230,7 +230,7 @@ def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, opt
 
     with held.scratch() as folder:
         plan, prepared = prepare(job, resolved, folder)
-        plan = rehearsed(plan, prepared, resolved.plugin)
+        plan = rehearsed(plan, prepared, resolved)
         texts = _texts(run, job, plan, prepared)  # what cannot be written down is found before anything is removed
         held.clear()  # also what is left of one that a start over was cut off in removing
         TableStore(held.folder.parent).put(folder, held)

@@ -400,15 +400,38 @@ def processors() -> dict[str, Any]:
     return {"by_type": by_type, "defaults": defaults}
 
 
+# How the code of a type reads a key: an attribute of a config; one that it asks for by its name; or out of `kwargs`.
+READS = (
+    re.compile(r"config\.([a-z]\w*)\b(?!\()"),
+    re.compile(r"(?:get|has)attr\(\s*(?:\w+\.)*\w*config\w*,\s*[\"'](\w+)[\"']"),
+    re.compile(r"kwargs\.(?:pop|get|setdefault)\(\s*[\"'](\w+)[\"']"),
+)
+
+
+def keys_read(cls: type) -> set[str]:
+    """The keys that the code of a config's package reads, whether its class declares them or not."""
+    found: set[str] = set()
+    folder = Path(inspect.getfile(cls)).parent
+    for file in (*folder.glob("configuration_*.py"), *folder.glob("modeling_*.py")):
+        source = file.read_text(encoding="utf-8")
+        patterns = READS if file.name.startswith("configuration_") else READS[:2]
+        found |= {name for pattern in patterns for name in pattern.findall(source)}
+    return {name for name in found if not name.startswith("_") and not callable(getattr(cls, name, None))}
+
+
 def config_keys(types: list[str]) -> dict[str, Any]:
-    """The keys of config.json that each type's class knows, besides those that every class does."""
+    """The keys of config.json that each type's class or its network reads, besides those that every class does.
+
+    Those of generation stood in config.json for years, and say nothing of a network.
+    """
     general = set(transformers.PreTrainedConfig().to_dict()) | set(
         inspect.signature(transformers.PreTrainedConfig).parameters
     )
+    general |= {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
     found = {}
     for model_type in sorted(types):
         cls = transformers.CONFIG_MAPPING[model_type]
-        known = set(inspect.signature(cls).parameters) | set(getattr(cls, "attribute_map", {}))
+        known = set(inspect.signature(cls).parameters) | set(getattr(cls, "attribute_map", {})) | keys_read(cls)
         try:
             known |= set(cls().to_dict())
         except Exception as error:  # a part that only a whole model has

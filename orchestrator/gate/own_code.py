@@ -14,38 +14,39 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import RefusedError
-from orchestrator.job import BackboneCard, BackboneRow
+from orchestrator.job import DROPPED, BackboneCard, BackboneRow
 
 _SHOWN = 4
 # Keys that earlier versions of transformers wrote and nobody reads; where values stand, those alone mean nothing.
 _OF_OLD_VERSIONS: Mapping[str, tuple[Any, ...]] = {
     "directionality": ("bidi",),
+    "down_scale_factor": (1,),
+    "gap_size": (0,),
+    "net_structure_type": (0,),
+    "normalize_embedding": (True,),
+    "num_memory_blocks": (0,),
+    "path_norm": (True,),
     "position_embedding_type": ("absolute",),
     "pooler_type": ("first_token_transform",),
     "summary_type": ("last", "first", "cls_index"),
+    "untie_r": (True,),
     **dict.fromkeys(
         (
-            "_num_labels", "adapters", "attn_type", "auto_map", "begin_suppress_tokens", "bos_token_id",
-            "classif_dropout", "eos_token_id", "pad_token_id", "sep_token_id",
-            "cross_attention_hidden_size", "decoder_start_token_id", "do_sample",
-            "early_stopping", "finetuning_task", "forced_decoder_ids", "force_bos_token_to_be_generated",
-            "gradient_checkpointing", "id2label", "initializer_cutoff_factor", "language", "length_penalty",
-            "max_length", "min_length", "model_max_length", "n_ctx", "name", "no_repeat_ngram_size", "num_beams",
-            "num_labels", "output_past", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
-            "pooler_size_per_head", "prefix", "pretrained_config_archive_map", "pruned_heads", "repetition_penalty",
-            "return_all_scores", "rope_scaling", "rope_theta", "save_step", "sentence_transformers", "suppress_tokens",
-            "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",
-            "top_p", "torch_dtype", "torchscript", "total_flos", "use_bfloat16", "vocab_file",
+            "_num_labels", "adapters", "attn_implementation", "attn_type", "classif_dropout",
+            "cross_attention_hidden_size",
+            "extra_pos_embeddings", "finetuning_task", "force_bos_token_to_be_generated", "forced_decoder_ids",
+            "gradient_checkpointing", "initializer_cutoff_factor", "language", "mask_channel_length",
+            "mask_channel_min_space", "mask_channel_other", "mask_channel_prob", "mask_channel_selection",
+            "mask_time_min_space", "mask_time_other", "mask_time_selection", "model_max_length", "n_ctx", "n_positions",
+            "name", "num_labels", "output_past", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+            "pooler_size_per_head", "prefix", "pretrained_config_archive_map", "pruned_heads", "return_all_scores",
+            "rope_scaling", "rope_theta", "save_step", "sentence_transformers", "sep_token_id", "task_specific_params",
+            "tf_legacy_loss", "tie_encoder_decoder", "tie_weights_", "tokenizer_class", "torchscript",
+            "total_flos", "use_bfloat16", "vocab_file",
         ),
         (),
     ),
 }  # fmt: skip
-# Left out on purpose, whoever sets them: orchestrator.network.config.DROPPED says why.
-_DROPPED = frozenset((
-    "attn_implementation", "backbone", "base_model_tp_plan", "custom_pipelines", "device_map", "distributed_config",
-    "experts_implementation", "fusion_config", "kernel_config", "name_or_path", "quantization_config",
-    "trust_remote_code", "use_kernels", "use_pretrained_backbone", "use_timm_backbone",
-))  # fmt: skip
 _HEADS = re.compile(r"For[A-Z]\w*$|Model$|LMHeadModel$|PreTrainedModel$")
 
 
@@ -66,7 +67,7 @@ def unknown_keys(card: BackboneCard) -> list[str]:
 
 
 def _says_something(key: str, value: Any) -> bool:
-    if key.startswith("_") or key in _DROPPED or value is None or value is False or value in ("", [], {}):
+    if key.startswith("_") or key in DROPPED or value is None or value is False or value in ("", [], {}):
         return False
     meaningless = _OF_OLD_VERSIONS.get(key)
     return meaningless is None or (bool(meaningless) and value not in meaningless)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.backbone import read_card, read_tensors, require_harmless, require_weights, with_digest
+from orchestrator.backbone import Tensors, read_card, read_tensors, require_harmless, require_weights, with_digest
 from orchestrator.errors import JobError, RefusedError, missing_extra
 from orchestrator.gate import decide
 from orchestrator.gate.own_code import refuse_own_code
@@ -99,12 +100,12 @@ def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: A
 
 def planned(
     job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]
-) -> tuple[Plan, Prepared, Modality]:
-    """The Plan of a job, what was found in its data, and its plugin."""
+) -> tuple[Plan, Prepared, ResolvedBackbone]:
+    """The Plan of a job, what was found in its data, and its backbone."""
     draft = drafted(job, fields)
     resolved = resolve_backbone(without_rows(draft))  # before rows are written
     with TemporaryDirectory(prefix="orchestrator-") as folder:
-        return *prepare(materialised(draft, Path(folder) / DATA_FOLDER).job(), resolved), resolved.plugin
+        return *prepare(materialised(draft, Path(folder) / DATA_FOLDER).job(), resolved), resolved
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,11 @@ class ResolvedBackbone:
     plugin: Modality
     card: BackboneCard
     row: BackboneRow
+
+    @cached_property
+    def tensors(self) -> Tensors | None:
+        """The headers of the weights, asked for once; None where there are none. Raises `RefusedError`."""
+        return read_tensors(self.card) if self.card.weight_files else None
 
 
 def resolve_backbone(job: Job) -> ResolvedBackbone:
@@ -136,13 +142,12 @@ def prepare(job: Job, resolved: ResolvedBackbone, directory: Path | None = None)
     """The Plan, and what was found in the data; the sample table is written into `directory`, if there is one."""
     card = resolved.card
     prepared = _prepare(job.data, resolved.plugin, card, job.task, directory)
-    tensors = read_tensors(card) if card.weight_files else None
     made = make_plan(
         job,
         resolved.plugin,
         with_digest(card),
         resolved.row,
-        tensors,
+        resolved.tensors,
         prepared.classes,
         prepared.summary,
         prepared.profile,

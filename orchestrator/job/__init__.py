@@ -10,6 +10,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     places    what a place of the user's means: a path, a URI, a data set of the Hub
     split_names  which names mean a split
     plans     the plain data that travels: BackboneCard, Plan
+    dropped_keys  keys of config.json that no network is built with
     runs      a run as others see it: what is in it, whether it is done, who works on it
     held      a run that somebody works on: what is written goes to its storage, under a lease
     storage   one interface for runs in a directory and in an object store, with leases
@@ -27,6 +28,7 @@ from orchestrator.job.drafts import (
     nearest_value as nearest_value,
     parse_setting as parse_setting,
 )
+from orchestrator.job.dropped_keys import DROPPED as DROPPED
 from orchestrator.job.events import (
     Advanced as Advanced,
     EpochEnded as EpochEnded,

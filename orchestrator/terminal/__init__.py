@@ -3,6 +3,7 @@
 In: arguments. Out: the same calls that Python makes, printed as tables at 80 columns or as JSON, and an exit code.
 
     cli               the commands
+    predict_commands  those that use a finished run
     run_commands      those of `orchestrator runs`
     feature_commands  those of `orchestrator features`
     flags             every flag, and the setting that it sets

@@ -7,25 +7,21 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from orchestrator.errors import (
     REASONS,
-    DataError,
     InterruptedRunError,
     JobError,
     OrchestratorError,
     did_you_mean,
     missing_extra,
 )
-from orchestrator.terminal import feature_commands, run_commands
+from orchestrator.terminal import feature_commands, predict_commands, run_commands
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.flags import Json, name_flags, takes_flags
-
-if TYPE_CHECKING:
-    from orchestrator.job import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -38,7 +34,6 @@ app = typer.Typer(
 )
 
 JobFile = Annotated[Path | None, typer.Argument(metavar="[JOB.yaml]", help="a job file; flags win over it")]
-FinishedRun = Annotated[Path, typer.Argument(help="the directory of a finished run")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="start over, removing what the run holds")]
 
 
@@ -132,104 +127,8 @@ def check(
     answers.show_backbone(checked, job.modality, json_)
 
 
-@app.command()
-@takes_flags("--separator", "--encoding")
-def predict(
-    fields: dict[str, Any],
-    run: FinishedRun,
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            help="files, folders of them, or tables; of a text model also the texts themselves; - for the lines of "
-            "standard input"
-        ),
-    ],
-    top: Annotated[int, typer.Option(min=1, help="so many classes each")] = 3,
-    output: Annotated[
-        str | None,
-        typer.Option(help="write a table instead: .csv, .parquet or .jsonl, with the scores of all classes"),
-    ] = None,
-    input_column: Annotated[
-        list[str] | None, typer.Option(help="of tables; default: that of the run, or the usual names (twice for pairs)")
-    ] = None,
-    root: Annotated[str | None, typer.Option(help="what a table's paths are relative to; default: its folder")] = None,
-    json_: Json = False,
-) -> None:
-    """Say what a finished run predicts for new inputs. Exit code 1 if one of them cannot be read.
-
-    orchestrator predict runs/NAME photo.jpg more-photos/
-
-    orchestrator predict runs/NAME table.csv --output predictions.csv
-    """
-    from orchestrator.job import open_finished
-
-    opened = open_finished(run)  # before torch is imported, which takes seconds
-    from orchestrator.predictor import predict as run_predict, require_output, write
-    from orchestrator.progress import progress
-    from orchestrator.terminal import answers
-
-    asked = [one for given in inputs for one in (_lines() if given == "-" else [as_input(given, opened)])]
-    columns = tuple(input_column or ()) or None
-    form = {key.removeprefix("data."): value for key, value in fields.items()}
-    if output is not None:
-        require_output(output, asked)  # before the network is loaded
-        with progress() as report:
-            written = write(opened, asked, output, columns, root, report=report, **form)
-        answers.show_written(written, json_)
-        if written.num_problems:
-            raise typer.Exit(1)
-        return
-    with progress() as report:
-        predictions = run_predict(opened, asked, top, input_column=columns, root=root, report=report, **form)
-    answers.show_predictions(predictions, opened.plan.job.task, json_)
-    if any(one.problem for one in predictions):
-        raise typer.Exit(1)
-
-
-def as_input(given: str, run: Run) -> str | Path:
-    """An argument of `predict`: of a text model a file that is there is read, and all else is a text.
-
-    Raises `DataError` for what is no text, but the name of a file that is not there.
-    """
-    from orchestrator.job import TABLE_SUFFIXES
-    from orchestrator.modality import registry
-
-    sample = registry.get(run.plan.job.modality).sample[0]
-    if sample.kind != "text":
-        return given
-    if os.path.isfile(given) or (os.path.isdir(given) and os.sep in given):
-        return Path(given)
-    if given.lower().endswith((*TABLE_SUFFIXES, *sample.suffixes)) and not any(map(str.isspace, given)):
-        raise DataError(
-            f"there is no file {given}", expected="a table or a file of text that is there, or a text",
-            mend="check the path; a text that looks like one: give it on standard input (-)",
-        )  # fmt: skip
-    return given
-
-
-def _lines() -> list[str]:
-    """The lines of standard input that are not empty; what is no UTF-8 as in an argument."""
-    lines = sys.stdin.buffer.read().decode(errors="surrogateescape").split("\n")
-    return [line.removesuffix("\r") for line in lines if line.strip()]
-
-
-@app.command()
-@takes_flags("--input-column", "--label-column", "--label-separator", "--separator", "--encoding", "--on-bad-sample")
-def evaluate(
-    fields: dict[str, Any],
-    run: FinishedRun,
-    data: Annotated[str, typer.Option(help="labelled data: a folder of class folders, or a table")],
-    json_: Json = False,
-) -> None:
-    """Figures of a finished run on labelled data that it has not seen."""
-    from orchestrator.job import make_job, open_finished
-
-    opened = open_finished(run)  # before torch is imported, which takes seconds
-    spec = make_job(backbone="-", data=data, **fields).data
-    from orchestrator.predictor import evaluate as run_evaluate
-    from orchestrator.terminal import answers
-
-    answers.show_evaluation(run_evaluate(opened, spec), json_)
+app.command()(predict_commands.predict)
+app.command()(predict_commands.evaluate)
 
 
 @app.command()

@@ -21,6 +21,7 @@ BACKGROUNDS = {"white": 255, "grey": 128, "black": 0}
 DEEP = "16 bits a channel"
 """What the adaptation of such images is called."""
 _HIDDEN = "hidden on"
+_TRANSPARENT_VALUE = "transparent value"
 _WHITE = 0xFFFF  # of 16 bits
 _VISIBLE = 4.0  # of 255, the deviation of an image on which one sees anything
 _MOST = 0.1  # of the variance is left: the image has lost most of it
@@ -34,8 +35,11 @@ def is_deep(mode: str) -> bool:
 
 
 def with_alpha(image: Image) -> Image:
-    """The image; one with transparency of whatever form (a palette's, one colour) in the mode RGBA."""
-    return image.convert("RGBA") if image.has_transparency_data else image
+    """The image; one with transparency of whatever form (a palette's, one colour) in the mode RGBA.
+
+    Not one of 16 bits, which Pillow would clip to 255: its transparent value is dropped.
+    """
+    return image.convert("RGBA") if image.has_transparency_data and not is_deep(image.mode) else image
 
 
 def convert(image: Image, mode: str, background: str = "none", white_level: int | None = None) -> Image:
@@ -73,6 +77,7 @@ def code_of_reading(plan: Plan) -> str:
         level = plan.input.get("white_level")
         shown = "v * (1 / 256)" if level is None else f"v * (255 / {level}) + 0.5"
         lines += ['if image.mode.startswith("I"):  # 16 bits a channel',
+                  '    image.info.pop("transparency", None)',
                   f'    image = image.convert("I").point(lambda v: {shown}).convert("L")']  # fmt: skip
     if background == "none":
         lines.append(f'image = image.convert("{mode}")')
@@ -90,12 +95,22 @@ def measure(image: Image, channels: int) -> Facts:
     facts: dict[str, int | float | str] = {"width": image.width, "height": image.height, "mode": image.mode}
     if is_deep(image.mode):
         facts["largest value"] = int(image.getextrema()[1])  # type: ignore[arg-type]
+        if _has_transparent_value(image):
+            facts[_TRANSPARENT_VALUE] = "yes"
     if _is_transparent(image):
         facts["transparent"] = "yes"
     flat = [] if image.mode in ("1", "L") or is_deep(image.mode) else [*_flat_on(image, channels)]
     if flat:
         facts[_HIDDEN] = " ".join(flat)
     return facts
+
+
+def _has_transparent_value(image: Image) -> bool:
+    """Whether pixels of an image of 16 bits have the grey value that its file calls transparent."""
+    import numpy as np
+
+    value = image.info.get("transparency")
+    return isinstance(value, int) and bool((np.asarray(image) == value).any())
 
 
 def _is_transparent(image: Image) -> bool:
@@ -154,6 +169,12 @@ def losses(
     if deep:
         used = "the upper 8" if white_level is None else f"0 to {white_level} as 0 to 255"
         adaptations.append(_adapted(DEEP, ", ".join(deep), used, profile, lambda one: is_deep(one["mode"])))
+        if _TRANSPARENT_VALUE in profile.counts:
+            adaptations.append(
+                _adapted(
+                    "transparency of 16 bits", "one value", "dropped", profile, lambda one: _TRANSPARENT_VALUE in one
+                )
+            )
         notes += _outside_the_range(profile, white_level)
     share = profile.share(lambda one: "grey values" in str(one.get(_HIDDEN, "")))
     if mode == "L" and share >= _FEW:

@@ -35,7 +35,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "siglip_vision_model": {"vision_use_head": False},
 }
 _MAX_RESIZED = 2**24
-"""Pixels that an image may have once it is resized by its shorter edge."""
+"""Pixels that an image may have once it is resized by its shorter edge; of more, the middle is resized."""
+_LEAST_LEFT = 16  # pixels of a strip: more than an interpolation looks at
 _IMPORTS = "import torch\nfrom PIL import Image, ImageOps\nfrom transformers import AutoImageProcessor"
 _PREPARE = """\
 {read}
@@ -190,7 +191,13 @@ def _cropped_from(processor: Any) -> int:
         settings = processor.data_config
         edge = max(settings["input_size"][1:]) / (settings.get("crop_pct") or 1.0)
         return 0 if settings.get("crop_mode") == "squash" else round(edge)
-    return int(dict(size).get("shortest_edge") or 0)
+    edge = int(dict(size).get("shortest_edge") or 0)
+    return 0 if _squeezes(processor, edge) else edge
+
+
+def _squeezes(processor: Any, edge: int) -> bool:
+    """Whether it squeezes images into a square of that edge, as ConvNeXt's does from 384 pixels on."""
+    return bool(getattr(processor, "crop_pct", None)) and not getattr(processor, "do_center_crop", None) and edge >= 384
 
 
 def _seen(image: Image.Image, edge: int) -> Image.Image:
@@ -198,7 +205,9 @@ def _seen(image: Image.Image, edge: int) -> Image.Image:
     short, long = sorted(image.size)
     if edge * edge * long <= _MAX_RESIZED * short:
         return image
-    left = max(4 * short, short * _MAX_RESIZED // (edge * edge)) + long % 2  # whole pixels on both sides
+    left = max(4 * short, _LEAST_LEFT) + long % 2  # whole pixels on both sides
+    if long <= left:
+        return image
     cut = (long - left) // 2
     box = (cut, 0, cut + left, image.height) if image.width == long else (0, cut, image.width, cut + left)
     return image.crop(box)

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 _LARGE = 2**24
 """Pixels of an image: 48 MB in RGB, of which up to 64 are in memory at once."""
-_LONGEST = 100
-"""Times as long as wide: resized by its shorter side, a longer strip takes gigabytes, of which the centre is used."""
 _HEADERS = threading.Lock()  # filters of warnings are the whole process's, and decoding runs in threads
 
 
@@ -52,10 +50,6 @@ def _decoded(content: bytes) -> Image:
         with _HEADERS, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content))
-        if max(image.size) > _LONGEST * min(image.size):
-            raise BadSampleError(
-                f"is {image.width} x {image.height} pixels, more than {_LONGEST} times as long as wide: cut it up"
-            )
         image.load()
         if image.mode == "F":
             raise BadSampleError(

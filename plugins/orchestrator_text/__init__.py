@@ -27,7 +27,7 @@ from orchestrator.modality import (
     Task,
 )
 from orchestrator_text.families import OFFSET_BY_2, axial_shape
-from orchestrator_text.vocabulary import notes_on_numbers, num_tokens
+from orchestrator_text.vocabulary import control_token, notes_on_numbers, num_tokens
 
 if TYPE_CHECKING:
     from orchestrator.modality import Collate
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _DEFAULT_TOKENS = 512
 _FEW_NULS = 0.2  # of the characters
+_CONTROL = "control token"
+_FEW = 0.01  # of the texts hold a control token: fewer are not worth a warning
 _OFTEN = 0.1  # of the texts truncated: more is worth a warning
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
@@ -94,6 +96,8 @@ def measure(text: Text, card: BackboneCard) -> Facts:
         facts["tokens"] = num
     if text.second is not None:
         facts["form"] = "pair"
+    if control := control_token(card, text.first) or control_token(card, text.second or ""):
+        facts[_CONTROL] = control
     return facts
 
 
@@ -128,10 +132,25 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
                          f"that takes longer ones{more}")  # fmt: skip
     elif profile is not None:
         notes.append("the tokens are not counted before the start: the backbone has no tokenizer.json")
+    if profile is not None and _CONTROL in profile.counts:
+        adaptations.append(_read_as_text(profile))
+        if adaptations[-1].share >= _FEW:
+            notes.append(
+                f"{adaptations[-1].share:.0%} of the texts hold {adaptations[-1].received}, which the backbone uses to "
+                "control it, and which is read as text: pairs of texts are two columns (data.input_column)"
+            )
     return Fit(
         input={"max_tokens": most, "head": "pooled" if pooling else "native", "pooling": pooling or "its own"},
         adaptations=adaptations,
         warnings=notes,
+    )
+
+
+def _read_as_text(profile: Profile) -> Adaptation:
+    """What is done to control tokens that stand in texts."""
+    found = ", ".join(map(repr, list(profile.counts[_CONTROL])[:3]))
+    return Adaptation(
+        what="control tokens", received=found, used="read as text", share=profile.share(lambda one: _CONTROL in one)
     )
 
 

@@ -31,7 +31,7 @@ from orchestrator.network import (
 )
 from orchestrator_text import Text
 from orchestrator_text.families import APART, CHANGES, LEAST_TOKENS, PADS_LEFT, READS_ENDS, axial_shape
-from orchestrator_text.vocabulary import STAND_INS, panics_raised, require_within
+from orchestrator_text.vocabulary import STAND_INS, keep_trained_tokens, panics_raised, require_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,7 +88,8 @@ def _require_trainable(plan: Plan) -> None:
 def make_tokenizer(plan: Plan, directory: Path) -> Any:
     """The backbone's own tokenizer, which cuts off where the plan says and pads on its family's side.
 
-    Control tokens in a text are text to it. Raises `RefusedError` where it gives numbers beyond the embedding.
+    Control tokens in a text are text to it, and additional ones that the network was trained with are tokens. Raises
+    `RefusedError` where it gives numbers beyond the embedding.
     """
     # Old versions wrote into tokenizer_config.json where tokenizer.json lay, and some read it from there.
     own = directory / "tokenizer.json"
@@ -102,6 +103,10 @@ def make_tokenizer(plan: Plan, directory: Path) -> Any:
     tokenizer.padding_side = "left" if plan.backbone.model_type in PADS_LEFT else "right"
     tokenizer.truncation_side = "right"
     rows = getattr(make_config(plan, {}).get_text_config(), "vocab_size", None)
+    if isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+        most = rows if isinstance(rows, int) else None
+        tokenizer._tokenizer = keep_trained_tokens(tokenizer._tokenizer, plan.backbone, most, directory)
+        tokenizer._tokenizer.encode_special_tokens = True
     if isinstance(rows, int):
         _require_within(plan, tokenizer, rows)
     if tokenizer.pad_token is None or (isinstance(rows, int) and tokenizer.pad_token_id >= rows):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from orchestrator.backbone import metadata_file
@@ -14,10 +17,12 @@ from orchestrator.modality import BackboneCard
 _ROWS = ("vocab_size", "n_words")
 _PARTS = ("text_config", "encoder", "decoder")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")
 STAND_INS = ("eos_token", "unk_token", "sep_token", "bos_token", "cls_token")
 """What may stand for a padding token: it is masked, so that any token of the embedding does."""
 
-_tokenizers: dict[object, Any] = {}
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_tokenizers: dict[object, tuple[Any, re.Pattern[str]]] = {}
 _lock = threading.Lock()
 
 
@@ -36,12 +41,28 @@ def num_tokens(card: BackboneCard, first: str, second: str | None) -> int | None
         raise BadSampleError(f"the tokenizer cannot take it: {first_line(error)}") from None
 
 
+def control_token(card: BackboneCard, text: str) -> str:
+    """The first token in a text that stands for no text to the tokenizer, and is read as text; '' where none does."""
+    if load(card) is None:
+        return ""
+    found = _loaded(card)[1].search(text)
+    return found[0] if found else ""
+
+
 def load(card: BackboneCard) -> Any:
     """The fast tokenizer without truncation, None where the backbone has none. Raises `RefusedError`."""
+    return _loaded(card)[0]
+
+
+def _loaded(card: BackboneCard) -> tuple[Any, re.Pattern[str]]:
+    """(the tokenizer, what finds its control tokens)."""
     key = (card.path or card.repo_id, card.commit, _state(card))
     with _lock:  # samples are measured in threads
         if key not in _tokenizers:
-            _tokenizers[key] = _load(card)
+            tokenizer = _load(card)
+            added = tokenizer.get_added_tokens_decoder().values() if tokenizer is not None else ()
+            control = sorted((one.content for one in added if one.special and one.content), key=len, reverse=True)
+            _tokenizers[key] = tokenizer, re.compile("|".join(map(re.escape, control)) or "(?!)")
         return _tokenizers[key]
 
 
@@ -63,9 +84,12 @@ def _load(card: BackboneCard) -> Any:
         from tokenizers import Tokenizer
     except ImportError:
         raise MissingExtraError("tokenizers", "text") from None
+    listed = metadata_file(card, _SPECIAL_TOKENS)
     try:
         with panics_raised():
-            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer = keep_trained_tokens(
+                Tokenizer.from_file(str(file)), card, num_embeddings(card.config), _read(listed)
+            )
             tokenizer.no_truncation()
             tokenizer.no_padding()
             tokenizer.encode_special_tokens = True  # a control token in a text is text, here as in the batches
@@ -76,6 +100,42 @@ def _load(card: BackboneCard) -> Any:
             mend="fetch or save the tokenizer again",
         ) from None  # fmt: skip
     return tokenizer
+
+
+def _read(file: Path | None) -> Mapping[str, Any]:
+    found = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def keep_trained_tokens(
+    tokenizer: Any, card: BackboneCard, rows: int | None, directory: Path | Mapping[str, Any]
+) -> Any:
+    """A tokenizer of `tokenizers` to which additional special tokens (`<url>`, markers) stay tokens in a text.
+
+    The network was trained with them. Control tokens (begin, end, padding, ...) are not among them, nor any beyond the
+    embedding's `rows`. `directory`: where special_tokens_map.json lies, or what it holds.
+    """
+    from tokenizers import Tokenizer
+
+    listed = directory if isinstance(directory, Mapping) else _read(directory / _SPECIAL_TOKENS)
+    files = (card.tokenizer or {}, listed)
+    control = {_content(file.get(key)) for file in files for key in _SPECIAL}
+    numbers = [card.config.get(f"{key}_id") for key in _SPECIAL]
+    kept = {_content(one) for file in files for key in _ADDITIONAL for one in _several(file.get(key))} - control - {""}
+    if not kept:
+        return tokenizer
+    state = json.loads(tokenizer.to_str())
+    for one in state["added_tokens"]:
+        within = one["id"] not in numbers and (rows is None or one["id"] < rows)
+        one["special"] = one["special"] and not (within and one["content"] in kept)
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _several(listed: object) -> Iterable[object]:
+    """Tokens that are listed, or named each."""
+    if isinstance(listed, Mapping):
+        return listed.values()
+    return listed if isinstance(listed, (list, tuple)) else ()
 
 
 @contextlib.contextmanager

@@ -251,6 +251,26 @@ def test_images_of_12_bits_in_16_are_a_warning_whose_mend_mends(tmp_path: Path, 
     assert any("values above 1000, which become white" in one for one in beyond.warnings)
 
 
+def test_a_transparent_value_of_16_bits_is_dropped_and_said(tmp_path: Path, tiny_resnet: Path) -> None:
+    """All of such an image became white."""
+    from orchestrator_image.appearance import code_of_reading, convert
+
+    def with_value(name: str, i: int) -> bytes:
+        return saved(Image.open(io.BytesIO(deep(name, i, 60000))), "PNG", transparency=0)
+
+    image, plain = decode("image", with_value("disc", 1)), decode("image", deep("disc", 1, 60000))
+    assert image.info["transparency"] == 0
+    assert same(convert(image, "RGB", "white"), convert(plain, "RGB", "white"))
+    plan = planned(tiny_resnet, folders(tmp_path / "data", with_value))
+    assert not lost(plan)
+    assert "transparency of 16 bits: one value -> dropped" in map(str, plan.adaptations)
+    (tmp_path / "one.png").write_bytes(with_value("disc", 1))
+    found: dict[str, Any] = {}
+    code = code_of_reading(plan).replace('"a file"', repr(str(tmp_path / "one.png")))
+    exec("from PIL import Image, ImageOps\n" + code, found)
+    assert same(found["image"], convert(plain, "RGB", "white"))
+
+
 def test_colours_of_one_brightness_on_a_backbone_of_grey_values_are_a_warning(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTImageProcessor
 
@@ -277,13 +297,32 @@ def test_lab_images_have_grey_values_too() -> None:
 # --- strips ---
 
 
-def test_a_strip_that_would_take_gigabytes_once_resized_is_a_bad_sample(tmp_path: Path, tiny_resnet: Path) -> None:
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_001), (4000, 30), (101, 1)])
+def test_strips_are_used_and_take_no_gigabytes(
+    size: tuple[int, int], tmp_path: Path, tiny_resnet: Path, tiny_vit: Path
+) -> None:
+    """By their form they were bad samples: lines of handwriting too, whatever a processor makes of them."""
+    from orchestrator_image import network
+
     data = folders(tmp_path / "data", lambda name, i: saved(drawn(name, i, "red", "white"), "PNG"))
-    (data / "disc" / "strip.png").write_bytes(saved(Image.new("RGB", (60_000, 1)), "PNG"))
-    with pytest.raises(DataError, match=r"strip\.png: is 60000 x 1 pixels, more than 100 times as long as wide"):
-        planned(tiny_resnet, data)
-    plan = orchestrator.plan(backbone=str(tiny_resnet), data={"path": str(data), "on_bad_sample": "skip"})
-    assert plan.data.num_skipped == 1
+    (data / "disc" / "strip.png").write_bytes(saved(Image.new("RGB", size, "red"), "PNG"))
+    for backbone in (tiny_resnet, tiny_vit):
+        plan = planned(backbone, data)
+        assert plan.data.num_skipped == 0
+        strip = decode("image", (data / "disc" / "strip.png").read_bytes())
+        assert network.make_collate(plan, backbone)([strip], True)["pixel_values"].shape[0] == 1
+    seen = network._seen(strip, 224)
+    assert seen.size == strip.size or sorted(seen.size) in ([1, 16], [1, 17])
+    assert 224 * 224 * max(seen.size) / min(seen.size) <= 2**24
+
+
+def test_of_what_is_squeezed_and_not_cropped_all_is_seen() -> None:
+    from transformers import ConvNextImageProcessor
+
+    from orchestrator_image import network
+
+    assert network._cropped_from(ConvNextImageProcessor(size={"shortest_edge": 384})) == 0
+    assert network._cropped_from(ConvNextImageProcessor(size={"shortest_edge": 224})) == 224
 
 
 def test_what_would_be_cropped_off_a_strip_is_never_resized() -> None:

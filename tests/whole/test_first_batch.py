@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import orchestrator
+from orchestrator.backbone import read_tensors
 from orchestrator.errors import DataError, RefusedError, TrainingError
 from orchestrator.features.sources import collated
 from orchestrator.gate import planning
@@ -91,6 +92,51 @@ def test_of_bart_the_letters_of_an_end_token_are_read(tmp_path: Path) -> None:
     assert text.decode is not None
     ids = text.batch(plan, backbone)([text.decode({"text": b"rain </s> snow"})], False)["input_ids"]
     assert (ids == 2).sum() == 1
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_tokens_that_the_network_was_trained_with_stay_tokens_and_control_tokens_are_said(
+    where: str, tmp_path: Path
+) -> None:
+    """As tweets have: `<url>` became five unknown pieces, and `[PAD]` between two texts passed in silence."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<url>", "<far>"]})
+    url, far = tokenizer.convert_tokens_to_ids(["<url>", "<far>"])
+    config = transformers.BertConfig(
+        vocab_size=far, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    backbone = save_backbone(tmp_path / "bert", config, tokenizer, "BertForSequenceClassification")
+    if where == "special_tokens_map.json":  # where earlier versions wrote them
+        (backbone / where).write_text(json.dumps({"additional_special_tokens": ["<url>", {"content": "<far>"}]}))
+        change(backbone, "tokenizer_config.json", extra_special_tokens=[])
+    texts = [f"{one} <url>" for one in sentences()]
+    texts[3] = "rain [PAD] snow"
+    data = table(tmp_path, texts)
+    plan = orchestrator.plan(modality="text", backbone=str(backbone), data=str(data))
+    (said,) = [one for one in plan.adaptations if one.what == "control tokens"]
+    assert str(said).startswith("control tokens: '[PAD]' -> read as text")
+    assert said.share == pytest.approx(1 / 40)
+    assert any("pairs of texts are two columns" in one for one in plan.warnings)
+
+    text = registry.get("text")
+    assert text.batch is not None
+    assert text.decode is not None
+    card = plan.backbone
+    collate = text.batch(plan, backbone)
+    for content, kept in (("rain <url>", [url]), ("rain <far>", []), ("rain [PAD]", [])):
+        decoded = text.decode({"text": content.encode()})
+        ids = collate([decoded], False)["input_ids"][0].tolist()
+        assert [one for one in ids if one in (0, url, far)] == kept
+        assert text.measure is not None
+        assert text.measure(decoded, card)["tokens"] == len(ids)
+
+    run = finetune("text", backbone, data)
+    pipe = transformers.pipeline("text-classification", model=str(run.model))
+    for content in ("rain <url>", "rain [PAD]", "rain <far>"):
+        (alone,) = orchestrator.predict(run, [content])
+        assert pipe(content)[0]["score"] == pytest.approx(alone.score, abs=1e-4)
+    assert pipe.tokenizer.tokenize("rain <url>") == ["rain", "<url>"]
 
 
 def test_a_head_that_reads_an_end_token_which_no_text_gets_is_refused(tmp_path: Path) -> None:
@@ -474,6 +520,41 @@ def test_own_code_for_what_the_plain_class_is_passes(tmp_path: Path) -> None:
     assert finetune("text", backbone, table(tmp_path, sentences())).finished
 
 
+@pytest.mark.parametrize("own_code", [False, True])
+def test_keys_that_only_the_networks_code_asks_for_are_known(own_code: bool, tmp_path: Path) -> None:
+    """As deberta-v3 is published: its constructor names none of them, and getattr reads them all."""
+    tokenizer = make_tokenizer()
+    config = transformers.DebertaV2Config(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=24, type_vocab_size=0, relative_attention=True, position_biased_input=False,
+        pos_att_type=["p2c", "c2p"], position_buckets=8, share_att_key=True, norm_rel_ebd="layer_norm",
+        cls_dropout=0.1, conv_kernel_size=3,
+    )  # fmt: skip
+    backbone = save_backbone(tmp_path / "deberta", config, tokenizer, "DebertaV2ForSequenceClassification")
+    change(backbone, "config.json", auto_map={"AutoConfig": "own.OwnConfig"} if own_code else None)
+    assert json.loads((backbone / "config.json").read_text())["position_buckets"] == 8
+    fit = planning.inspect(str(backbone), "text").fit
+    assert fit is not None
+    assert not [one for one in fit.warnings if "config.json sets" in one]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"tie_weights_": True, "forced_bos_token_id": 0, "encoder_no_repeat_ngram_size": 3},
+        {"normalize_embedding": True, "extra_pos_embeddings": 2, "n_positions": 512, "untie_r": True},
+        {"down_scale_factor": 1, "gap_size": 0, "net_structure_type": 0, "num_memory_blocks": 0, "path_norm": True},
+        {"mask_channel_length": 10, "mask_channel_selection": "static", "mask_time_other": 0.5},
+        {"attn_implementation": "sdpa", "torch_dtype": "float16"},
+    ],
+)  # fmt: skip
+def test_keys_that_nobody_ever_read_are_no_fault(left: dict[str, Any], tmp_path: Path) -> None:
+    backbone = of_own_code(make_bert(tmp_path / "bert"), **left)
+    fit = planning.inspect(str(backbone), "text").fit
+    assert fit is not None
+    assert not [one for one in fit.warnings if "config.json sets" in one]
+
+
 def with_tensor(directory: Path, name: str) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -498,17 +579,49 @@ def test_keys_and_weights_that_nobody_uses_are_said(tmp_path: Path) -> None:
     backbone = make_bert(tmp_path / "bert")
     change(backbone, "config.json", rotary_emb_fraction=0.5)
     with_tensor(backbone, "cls.predictions.bias")
-    warnings = orchestrator.plan(
-        modality="text", backbone=str(backbone), data=str(table(tmp_path, sentences()))
-    ).warnings
+    plan = orchestrator.plan(modality="text", backbone=str(backbone), data=str(table(tmp_path, sentences())))
+    warnings = plan.warnings
     assert any(
         "config.json sets rotary_emb_fraction, which transformers' bert does not know" in one for one in warnings
     )
-    assert any("one tensor of the checkpoint is not used (cls.predictions.bias)" in one for one in warnings)
+    assert not any("not used" in one for one in warnings)  # of a body that was trained for another task: as always
+    assert (
+        "one tensor of the checkpoint is not used (cls.predictions.bias): another task's head, or a part beside"
+        in plan.rehearsal
+    )
     assert any("rotary_emb_fraction" in one for one in planning.inspect(str(backbone), "text").fit.warnings)  # type: ignore[union-attr]
 
 
 # --- the rehearsal ---
+
+
+def test_headers_are_read_once_and_a_network_that_is_not_built_of_them_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BertForSequenceClassification that looks at a weight, as families do which the headers alone do not build."""
+    backbone, data = make_bert(tmp_path / "bert"), table(tmp_path, sentences())
+    asked = []
+
+    def reading(card: Any) -> Any:
+        asked.append(card.source)
+        return read_tensors(card)
+
+    monkeypatch.setattr(planning, "read_tensors", reading)
+    plan = orchestrator.plan(modality="text", backbone=str(backbone), data=str(data))
+    assert plan.rehearsal[1] == "the network from the headers of its weights: they fit"
+    assert len(asked) == 1
+
+    text = registry.get("text")
+
+    def looking(plan: Any, directory: Path) -> Any:
+        assert text.build is not None
+        network = text.build(plan, directory)
+        assert next(network.module.parameters()).sum().item() is not None
+        return network
+
+    monkeypatch.setattr(registry, "get", lambda _name: dataclasses.replace(text, build=looking))
+    plan = orchestrator.plan(modality="text", backbone=str(backbone), data=str(data))
+    assert plan.rehearsal[1].startswith("the network was not built from its headers: ")
 
 
 def test_a_plan_says_what_a_few_samples_became(tmp_path: Path, cli: Cli) -> None:
