@@ -7,7 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -39,11 +39,14 @@ def show_error(error: OrchestratorError) -> None:
         err.print(Text.assemble(("mend     ", "bold green"), error.mend))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> Table:
-    """A plain table; columns numbered in `right` are numbers."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = (), whole: Sequence[int] = ()
+) -> Table:
+    """A plain table; columns numbered in `right` are numbers, those in `whole` break no line of theirs."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        made.add_column(escape(column), justify="right" if i in right else "left", overflow="fold")
+        justify: JustifyMethod = "right" if i in right else "left"
+        made.add_column(escape(column), justify=justify, overflow="fold", no_wrap=i in whole)
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else escape(str(cell)) for cell in row))
     return made

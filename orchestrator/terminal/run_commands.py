@@ -218,8 +218,9 @@ def _show_list(rows: Sequence[Mapping[str, Any]], storage: str, as_json: bool) -
     if not rows:
         out.print(f"there are no runs in {storage}", markup=False)
         return
-    cells = [[row["name"], _what(row), _result(row), _when(row["changed"])] for row in rows]
-    out.print(table(["run", "what", "result", "changed"], cells))
+    # A name is whole on a line of its own: it is typed again, or copied.
+    cells = [[f"{row['name']}\n  {_what(row)}", _result(row), _when(row["changed"])[:10]] for row in rows]
+    out.print(table(["run", "result", "changed"], cells, whole=(0, 2)))
 
 
 def _what(row: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ _POOLED = """\
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig
 
+# Should a pooler be reported as missing: it is no part of this model, which pools the tokens itself.
 model, config = SentenceTransformer("."), AutoConfig.from_pretrained(".")
 logits = model.encode([{text}], convert_to_tensor=True)
 {scores}"""
