@@ -24,7 +24,7 @@ from orchestrator.modality import registry
 from tests.data.test_fuzz import mutate
 from tests.tiny import make_bert, make_wav2vec2
 
-NUM = int(os.environ.get("FUZZ_NUM", "60"))
+NUM = int(os.environ.get("FUZZ_NUM", "30"))
 SEED = os.environ.get("FUZZ_SEED", "0")
 ODD = (None, "", -1, 0, [], {}, 10**30, "x", 1.5, True, ["a"], {"a": 1}, "../../etc/passwd", [None], float("nan"))
 KINDS: dict[str, tuple[str, Callable[[Path], Path] | None, dict[str, Any]]] = {
