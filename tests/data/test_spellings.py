@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +157,10 @@ def test_names_of_classes_in_the_schema_s_metadata(tmp_path: Path, suffix: str) 
 
 
 def test_the_classes_of_a_large_model_are_looked_through_once() -> None:
-    """Each was counted among all: minutes."""
-    names = [f"class {i}" for i in range(100_000)]
-    began = time.process_time()
+    """Each was counted among all: with so many the test would run into its time limit."""
+    names = [f"class {i}" for i in range(300_000)]
     found = numbers_by_meaning([*names, "True", "true"])
     assert found == {name: number for number, name in enumerate(names)}
-    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
