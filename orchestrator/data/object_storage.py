@@ -161,7 +161,7 @@ class ObjectStorage(Storage):
         self._check(name, lease)
         before = self._versions(name)
         if before and number_of(before[-1]) > lease.number:
-            raise run_was_taken(self._text(lease.name), lease)
+            raise run_was_taken(self.place_of(lease.name), lease)
         manifest = make_manifest(folder, next_version(lease, before[-1] if before else None))
         place = self._root.join(f"{name}/{manifest.version}")
         for file in manifest.files:
@@ -169,7 +169,8 @@ class ObjectStorage(Storage):
         problem = manifest.problem(self._sizes(name, manifest))
         if problem:
             raise OrchestratorError(
-                f"{self._text(name)} is not what was sent: {problem}", expected="a store that keeps what it is given",
+                f"{self.place_of(name)} is not what was sent: {problem}",
+                expected="a store that keeps what it is given",
                 mend="the same command goes on from the last checkpoint",
             )  # fmt: skip
         self.write(f"{name}/{manifest.version}.json", manifest.model_dump_json(indent=1).encode(), lease)
@@ -236,7 +237,7 @@ class ObjectStorage(Storage):
                     word in str(error) for word in _NOT_TO_BE_MENDED_BY_WAITING
                 )
                 if hopeless or time.monotonic() + wait_s > given_up_s:
-                    with asking(self._text(name)):
+                    with asking(self.place_of(name)):
                         raise
             time.sleep(wait_s * random.uniform(0.5, 1))
             wait_s = min(2 * wait_s, _MOST_WAIT_S)

@@ -180,12 +180,10 @@ def _worker(config: dict[str, Any]) -> None:
             run_worker(config["spec"], worker, channel.tell, channel.should_stop, extractors)
     except InterruptedRunError as error:  # all workers stop at the same step, so none is left waiting
         channel.tell_for_sure(Failed(error))
-    except PluginError as error:
-        error.message = f"the worker {place}: {error.message}"
-        error.mend = f"{error.mend}; and on every node of the cluster".lstrip("; ")
-        channel.tell_for_sure(Failed(error))
-        raise
     except OrchestratorError as error:
+        if isinstance(error, PluginError):  # a node lacks it
+            error.message = f"the worker {place}: {error.message}"
+            error.mend = f"{error.mend}; and on every node of the cluster".lstrip("; ")
         channel.tell_for_sure(Failed(error))
         raise
     finally:

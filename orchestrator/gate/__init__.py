@@ -21,7 +21,6 @@ from orchestrator.gate.planning import (
     inspect as inspect,
     materialised as materialised,
     num_cores as num_cores,
-    plan as plan,
     planned as planned,
     prepare as prepare,
     refuse_inside_data as refuse_inside_data,

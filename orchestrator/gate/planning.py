@@ -90,14 +90,6 @@ def inspect(
     return Checked(card, row, fit, profile, notes)
 
 
-def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: Any) -> Plan:
-    """The Plan of a job: what would happen, with nothing run and no weight downloaded.
-
-    Takes what `finetune` takes. Raises `JobError` and `RefusedError`.
-    """
-    return planned(job, fields)[0]
-
-
 def planned(
     job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]
 ) -> tuple[Plan, Prepared, ResolvedBackbone]:

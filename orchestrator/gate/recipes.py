@@ -132,8 +132,6 @@ def make_recipe(job: Job, num_train: int, keeps_features: bool, kind: Kind = "un
         )
     steps_per_epoch = math.ceil(num_train / batch_size)
     phases = tuple(_phase(job, method, row, num_train, steps_per_epoch, keeps_features, kind) for row in method.phases)
-    if kind not in ("batch_norm", "unknown"):
-        phases = tuple(phase.model_copy(update={"batch_norm": "none"}) for phase in phases)
     smallest = num_train // steps_per_epoch // num_microbatches
     if smallest < (2 if any(phase.batch_norm == "train" for phase in phases) else 1):
         raise JobError(
@@ -165,18 +163,22 @@ def _phase(
         num_steps=steps_per_epoch * epochs,
         learning_rate=rate or default_rate,
         head_learning_rate=(None if row.is_first else training.head_learning_rate) or rate or default_head_rate,
-        batch_norm=_batch_norm(job, method, row, num_train),
+        batch_norm=_batch_norm(job, method, row, num_train, kind),
     )
 
 
-def _batch_norm(job: Job, method: _MethodRow, row: _PhaseRow, num_train: int) -> Literal["train", "frozen"]:
+def _batch_norm(
+    job: Job, method: _MethodRow, row: _PhaseRow, num_train: int, kind: Kind
+) -> Literal["train", "frozen", "none"]:
     asked = job.training.batch_norm
+    if asked == "train" and all(phase.trains == "head" for phase in method.phases):
+        raise JobError(
+            "training.batch_norm = 'train' would change a frozen body", expected="frozen or auto",
+            mend="leave it out, or train everything: method full",
+        )  # fmt: skip
+    if kind not in ("batch_norm", "unknown"):
+        return "none"
     if row.trains == "head":
-        if asked == "train" and all(phase.trains == "head" for phase in method.phases):
-            raise JobError(
-                "training.batch_norm = 'train' would change a frozen body", expected="frozen or auto",
-                mend="leave it out, or train everything: method full",
-            )  # fmt: skip
         return "frozen"
     if asked != "auto":
         return asked

@@ -56,7 +56,7 @@ class DirectoryStorage(Storage):
                     continue
             with file:
                 if not _locked(file, fcntl.LOCK_EX):
-                    raise run_is_busy(self._text(name), self._lease(name).owner)
+                    raise run_is_busy(self.place_of(name), self._lease(name).owner)
                 if not still_there(file):
                     continue
                 lease = Lease(name, owner, self._lease(name).number + 1, uuid.uuid4().hex[:8])
@@ -81,10 +81,10 @@ class DirectoryStorage(Storage):
             return
         if not now.number:
             raise OrchestratorError(
-                f"{self._text(lease.name)}/{LEASE_FILE} cannot be read: it is not known who works on the run",
+                f"{self.place_of(lease.name)}/{LEASE_FILE} cannot be read: it is not known who works on the run",
                 expected="the run's directory as it was", mend="see that it is there; the same command goes on",
             )  # fmt: skip
-        raise run_was_taken(self._text(lease.name), lease, now.owner)
+        raise run_was_taken(self.place_of(lease.name), lease, now.owner)
 
     def holder(self, name: str) -> str:
         try:
@@ -123,7 +123,8 @@ class DirectoryStorage(Storage):
             return None
         except OSError as error:
             raise RefusedError(
-                "damaged", f"{self._text(name)} cannot be read: {error.strerror}", expected="a file that may be read",
+                "damaged", f"{self.place_of(name)} cannot be read: {error.strerror}",
+                expected="a file that may be read",
                 mend="see that it is one and that you may read it, or start that run over with --fresh",
             ) from error  # fmt: skip
 
@@ -219,7 +220,7 @@ class DirectoryStorage(Storage):
             yield
         except OSError as error:
             raise OrchestratorError(
-                f"{self._text(name)} cannot be written: {error.strerror or error}",
+                f"{self.place_of(name)} cannot be written: {error.strerror or error}",
                 expected="a directory that may be written, on a disk with room",
                 mend="make room, or give it another place: --storage; then the same command goes on",
             ) from error

@@ -14,12 +14,12 @@ PARTIAL = ".partial"
 """What the names end with of what is being written; they begin with a dot."""
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all; once this returns, it is on the disk under its name. Text is UTF-8."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; once this returns, it is on the disk under its name."""
     partial = beside(path)
     try:
         with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

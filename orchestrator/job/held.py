@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class HeldRun:
     @property
     def place(self) -> str:
         """As the user knows it."""
-        return f"{self.storage.place.rstrip('/')}/{self.name}"
+        return self.storage.place_of(self.name)
 
     @property
     def folder(self) -> Path:
@@ -58,8 +59,7 @@ class HeldRun:
 
     def read(self, file: str) -> str | None:
         """The text of a small file, None where there is none."""
-        content = self.storage.read(self._of(file))
-        return None if content is None else content.decode(errors="replace")
+        return self.storage.read_text(self._of(file))
 
     def write(self, file: str, content: str | bytes) -> None:
         """Write a small file whole or not at all; text is UTF-8. Raises `OrchestratorError` where that fails."""
@@ -101,14 +101,12 @@ class HeldRun:
             yield folder
             self.storage.commit(folder, self._of(name), self.lease)
 
-    @contextlib.contextmanager
-    def opened(self, name: str) -> Iterator[Path]:
+    def opened(self, name: str) -> AbstractContextManager[Path]:
         """A committed folder, to read as long as the context lasts; all its files were compared with their digests.
 
         Raises `RefusedError`: `not_found`, or `damaged` where it is not as it was committed.
         """
-        with self.storage.opened(self._of(name)) as folder:
-            yield folder
+        return self.storage.opened(self._of(name))
 
     def commits(self, below: str) -> list[str]:
         """Names of the committed folders below a name, sorted; whether they are whole, `opened` tells."""
@@ -151,13 +149,14 @@ def hold(storage: Storage, name: str) -> Iterator[HeldRun]:
 
 
 def _refuse_foreign(storage: Storage, name: str) -> None:
-    place, there = f"{storage.place.rstrip('/')}/{name}", storage.children(name)
+    there = storage.children(name)
     foreign = [child for child in there if child.removesuffix(PARTIAL) not in _WRITTEN]
     is_file = storage.local_folder(name).is_file()
     if is_file or (foreign and "plan.json" not in there):
         raise RefusedError(
             "usage",
-            f"{place} is {'a file' if is_file else f'no run of ours, and not empty: it holds {foreign[0]}'}",
+            f"{storage.place_of(name)} is "
+            + ("a file" if is_file else f"no run of ours, and not empty: it holds {foreign[0]}"),
             expected="a directory that is empty, new, or a run",
             mend="give the run another name (--name) or another place (--storage)",
         )

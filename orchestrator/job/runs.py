@@ -39,8 +39,7 @@ class Run:
 
     def read(self, file: str) -> str | None:
         """The text of a small file, None where there is none."""
-        content = self.storage.read(f"{self.name}/{file}")
-        return None if content is None else content.decode(errors="replace")
+        return self.storage.read_text(f"{self.name}/{file}")
 
     @property
     def finished(self) -> bool:

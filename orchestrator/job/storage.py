@@ -189,6 +189,11 @@ class Storage(ABC):
     def read(self, name: str) -> bytes | None:
         """A small file, None where there is none."""
 
+    def read_text(self, name: str) -> str | None:
+        """The text of a small file, None where there is none."""
+        content = self.read(name)
+        return None if content is None else content.decode(errors="replace")
+
     @abstractmethod
     def write(self, name: str, content: bytes, lease: Lease) -> None:
         """Write a small file, whole or not at all."""
@@ -256,7 +261,7 @@ class Storage(ABC):
         manifest = self.find(name)
         if manifest is None:
             raise RefusedError(
-                "not_found", f"there is no {self._text(name)}", expected="a committed folder",
+                "not_found", f"there is no {self.place_of(name)}", expected="a committed folder",
                 mend="look what there is: orchestrator runs",
             )  # fmt: skip
         return manifest
@@ -284,7 +289,8 @@ class Storage(ABC):
     def _copy(self, name: str, manifest: Manifest, file: str, to: Path) -> None:
         """Copy one file of a commit. Raises `FileNotFoundError`."""
 
-    def _text(self, name: str) -> str:
+    def place_of(self, name: str) -> str:
+        """What lies there, as messages name it."""
         return f"{self.place.rstrip('/')}/{name}".rstrip("/")
 
     def _parsed(self, name: str, text: bytes) -> Manifest:
@@ -295,6 +301,6 @@ class Storage(ABC):
 
     def _damaged(self, name: str, problem: str) -> RefusedError:
         return RefusedError(
-            "damaged", f"{self._text(name)} is damaged: {problem}", expected="files as they were committed",
+            "damaged", f"{self.place_of(name)} is damaged: {problem}", expected="files as they were committed",
             mend="look at that storage; an earlier commit, or the same command with --fresh, does without it",
         )  # fmt: skip

@@ -22,11 +22,11 @@ from orchestrator.data import (
     prepare_data,
     table_of,
 )
-from orchestrator.errors import BadSampleError, DataError, TrainingError
+from orchestrator.errors import DataError, TrainingError, fault_of_sample
 from orchestrator.features import SampleSource
 from orchestrator.gate import drafted, materialised
 from orchestrator.job import DATA_FOLDER, Data, Plan, Run, shown
-from orchestrator.training import LoadedRun, Predictions, load_run, measure, problem_of
+from orchestrator.training import LoadedRun, Predictions, load_run, measure
 
 
 def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any]) -> dict[str, Any]:
@@ -92,9 +92,11 @@ def _columns(loaded: LoadedRun, source: SampleSource, rows: Ints, num_rows: int)
             return []
         return [loaded.objective.columns(batch.rows, loaded.outputs(batch.inputs), batch.targets, num_rows)]
     except Exception as error:
-        problem = problem_of(error)
+        fault = fault_of_sample(error)
+        if fault is None:
+            raise
     if len(rows) == 1:
-        source.leave_out(int(rows[0]), BadSampleError(problem))
+        source.leave_out(int(rows[0]), fault)
         return []
     return [part for row in rows for part in _columns(loaded, source, row[None], num_rows)]
 

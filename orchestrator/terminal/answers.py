@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from orchestrator.errors import counted
 from orchestrator.job import BackboneCard, Run, figure
 from orchestrator.modality import registry
 from orchestrator.terminal.answers_json import print_json
-from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
+from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table, when
 
 if TYPE_CHECKING:
     from orchestrator.data import StoredTable
@@ -235,7 +234,7 @@ def show_features(listings: Sequence[FeatureListing], place: str, as_json: bool)
     if not listings:
         out.print(f"there are no features in {place}", markup=False)
         return
-    cells = [[one.name, one.num_samples, _size(one.num_bytes), _when(one.used)] for one in listings]
+    cells = [[one.name, one.num_samples, _size(one.num_bytes), when(one.used)] for one in listings]
     out.print(table(["features", "samples", "size", "used"], cells, right=(1, 2)))
     out.print(f"{_size(sum(one.num_bytes for one in listings))} in all; orchestrator features prune --max-size 50GB")
 
@@ -255,7 +254,7 @@ def show_feature_set(one: FeatureListing, as_json: bool) -> None:
         ("input", settings_line(inputs) if isinstance(inputs, dict) else ""),
         ("samples", one.num_samples),
         ("shards", f"{one.num_shards}, {_size(one.num_bytes)}"),
-        ("used", _when(one.used)),
+        ("used", when(one.used)),
     ]
     out.print(pairs(rows))
 
@@ -271,7 +270,7 @@ def show_pruned(
         return
     what = "would be removed" if dry_run else "removed"
     for one in removed:
-        out.print(f"{what}: {one.name}, {_size(one.num_bytes)}, used {_when(one.used)}", markup=False, soft_wrap=True)
+        out.print(f"{what}: {one.name}, {_size(one.num_bytes)}, used {when(one.used)}", markup=False, soft_wrap=True)
     for one_table in tables:
         out.print(
             f"{what}: sample table {one_table.key}, {_size(one_table.num_bytes)}, which no run uses", soft_wrap=True
@@ -280,7 +279,7 @@ def show_pruned(
 
 
 def _as_dict(one: FeatureListing) -> dict[str, Any]:
-    return {**dataclasses.asdict(one), "used": _when(one.used)}
+    return {**dataclasses.asdict(one), "used": when(one.used)}
 
 
 def _size(num_bytes: int) -> str:
@@ -290,7 +289,3 @@ def _size(num_bytes: int) -> str:
             break
         num_bytes /= 1000  # type: ignore[assignment]
     return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-
-
-def _when(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from rich import box
@@ -150,6 +151,11 @@ def cut_middle(text: str, width: int) -> str:
         return text
     tail = (width - 1) // 2
     return f"{set_cell_size(text, width - 1 - tail).rstrip()}…{set_cell_size(text[::-1], tail)[::-1].lstrip()}"
+
+
+def when(seconds: float) -> str:
+    """A time in seconds since 1970, by the clock of this place: `2026-11-26 03:20`."""
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 
 def _some(names: Sequence[str], num: int) -> str:

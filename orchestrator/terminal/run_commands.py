@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ import typer
 from orchestrator.errors import RefusedError
 from orchestrator.job import Plan, Run, figure, figures_of, interval, list_runs, local_path, open_run, shown
 from orchestrator.terminal.answers_json import print_json
-from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table
+from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table, when
 from orchestrator.terminal.flags import Json
 
 app = typer.Typer(invoke_without_command=True)
@@ -84,7 +83,7 @@ def show(
     counts, card = plan.data.num_samples, plan.backbone
     rows: list[tuple[str, object]] = [
         ("run", str(opened.path)),
-        ("state", f"{summary['state']}, {_when(summary['changed'])}"),
+        ("state", f"{summary['state']}, {when(summary['changed'])}"),
         ("backbone", f"{card.source} @ {card.short_commit} ({card.model_type}, {card.kind})"),
         ("data", shown(plan.job.data.path)),
         ("samples", f"train {counts['train']}, validation {counts['validation']}, test {counts['test']}"),
@@ -213,13 +212,13 @@ def _badness(row: Mapping[str, Any]) -> float:
 
 def _show_list(rows: Sequence[Mapping[str, Any]], storage: str, as_json: bool) -> None:
     if as_json:
-        print_json([{**row, "changed": _when(row["changed"])} for row in rows])
+        print_json([{**row, "changed": when(row["changed"])} for row in rows])
         return
     if not rows:
         out.print(f"there are no runs in {storage}", markup=False)
         return
     # A name is whole on a line of its own: it is typed again, or copied.
-    cells = [[f"{row['name']}\n  {_what(row)}", _result(row), _when(row["changed"])[:10]] for row in rows]
+    cells = [[f"{row['name']}\n  {_what(row)}", _result(row), when(row["changed"])[:10]] for row in rows]
     out.print(table(["run", "result", "changed"], cells, whole=(0, 2)))
 
 
@@ -286,7 +285,3 @@ def _judge(runs: Sequence[Run], figures: Sequence[Mapping[str, Any]]) -> None:
 
 def _setting(value: object) -> str:
     return "default" if value is None else str(value)
-
-
-def _when(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orchestrator.backbone import fetch, read_card
 from orchestrator.errors import ContractError, calling
-from orchestrator.gate import plan as make_plan
+from orchestrator.gate import planned
 from orchestrator.job import Plan, Run, make_job
 from orchestrator.modality import Modality
 from orchestrator.network import Network, freeze, make_optimizer, set_mode
@@ -105,7 +105,7 @@ def _trial(modality: Modality, job: Mapping[str, Any], toys: Toys) -> Trial:
     assert modality.build is not None
     assert modality.batch is not None
     with calling("fit", "planning a job on the toy samples"):
-        plan = make_plan(make_job(job))
+        plan = planned(make_job(job), {})[0]
         directory = fetch(plan.backbone, plan.weights != "random")
     with calling("build", f"from {plan.weights} weights"):
         network = modality.build(plan, directory)

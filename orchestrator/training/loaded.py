@@ -57,7 +57,7 @@ class LoadedRun:
             try:
                 decoded[i] = self.decode(read())
             except Exception as error:
-                outcomes[i] = problem_of(error)
+                outcomes[i] = _problem_of(error)
         outcomes |= zip(decoded, self._scores(list(decoded.values())), strict=True)
         return [outcomes[i] for i in range(len(reads))]
 
@@ -68,7 +68,7 @@ class LoadedRun:
         try:
             return list(self.objective.scores(self.outputs(self.collate(decoded, False))))
         except Exception as error:
-            problem = problem_of(error)
+            problem = _problem_of(error)
         return [problem] if len(decoded) == 1 else [one for sample in decoded for one in self._scores([sample])]
 
 
@@ -117,7 +117,7 @@ def _built_from_its_files(run: Run) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def problem_of(error: Exception) -> str:
+def _problem_of(error: Exception) -> str:
     """What is wrong with a sample. Raises the error again where it is no single sample's: a library is missing."""
     fault = fault_of_sample(error)
     if fault is None:

@@ -21,6 +21,7 @@ from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job.plans import BackboneCard
 from orchestrator.job.spec import Data
 from orchestrator.modality import registry
+from tests.unlisted import make_unlisted
 
 CARD = BackboneCard(source="b", kind="directory", name="b")
 
@@ -445,14 +446,7 @@ def test_linked_folders_below_a_class_are_counted_or_refused(folder: Path, tmp_p
 
 
 def test_a_folder_that_cannot_be_listed_is_a_bad_sample(folder: Path) -> None:
-    """By its length, which stops root too; a folder without the right to read it fails in the same call."""
-    here = os.open(folder / "cat", os.O_RDONLY)
-    for _ in range(20):
-        os.mkdir("d" * 250, dir_fd=here)
-        inner = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = inner
-    os.close(here)
+    make_unlisted(folder / "cat")
     error = refusal(folder)
     assert "its files cannot be listed: File name too long" in error.message
     assert "--on-bad-sample skip" in error.mend

@@ -20,6 +20,7 @@ import orchestrator
 from orchestrator.modality import registry
 from tests.conftest import save_backbone
 from tests.tiny import make_bert, make_wav2vec2
+from tests.toys import write_toys
 
 TASKS = ("single-label", "multi-label", "regression")
 ALONE = """
@@ -79,32 +80,10 @@ HEADS: dict[str, tuple[str, Callable[[Path], Path], dict[str, Any]]] = {
 }
 
 
-def write(folder: Path, modality: str, task: str, pairs: bool) -> Path:
-    """The plugin's toy samples as a table of paths or texts."""
-    plugin = registry.get(modality)
-    assert plugin.toy is not None
-    names, rows = ("dark", "cold", "food"), []
-    folder.mkdir()
-    for i, (sample, label) in enumerate(plugin.toy(24)):
-        row: dict[str, Any] = {
-            "single-label": {"label": label},
-            "multi-label": {"label": [name for j, name in enumerate(names) if (i >> j) % 2]},
-            "regression": {"words": 3.0 * (i % 2) + i / 100, "height": 500.0 - 7 * i},
-        }[task]
-        if modality == "text":
-            row |= {"text": sample["text"].decode()} | ({"other": "hot soup and bread"} if pairs else {})
-        else:
-            row["path"] = f"{i}{plugin.sample[0].suffixes[0]}"
-            (folder / row["path"]).write_bytes(sample[modality])
-        rows.append(json.dumps(row))
-    table = folder / "table.jsonl"
-    table.write_text("\n".join(rows))
-    return table
-
-
 def trained(head: str, backbone: Path, modality: str, settings: dict[str, Any], task: str) -> orchestrator.Run:
     pairs = head.startswith("texts")
-    data: dict[str, Any] = {"path": str(write(Path.cwd() / task, modality, task, pairs))}
+    (Path.cwd() / task).mkdir()
+    data: dict[str, Any] = {"path": str(write_toys(Path.cwd() / task, modality, task, pairs))}
     if task == "regression":
         data["label_column"] = ["words", "height"]
     if modality == "text":

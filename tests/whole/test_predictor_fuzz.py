@@ -23,6 +23,8 @@ from orchestrator.errors import DataError, OrchestratorError, RefusedError
 from orchestrator.modality import registry
 from tests.data.test_fuzz import mutate
 from tests.tiny import make_bert, make_wav2vec2
+from tests.toys import write_toys
+from tests.unlisted import make_unlisted
 
 NUM = int(os.environ.get("FUZZ_NUM", "30"))
 SEED = os.environ.get("FUZZ_SEED", "0")
@@ -55,23 +57,6 @@ def finished(tiny_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Finish
         return made[kind]
 
     return make
-
-
-def write_toys(folder: Path, modality: str) -> Path:
-    """24 samples as a table of paths, or of texts."""
-    plugin, rows = registry.get(modality), []
-    assert plugin.toy is not None
-    for i, (sample, label) in enumerate(plugin.toy(24)):
-        row = {"label": label}
-        if modality == "text":
-            row["text"] = sample["text"].decode()
-        else:
-            row["path"] = f"{i}{plugin.sample[0].suffixes[0]}"
-            (folder / row["path"]).write_bytes(sample[modality])
-        rows.append(json.dumps(row))
-    table = folder / "table.jsonl"
-    table.write_text("\n".join(rows))
-    return table
 
 
 def answered(call: Callable[[], Any], what: object) -> Any:
@@ -286,17 +271,10 @@ def test_an_output_that_cannot_hold_a_text_gets_escapes(encoding: str, finished:
 
 
 def test_a_folder_that_cannot_be_listed_is_a_problem(finished: Finished, tmp_path: Path) -> None:
-    """By its length, which stops root too; a folder without the right to read it fails in the same call."""
     run, table = finished("image")
     (tmp_path / "photos").mkdir()
     shutil.copy(table.parent / "0.png", tmp_path / "photos" / "0.png")
-    here = os.open(tmp_path / "photos", os.O_RDONLY)
-    for _ in range(20):
-        os.mkdir("d" * 250, dir_fd=here)
-        inner = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = inner
-    os.close(here)
+    make_unlisted(tmp_path / "photos")
     whole, deep = orchestrator.predict(run, tmp_path / "photos")
     assert (whole.input, whole.problem) == (str(tmp_path / "photos" / "0.png"), "")
     assert deep.problem == "its files cannot be listed: File name too long"
