@@ -14,6 +14,7 @@ The same in one process and on many; knows nothing of Ray.
     metrics     figures of each task, confusion
     intervals   their 95 % intervals
     checkpoint  save, newest whole one, restore; safetensors and JSON
+    outbox      what goes to the storage beside the loop
     record      metrics.jsonl, TensorBoard's events, lineage.json
     loaded      a finished run in memory, for new inputs
     export      the Hugging Face directory
