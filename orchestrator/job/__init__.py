@@ -51,6 +51,7 @@ from orchestrator.job.files import (
     POINTER as POINTER,
     still_there as still_there,
     sync as sync,
+    written_whole as written_whole,
 )
 from orchestrator.job.held import (
     CHECKPOINTS as CHECKPOINTS,

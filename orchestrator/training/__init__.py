@@ -10,6 +10,7 @@ The same in one process and on many; knows nothing of Ray.
     evaluate    what a network says of a split
     finish      the stages behind the last step: final figures, export, results
     assembly    the network with its weights, and the samples
+    handed_over  the backbone's files on each node, downloaded once or had from another node
     objective   what the task decides: loss, class weights, the scale of targets
     metrics     figures of each task, confusion
     intervals   their 95 % intervals
