@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How the small file begins that Git LFS puts in the place of a large one."""
@@ -29,9 +33,34 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in, which is at its place, with its folder, when the context ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = beside(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def beside(path: Path) -> Path:
     """A new name in the same folder, that nobody takes for what has its place there."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+def remove_old(folder: Path, pattern: str, older_s: float) -> list[Path]:
+    """Remove the files and folders of that name below a folder in which nothing was written for so long; which."""
+    removed = []
+    for path in sorted(folder.rglob(pattern)):
+        with contextlib.suppress(OSError):  # gone already, or another user's: it harms nobody
+            newest = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
+            if time.time() - newest >= older_s:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed.append(path)
+    return removed
 
 
 def sync(path: Path) -> None:

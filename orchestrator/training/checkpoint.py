@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import safetensors.torch
@@ -50,6 +50,11 @@ def save(run: HeldRun, checkpoint: Checkpoint) -> None:
             safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
         (folder / "state.json").write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}, allow_nan=False))
     prune(run)
+
+
+def copied(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, apart from what training changes meanwhile; `best` is never changed, only replaced."""
+    return replace(checkpoint, weights=copy_of(checkpoint.weights), optimizer=copy_of(checkpoint.optimizer))
 
 
 def prune(run: HeldRun) -> None:
