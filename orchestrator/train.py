@@ -170,6 +170,8 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
         if run.finished:
             text = "this run was finished before: these are its figures, nothing was trained (--fresh starts over)"
             options.report(Noted(text))
+            for warning in run.results.get("warnings", ()):
+                options.report(Noted(warning, is_warning=True))
             return run
         for line in (*plan.adaptations, *plan.data.notes):
             options.report(Noted(str(line)))

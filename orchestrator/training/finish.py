@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.errors import InterruptedRunError
-from orchestrator.job import PhaseBegan
+from orchestrator.errors import InterruptedRunError, OrchestratorError
+from orchestrator.job import METRICS_FILE, Noted, PhaseBegan, read_lines
+from orchestrator.training.convergence import find_problems
 from orchestrator.training.evaluate import predict_split
 from orchestrator.training.export import export
 from orchestrator.training.metrics import Predictions, measure
 from orchestrator.training.objective import fold
 from orchestrator.training.record import write_skipped
 from orchestrator.training.state import Session, TrainState
+
+_COMPARED = 16
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
         "num_skipped": plan.data.num_skipped + len(evaluated.skipped),
         "seconds": round(session.seconds(), 3),
         **evaluated.figures,
+        "warnings": _problems(session, evaluated),
     }
     session.report(PhaseBegan("writing the model"))
     lineage = json.loads(run.read("lineage.json") or "{}")
@@ -75,3 +80,21 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
     results["seconds"] = round(session.seconds(), 3)
     run.write("results.json", json.dumps(results, indent=1, ensure_ascii=False))
     run.collect_orphans(older_s=0)
+    for warning in results["warnings"]:
+        session.report(Noted(warning, is_warning=True))
+
+
+def _problems(session: Session, evaluated: Evaluated) -> list[str]:
+    """That the run has learnt nothing, where that is so, with what to try."""
+    lines = read_lines(session.run.read(METRICS_FILE))
+    found = find_problems(session.plan, lines, evaluated.figures, lambda: _are_alike(session))
+    return [str(one) for one in found]
+
+
+def _are_alike(session: Session) -> bool:
+    """Whether some training samples are one and the same once they are the network's input."""
+    with contextlib.suppress(OrchestratorError):  # those of stored features may be gone by now
+        batch = session.raw.batch(session.samples.rows("train")[:_COMPARED], train=False)
+        if batch is not None and len(batch.rows) > 1:
+            return all(bool((tensor == tensor[:1]).all()) for tensor in batch.inputs.values())
+    return False

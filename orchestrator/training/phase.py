@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.data import Ints
-from orchestrator.errors import InterruptedRunError, TrainingError
+from orchestrator.errors import InterruptedRunError
 from orchestrator.features import FeatureSource, split_evenly
 from orchestrator.job import Advanced, EpochEnded, PhaseBegan, Plan
 from orchestrator.network import (
@@ -32,6 +32,7 @@ from orchestrator.network import (
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.batches import epoch_batches
 from orchestrator.training.evaluate import epoch_figures, predict_split
+from orchestrator.training.nonfinite import Own, blame
 from orchestrator.training.state import Session
 
 
@@ -46,8 +47,9 @@ class PhaseLoop:
         self.optimizer, self.named = make_optimizer(network, plan.job.training, self.phase)
         moving = ("",) if self.phase.trains == "everything" else network.head
         self.tensors = session.strategy.state(ckpt.trained_tensors(network.module, moving))
-        self._unread: list[tuple[Tensor, float, int]] = []
-        """(sums of loss, weight and right ones on the device, samples, the step) that were not looked at yet."""
+        self._unread: list[tuple[Tensor, float, int, Own]] = []
+        """(sums of loss, weight and right ones on the device, samples, the step, this worker's microbatches) that were
+        not looked at yet."""
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
         """When this process began with the epoch, and how many samples it has taken of it."""
         self._saved: tuple[int, int] | None = None
@@ -149,18 +151,19 @@ class PhaseLoop:
         sums = worker.all_reduce_sum(sums)
         told = worker.all_reduce_sum(torch.tensor([num_samples, session.should_stop(), due], dtype=torch.float64))
         num_samples, stop, due = told.tolist()
+        self._unread.append((sums, num_samples, number, own))
+        # What a GPU has computed is looked at a step later, when it is there: so nobody waits for it. On a CPU before
+        # the step, so that a loss that is none spoils no weights.
+        self._read_sums(keep=0 if worker.device.type == "cpu" else 1)
         # Of a batch that nobody could read there is nothing to learn.
         reduction.finish((1.0 / sums[1]).float() if num_samples else 0.0)
         if num_samples:
             self._take_step()
             statistics.average()
         self.optimizer.zero_grad(set_to_none=True)
-        self._unread.append((sums, num_samples, number))
-        # What a GPU has computed is looked at a step later, when it is there: so nobody waits for it.
-        self._read_sums(keep=0 if worker.device.type == "cpu" else 1)
         return stop > 0, due > 0
 
-    def _own_microbatches(self, rows: Ints) -> list[tuple[int, Ints]]:
+    def _own_microbatches(self, rows: Ints) -> Own:
         worker, num = self.session.worker, self.session.plan.recipe.num_microbatches
         return [(one, split_evenly(rows, one, num)) for one in range(worker.rank, num, worker.num_workers)]
 
@@ -177,14 +180,10 @@ class PhaseLoop:
         """Add what steps summed up to the epoch's figures, but for the `keep` newest. Raises `TrainingError`."""
         state = self.session.state
         while len(self._unread) > keep:
-            sums, num_samples, number = self._unread.pop(0)
+            sums, num_samples, number, own = self._unread.pop(0)
             loss, weight, right = sums.tolist()
             if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss} at step {number}",
-                    expected="a finite loss",
-                    mend="lower training.learning_rate, and start over with --fresh",
-                )
+                raise blame(self.session, self.tensors, own, number, loss)
             state.epoch_loss += loss
             state.epoch_correct += right
             state.epoch_samples += num_samples
