@@ -78,6 +78,7 @@ from orchestrator.job.places import (
 from orchestrator.job.plans import (
     SPLITS as SPLITS,
     Adaptation as Adaptation,
+    Adapter as Adapter,
     BackboneCard as BackboneCard,
     BackboneRow as BackboneRow,
     DataSummary as DataSummary,

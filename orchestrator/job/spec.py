@@ -17,10 +17,11 @@ from pydantic_core import to_jsonable_python
 from orchestrator.job.places import local_path, whole
 
 TaskName = Literal["single-label", "multi-label", "regression"]
-Method = Literal["head", "full", "lp-ft", "scratch"]
+Method = Literal["head", "full", "lp-ft", "lora", "scratch"]
 METHODS: dict[str, str] = {
     "head": "the body is frozen, the new last layer is trained",
     "full": "everything is trained, from the pretrained weights",
+    "lora": "the body is frozen, and small matrices beside its own are trained with the head; merged in the end",
     "scratch": "everything is trained, from random weights (supervised pretraining)",
 }
 
@@ -150,6 +151,12 @@ class Training(_Part):
     batch_norm: Literal["auto", "train", "frozen"] = Field(
         "auto", description="frozen: the pretrained statistics; auto: by the number of samples"
     )
+    lora_rank: int = Field(
+        16, ge=1, le=4096, description="method lora: the rank of what is added to each of the body's matrices"
+    )  # fmt: skip
+    lora_alpha: float | None = Field(
+        None, gt=0, description="method lora: what is added counts alpha / rank times; default: twice the rank"
+    )
     features: Literal["once", "every step"] = Field(
         "once", description="method head: the frozen body runs once for each sample, and what it gives is kept on the "
         "storage; or it runs in every step"
@@ -209,7 +216,8 @@ class Job(_Part):
     task: TaskName = Field("single-label", description="one class a sample, any number of them, or numbers")
     method: Method = Field(
         "head", description="head: the body is frozen, the new last layer is trained; full: everything, from the "
-        "pretrained weights; lp-ft: the one, then the other; scratch: everything, from random weights"
+        "pretrained weights; lp-ft: the one, then the other; lora: the head, and small matrices beside those of a "
+        "frozen transformer; scratch: everything, from random weights"
     )  # fmt: skip
     training: Training = Training()
     scaling: Scaling = Scaling()

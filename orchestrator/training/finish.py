@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.errors import InterruptedRunError, OrchestratorError
 from orchestrator.job import METRICS_FILE, Noted, PhaseBegan, read_lines
+from orchestrator.network import merge
 from orchestrator.training.convergence import find_problems
 from orchestrator.training.evaluate import predict_split
 from orchestrator.training.export import export
@@ -55,6 +56,8 @@ def evaluate_splits(session: Session) -> Evaluated:
 def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> None:
     """Commit the model, and write results.json, which says that the run is done. Called by all workers."""
     run, plan = session.run, session.plan
+    if plan.recipe.adapter is not None:
+        merge(session.network)
     fold(session.objective, session.network)  # on all workers: what is gathered is what is exported
     state_dict = session.strategy.gather()
     if state_dict is None:

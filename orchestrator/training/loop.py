@@ -14,10 +14,7 @@ from typing import Any
 from orchestrator.errors import OrchestratorError
 from orchestrator.features import MakeRemoteExtractor, Source, run_body_once
 from orchestrator.job import SPLITS, Event, Noted, PhaseBegan, Report
-from orchestrator.network import (
-    Replicated,
-    Worker,
-)
+from orchestrator.network import Replicated, Worker, adapt
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.assembly import WorkerSpec, assembled
 from orchestrator.training.batches import BatchLoader
@@ -62,6 +59,8 @@ def _prepare(
     modality = spec.find_modality(plan)
     report(PhaseBegan("loading the backbone"))
     network, raw = assembled(plan, run, worker, modality, resources)
+    if plan.recipe.adapter is not None:
+        adapt(network, plan.recipe.adapter, plan.job.training.seed)
     strategy = Replicated(network, worker)
     strategy.broadcast_new()  # what began at random is rank 0's on all
     sources: dict[str, dict[str, Source]] = {"samples": dict.fromkeys(SPLITS, raw)}

@@ -102,7 +102,7 @@ def _judge(
 
 def _rate(session: Session, seen: _Seen, broken: list[str], earlier: int | None) -> tuple[str, str]:
     phase = session.phase
-    rates = {phase.head_learning_rate, phase.learning_rate if phase.trains == "everything" else 0.0} - {0.0}
+    rates = {phase.head_learning_rate, phase.learning_rate if phase.trains != "head" else 0.0} - {0.0}
     shown = " and ".join(f"{rate:g}" for rate in sorted(rates))
     if broken:
         how = f"the steps before have made {broken[0]} infinite or no number"

@@ -35,6 +35,8 @@ from orchestrator.training.evaluate import epoch_figures, predict_split
 from orchestrator.training.nonfinite import Own, blame
 from orchestrator.training.state import Session
 
+_TRAINED = {"head": "the head", "adapter": "head and adapter", "everything": "everything"}
+
 
 class PhaseLoop:
     """One phase of the recipe, from its beginning or from a checkpoint."""
@@ -68,7 +70,7 @@ class PhaseLoop:
         """Train to the phase's end; the best weights so far, which are in the network by then."""
         session, state = self.session, self.session.state
         recipe, rows = session.plan.recipe, session.samples.rows("train")
-        what = "training the head" if self.phase.trains == "head" else "training everything"
+        what = f"training {_TRAINED[self.phase.trains]}"
         session.report(PhaseBegan(what, self.phase.num_steps, state.step, "steps", len(rows) / recipe.steps_per_epoch))
         with session.strategy.reduction(list(self.named.values())) as reduction:
             self._run_steps(rows, reduction)
@@ -105,7 +107,7 @@ class PhaseLoop:
             train.epoch = epoch
         # A frozen body gives the same whatever is beside a sample, and its stored features have one length: the head is
         # trained on the same batches with and without them.
-        bucketing = session.length_bucketing and self.phase.trains == "everything"
+        bucketing = session.length_bucketing and self.phase.trains != "head"
         seed = session.plan.job.training.seed
         return epoch_batches(session.samples, rows, seed, self._epoch_number(epoch), recipe.steps_per_epoch, bucketing)
 
