@@ -8,6 +8,7 @@ import re
 from orchestrator.backbone import Tensors, require_weights
 from orchestrator.errors import JobError, RefusedError
 from orchestrator.gate.adapters import num_adapted
+from orchestrator.gate.combinations import refuse_senseless
 from orchestrator.gate.decide import fit, not_built
 from orchestrator.gate.recipes import first_weights, kind_of, make_recipe, may_keep_features, num_views
 from orchestrator.job import BackboneCard, BackboneRow, DataSummary, Job, Parameters, Plan, Recipe
@@ -54,6 +55,7 @@ def make_plan(
         job, data.num_samples["train"], keeps_features=may_keep_features(job) and (views > 0 or not adapted.augmented),
         kind=kind_of(tensors),
     )  # fmt: skip
+    refuse_senseless(job, modality, data, recipe)
     num_extractors = (job.scaling.num_extractors or 0) if recipe.needs_features else 0
     extractor_threads = _threads(job, num_extractors, "extractors", num_cores)
     return Plan(

@@ -145,6 +145,17 @@ class Training(_Part):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="so much of each target is spread evenly over the classes"
     )
+    mix: str = Field(
+        "none", description="training samples are mixed with others of their batch, and so are their labels: images by "
+        "mixup, cutmix, or both, each in half of the batches"
+    )  # fmt: skip
+    patience: int | None = Field(
+        None, ge=1, description="epochs without a better validation after which training ends; default: all epochs"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of a moving average of the weights, 0.99 or 0.999: validated beside them "
+        "in each epoch, and exported where it is better; default: none"
+    )  # fmt: skip
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where a GPU has it; of a frozen body's features where it is faster and as good"
     )

@@ -62,6 +62,7 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
     state_dict = session.strategy.gather()
     if state_dict is None:
         return
+    lines = read_lines(run.read(METRICS_FILE))
     places = {session.samples.place(row): why for row, why in evaluated.skipped.items()}
     write_skipped(run, places)
     results: dict[str, Any] = {
@@ -70,11 +71,13 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
         "method": plan.job.method,
         "backbone": plan.backbone.source,
         "num_train": plan.data.num_samples["train"],
+        "epochs": len(lines),
         "best_epoch": trained.best_epoch,
+        **({"averaged": trained.best_is_average} if plan.job.training.ema is not None else {}),
         "num_skipped": plan.data.num_skipped + len(evaluated.skipped),
         "seconds": round(session.seconds(), 3),
         **evaluated.figures,
-        "warnings": _problems(session, evaluated),
+        "warnings": [str(one) for one in find_problems(plan, lines, evaluated.figures, lambda: _are_alike(session))],
     }
     session.report(PhaseBegan("writing the model"))
     lineage = json.loads(run.read("lineage.json") or "{}")
@@ -85,13 +88,6 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
     run.collect_orphans(older_s=0)
     for warning in results["warnings"]:
         session.report(Noted(warning, is_warning=True))
-
-
-def _problems(session: Session, evaluated: Evaluated) -> list[str]:
-    """That the run has learnt nothing, where that is so, with what to try."""
-    lines = read_lines(session.run.read(METRICS_FILE))
-    found = find_problems(session.plan, lines, evaluated.figures, lambda: _are_alike(session))
-    return [str(one) for one in found]
 
 
 def _are_alike(session: Session) -> bool:

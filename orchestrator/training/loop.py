@@ -19,6 +19,7 @@ from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.assembly import WorkerSpec, assembled
 from orchestrator.training.batches import BatchLoader
 from orchestrator.training.finish import evaluate_splits, export_run
+from orchestrator.training.mixing import make_mix
 from orchestrator.training.objective import make_objective
 from orchestrator.training.phase import PhaseLoop
 from orchestrator.training.record import Record, write_lineage
@@ -79,6 +80,7 @@ def _prepare(
         plan=plan, run=run, worker=worker, network=network, strategy=strategy, objective=make_objective(plan, network),
         samples=raw.samples, raw=raw, sources=sources, forwards=forwards,
         loader=BatchLoader(worker.device, resources), length_bucketing=modality.length_bucketing,
+        mix=make_mix(plan, modality),
         report=report, should_stop=should_stop, started=started,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from orchestrator.data import Ints
 from orchestrator.errors import InterruptedRunError
 from orchestrator.features import FeatureSource, split_evenly
-from orchestrator.job import Advanced, EpochEnded, PhaseBegan, Plan
+from orchestrator.job import Advanced, EpochEnded, Noted, PhaseBegan, Plan
 from orchestrator.network import (
     GradientReduction,
     MicrobatchStatistics,
@@ -30,9 +30,11 @@ from orchestrator.network import (
     set_mode,
 )
 from orchestrator.training import checkpoint as ckpt
+from orchestrator.training.averaging import Average
 from orchestrator.training.batches import epoch_batches
 from orchestrator.training.evaluate import epoch_figures, predict_split
 from orchestrator.training.nonfinite import Own, blame
+from orchestrator.training.patience import is_over
 from orchestrator.training.state import Session
 
 _TRAINED = {"head": "the head", "adapter": "head and adapter", "everything": "everything"}
@@ -65,6 +67,9 @@ class PhaseLoop:
             if best:
                 ckpt.load_into(best, session.strategy.state(best))
             self.best = ckpt.copy_of(self.tensors) if best else {}
+        session.loader.mix = session.mix if self.phase.source == "samples" else None
+        decay = plan.job.training.ema
+        self.average = None if decay is None else Average(self.tensors, decay, resumed.average if resumed else {})
 
     def run(self) -> ckpt.Tensors:
         """Train to the phase's end; the best weights so far, which are in the network by then."""
@@ -88,6 +93,10 @@ class PhaseLoop:
             if epoch > state.epochs_ended:
                 self._end_epoch()
             if state.step == self.phase.num_steps:
+                break
+            if is_over(session.plan, state):
+                why = f"no epoch since number {state.best_epoch} was better"
+                session.report(Noted(f"ended after {state.epochs_ended} of {self.phase.epochs} epochs: {why}"))
                 break
             if stop or is_due:
                 self._save()
@@ -162,6 +171,8 @@ class PhaseLoop:
         if num_samples:
             self._take_step()
             statistics.average()
+            if self.average is not None:
+                self.average.update(state.step)
         self.optimizer.zero_grad(set_to_none=True)
         return stop > 0, due > 0
 
@@ -218,14 +229,29 @@ class PhaseLoop:
             del line["train_accuracy"]
         line |= epoch_figures(plan.job.task, predictions)
         if self._is_better(line):
-            state.best_epoch = line["epoch"]
+            state.best_epoch, state.best_is_average = line["epoch"], False
             self.best = ckpt.copy_of(self.tensors)
+        if self.average is not None:
+            line |= self._end_epoch_of(self.average, line["epoch"])
         state.epoch_loss = state.epoch_correct = state.epoch_samples = state.epoch_weight = 0.0
         state.epochs_ended += 1
         if session.record is not None:
             session.record.add(line)
         session.report(EpochEnded(line, recipe.num_epochs, plan.job.task))
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
+
+    def _end_epoch_of(self, average: Average, epoch: int) -> dict[str, float]:
+        """The figures of the average, which is kept where it is better than all so far."""
+        with average.in_place():
+            predictions = predict_split(self.session, "validation")
+        if predictions is None:
+            self._save()
+            self._interrupt()
+        figures = epoch_figures(self.session.plan.job.task, predictions)
+        if self._is_better(figures):
+            self.session.state.best_epoch, self.session.state.best_is_average = epoch, True
+            self.best = ckpt.copy_of(average.tensors)
+        return {f"average_{name}": value for name, value in figures.items()}
 
     def _is_better(self, line: dict[str, Any]) -> bool:
         """Whether an epoch is the best so far; without a validation split the last one is."""
@@ -265,7 +291,8 @@ class PhaseLoop:
             entries = {**state.entries(), "seconds": session.seconds()}
             optimizer = ckpt.optimizer_tensors(self.optimizer, self.named)
             step = state.steps_done(session.plan.recipe)
-            ckpt.save(session.run, ckpt.Checkpoint(step, self.tensors, self.best, optimizer, entries))
+            average = self.average.tensors if self.average is not None else {}
+            ckpt.save(session.run, ckpt.Checkpoint(step, self.tensors, self.best, optimizer, entries, average))
         session.saved_at = time.monotonic()
 
     def _interrupt(self) -> NoReturn:
