@@ -57,6 +57,7 @@ from orchestrator.job.held import (
     MODEL as MODEL,
     RAY_FOLDER as RAY_FOLDER,
     SAMPLES as SAMPLES,
+    TRACKING_FILE as TRACKING_FILE,
     HeldRun as HeldRun,
     hold as hold,
 )

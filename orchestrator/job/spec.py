@@ -209,7 +209,7 @@ class Scaling(_Part):
 IN_A_STORE = r"[a-zA-Z][\w+.-]*://.*[^/].*"
 """What a place in an object store looks like."""
 NOT_LEARNT: Mapping[str, Any] = {
-    "storage": True, "feature_store": True, "name": True, "scaling": True,
+    "storage": True, "feature_store": True, "name": True, "log": True, "scaling": True,
     "training": {"num_microbatches": True, "checkpoint_every_s": True, "checkpoint_every_steps": True},
 }  # fmt: skip
 """Fields of a job that say where and on what it runs, and nothing of what is learnt. How many microbatches there are
@@ -239,6 +239,9 @@ class Job(_Part):
         "the jobs of other machines"
     )  # fmt: skip
     name: str | None = Field(None, description="of the run; default: made from the job")
+    log: tuple[Literal["mlflow", "wandb"], ...] = Field(
+        (), description="where epochs and figures are sent as well: mlflow, wandb, or both; default: nowhere"
+    )
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
     _notes: tuple[str, ...] = PrivateAttr(())
 
@@ -280,6 +283,13 @@ class Job(_Part):
         if place is not None and not re.fullmatch(IN_A_STORE, place):
             raise ValueError("is no place in a store, as s3://bucket/features is; for a directory there is storage")
         return place
+
+    @field_validator("log", mode="before")
+    @classmethod
+    def _one_alone(cls, log: object) -> object:
+        """One of them without brackets; none is twice there."""
+        log = [log] if isinstance(log, str) else log
+        return list(dict.fromkeys(log)) if isinstance(log, (list, tuple)) else log
 
     @field_validator("data", mode="before")
     @classmethod

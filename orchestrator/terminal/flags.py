@@ -86,6 +86,8 @@ FLAGS = (
     Flag("--workers", "scaling.num_workers", _WHERE, "more than one: processes on Ray", int),
     Flag("--address", "scaling.address", _WHERE, "a Ray cluster; 'local' starts one here"),
     Flag("--storage", "storage", _WHERE, "the directory of the runs"),
+    Flag("--log", "log", _WHERE, "send epochs and figures to mlflow or wandb as well (repeatable)", list[str],
+         "mlflow|wandb"),
     Flag("--feature-store", "feature_store", _WHERE, "s3://…: features of frozen bodies, for other machines too"),
 )  # fmt: skip
 _OPTIONS = {flag.setting: flag.option for flag in FLAGS if flag.setting} | {"data.path": "--data"}

@@ -23,7 +23,8 @@ class Average:
         self._own = tensors
         self._decay = decay
         self.tensors: Tensors = {
-            name: kept[name].to(tensor) if name in kept else tensor.detach().clone() for name, tensor in tensors.items()
+            name: kept[name].to(tensor, copy=True) if name in kept else tensor.detach().clone()
+            for name, tensor in tensors.items()
         }
 
     def update(self, num_steps: int) -> None:

@@ -14,9 +14,8 @@ from orchestrator.job import Event, Noted, Plan
 from orchestrator.training.averaging import Average
 from orchestrator.training.patience import is_over
 from orchestrator.training.state import TrainState
-from tests.terminal.screen import Screen
 from tests.training.test_loop import JOB, at_call, train
-from tests.whole.test_train import same, weights_of
+from tests.whole.test_train import Cli, same, weights_of
 
 
 def test_the_average_is_the_one_of_the_formula() -> None:
@@ -45,7 +44,7 @@ def test_the_average_is_exported_where_it_is_better_and_survives_an_interruption
     """At a constant high rate the weights jump about, and their average does not."""
     job: dict[str, Any] = {
         "training": {**JOB["training"], "epochs": 8, "ema": 0.9, "learning_rate": 0.03, "schedule": "constant"},
-        "data": {"path": str(digits), "num_train": 160, "validation_fraction": 0.3},
+        "data.validation_fraction": 0.3,
     }  # fmt: skip
     whole = train(tiny_resnet, digits, name="whole", **job)
     pairs = [(line["validation_accuracy"], line["average_validation_accuracy"]) for line in whole.metrics]
@@ -67,8 +66,7 @@ def test_the_average_is_exported_where_it_is_better_and_survives_an_interruption
 
 def test_without_a_validation_the_average_is_what_is_exported(tiny_resnet: Path, digits: Path) -> None:
     job: dict[str, Any] = {
-        "data": {"path": str(digits), "num_train": 80, "validation_fraction": 0.0},
-        "training": {"epochs": 2, "ema": 0.5},
+        "data.num_train": 80, "data.validation_fraction": 0.0, "training": {"epochs": 2, "ema": 0.5},
     }  # fmt: skip
     run = train(tiny_resnet, digits, **job)
     assert run.results["averaged"] is True
@@ -95,7 +93,7 @@ def test_patience_counts_epochs_of_the_phase_after_its_warm_up(tiny_resnet: Path
 
 
 @pytest.mark.slow
-def test_a_run_that_gets_no_better_ends_as_a_finished_one(tiny_resnet: Path, digits: Path, screen: Screen) -> None:
+def test_a_run_that_gets_no_better_ends_as_a_finished_one(tiny_resnet: Path, digits: Path, cli: Cli) -> None:
     job: dict[str, Any] = {
         "training": {**JOB["training"], "epochs": 30, "patience": 2, "learning_rate": 1e-12, "batch_norm": "frozen"},
     }  # fmt: skip
@@ -107,9 +105,9 @@ def test_a_run_that_gets_no_better_ends_as_a_finished_one(tiny_resnet: Path, dig
     assert run.results["epochs"] == ran
     said = [event.text for event in heard if isinstance(event, Noted) and "ended after" in event.text]
     assert said == [f"ended after {ran} of 30 epochs: no epoch since number {best} was better"]
-    code, out, _ = screen("finetune", run.path / "job.yaml")
-    assert code == 0
-    assert f"{ran} of 30, the best one number {best}" in out
+    done = cli("finetune", run.path / "job.yaml")
+    assert done.returncode == 0
+    assert f"{ran} of 30, the best one number {best}" in done.stdout
     with pytest.raises(InterruptedRunError):
         train(tiny_resnet, digits, name="cut", stop=at_call(11), **job)
     cut = train(tiny_resnet, digits, name="cut", **job)

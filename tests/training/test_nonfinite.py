@@ -37,7 +37,7 @@ def dividing() -> Iterator[None]:
 
         return batch
 
-    names = {"divided": 0.0, "divided-and-a-little": 1e-38}
+    names = {"divided": 0.0, "divided_and_a_little": 1e-38}
     for name, least in names.items():
         registry.register(dataclasses.replace(image, name=name, batch=batch_with(least)))
     yield
@@ -78,7 +78,7 @@ def test_an_input_that_is_no_number_is_named(tiny_resnet: Path, with_a_black_one
 
 @pytest.mark.usefixtures("dividing")
 def test_an_input_that_overflows_in_the_network_is_named(tiny_resnet: Path, with_a_black_one: Path) -> None:
-    job = {"modality": "divided-and-a-little", "training": {"batch_norm": "frozen", "batch_size": 300}}
+    job = {"modality": "divided_and_a_little", "training": {"batch_norm": "frozen", "batch_size": 300}}
     error = blamed(tiny_resnet, with_a_black_one, **job)
     assert "an input is to blame: with its weights as they began" in error.message
     assert "black.png" in error.message
