@@ -17,10 +17,11 @@ from pydantic_core import to_jsonable_python
 from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path, whole
 
 TaskName = Literal["single-label", "multi-label", "regression"]
-Method = Literal["head", "full", "lp-ft", "scratch"]
+Method = Literal["head", "full", "lp-ft", "lora", "scratch"]
 METHODS: dict[str, str] = {
     "head": "the body is frozen, the new last layer is trained",
     "full": "everything is trained, from the pretrained weights",
+    "lora": "the body is frozen, and small matrices beside its own are trained with the head; merged in the end",
     "scratch": "everything is trained, from random weights (supervised pretraining)",
 }
 
@@ -151,11 +152,28 @@ class Training(_Part):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="so much of each target is spread evenly over the classes"
     )
+    mix: str = Field(
+        "none", description="training samples are mixed with others of their batch, and so are their labels: images by "
+        "mixup, cutmix, or both, each in half of the batches"
+    )  # fmt: skip
+    patience: int | None = Field(
+        None, ge=1, description="epochs without a better validation after which training ends; default: all epochs"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of a moving average of the weights, 0.99 or 0.999: validated beside them "
+        "in each epoch, and exported where it is better; default: none"
+    )  # fmt: skip
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where a GPU has it; of a frozen body's features where it is faster and as good"
     )
     batch_norm: Literal["auto", "train", "frozen"] = Field(
         "auto", description="frozen: the pretrained statistics; auto: by the number of samples"
+    )
+    lora_rank: int = Field(
+        16, ge=1, le=4096, description="method lora: the rank of what is added to each of the body's matrices"
+    )  # fmt: skip
+    lora_alpha: float | None = Field(
+        None, gt=0, description="method lora: what is added counts alpha / rank times; default: twice the rank"
     )
     features: Literal["once", "every step"] = Field(
         "once", description="method head: the frozen body runs once for each sample, and what it gives is kept on the "
@@ -198,7 +216,7 @@ class Scaling(_Part):
 IN_A_STORE = r"[a-zA-Z][\w+.-]*://.*[^/].*"
 """What a place in an object store looks like."""
 NOT_LEARNT: Mapping[str, Any] = {
-    "storage": True, "feature_store": True, "name": True, "scaling": True,
+    "storage": True, "feature_store": True, "name": True, "log": True, "scaling": True,
     "training": {"num_microbatches": True, "checkpoint_every_s": True, "checkpoint_every_steps": True},
 }  # fmt: skip
 """Fields of a job that say where and on what it runs, and nothing of what is learnt. How many microbatches there are
@@ -218,7 +236,8 @@ class Job(_Part):
     task: TaskName = Field("single-label", description="one class a sample, any number of them, or numbers")
     method: Method = Field(
         "head", description="head: the body is frozen, the new last layer is trained; full: everything, from the "
-        "pretrained weights; lp-ft: the one, then the other; scratch: everything, from random weights"
+        "pretrained weights; lp-ft: the one, then the other; lora: the head, and small matrices beside those of a "
+        "frozen transformer; scratch: everything, from random weights"
     )  # fmt: skip
     training: Training = Training()
     scaling: Scaling = Scaling()
@@ -231,6 +250,9 @@ class Job(_Part):
         "the jobs of other machines"
     )  # fmt: skip
     name: str | None = Field(None, description="of the run; default: made from the job")
+    log: tuple[Literal["mlflow", "wandb"], ...] = Field(
+        (), description="where epochs and figures are sent as well: mlflow, wandb, or both; default: nowhere"
+    )
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
     _notes: tuple[str, ...] = PrivateAttr(())
 
@@ -283,6 +305,13 @@ class Job(_Part):
         if place is not None and not re.fullmatch(IN_A_STORE, place):
             raise ValueError("is no place in a store, as s3://bucket/features is; for a directory there is storage")
         return place if place is None else _without_secret(place)
+
+    @field_validator("log", mode="before")
+    @classmethod
+    def _one_alone(cls, log: object) -> object:
+        """One of them without brackets; none is twice there."""
+        log = [log] if isinstance(log, str) else log
+        return list(dict.fromkeys(log)) if isinstance(log, (list, tuple)) else log
 
     @field_validator("data", mode="before")
     @classmethod

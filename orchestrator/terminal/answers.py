@@ -42,11 +42,19 @@ def show_run(run: Run, as_json: bool) -> None:
             [
                 ("model", f"{where}/model"),
                 ("metrics", f"{where}/metrics.jsonl, {where}/results.json"),
-                ("epochs", f"{run.plan.recipe.num_epochs}, the best one number {run.results['best_epoch']}"),
+                ("epochs", _epochs(run)),
                 ("next", f"orchestrator predict {where} {takes}"),
             ]
         )
     )
+
+
+def _epochs(run: Run) -> str:
+    """`12 of 40, the best one number 7: the average of the weights`"""
+    results, planned = run.results, run.plan.recipe.num_epochs
+    ran = results.get("epochs", planned)
+    what = ": the average of the weights" if results.get("averaged") else ""
+    return f"{ran}{f' of {planned}' if ran != planned else ''}, the best one number {results['best_epoch']}{what}"
 
 
 def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:

@@ -101,7 +101,10 @@ def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
     if phase.trains == "head":  # a frozen body has no rate of its own, and nothing else to decide
         rows.append(("rate", f"{phase.head_learning_rate:g}"))
     else:
-        rows.append(("rates", f"body {phase.learning_rate:g}, head {phase.head_learning_rate:g}"))
+        body = "adapter" if phase.adapter else "body"
+        rows.append(("rates", f"{body} {phase.learning_rate:g}, head {phase.head_learning_rate:g}"))
+        if phase.adapter:
+            rows.append(("adapter", f"rank {phase.adapter.rank}, alpha {phase.adapter.alpha:g}; merged in the end"))
         if phase.batch_norm != "none":
             unknown = ", where the network has it" if plan.weights == "random" else ""
             rows.append(("BatchNorm", f"{phase.batch_norm}{unknown}"))
