@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
+from moto.server import ThreadedMotoServer
+
+from orchestrator.job import open_storage
 from tests.chaos.rows import ROWS, SKIPPED, Row
 from tests.chaos.work import NotSurvivedError, Work, environment
 from tests.hub_server import Hub, Repository, serve
+from tests.s3_proxy import Proxy, serve as serve_proxy
 from tests.tiny import make_digits, make_resnet
 
 LONG = (
@@ -43,8 +50,12 @@ def main() -> int:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
     print(f"seed {asked.seed}", file=sys.stderr)
     until = time.monotonic() + 60 * asked.minutes
-    with tempfile.TemporaryDirectory(prefix="orc-", ignore_cleanup_errors=True) as folder, serve() as hub:
-        found = Rounds(Path(folder), hub, asked.seed).run(names, asked.rounds, until)
+    with (
+        tempfile.TemporaryDirectory(prefix="orc-", ignore_cleanup_errors=True) as folder,
+        serve() as hub,
+        ExitStack() as resources,
+    ):
+        found = Rounds(Path(folder), hub, asked.seed, resources).run(names, asked.rounds, until)
     tried = [one for rounds in found.values() for one in rounds if "skipped" not in one]
     survived = sum(one["survived"] for one in tried)
     print(json.dumps({"tried": len(tried), "survived": survived, "rows": found}))
@@ -54,8 +65,9 @@ def main() -> int:
 class Rounds:
     """The rows, a round of each after the other, over the same backbone and digits."""
 
-    def __init__(self, folder: Path, hub: Hub, seed: int) -> None:
-        self.folder, self.hub, self.seed = folder, hub, seed
+    def __init__(self, folder: Path, hub: Hub, seed: int, resources: ExitStack) -> None:
+        self.folder, self.hub, self.seed, self.resources = folder, hub, seed, resources
+        self._proxy: Proxy | None = None
         self.backbone, self.digits = make_resnet(folder / "backbone"), make_digits(folder / "digits")
         self.references: dict[tuple[str, bool], str] = {}
 
@@ -98,6 +110,9 @@ class Rounds:
             one["why"] = str(error)
         finally:
             self.hub.faults.clear()
+            if self._proxy is not None:
+                self._proxy.faults.clear()
+                self._proxy.away_until = 0.0
             clear(work)
         return one | {"starts": work.num_starts}
 
@@ -107,8 +122,28 @@ class Rounds:
         if row.on_hub:
             files = {file.name: file.read_bytes() for file in self.backbone.iterdir()}
             self.hub.repositories["org/tiny"] = Repository(files)
-        job = ("--backbone", backbone, "--data", str(self.digits), *LONG, *row.arguments)
-        return Work(folder, job, environment(folder, HF_ENDPOINT=self.hub.url), chance, self.hub)
+        place, proxy = str(folder / "runs"), None
+        more = {"HF_ENDPOINT": self.hub.url, "XDG_CACHE_HOME": str(folder / "cache")}
+        if row.in_store:
+            place, proxy = f"s3://bucket/{folder.name}", self.proxy()
+            more |= {**os.environ, "AWS_ENDPOINT_URL": proxy.url}
+        job = ("--backbone", backbone, "--data", str(self.digits), "--storage", place, *LONG, *row.arguments)
+        return Work(folder, job, environment(folder, **more), chance, self.hub, open_storage(place), proxy)
+
+    def proxy(self) -> Proxy:
+        """In front of an object store, which begins with the first row that wants it."""
+        if self._proxy is None:
+            server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+            server.start()
+            self.resources.callback(server.stop)
+            url = "http://{}:{}".format(*server.get_host_and_port())
+            os.environ |= {
+                "AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "something", "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_ENDPOINT_URL": url, "XDG_CACHE_HOME": str(self.folder / "cache"),
+            }  # fmt: skip
+            pyarrow.fs.S3FileSystem(endpoint_override=url, allow_bucket_creation=True).create_dir("bucket")
+            self._proxy = self.resources.enter_context(serve_proxy(url))
+        return self._proxy
 
     def reference(self, row: Row) -> str:
         """The hash of the weights of the same job, left alone."""
@@ -124,9 +159,8 @@ def clear(work: Work) -> None:
     if work.process is not None and work.process.poll() is None:
         work.process.kill()
         work.process.wait()
-    runs = work.folder / "runs"
-    if runs.is_mount():
-        subprocess.run(["umount", "-l", runs], check=False)
+    if work.runs.is_mount():
+        subprocess.run(["umount", "-l", work.runs], check=False)
     shutil.rmtree(work.folder, ignore_errors=True)
 
 

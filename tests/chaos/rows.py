@@ -25,6 +25,7 @@ class Row:
     """Which run that was left alone it is held against: in this process, or on Ray."""
     arguments: tuple[str, ...] = ()
     on_hub: bool = False
+    in_store: bool = False
     needs: Callable[[], str] = lambda: ""
     """Why it cannot be tried here, '' where it can."""
 
@@ -70,8 +71,8 @@ def _driver(work: Work) -> None:
 def _extractor(work: Work) -> None:
     work.start()
     for _ in range(2):
-        shards = len(list(work.run.parent.rglob(".features/**/*.json")))
-        if not work.wait(lambda at=shards: len(list(work.run.parent.rglob(".features/**/*.json"))) > at):  # type: ignore[misc]
+        shards = len(list(work.runs.glob(".features/**/*.json")))
+        if not work.wait(lambda at=shards: len(list(work.runs.glob(".features/**/*.json"))) > at):  # type: ignore[misc]
             return
         time.sleep(work.random.random() * 0.2)
         if found := work.on_ray("Extractor"):
@@ -96,7 +97,7 @@ def _damaged(work: Work, kind: str, damage: Callable[[Path], None]) -> None:
             return
         work.kill("kill -9 of the driver", process.pid)
         process.wait()
-        newest = work.checkpoints()[-1]
+        newest = work.runs / work.name / "checkpoints" / work.checkpoints()[-1]
         file = work.random.choice([one for one in sorted(newest.iterdir()) if one.suffix == ".safetensors"])
         damage(file)
         work.note(f"{kind} {file.name} of {newest.name}")
@@ -121,7 +122,7 @@ def _can_mount() -> str:
 
 def _disk_full(work: Work) -> None:
     """A disk of its own for the runs, filled at a random moment."""
-    runs = work.folder / "runs"
+    runs = work.runs
     runs.mkdir(exist_ok=True)
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", runs], capture_output=True, check=False)
     if done.returncode:
@@ -148,6 +149,33 @@ def _disk_full(work: Work) -> None:
         raise NotSurvivedError(f"the checkpoint of step {before} is gone: {work.step()}")
     ballast.unlink()
     work.note("the disk has room again")
+
+
+def _storage_away(work: Work) -> None:
+    """For half a minute, at a random moment; requests fail, answer late, or are cut before that and after."""
+    assert work.proxy is not None
+    work.start()
+    for seconds in (0, 30):
+        if not work.wait_for_random_moment():
+            return
+        for _ in range(3):
+            method, fault = work.random.choice([("PUT", "500"), ("PUT", "cut"), ("GET", "500"), ("PUT", "silent")])
+            work.proxy.fail(method, fault)  # type: ignore[arg-type]
+            work.note(f"the storage: {method} {fault}")
+        if seconds:
+            work.proxy.away_until = time.monotonic() + seconds
+            work.note(f"the storage is away for {seconds} s")
+
+
+def _driver_in_store(work: Work) -> None:
+    """Killed, and gone on with by a machine that has nothing of it."""
+    for number in range(3):
+        work.environment["XDG_CACHE_HOME"] = str(work.folder / f"machine-{number}")
+        process = work.start()
+        if not work.wait_for_random_moment():
+            return
+        work.kill("kill -9 of the driver, and another machine", process.pid)
+        process.wait()
 
 
 # --- the Hub ---
@@ -214,6 +242,8 @@ ROWS: dict[str, Row] = {
     "two-drivers": Row(_two_drivers),
     "hub": Row(_hub, on_hub=True),
     "disk-full": Row(_disk_full, needs=_can_mount),
+    "storage-away": Row(_storage_away, in_store=True),
+    "driver-in-store": Row(_driver_in_store, in_store=True),
     "worker": Row(_worker, "two", TWO),
     "controller": Row(_controller, "here", ON_RAY),
     "event-actor": Row(_events, "here", ON_RAY),

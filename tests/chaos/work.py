@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.job import Storage, run_in
 from tests.hub_server import Hub
+from tests.s3_proxy import Proxy
 from tests.tiny import REPOSITORY
 
 TIMEOUT_S = 240.0
@@ -40,6 +42,10 @@ class Work:
     environment: dict[str, str]
     random: random.Random
     hub: Hub
+    storage: Storage
+    """Where its run lies, as this process finds it."""
+    proxy: Proxy | None = None
+    """In front of the object store, where it lies in one."""
     name: str = "run"
     faults: list[dict[str, Any]] = field(default_factory=list)
     """Each with its kind, when it came, to which process."""
@@ -49,9 +55,9 @@ class Work:
     """Of every process that was started for it."""
 
     @property
-    def run(self) -> Path:
-        """The run's directory."""
-        return self.folder / "runs" / self.name
+    def runs(self) -> Path:
+        """The directory of its runs, where it has one."""
+        return self.folder / "runs"
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         """The same command again."""
@@ -71,18 +77,18 @@ class Work:
 
     # --- how far it is ---
 
-    def checkpoints(self) -> list[Path]:
-        """Those that are whole, oldest first."""
-        return sorted(file.parent for file in self.run.glob("checkpoints/step-*/.manifest.json"))
+    def checkpoints(self) -> list[str]:
+        """Names of those that are whole, oldest first."""
+        return sorted(name.rpartition("/")[2] for name in self.storage.commits(f"{self.name}/checkpoints"))
 
     def step(self) -> int:
         """Of its newest checkpoint; -1 before the first."""
         found = self.checkpoints()
-        return int(found[-1].name.removeprefix("step-")) if found else -1
+        return int(found[-1].removeprefix("step-")) if found else -1
 
     def is_done(self) -> bool:
         """Whether the run is finished."""
-        return (self.run / "results.json").exists()
+        return run_in(self.storage, self.name).finished
 
     def wait(self, what: Callable[[], bool]) -> bool:
         """Until `what` holds: whether it does; not, where the process ended before. Raises `NotSurvivedError`."""
@@ -96,7 +102,7 @@ class Work:
                 return True
             if self.process.poll() is not None:
                 return what()
-            time.sleep(0.005)
+            time.sleep(0.005 if self.proxy is None else 0.1)
         raise NotSurvivedError(f"nothing happened for {TIMEOUT_S:.0f} s: {self.said()[-1500:]}")
 
     def wait_for_random_moment(self, first: int = 0) -> bool:
@@ -143,7 +149,8 @@ class Work:
             raise NotSurvivedError(f"not done after {attempts} more starts: {self.said()[-1500:]}")
         if "Traceback" in self.said():
             raise NotSurvivedError(f"a trace: {self.said()[-1500:]}")
-        return weights_hash(self.run)
+        weights = run_in(self.storage, self.name).model / "model.safetensors"
+        return hashlib.sha256(weights.read_bytes()).hexdigest()
 
     def leaves_nothing(self) -> None:
         """Wait until no process is left that was started for it. Raises `NotSurvivedError`."""
@@ -154,11 +161,6 @@ class Work:
                 return
             time.sleep(0.2)
         raise NotSurvivedError(f"processes are left: {[(pid, title_of(pid)[:80]) for pid in left]}")
-
-
-def weights_hash(run: Path) -> str:
-    """sha256 of the exported weights."""
-    return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
 def title_of(pid: int) -> str:
