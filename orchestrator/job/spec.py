@@ -189,6 +189,9 @@ class Training(_Part):
     )
     checkpoint_every_s: float = Field(60.0, gt=0, description="seconds from one checkpoint to the next")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="steps instead of seconds")
+    audit: bool = Field(
+        False, description="write down in the run which samples each step took, on which worker: audit/"
+    )  # fmt: skip
 
 
 class Scaling(_Part):
@@ -217,7 +220,8 @@ IN_A_STORE = r"[a-zA-Z][\w+.-]*://.*[^/].*"
 """What a place in an object store looks like."""
 NOT_LEARNT: Mapping[str, Any] = {
     "storage": True, "feature_store": True, "name": True, "log": True, "scaling": True,
-    "training": {"num_microbatches": True, "checkpoint_every_s": True, "checkpoint_every_steps": True},
+    "training": {"num_microbatches": True, "checkpoint_every_s": True, "checkpoint_every_steps": True,
+                 "audit": True},
 }  # fmt: skip
 """Fields of a job that say where and on what it runs, and nothing of what is learnt. How many microbatches there are
 counts too, but as the number that was resolved."""

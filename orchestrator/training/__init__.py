@@ -20,6 +20,7 @@ The same in one process and on many; knows nothing of Ray.
     metrics     figures of each task, confusion
     intervals   their 95 % intervals
     checkpoint  save, newest whole one, restore; safetensors and JSON
+    audit       which samples each step took, on which worker
     outbox      what goes to the storage beside the loop
     record      metrics.jsonl, TensorBoard's events, lineage.json
     loaded      a finished run in memory, for new inputs
@@ -28,6 +29,7 @@ The same in one process and on many; knows nothing of Ray.
 """
 
 from orchestrator.training.assembly import WorkerSpec as WorkerSpec, assembled as assembled
+from orchestrator.training.audit import Taken as Taken, read_audit as read_audit
 from orchestrator.training.intervals import wilson as wilson
 from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as load_run
 from orchestrator.training.loop import run_worker as run_worker

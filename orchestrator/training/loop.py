@@ -17,6 +17,7 @@ from orchestrator.job import SPLITS, Event, Noted, PhaseBegan, Report
 from orchestrator.network import Replicated, Worker, adapt
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.assembly import WorkerSpec, assembled
+from orchestrator.training.audit import Audit
 from orchestrator.training.batches import BatchLoader
 from orchestrator.training.finish import evaluate_splits, export_run
 from orchestrator.training.mixing import make_mix
@@ -106,6 +107,8 @@ def train(session: Session) -> TrainState:
     if session.worker.rank == 0:
         session.outbox = Outbox(session.run, session.report)
         session.record = Record(session.run, session.state.num_epochs_ended(recipe), session.outbox)
+    if session.plan.job.training.audit:
+        session.audit = Audit(session.run, session.worker, session.state.steps_done(recipe))
     session.saved_at = time.monotonic()
     try:
         for number in range(session.state.phase, len(recipe.phases)):

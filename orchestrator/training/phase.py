@@ -142,6 +142,8 @@ class PhaseLoop:
             batch = session.loader.load(session.source("train"), (plan.job.training.seed, number, microbatch), some)
             if batch is None:
                 continue
+            if session.audit is not None:
+                session.audit.took(state.num_epochs_ended(plan.recipe) + 1, number, microbatch, batch.rows.tolist())
             with statistics.of(microbatch):
                 with autocast(plan, worker):
                     logits = session.forward(channels_last(batch.inputs))
@@ -290,6 +292,8 @@ class PhaseLoop:
         for skipped in session.worker.gather(session.raw.skipped):
             session.raw.skipped.update(skipped)
         state.skipped = {str(row): why for row, why in sorted(session.raw.skipped.items())}
+        if session.audit is not None:
+            session.audit.publish(state.steps_done(session.plan.recipe), session.outbox)
         if session.record is not None and session.outbox is not None:
             entries = {**state.entries(), "seconds": session.seconds()}
             optimizer = ckpt.optimizer_tensors(self.optimizer, self.named)

@@ -15,6 +15,7 @@ from orchestrator.data import Samples
 from orchestrator.features import Batch, SampleSource, Source
 from orchestrator.job import HeldRun, Phase, Plan, Recipe, Report
 from orchestrator.network import Inputs, Network, Strategy, Worker
+from orchestrator.training.audit import Audit
 from orchestrator.training.batches import BatchLoader
 from orchestrator.training.objective import Objective
 from orchestrator.training.outbox import Outbox
@@ -98,6 +99,8 @@ class Session:
     """Of the epochs; rank 0 alone has it, once it is known where the run goes on."""
     outbox: Outbox | None = None
     """What rank 0 has written beside the loop."""
+    audit: Audit | None = None
+    """Of what the steps take, where the job wants it."""
     saved_at: float = field(default_factory=time.monotonic)
 
     @property
