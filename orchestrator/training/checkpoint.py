@@ -77,13 +77,14 @@ def forget_after(run: HeldRun, step: int | None) -> None:
     _delete(run, lambda number: step is None or number > step)
 
 
-def newest_step(run: HeldRun) -> int | None:
+def newest_step(run: HeldRun, note: Callable[[str], None] | None = None) -> int | None:
     """The step of the newest checkpoint that is whole, None if there is none to go on from.
 
-    Raises `CheckpointError` where there are committed ones and none of them is whole: then something other
-    than an interruption has damaged the storage, and starting over in silence would hide it.
+    `note` is told of those that are passed over. Raises `CheckpointError` where there are committed ones and none of
+    them is whole: then something other than an interruption has damaged the storage, and starting over in silence would
+    hide it.
     """
-    problems = []
+    problems: list[str] = []
     for name in run.children(CHECKPOINTS):
         if "COMMITTED" in run.children(f"{CHECKPOINTS}/{name}"):
             raise CheckpointError(
@@ -93,8 +94,13 @@ def newest_step(run: HeldRun) -> int | None:
     for step in reversed(_committed_steps(run)):
         try:
             with run.opened(_name_of(step)):
+                if note is not None:
+                    for problem in problems:
+                        note(f"a checkpoint is passed over: {problem}")
                 return step
         except RefusedError as error:
+            if error.reason not in ("damaged", "not_found"):
+                raise
             problems.append(error.message)
     if problems:
         raise CheckpointError(

@@ -140,7 +140,11 @@ def _settle(session: Session) -> None:
 def _newest_checkpoint(session: Session) -> ckpt.Checkpoint | None:
     """The one that rank 0 chose, on all workers; what lies beyond it is removed, before another one is written."""
     run, worker = session.run, session.worker
-    step: int | None = worker.gather(ckpt.newest_step(run) if worker.rank == 0 else None)[0]
+
+    def note(text: str) -> None:
+        session.report(Noted(text, is_warning=True))
+
+    step: int | None = worker.gather(ckpt.newest_step(run, note) if worker.rank == 0 else None)[0]
     checkpoint = None if step is None else ckpt.load(run, step)
     worker.barrier()  # nobody removes what another one is still reading
     if worker.rank == 0:

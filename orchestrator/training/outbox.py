@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.errors import OrchestratorError, RefusedError, storage_failed
 from orchestrator.job import HeldRun, Noted, Report, open_storage
 
 AWAY_S = 600.0
@@ -103,17 +103,7 @@ class Outbox:
                 try:
                     write()
                 except BaseException as error:
-                    self._error = _as_failure(error)
+                    self._error = storage_failed(error) if isinstance(error, RefusedError) else error
             with self._changed:
                 self._num_waiting -= 1
                 self._changed.notify_all()
-
-
-def _as_failure(error: BaseException) -> BaseException:
-    """What ends a job that runs is no refusal before its start."""
-    if isinstance(error, RefusedError) and error.reason in ("offline", "unauthorised", "not_found"):
-        return OrchestratorError(
-            f"nothing can be written to the storage any more: {error.message}", expected=error.expected,
-            mend=f"{error.mend}; then the same command goes on from the last checkpoint",
-        )  # fmt: skip
-    return error
