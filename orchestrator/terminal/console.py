@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import OrchestratorError, counted
-from orchestrator.job import OF_TARGETS, Parameters, Phase, Plan, figure, figures_of, interval
+from orchestrator.job import OF_TARGETS, Parameters, Phase, Plan, Training, figure, figures_of, interval
 from orchestrator.progress import err
 
 out = Console(highlight=False, emoji=False)
@@ -89,6 +89,8 @@ def show_plan(plan: Plan) -> None:
         rows += _phase(plan, phase)
     threads = f"{plan.threads_per_worker}" if plan.threads_per_worker else "the node's"
     rows.append(("workers", f"{plan.num_workers} x {threads} threads, {'on Ray' if plan.ray else 'in this process'}"))
+    if plan.job.log:
+        rows.append(("sent to", ", ".join(plan.job.log)))
     out.print(pairs(rows))
 
 
@@ -108,7 +110,19 @@ def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
         if phase.batch_norm != "none":
             unknown = ", where the network has it" if plan.weights == "random" else ""
             rows.append(("BatchNorm", f"{phase.batch_norm}{unknown}"))
-    return [*rows, ("body runs", _body_runs(plan, phase))]
+    return [*rows, *_asked_for(plan.job.training, phase), ("body runs", _body_runs(plan, phase))]
+
+
+def _asked_for(training: Training, phase: Phase) -> list[tuple[str, object]]:
+    """What is off by default."""
+    rows: list[tuple[str, object]] = []
+    if training.mix != "none" and phase.source == "samples":
+        rows.append(("mixed", f"samples of a batch, by {training.mix}"))
+    if training.ema is not None:
+        rows.append(("average", f"of the weights, decay {training.ema:g}; kept where validation prefers it"))
+    if training.patience is not None:
+        rows.append(("ends", f"after {counted(training.patience, 'epoch')} without a better one"))
+    return rows
 
 
 def _size(p: Parameters) -> list[tuple[str, object]]:

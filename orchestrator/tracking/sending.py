@@ -82,8 +82,7 @@ class _Sender:
             return
         self._pending = [line for line in self._run.metrics if line["epoch"] > self._last_epoch]
         self._is_away = False
-        missing = f"the epochs after {self._last_epoch}" if self._last_epoch else "the run"
-        self._trying(lambda: self._end(how), f"{missing} could not be sent: the same command again sends them")
+        self._trying(lambda: self._end(how), f"the same command again sends what is missing of {self._run.name}")
 
     def _begin(self) -> None:
         tracker = make_tracker(self._name, self._held, self._plan)

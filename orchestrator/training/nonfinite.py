@@ -27,6 +27,8 @@ Own = Sequence[tuple[int, Ints]]
 class _Seen:
     """What one worker finds in its part of the batch. Plain data, which the others get."""
 
+    batch: list[str] = field(default_factory=list)
+    """Places of all samples."""
     bad_inputs: list[str] = field(default_factory=list)
     """Places of samples whose inputs or targets are not finite."""
     bad_features: list[str] = field(default_factory=list)
@@ -50,6 +52,7 @@ def blame(session: Session, moving: ckpt.Tensors, own: Own, number: int, loss: f
     seen = _Seen()
     batches = [batch for batch in _batches(session, own, number) if batch is not None]
     for batch in batches:
+        seen.batch += [session.samples.place(int(row)) for row in batch.rows]
         bad = _places(session, batch, [*batch.inputs.values(), batch.targets])
         if bad and session.source_name == "features" and _raw_is_finite(session, batch):
             seen.bad_features += bad
@@ -65,7 +68,8 @@ def blame(session: Session, moving: ckpt.Tensors, own: Own, number: int, loss: f
     all_seen = session.worker.gather(seen)
     whole = _Seen(*([place for one in all_seen for place in getattr(one, name)] for name in vars(seen)))
     cause, mend = _judge(session, whole, broken, frozen, earlier, number)
-    return TrainingError(f"the loss is {loss} at step {number}: {cause}", expected="a finite loss", mend=mend)
+    named = "" if any(place in cause for place in whole.batch) else f"; its batch: {_named(whole.batch)}"
+    return TrainingError(f"the loss is {loss} at step {number}: {cause}{named}", expected="a finite loss", mend=mend)
 
 
 def _judge(

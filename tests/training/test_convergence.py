@@ -87,8 +87,9 @@ def test_what_is_chance_depends_on_the_task(made: Any) -> None:
     assert of_task("multi-label", {}) == ""
 
 
-def test_an_ordinary_run_has_no_warning(uninterrupted: orchestrator.Run) -> None:
-    assert uninterrupted.results["warnings"] == []
+def test_an_ordinary_run_has_no_warning(tiny_resnet: Path, digits: Path) -> None:
+    run = orchestrator.finetune(backbone=str(tiny_resnet), data=str(digits), report=lambda _: None)
+    assert run.results["warnings"] == []
 
 
 def test_a_run_that_moved_nothing_says_so_everywhere(tiny_resnet: Path, digits: Path, cli: Cli) -> None:

@@ -95,6 +95,7 @@ def test_a_rate_that_is_too_high_is_said(every: int | None, tiny_resnet: Path, f
     assert "the rate of 1e+30 is to blame" in error.message
     assert "training.learning_rate = 1e+29" in error.mend
     assert "clip_norm" in error.mend
+    assert f" {flat_digits}/" in error.message  # the batch, or those of it for which the network gives no number
 
 
 @pytest.mark.parametrize("method", ["head", "full"])
