@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from cluster.machine import (
     IN_A_NAMESPACE,
@@ -65,8 +66,8 @@ class LocalCluster:
 
     `python` runs the nodes: another virtual environment than this one, say, that has Ray and not this package. `env` is
     added to their environment; of this process's own they get PATH and LANG alone, and PYTHONPATH where `python` is
-    this one. `private`: directories of
-    this machine in whose place each node has an empty one of its own. `namespaces`: None is by what is allowed here.
+    this one. `private`: directories of this machine in whose place each node has an empty one of its own; they want
+    namespaces. `namespaces`: None is by what is allowed here.
     """
 
     num_nodes: int = 2
@@ -81,6 +82,8 @@ class LocalCluster:
     port: int = PORT
     dashboard_port: int = DASHBOARD_PORT
     nodes: dict[str, Node] = dataclasses.field(default_factory=dict)
+    ready_word: ClassVar[str] = "Ray runtime started"
+    """In a node's log, once it is part of the cluster."""
 
     def __post_init__(self) -> None:
         self.name = self.name or f"{os.getpid():x}{secrets.token_hex(1)}"
@@ -275,7 +278,7 @@ class LocalCluster:
         node = self.nodes[name] = Node(name, f"{self.subnet}.{10 + len(self.nodes)}", cpus, gpus)
         own = self.folder / name
         (own / "home").mkdir(parents=True)
-        words, environment = [*self._ray_start(node), *more], self.node_environment(name)
+        words, environment = [*self._command_of(node), *more], self.node_environment(name)
         if self.namespaces:
             words = ["unshare", *NAMESPACES, "sh", "-euc", IN_A_NAMESPACE, "sh", *words]
             environment |= {
@@ -293,7 +296,8 @@ class LocalCluster:
         self._write()
         return name
 
-    def _ray_start(self, node: Node) -> list[str]:
+    def _command_of(self, node: Node) -> list[str]:
+        """What runs on a node for as long as it lives."""
         words = [
             self.python, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
             f"--node-ip-address={node.address}", f"--node-name={node.name}", f"--num-cpus={node.cpus}",
@@ -317,7 +321,7 @@ class LocalCluster:
         """Return once `ray start` says that the node is part of the cluster."""
 
         def ready() -> bool:
-            if "Ray runtime started" in self._log(name).read_text(errors="replace"):
+            if self.ready_word in self._log(name).read_text(errors="replace"):
                 return True
             if not self.processes(name):
                 raise ClusterError(f"{name} has ended:\n{self._last_words(name)}")
