@@ -2,14 +2,15 @@
 # Waits until the cloud says that it takes this spot machine away, and passes that on to Ray, which tells the jobs: they
 # write a checkpoint and go on elsewhere. Runs beside a worker for as long as the machine lives:
 #
-#   notice aws &        AWS says it 120 s ahead
-#   notice gcp &        Google Cloud says it 30 s ahead
+#   RAY_ADDRESS=HEAD:6379 notice aws &        AWS says it 120 s ahead
+#   RAY_ADDRESS=HEAD:6379 notice gcp &        Google Cloud says it 30 s ahead
 #
 # METADATA: another address of the metadata service than the cloud's own, for tests.
 set -euo pipefail
 
 cloud=${1:?usage: notice aws|gcp}
 every_s=${EVERY_S:-2}
+export RAY_ADDRESS=${RAY_ADDRESS:?the address of the head is wanted, HOST:6379}
 
 case $cloud in
   aws)

@@ -155,12 +155,11 @@ def test_a_cluster_lives_grows_loses_and_is_told(name: str) -> None:
         assert [one["alive"] for one in cluster.status().values()] == [True, True]
         done = cluster.run("node0", sys.executable, "-c", NODES, timeout_s=120)
         assert [two[1] for two in eval(done.stdout)] == ["node0", "node1"], done.stderr
-        unguarded = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        words = ["ray", "status", "--address", cluster.address]
+        environment = {**cluster.node_environment("node0"), "RAY_AUTH_TOKEN": "f" * 64}
         refused = subprocess.run(
-            cluster.command("node0", [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", cluster.address]),
-            env={**unguarded, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64},
-            capture_output=True, text=True, check=False, timeout=120,
-        )  # fmt: skip
+            cluster.command("node0", words), env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
         assert refused.returncode != 0
         assert "nauthenticated" in refused.stdout + refused.stderr
 
@@ -182,7 +181,8 @@ def test_a_cluster_lives_grows_loses_and_is_told(name: str) -> None:
             "--deadline-remaining-seconds",
             "25",
         ]
-        told = cluster.run("node1", "ray", "drain-node", *words, timeout_s=120)
+        command = ["env", f"RAY_ADDRESS={cluster.address}", "ray", "drain-node", *words]
+        told = cluster.run("node1", *command, timeout_s=120)
         assert told.returncode == 0, told.stderr
         seen = cluster.run("node0", sys.executable, "-c", draining, timeout_s=120)
         assert str(cluster.status()["node1"]["id"]) in seen.stdout

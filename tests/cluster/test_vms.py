@@ -178,6 +178,7 @@ def test_a_notice_of_the_cloud_is_passed_on_to_ray(cloud: str, left_s: int, meta
     ray.chmod(0o755)
     environment = {
         **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "METADATA": metadata.place, "EVERY_S": "0.05",
+        "RAY_ADDRESS": "10.213.0.10:6379",
     }  # fmt: skip
     notice = subprocess.Popen([FOLDER / "notice.sh", cloud], env=environment, stdout=subprocess.PIPE, text=True)
     assert metadata.asked_often.wait(60)
