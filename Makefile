@@ -1,9 +1,10 @@
-# make install | demo | test | lint | bench | picture | settings; each makes .venv first, if it is missing or out of date.
+# make install | demo | test | test-cluster | lint | bench | picture | settings; each makes .venv first, if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-most test-ray test-types test-fast fuzz chaos lint bench rows picture settings clean
+.PHONY: install demo test test-most test-ray test-types test-cluster test-fast fuzz chaos lint bench rows picture settings \
+  clean
 
 install: $(STAMP)
 
@@ -28,17 +29,23 @@ test: $(STAMP)
 	@$(MAKE) --no-print-directory --keep-going --jobs=1 lint test-most test-ray
 
 test-most: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason --ignore tests/distributed -m "not types"
+	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason -m "not cluster and not types" \
+	  --ignore tests/distributed
 
 test-ray: $(STAMP)  # wants all cores for itself
-	$(BIN)/python -m pytest -q --durations=5 tests/distributed
+	$(BIN)/python -m pytest -q --durations=5 -m "not cluster" tests/distributed
+
+# What needs several machines, made of this one: as root, each has a network of its own (cluster/local.py). At most 40
+# minutes. KUBERAY_CRDS names a folder with KubeRay's ray.io_rayclusters.yaml and ray.io_rayjobs.yaml, for the manifests.
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -q --durations=15 -m cluster
 
 # Every model type of transformers and timm, built and run: after a row of a plugin or a library changed.
 test-types: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=5 -n auto --maxprocesses 4 -m types tests
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not cluster"
 
 # The fuzz tests with many more inputs than `test` gives them; some ten minutes.
 fuzz: $(STAMP)

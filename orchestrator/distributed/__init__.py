@@ -6,6 +6,8 @@ imports Ray. This file imports none of its modules: the process of the event que
     cluster     the trainer with its workers, and following it to its end
     joining     joining a cluster, or starting one here
     offer       what a cluster has to give: devices, threads, waiting
+    waiting     waiting for a place on a cluster, shown and with an end
+    leaving     the notice that a node is taken away
     events      what workers tell the driver, and whether they are to stop
     shared_storage  whether all nodes see the directory that a run lies in
     extractors  a pool of processes that run a frozen body for the workers
@@ -16,6 +18,7 @@ import os
 # Read by Ray when it is imported.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # of the 25 s that a cloud gives, 5 are too many
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Of a worker that died the driver tells itself, in a line.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed while executing a task")

@@ -16,13 +16,15 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ray
     import ray.train
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.distributed.events import DriverChannel, watch_driver
 from orchestrator.distributed.joining import event_queue, joined, shut_down
-from orchestrator.distributed.offer import offer_of
+from orchestrator.distributed.leaving import is_taken_away, leave, leaving_ranks
+from orchestrator.distributed.offer import offer_of, resources_of
 from orchestrator.distributed.shared_storage import refuse_apart
+from orchestrator.distributed.waiting import Wait
 from orchestrator.errors import InterruptedRunError, OrchestratorError, PluginError, TrainingError, first_line
 from orchestrator.job import ERROR_FILE, RAY_FOLDER, Event, Failed, Noted, PhaseBegan, Plan, Report
 
@@ -35,7 +37,14 @@ _STOP_GRACE_S = 60.0
 _ENDED_GRACE_S = 10.0
 _TRAINER_GRACE_S = 60.0
 """How long the trainer may take to see that its workers are gone, and to start those once more that then stop."""
-_EXCHANGE_TIMEOUT_S = 12 * 3600
+_EXCHANGE_TIMEOUT_S = 1800
+"""How long a worker waits for the others: while rank 0 exports the model, say."""
+_BODY_PASS_TIMEOUT_S = 12 * 3600
+"""The same where each runs the frozen body over its share first."""
+_STALE_RESOURCES_S = "12"
+"""How long a new elastic group waits for its place: what it was planned by may be of before a node was lost."""
+_MOST_RENDEZVOUS = 3
+_LOOK_EVERY_S = 2.0
 _LONGEST_WHY = 300
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -62,7 +71,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
         thread = threading.Thread(target=lambda: failed.append(_fit(plan, spec, config)), daemon=True)
         thread.start()
         try:
-            _follow(thread, queue, report, should_stop)
+            _follow(thread, queue, report, should_stop, Wait(plan, offer["threads"], offer["use_gpu"], report))
         except BaseException as error:
             _end(thread, queue, error)
             raise
@@ -79,43 +88,61 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
 
 def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | None:
     """Run the trainer to its end; what it failed with, None if it did not."""
-    trainer = TorchTrainer(
+    scaling = plan.job.scaling
+    if scaling.is_elastic:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _STALE_RESOURCES_S)
+    for attempt in range(1, _MOST_RENDEZVOUS + 1):
+        try:
+            _trainer(plan, spec, config).fit()
+            break
+        except WorkerGroupError as error:
+            return _training_error(error, spec, scaling.max_failures)
+        except Exception as error:
+            # Workers that do not find one another: Ray gives up, whatever its limit of failures.
+            if not isinstance(error, ControllerError) or attempt == _MOST_RENDEZVOUS:
+                return error
+            why = f"the workers could not be started: {_said(error)[:_LONGEST_WHY]}"
+            config["queue"].put.remote(Noted(f"{why}; attempt {attempt + 1} of {_MOST_RENDEZVOUS}", is_warning=True))
+    return None
+
+
+def _trainer(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> TorchTrainer:
+    scaling, use_gpu = plan.job.scaling, config["use_gpu"]
+    shares_gpus = use_gpu and scaling.gpus_per_worker < 1  # NCCL takes no two of a group on one
+    return TorchTrainer(
         _worker,
         train_loop_config=config,
         torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if config["use_gpu"] else "gloo",  # objects are exchanged between CPUs
-            # A worker that has run the body over its share waits for the others: half an hour, the default, may be
-            # short.
-            timeout_s=_EXCHANGE_TIMEOUT_S,
+            # Objects are exchanged between CPUs.
+            backend="cpu:gloo,cuda:nccl" if use_gpu and not shares_gpus else "gloo",
+            timeout_s=_BODY_PASS_TIMEOUT_S if plan.recipe.needs_features else _EXCHANGE_TIMEOUT_S,
         ),
         scaling_config=ScalingConfig(
-            num_workers=plan.num_workers,
-            use_gpu=config["use_gpu"],
-            resources_per_worker={"CPU": config["threads"], **({"GPU": 1} if config["use_gpu"] else {})},
+            num_workers=(scaling.fewest_workers, plan.num_workers) if scaling.is_elastic else plan.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources_of(plan, config["threads"], use_gpu),
+            accelerator_type=scaling.accelerator_type if use_gpu else None,
+            placement_strategy=scaling.placement.replace("-", "_").upper(),
         ),
         run_config=RunConfig(
             name=f"{plan.name}-{int(time.time() * 1000):x}",
             # Ray Train's own files are of no use to us, whose checkpoints stand in the run; so they stay apart.
             storage_path=str(spec.held_run().folder / RAY_FOLDER),
-            failure_config=FailureConfig(max_failures=plan.job.scaling.max_failures),
-            callbacks=[_Failures(config["queue"], plan.job.scaling.max_failures)],
+            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            callbacks=[_Failures(config["queue"], scaling.max_failures)],
         ),
     )
-    try:
-        trainer.fit()
-    except WorkerGroupError as error:
-        with contextlib.suppress(OrchestratorError):
-            spec.held_run().write(ERROR_FILE, _ANSI.sub("", str(error)))
-        who = "; ".join(f"worker {rank}: {why}" for rank, why in failures_of(error.worker_failures).items())
-        again = plan.job.scaling.max_failures
-        return TrainingError(
-            f"{who}{f', after {again} restarts' if again > 1 else ', after a restart' if again else ''}",
-            expected="workers that live to the end",
-            mend=f"{ERROR_FILE} of the run has all that they said; the same command goes on from the last checkpoint",
-        )
-    except Exception as error:
-        return error
-    return None
+
+
+def _training_error(error: WorkerGroupError, spec: WorkerSpec, again: int) -> TrainingError:
+    with contextlib.suppress(OrchestratorError):
+        spec.held_run().write(ERROR_FILE, _ANSI.sub("", str(error)))
+    who = "; ".join(f"worker {rank}: {why}" for rank, why in failures_of(error.worker_failures).items())
+    return TrainingError(
+        f"{who}{f', after {again} restarts' if again > 1 else ', after a restart' if again else ''}",
+        expected="workers that live to the end",
+        mend=f"{ERROR_FILE} of the run has all that they said; the same command goes on from the last checkpoint",
+    )
 
 
 class _Failures(UserCallback):  # type: ignore[misc]  # Ray has no types
@@ -127,6 +154,9 @@ class _Failures(UserCallback):  # type: ignore[misc]  # Ray has no types
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """`worker_exceptions`: {rank: error}."""
+        if ranks := [rank for rank, error in worker_exceptions.items() if is_taken_away(error)]:
+            self._queue.taken_away.remote(sorted(ranks))  # told each time that Ray looks, until all have ended
+            return
         self._queue.failed.remote(failures_of(worker_exceptions), self._max_failures)
 
 
@@ -176,12 +206,20 @@ def _worker(config: dict[str, Any]) -> None:
             config["spec"], channel, config["num_extractors"], config["extractor_threads"], config["use_gpu"]
         )
     device = ray.train.torch.get_device() if config["use_gpu"] else torch.device("cpu")
+
+    def should_stop() -> bool:
+        return channel.should_stop() or bool(leaving_ranks())
+
     try:
         local_rank, deterministic = context.get_local_rank(), config["deterministic"]
         with start_worker(config["threads"], device, local_rank, deterministic) as worker:
-            run_worker(config["spec"], worker, channel.tell, channel.should_stop, extractors)
+            run_worker(config["spec"], worker, channel.tell, should_stop, extractors)
     except InterruptedRunError as error:  # all workers stop at the same step, so none is left waiting
-        channel.tell_for_sure(Failed(error))
+        if channel.wait_whether_to_stop():
+            channel.tell_for_sure(Failed(error))
+        else:
+            channel.flush()
+            leave(context.get_world_rank())
     except OrchestratorError as error:
         if isinstance(error, PluginError):  # a node lacks it
             error.message = f"the worker {place}: {error.message}"
@@ -195,9 +233,9 @@ def _worker(config: dict[str, Any]) -> None:
 # --- following it ---
 
 
-def _follow(thread: threading.Thread, queue: Any, report: Report, should_stop: Callable[[], bool]) -> None:
+def _follow(thread: threading.Thread, queue: Any, report: Report, should_stop: Callable[[], bool], wait: Wait) -> None:
     """Report what happens until the trainer has ended. Raises the error of a worker that failed."""
-    asked_at = 0.0
+    asked_at = looked_at = 0.0
     alive = True
     while alive:
         thread.join(_POLL_S)
@@ -206,6 +244,9 @@ def _follow(thread: threading.Thread, queue: Any, report: Report, should_stop: C
             if isinstance(event, Failed):
                 raise event.error
             report(event)
+        if alive and time.monotonic() - looked_at > _LOOK_EVERY_S:
+            looked_at = time.monotonic()
+            wait.look(_is_waiting(queue))
         if alive and should_stop() and not asked_at:
             asked_at = time.monotonic()
             report(Noted("stopping after this step"))
@@ -223,6 +264,13 @@ def _take(queue: Any, stop: bool) -> list[Event]:
     except ray.exceptions.RayActorError:  # it died, and is started again: some events are lost, and no work
         return []
     return events
+
+
+def _is_waiting(queue: Any) -> bool:
+    try:
+        return bool(ray.get(queue.is_waiting.remote()))
+    except ray.exceptions.RayActorError:
+        return False
 
 
 def _end(thread: threading.Thread, queue: Any, error: BaseException) -> None:

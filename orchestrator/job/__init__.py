@@ -3,7 +3,9 @@
 In: what a person wrote in Python, YAML or flags. Out: a checked, frozen `Job`; the `Plan` that the gate makes of it is
 plain data that travels to workers as JSON. Imports neither torch nor Ray.
 
-    spec      the Job and its parts; Python, YAML and flags become the same object
+    part      what every group of settings has in common
+    scaling   where a job runs
+    spec      the Job and its other parts; Python, YAML and flags become the same object
     drafts    what a person wrote -> a Job, each fault with its place
     keys      every key of a job, and what a name without its group stands for
     reference  what each key takes, its default and its meaning, out of the models

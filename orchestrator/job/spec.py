@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
+from orchestrator.job.part import Part
 from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path, whole
+from orchestrator.job.scaling import Scaling as Scaling
 
 TaskName = Literal["single-label", "multi-label", "regression"]
 Method = Literal["head", "full", "lp-ft", "lora", "scratch"]
@@ -36,19 +38,7 @@ def _without_secret(place: str) -> str:
     return place
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switches(cls, value: object, info: ValidationInfo) -> object:
-        switch = cls.model_fields[info.field_name or ""].annotation is bool
-        if isinstance(value, bool) and not switch:  # pydantic would take true for 1
-            raise ValueError("true and false mean nothing here")
-        return value
-
-
-class Data(_Part):
+class Data(Part):
     """Where the labelled samples are, and how they are split."""
 
     path: str = Field(
@@ -119,7 +109,7 @@ class Data(_Part):
         return self
 
 
-class Training(_Part):
+class Training(Part):
     """How the weights are moved. `None` means: by the method's default, which the plan shows."""
 
     epochs: int | None = Field(
@@ -196,28 +186,6 @@ class Training(_Part):
     )  # fmt: skip
 
 
-class Scaling(_Part):
-    """Where it runs. One worker without an address needs no cluster and starts none."""
-
-    num_workers: int = Field(1, ge=1, description="processes that train; more than one run on Ray")
-    address: str | None = Field(
-        None, description="a Ray cluster to join: its address, 'auto', or 'local' to start one here"
-    )
-    num_extractors: int | None = Field(
-        None, ge=1, description="method head: processes on Ray that run the frozen body, before the workers train the "
-        "head; default: the workers run it"
-    )  # fmt: skip
-    threads_per_worker: int | None = Field(
-        None,
-        ge=1,
-        description="default: the cores that the system gives, over the workers; OMP_NUM_THREADS is not looked at",
-    )
-    device: Literal["auto", "cpu", "gpu"] = Field(
-        "auto", description="auto: GPUs where there is one for each process, else CPUs"
-    )
-    max_failures: int = Field(2, ge=0, description="how often a dead worker group is restarted")
-
-
 IN_A_STORE = r"[a-zA-Z][\w+.-]*://.*[^/].*"
 """What a place in an object store looks like."""
 NOT_LEARNT: Mapping[str, Any] = {
@@ -231,7 +199,7 @@ _IDENTITY_VERSION = 3
 """Raised when the same fields come to mean something else."""
 
 
-class Job(_Part):
+class Job(Part):
     """All that a user asks for. Frozen; `orchestrator.plan` turns it into a Plan or refuses it."""
 
     modality: str = Field("image", description="image, audio, text, or another that `orchestrator plugins` lists")

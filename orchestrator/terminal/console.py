@@ -88,7 +88,9 @@ def show_plan(plan: Plan) -> None:
     for phase in plan.recipe.phases:
         rows += _phase(plan, phase)
     threads = f"{plan.threads_per_worker}" if plan.threads_per_worker else "the node's"
-    rows.append(("workers", f"{plan.num_workers} x {threads} threads, {'on Ray' if plan.ray else 'in this process'}"))
+    scaling = plan.job.scaling
+    workers = f"{scaling.min_workers} to {plan.num_workers}" if scaling.is_elastic else f"{plan.num_workers}"
+    rows.append(("workers", f"{workers} x {threads} threads, {'on Ray' if plan.ray else 'in this process'}"))
     if plan.job.log:
         rows.append(("sent to", ", ".join(plan.job.log)))
     out.print(pairs(rows))

@@ -84,6 +84,7 @@ FLAGS = (
     Flag("--seed", "training.seed", _TRAINING, None, int),
     Flag("--size", "settings.size", _TRAINING, "input size, where the modality has one", int),
     Flag("--workers", "scaling.num_workers", _WHERE, "more than one: processes on Ray", int),
+    Flag("--min-workers", "scaling.min_workers", _WHERE, "elastic: so many go on where nodes are lost", int),
     Flag("--address", "scaling.address", _WHERE, "a Ray cluster; 'local' starts one here"),
     Flag("--storage", "storage", _WHERE, "where the runs lie: a directory or s3://…"),
     Flag("--log", "log", _WHERE, "send epochs and figures to mlflow or wandb as well (repeatable)", list[str],

@@ -1,0 +1,45 @@
+"""Waiting for a place on a cluster: a person sees what is asked for and what there is, and it has an end."""
+
+from __future__ import annotations
+
+import time
+
+from orchestrator.distributed.offer import lacking
+from orchestrator.errors import RefusedError
+from orchestrator.job import Noted, Plan, Report
+
+_TOLD_EVERY_S = 60.0
+
+
+class Wait:
+    """Of one job, whose workers wait at its beginning, and again wherever a node of theirs is lost."""
+
+    def __init__(self, plan: Plan, threads: int, use_gpu: bool, report: Report) -> None:
+        self._plan, self._threads, self._use_gpu, self._report = plan, threads, use_gpu, report
+        self._began: float | None = None
+        self._told = 0.0
+
+    def look(self, waiting: bool) -> None:
+        """Called often; `waiting`: no group of workers runs. Raises `RefusedError` once that was so for too long."""
+        now = time.monotonic()
+        if not waiting:
+            self._began = None
+            return
+        if self._began is None:
+            self._began = self._told = now
+        left_s = self._began + self._plan.job.scaling.wait_s - now
+        if left_s > 0 and now - self._told < _TOLD_EVERY_S:
+            return
+        self._told = now
+        wanted = lacking(self._plan, self._threads, self._use_gpu)
+        if left_s > 0:
+            if wanted:
+                self._report(Noted(f"still waiting for a place: {wanted}; {left_s / 60:.0f} min are left"))
+            return
+        if not wanted:  # it has its place, and starts
+            return
+        raise RefusedError(
+            "resources",
+            f"the job has had no place on the cluster for {self._plan.job.scaling.wait_s:g} s: {wanted}",
+            mend="the same command goes on once there is one; or raise scaling.wait_s, or lower scaling.num_workers",
+        )

@@ -1,0 +1,66 @@
+"""Where a job runs: how many processes, on which devices, of which cluster."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from orchestrator.job.part import Part
+
+
+class Scaling(Part):
+    """Where it runs. One worker without an address needs no cluster and starts none."""
+
+    num_workers: int = Field(1, ge=1, description="processes that train; more than one run on Ray")
+    min_workers: int | None = Field(
+        None, ge=1, description="an elastic group: it goes on with so many workers where nodes are lost, and grows "
+        "again, up to num_workers, where some join; default: num_workers, always"
+    )  # fmt: skip
+    address: str | None = Field(
+        None, description="a Ray cluster to join: its address, 'auto', or 'local' to start one here"
+    )
+    num_extractors: int | None = Field(
+        None, ge=1, description="method head: processes on Ray that run the frozen body, before the workers train the "
+        "head; default: the workers run it"
+    )  # fmt: skip
+    threads_per_worker: int | None = Field(
+        None,
+        ge=1,
+        description="default: the cores that the system gives, over the workers; OMP_NUM_THREADS is not looked at",
+    )
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="auto: GPUs where there is one for each process, else CPUs"
+    )
+    gpus_per_worker: float = Field(
+        1.0, gt=0, le=1, description="less than 1: so many processes share a GPU, as 0.5 two"
+    )
+    accelerator_type: str | None = Field(
+        None, min_length=1, description="GPUs of this kind alone, by Ray's name for it: L4, A100, H100"
+    )
+    placement: Literal["pack", "spread", "strict-pack", "strict-spread"] = Field(
+        "pack", description="the workers on as few nodes as it goes, or on as many; strict: on one alone, or each on "
+        "another, or not at all"
+    )  # fmt: skip
+    wait_s: float = Field(
+        1800.0, gt=0, description="on a cluster: how long it waits for its place there, for an autoscaler too"
+    )
+    max_failures: int = Field(
+        2, ge=0, description="how often a dead worker group is restarted; nodes that were taken away do not count"
+    )
+
+    @property
+    def fewest_workers(self) -> int:
+        """That it goes on with."""
+        return self.min_workers or self.num_workers
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while it runs."""
+        return self.fewest_workers < self.num_workers
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Scaling:
+        if self.fewest_workers > self.num_workers:
+            raise ValueError(f"min_workers = {self.min_workers} is more than num_workers = {self.num_workers}")
+        return self

@@ -1,0 +1,120 @@
+"""The script for Slurm, on a Slurm cluster of two machines: Debian's, each in namespaces of its own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.local import LocalCluster, namespaces_allowed
+from cluster.nodes import Node
+from tests.conftest import REPOSITORY
+
+SCRIPT = REPOSITORY / "cluster" / "slurm.sh"
+SCRIPTS = sorted((REPOSITORY / "cluster").rglob("*.sh"))
+CONFIG = """\
+ClusterName=test
+SlurmctldHost=node0
+AuthType=auth/none
+CredType=cred/none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmUser=root
+SlurmdUser=root
+ReturnToService=2
+KillWait=10
+JobRequeue=1
+SchedulerParameters=batch_sched_delay=0,sched_interval=1
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+NodeName=node[0-1] CPUs=2 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda one: one.name)
+def test_shellcheck_finds_nothing(script: Path, tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    typo = tmp_path / script.name
+    typo.write_text(script.read_text().replace("\nuntil ", "\nuntl ", 1))
+    assert subprocess.run(["shellcheck", typo], capture_output=True, check=False).returncode == 1
+
+
+class SlurmMachines(LocalCluster):
+    """Machines that run Slurm and no Ray: that is for the script to start."""
+
+    ready_word = "slurmd started"
+
+    def _command_of(self, node: Node) -> list[str]:
+        control = "slurmctld; " if node.name == "node0" else ""
+        return ["sh", "-c", f"{control}exec slurmd -D -N {node.name}"]
+
+    def _wait_for_dashboard(self) -> None:
+        """There is none."""
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[SlurmMachines]:
+    for program in ("slurmctld", "slurmd", "sbatch"):
+        if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin") is None:
+            pytest.skip(f"{program} is not installed (Debian: slurmctld, slurmd, slurm-client)")
+    if not namespaces_allowed():
+        pytest.skip("two machines of Slurm want namespaces, and so root")
+    folder = tmp_path / "slurm"
+    for name in ("state", "home", "spool-node0", "spool-node1"):
+        (folder / name).mkdir(parents=True)
+    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder))
+    scratch = Path(f"/tmp/s{tmp_path.stat().st_ino:x}")  # short: for sockets
+    scratch.mkdir()
+    env = {"SLURM_CONF": str(folder / "slurm.conf"), "HOME": str(folder / "home"), "TMPDIR": str(scratch)}
+    try:
+        with SlurmMachines(env=env, private=[str(scratch)]) as started:
+            yield started
+    finally:
+        scratch.rmdir()
+
+
+def wait_for(machines: SlurmMachines, log: Path, words: str) -> str:
+    """What the job has written, once it has written that."""
+    while words not in (text := log.read_text() if log.exists() else ""):
+        queue = machines.run("node0", "squeue", "--noheader").stdout
+        assert queue.strip(), f"the job has ended:\n{text}"
+        time.sleep(0.5)
+    return text
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_a_job_runs_on_two_machines_and_nothing_is_left(
+    machines: SlurmMachines, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"backbone: {tiny_resnet}\ndata: {digits}\nmethod: full\nname: run\nstorage: {tmp_path / 'runs'}\n"
+        "training: {epochs: 2, batch_size: 16}\nscaling: {num_workers: 2, threads_per_worker: 2}\n"
+    )
+    log = tmp_path / "log"
+    words = ["sbatch", "--wait", "--cpus-per-task=2", "--time=9", "--output", str(log), str(SCRIPT), str(job)]
+    done = machines.run("node0", *words, timeout_s=500)
+    text = log.read_text()
+    assert done.returncode == 0, text
+    assert (tmp_path / "runs/run/model/model.safetensors").exists(), text
+    assert "2 workers" in text or "10.213." in text
+    assert not list((tmp_path / "slurm/home").glob(".ray-token-*"))
+    for node in ("node0", "node1"):
+        left = [line for line in machines.processes(node).values() if "raylet" in line or "gcs_server" in line]
+        assert left == []
+        assert machines.run(node, "sh", "-c", 'ls "$TMPDIR"').stdout == ""
