@@ -7,6 +7,7 @@ later the directory that holds all files, downloaded at the pinned commit. Impor
     untrusted  what its JSON files may set: nothing that opens, loads or runs anything else
     timm_settings  the settings that timm's architectures take
     hub        questions to the Hub, asked again where that helps
+    hub_search  what the Hub's own search gives: a task, a number of parameters
     weights    are there any, their shapes and digest, and the files themselves
 """
 
@@ -15,6 +16,7 @@ from orchestrator.backbone.cards import (
     read_card as read_card,
 )
 from orchestrator.backbone.hub import asking as asking, offline as offline
+from orchestrator.backbone.hub_search import HubCandidate as HubCandidate, find_on_hub as find_on_hub
 from orchestrator.backbone.untrusted import require_harmless as require_harmless
 from orchestrator.backbone.weights import (
     Tensors as Tensors,

@@ -31,4 +31,4 @@ from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as loa
 from orchestrator.training.loop import run_worker as run_worker
 from orchestrator.training.metrics import Predictions as Predictions, measure as measure
 from orchestrator.training.objective import Objective as Objective, make_objective as make_objective
-from orchestrator.training.probe import Probe as Probe, fit_probe as fit_probe
+from orchestrator.training.probe import SCORES as SCORES, Probe as Probe, fit_probe as fit_probe
