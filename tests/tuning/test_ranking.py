@@ -119,9 +119,8 @@ def test_texts_are_counted_for_each_tokenizer(random_bert: Path, tmp_path: Path)
         if isinstance(event, PhaseBegan) and event.text == "reading the data":
             read.append(event.text)
 
-    table = ranked(
-        random_bert, random_bert, other, data=str(write_toys(tmp_path, "text")), modality="text", report=report
-    )
+    data = str(write_toys(tmp_path, "text"))
+    table = ranked(random_bert, random_bert, other, data=data, modality="text", report=report)
     assert len(table.rows) == 2
     assert len(read) == 2
     for row in table.rows:
@@ -197,7 +196,7 @@ def test_what_is_no_ranking(tiny_resnet: Path, flat_digits: Path) -> None:
         ranked(tiny_resnet, data=data, num_samples=1)
     with pytest.raises(JobError, match="runs in this process"):
         ranked(tiny_resnet, data=data, scaling={"num_workers": 2})
-    with pytest.raises(JobError, match="settings.sise"):
+    with pytest.raises(JobError, match=r"settings\.sise"):
         ranked(tiny_resnet, data=data, settings={"sise": 3})
     with pytest.raises(RefusedError, match="nowhere"):
         ranked(tiny_resnet, data="nowhere")
