@@ -77,12 +77,12 @@ def _listed(query: str, parsed: _Query, num: int) -> Iterator[HubCandidate]:
             pipeline_tag=parsed.task, num_parameters=parsed.num_parameters, sort="downloads",
             limit=_LOOKED_AT * num, expand=["safetensors", "gated"],
         )))  # fmt: skip
-    except HfHubHTTPError as error:
-        raise JobError(
-            f"the Hub does not answer {query!r}: {first_line(error)}", expected="a task of the Hub",
-            mend="look at huggingface.co/tasks for its name, or name the backbones",
-        ) from error  # fmt: skip
     except (HTTPError, OfflineModeIsEnabled) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise JobError(
+                f"the Hub does not answer {query!r}: {first_line(error)}", expected="a task of the Hub",
+                mend="look at huggingface.co/tasks for its name, or name the backbones",
+            ) from error  # fmt: skip
         raise RefusedError(
             "offline", f"the Hub cannot be asked for {query!r}: {type(error).__name__}: {first_line(error)}",
             mend="check the connection and HF_ENDPOINT, or name the backbones",

@@ -13,6 +13,8 @@ _ARMIJO = 1e-4
 _ROUNDING = 1e-6
 """Of a value in float32: a step that makes it larger by no more is not taken for a bad one."""
 _MOST_HALVINGS = 20
+_LEAST_SLOPE = 0.01
+"""Of what the preconditioner alone gives."""
 
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Points [problems, size] -> (values [problems], gradients [problems, size])."""
@@ -33,8 +35,11 @@ def minimise(
     scale = torch.ones_like(value)
     done = torch.zeros_like(value, dtype=torch.bool)
     for _ in range(max_steps):
-        direction = -_newton_like(gradient, history, scale, precondition)
-        slope = _dot(gradient, direction)
+        direction, plain = -_newton_like(gradient, history, scale, precondition), -precondition(gradient)
+        slope, plain_slope = _dot(gradient, direction), _dot(gradient, plain)
+        astray = slope > _LEAST_SLOPE * plain_slope  # what the last steps told of the curvature holds no longer
+        direction = torch.where(astray[:, None], plain, direction)
+        slope = torch.where(astray, plain_slope, slope)
         # Half the slope is what a quadratic would still fall by.
         done |= -slope <= 2 * tolerance * value.abs()
         if done.all():

@@ -8,6 +8,7 @@ that stands for one.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -137,8 +138,9 @@ class Race:
         )  # fmt: skip
         seconds = time.monotonic() - started
         if isinstance(ref, NoCut):
+            finite = "" if math.isfinite(ref.split_error) else "what it gives is not finite, or "
             raise TrainingError(
-                "no cut into body and head holds for this network, so that it has no features to compare",
+                f"{finite}no cut into body and head holds for this network, so that it has no features to compare",
                 expected="a network whose head reads what its body gives",
                 mend="train it as it is, with --set training.features='every step', and compare the runs",
             )

@@ -128,16 +128,14 @@ def main() -> None:
             full = fully(backbones, job, f"{place}/full", given.epochs)
             ranked = found["ours"][-1]
             wrong += contradictions(ranked, full)
-            more[what] = {
-                "ours_s": middle(seconds["ours"]), "heads_s": middle(seconds["heads"]),
-                "backbones": {
-                    name: {
-                        "probe": row.score, "neighbours": row.neighbours, "samples": row.num_samples,
-                        "head": found["heads"][-1][name], "full": full[name]["accuracy"], "full_95": full[name]["accuracy_95"],
-                        "expected_min": row.full_minutes,
-                    }
-                    for name, row in ranked.items()
-                },
+            more[what] = {"ours_s": middle(seconds["ours"]), "heads_s": middle(seconds["heads"])}
+            more[f"{what}_found"] = {
+                name: {
+                    "probe": row.score, "neighbours": row.neighbours, "samples": row.num_samples,
+                    "head": found["heads"][-1][name], "expected_min": row.full_minutes,
+                    "full": full[name]["accuracy"], "full_95": full[name]["accuracy_95"],
+                }
+                for name, row in ranked.items()
             }  # fmt: skip
     rows.append(("pairs that the ranking has the wrong way round", float(len(wrong)), 0.0, False))
     report("rank", rows, wrong=wrong, **more)
