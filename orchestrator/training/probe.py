@@ -148,10 +148,14 @@ def _standardised(features: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]
     Features of mean 0 and variance 1. Where samples are fewer than features, these are turned so that all but as many
     as there are samples are 0, and left out: the best layer lies in what samples span, and its squares stay the same.
     """
-    mean = features.double().mean(dim=0)
-    std = features.double().std(dim=0, correction=0)
+    rounded = features.mean(dim=0, dtype=torch.float64).float()
+    x = features - rounded
+    rest = x.mean(dim=0, dtype=torch.float64)  # of a large mean float32 has lost what is small beside it
+    mean = rounded.double() + rest
+    x -= rest.float()
+    std = x.square().mean(dim=0, dtype=torch.float64).sqrt()
     scale = torch.where(std > _CONSTANT * mean.abs(), 1 / std, 0.0)
-    x = ((features.double() - mean) * scale).float()
+    x *= scale.float()
     turned = None
     if len(x) < x.shape[1]:
         turned, corner = torch.linalg.qr(x.T)

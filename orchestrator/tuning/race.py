@@ -48,8 +48,8 @@ class Race:
     def run(self, candidates: Sequence[Candidate], most: int) -> list[Candidate]:
         """Measure all, on up to `most` samples; those that were still in the race at its end, the best first.
 
-        Of the best the features of all splits are stored afterwards. What fails has a `problem`. Raises
-        `InterruptedRunError` when asked to stop.
+        Of the best the features of all splits are stored afterwards, unless there are more samples than that. What
+        fails has a `problem`. Raises `InterruptedRunError` when asked to stop.
         """
         samples = self._samples()
         pool = stratified(samples, np.sort(np.concatenate([samples.rows("train"), samples.rows("validation")])), 0)
@@ -67,7 +67,7 @@ class Race:
             if size != sizes[-1]:
                 gone = leaving({one.source: one.standings[size] for one in racing})
                 racing = [one for one in racing if one.source not in gone]
-        self._finish(racing, candidates)
+        self._finish(racing, candidates, completes=len(pool) <= most)
         return racing
 
     def _measure(self, candidate: Candidate, rows: Ints) -> None:
@@ -79,12 +79,12 @@ class Race:
             self.report(PhaseBegan(f"{candidate.name}: a probe on {len(there):,} samples"))
             candidate.standings[len(rows)] = self._standing(candidate, features, source.samples, there, len(rows))
 
-    def _finish(self, racing: Sequence[Candidate], candidates: Sequence[Candidate]) -> None:
-        """Steps of full fine-tuning are timed for those that are left; of the best all features are stored."""
+    def _finish(self, racing: Sequence[Candidate], candidates: Sequence[Candidate], completes: bool) -> None:
+        """Steps of full fine-tuning are timed for those that are left; with `completes`, the best's features stored."""
         for candidate in racing:
             with self._at_work(candidate), ExitStack() as resources:
                 network, source = self._loaded(candidate, resources)
-                if candidate is racing[0]:
+                if completes and candidate is racing[0]:
                     rows = np.concatenate([source.samples.rows(name) for name in ("train", "validation", "test")])
                     self._features(candidate, network, source, np.sort(rows), resources)
                 if candidate.full is not None:
