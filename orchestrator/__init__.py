@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.predictor import evaluate as evaluate, predict as predict
     from orchestrator.rehearsal import plan as plan
     from orchestrator.train import finetune as finetune, pretrain as pretrain
+    from orchestrator.tuning import RankTable as RankTable, rank as rank
 
 # No module may have the name of a public function: importing `orchestrator.x` would replace `orchestrator.x()`.
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "Modality": "modality",
     "OrchestratorError": "errors",
     "Plan": "job",
+    "RankTable": "tuning",
     "RefusedError": "errors",
     "Run": "job",
     "check": "gate",
@@ -45,6 +47,7 @@ _HOMES = {
     "plan": "rehearsal",
     "predict": "predictor",
     "pretrain": "train",
+    "rank": "tuning",
     "register": "modality",
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 LARGE = (".safetensors", ".bin", ".gguf")
 
@@ -27,11 +28,22 @@ class Repository:
     gated: bool = False
     files_gated: bool = False
     """The real Hub may answer model_info of a gated repository and refuse its files."""
+    pipeline_tag: str = ""
+    downloads: int = 0
 
     @property
     def sha(self) -> str:
         digest = hashlib.sha1(repr(sorted(self.files.items())).encode())
         return digest.hexdigest()
+
+    @property
+    def num_parameters(self) -> int | None:
+        """By the header of its safetensors file, as the Hub counts them."""
+        content = self.files.get("model.safetensors")
+        if content is None:
+            return None
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
 
 
 @dataclass
@@ -97,6 +109,8 @@ def serve() -> Iterator[Hub]:
             if self._fault.isdigit():
                 return self._send(int(self._fault), b"try again", with_body)
             parts = path.strip("/").split("/")
+            if parts == ["api", "models"]:
+                return self._search(parse_qs(urlsplit(self.path).query), with_body)
             if parts[:2] == ["api", "models"]:
                 return self._info("/".join(parts[2:4]), parts[4:], with_body)
             if parts[:2] == ["api", "datasets"]:  # kept under datasets/org/name, as their files' addresses are
@@ -121,6 +135,28 @@ def serve() -> Iterator[Hub]:
             else:
                 return found
             return None
+
+        def _search(self, asked: dict[str, list[str]], with_body: bool) -> None:
+            """Two models a page, whatever the limit, as the real Hub has pages too."""
+            tag, start = asked.get("pipeline_tag", [""])[0], int(asked.get("cursor", ["0"])[0])
+            if tag.startswith("no-such"):
+                return self._error(400, "BadRequest", with_body)
+            edges = dict(part.split(":") for part in asked.get("num_parameters", [""])[0].split(",") if part)
+            found = []
+            for name, one in hub.repositories.items():
+                num = one.num_parameters
+                known = num is not None and float(edges.get("min", 0)) <= num <= float(edges.get("max", "inf"))
+                if tag == one.pipeline_tag and (known or not edges):
+                    found.append((one.downloads, name, num, one.gated or one.files_gated))
+            found.sort(reverse=True)
+            page = [
+                {"_id": name, "id": name, "gated": "manual" if gated else False}
+                | ({} if num is None else {"safetensors": {"parameters": {"F32": num}, "total": num}})
+                for _, name, num, gated in found[start : start + 2]
+            ]
+            more = f"{hub.url}/api/models?{urlencode({**asked, 'cursor': [start + 2]}, doseq=True)}"
+            link = {"Link": f'<{more}>; rel="next"'} if start + 2 < len(found) else {}
+            self._send(200, json.dumps(page).encode(), with_body, {"Content-Type": "application/json", **link})
 
         def _info(self, name: str, parts: list[str], with_body: bool) -> None:
             if len(parts) > 1 and parts[0] == "tree":

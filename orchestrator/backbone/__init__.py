@@ -9,6 +9,7 @@ later the directory that holds all files, downloaded at the pinned commit. Impor
     timm_settings  the settings that timm's architectures take
     hub_cache  files of the Hub on this machine
     hub        questions to the Hub, asked again where that helps
+    hub_search  what the Hub's own search gives: a task, a number of parameters
     weights    are there any, their shapes and digest, and the files themselves
 """
 
@@ -18,6 +19,7 @@ from orchestrator.backbone.cards import (
 )
 from orchestrator.backbone.hub import asking as asking, offline as offline
 from orchestrator.backbone.hub_cache import place_for as place_for
+from orchestrator.backbone.hub_search import HubCandidate as HubCandidate, find_on_hub as find_on_hub
 from orchestrator.backbone.untrusted import require_harmless as require_harmless
 from orchestrator.backbone.weights import (
     Tensors as Tensors,

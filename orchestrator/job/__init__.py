@@ -21,6 +21,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     locations  URIs -> stores (S3 and what else pyarrow and fsspec open); needs pyarrow
     files     files of this machine, written whole and compared
     events    what happens while a job runs
+    stopping  whether it is to stop: the caller says so, or a signal
     figures   which figures of a task are shown, and how they are written
 """
 
@@ -126,6 +127,7 @@ from orchestrator.job.split_names import (
     name_splits as name_splits,
     split_of as split_of,
 )
+from orchestrator.job.stopping import Stop as Stop, stop_on_signal as stop_on_signal
 from orchestrator.job.storage import (
     VERSION as VERSION,
     Lease as Lease,

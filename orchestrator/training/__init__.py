@@ -19,6 +19,10 @@ The same in one process and on many; knows nothing of Ray.
     objective   what the task decides: loss, class weights, the scale of targets
     metrics     figures of each task, confusion
     intervals   their 95 % intervals
+    probe       the best linear layer on features, by cross-validation
+    linear_fits  the layers of all folds side by side: ridge, logistic regression
+    minimise    several convex problems at once
+    folds       which fold a sample is held out in
     checkpoint  save, newest whole one, restore; safetensors and JSON
     audit       which samples each step took, on which worker
     outbox      what goes to the storage beside the loop
@@ -30,8 +34,10 @@ The same in one process and on many; knows nothing of Ray.
 
 from orchestrator.training.assembly import WorkerSpec as WorkerSpec, assembled as assembled
 from orchestrator.training.audit import Taken as Taken, read_audit as read_audit
+from orchestrator.training.folds import assign_folds as assign_folds
 from orchestrator.training.intervals import wilson as wilson
 from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as load_run
 from orchestrator.training.loop import run_worker as run_worker
 from orchestrator.training.metrics import Predictions as Predictions, measure as measure
 from orchestrator.training.objective import Objective as Objective, make_objective as make_objective
+from orchestrator.training.probe import SCORES as SCORES, Probe as Probe, fit_probe as fit_probe
