@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.predictor import evaluate as evaluate, predict as predict
     from orchestrator.rehearsal import plan as plan
     from orchestrator.train import finetune as finetune, pretrain as pretrain
+    from orchestrator.tuning import search as search
 
 # No module may have the name of a public function: importing `orchestrator.x` would replace `orchestrator.x()`.
 _HOMES = {
@@ -46,6 +47,7 @@ _HOMES = {
     "predict": "predictor",
     "pretrain": "train",
     "register": "modality",
+    "search": "tuning",
 }
 
 __all__ = sorted(_HOMES)  # one list of names, not two

@@ -132,12 +132,21 @@ def resolve_backbone(job: Job) -> ResolvedBackbone:
 
 def prepare(job: Job, resolved: ResolvedBackbone, directory: Path | None = None) -> tuple[Plan, Prepared]:
     """The Plan, and what was found in the data; the sample table is written into `directory`, if there is one."""
-    card = resolved.card
-    prepared = _prepare(job.data, resolved.plugin, card, job.task, directory)
-    made = make_plan(
+    prepared = read_data(job, resolved, directory)
+    return plan_on(job, resolved, prepared), prepared
+
+
+def read_data(job: Job, resolved: ResolvedBackbone, directory: Path | None = None) -> Prepared:
+    """What is found in the job's data; the sample table is written into `directory`, if there is one."""
+    return _prepare(job.data, resolved.plugin, resolved.card, job.task, directory)
+
+
+def plan_on(job: Job, resolved: ResolvedBackbone, prepared: Prepared) -> Plan:
+    """The Plan of a job whose data was read before. Raises `RefusedError` and `JobError`."""
+    return make_plan(
         job,
         resolved.plugin,
-        with_digest(card),
+        with_digest(resolved.card),
         resolved.row,
         resolved.tensors,
         prepared.classes,
@@ -145,7 +154,6 @@ def prepare(job: Job, resolved: ResolvedBackbone, directory: Path | None = None)
         prepared.profile,
         num_cores(),
     )
-    return made, prepared
 
 
 def drafted(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:

@@ -17,6 +17,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     directories  the same for a directory; for object stores it is in `data`
     files     files of this machine, written whole and compared
     events    what happens while a job runs
+    stopping  whether it is to stop: the caller says so, or a signal
     figures   which figures of a task are shown, and how they are written
 """
 
@@ -37,6 +38,7 @@ from orchestrator.job.events import (
     Noted as Noted,
     PhaseBegan as PhaseBegan,
     Report as Report,
+    TrialsAdvanced as TrialsAdvanced,
 )
 from orchestrator.job.figures import (
     FIGURES as FIGURES,
@@ -60,6 +62,7 @@ from orchestrator.job.held import (
     HeldRun as HeldRun,
     hold as hold,
 )
+from orchestrator.job.keys import all_keys as all_keys, groups as groups, homes as homes, meant as meant
 from orchestrator.job.places import (
     DATA_FOLDER as DATA_FOLDER,
     SPLIT_KEYS as SPLIT_KEYS,
@@ -93,7 +96,10 @@ from orchestrator.job.reference import (
     settings_of as settings_of,
 )
 from orchestrator.job.runs import (
+    BEST_OF_SEARCH as BEST_OF_SEARCH,
+    SEARCH_FILE as SEARCH_FILE,
     Run as Run,
+    is_search as is_search,
     list_runs as list_runs,
     open_finished as open_finished,
     open_run as open_run,
@@ -115,6 +121,7 @@ from orchestrator.job.split_names import (
     name_splits as name_splits,
     split_of as split_of,
 )
+from orchestrator.job.stopping import Stop as Stop, stop_on_signal as stop_on_signal
 from orchestrator.job.storage import (
     VERSION as VERSION,
     Lease as Lease,

@@ -151,9 +151,15 @@ class Run:
         )
 
 
+SEARCH_FILE, BEST_OF_SEARCH = "search.json", "best"
+"""What the directory of a search holds instead of a plan, and the key there of the name of its best run."""
+
+
 def open_run(path: str | Path) -> Run:
-    """The run of that directory. Raises `RefusedError` where there is none."""
+    """The run of that directory, of a search its best one. Raises `RefusedError` where there is none."""
     run = Run(local_path(path).absolute())
+    if is_search(run):
+        return _best_of(run)
     if run.storage.read(f"{run.name}/plan.json") is None:
         raise RefusedError(
             "not_found",
@@ -162,6 +168,21 @@ def open_run(path: str | Path) -> Run:
             mend="list them: orchestrator runs",
         )
     return run
+
+
+def is_search(run: Run) -> bool:
+    """Whether the directory is a search's, whose trials are runs beside it."""
+    return run.storage.read(f"{run.name}/{SEARCH_FILE}") is not None
+
+
+def _best_of(search: Run) -> Run:
+    best = search._object(SEARCH_FILE).get(BEST_OF_SEARCH)
+    if not isinstance(best, str) or not best.startswith(f"{search.name}."):
+        raise RefusedError(
+            "not_found", f"the search {search.path} has not ended, so that it has no best run yet",
+            expected="a search that has ended", mend="go on with it by the command that it began with",
+        )  # fmt: skip
+    return open_run(search.path.parent / best)
 
 
 def open_finished(path: str | Path) -> Run:
