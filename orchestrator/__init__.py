@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from orchestrator.rehearsal import plan as plan
     from orchestrator.train import finetune as finetune, pretrain as pretrain
     from orchestrator.tuning import RankTable as RankTable, rank as rank
+    from orchestrator.tuning.search import search as search
 
 # No module may have the name of a public function: importing `orchestrator.x` would replace `orchestrator.x()`.
 _HOMES = {
@@ -49,6 +50,7 @@ _HOMES = {
     "pretrain": "train",
     "rank": "tuning",
     "register": "modality",
+    "search": "tuning",
 }
 
 __all__ = sorted(_HOMES)  # one list of names, not two

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan, Report
+from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan, Report, TrialsAdvanced, figure
 
 # A class named ":fish:" is shown as it is written, and so is a file named "[bold].png": `escape` sees to that.
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -84,8 +84,8 @@ class _Bar:
             self._bar.console.print(Text(f"  {what} ", style=style).append(event.text, style="default"))
         elif isinstance(event, Advanced) and self._task is not None:
             self._bar.advance(self._task, event.num)
-        elif isinstance(event, EpochEnded) and self._task is not None:
-            self._bar.update(self._task, status=_status(event))
+        elif isinstance(event, EpochEnded | TrialsAdvanced) and self._task is not None:
+            self._bar.update(self._task, status=_status(event) if isinstance(event, EpochEnded) else _trials(event))
 
 
 def _status(event: EpochEnded) -> str:
@@ -94,6 +94,12 @@ def _status(event: EpochEnded) -> str:
     what, short = ("accuracy", "acc") if event.task == "single-label" else ("loss", "loss")
     split, shown = ("validation", "val") if f"validation_{what}" in line else ("train", "train")
     return f"epoch {line['epoch']}/{event.num_epochs} {shown} {short} {line[f'{split}_{what}']:.3f}"
+
+
+def _trials(event: TrialsAdvanced) -> str:
+    """`trial 12/16 best 0.931`"""
+    best = f" best {figure(event.best[0][1])}" if event.best else ""
+    return f"trial {event.num_done}/{event.num_trials}{best}"
 
 
 class _Plain:
@@ -117,6 +123,8 @@ class _Plain:
                 self._show(f"{self._done:,} of {self._phase.total:,} samples")
         elif isinstance(event, EpochEnded):
             self._show(_status(event), at_once=event.figures["epoch"] == event.num_epochs)
+        elif isinstance(event, TrialsAdvanced):
+            self._show(_trials(event), at_once=event.num_done == event.num_trials)
 
     def _show(self, line: str, at_once: bool = False) -> None:
         if at_once or time.monotonic() - self._last > _PLAIN_EVERY_S:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticSerializationError
@@ -51,10 +48,12 @@ from orchestrator.job import (
     Plan,
     Report,
     Run,
+    Stop,
     hold,
     list_runs,
     open_storage,
     run_in,
+    stop_on_signal,
 )
 from orchestrator.modality import registry
 from orchestrator.progress import progress
@@ -63,9 +62,6 @@ from orchestrator.tracking import require_trackers, tracked
 
 if TYPE_CHECKING:
     from orchestrator.training import WorkerSpec
-
-Stop = Callable[[], bool]
-"""Whether a job is to stop: asked often, after steps and batches, from the thread that called."""
 
 
 def finetune(
@@ -160,16 +156,35 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
             options.report(Noted(str(line)))
         for line in plan.warnings:
             options.report(Noted(line, is_warning=True))
-        with (
-            _errors_of_libraries(held, resolved.plugin.extra),
-            _stop_on_signal(options.stop) as should_stop,
-            tracked(job.log, held, plan, run, options.report) as report,
-        ):
-            work = _on_ray if plan.ray else _in_process
-            work(_worker_spec(held, plan, options), plan, report, should_stop)
-            if not run_in(run.storage, run.name).finished:
-                raise InterruptedRunError("stopped before the first step", mend="the same command goes on")
+        _work(held, plan, resolved.plugin.extra, options, job.log)
     return run
+
+
+def train_as_planned(run: Run, report: Report, stop: Stop) -> Run:
+    """Train a run that was laid out to its end, as its plan says: neither its job nor its data is looked at again.
+
+    `report` and `stop` as of `finetune`, and so is what it raises.
+    """
+    with hold(run.storage, run.name) as held:
+        plan = run.plan
+        if not run.finished:
+            options = RunOptions(False, False, report, stop)
+            _work(held, plan, registry.get(plan.job.modality).extra, options, plan.job.log)
+    return run
+
+
+def _work(held: HeldRun, plan: Plan, extra: str, options: RunOptions, log: Sequence[str]) -> None:
+    """Have the plan's workers train; returns once the run has finished. `log`: the services that hear of it."""
+    run = run_in(held.storage, held.name)
+    with (
+        _errors_of_libraries(held, extra),
+        stop_on_signal(options.stop) as should_stop,
+        tracked(log, held, plan, run, options.report) as report,
+    ):
+        work = _on_ray if plan.ray else _in_process
+        work(_worker_spec(held, plan, options), plan, report, should_stop)
+        if not run_in(held.storage, held.name).finished:
+            raise InterruptedRunError("stopped before the first step", mend="the same command goes on")
 
 
 def _run_of(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
@@ -220,7 +235,7 @@ def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, opt
     with held.scratch() as folder:
         plan, prepared = prepare(job, resolved, folder)
         plan = rehearsed(plan, prepared, resolved)
-        texts = _texts(run, job, plan, prepared)  # what cannot be written down is found before anything is removed
+        texts = texts_of(job, plan, prepared)  # what cannot be written down is found before anything is removed
         held.clear()  # also what is left of one that a start over was cut off in removing
         tables_in(held.storage).put(folder, held)
     for name, text in texts.items():  # plan.json, written last, says that the run is there
@@ -241,10 +256,10 @@ def _refuse_without_samples(run: Run) -> None:
         )  # fmt: skip
 
 
-def _texts(run: Run, job: Job, plan: Plan, prepared: Prepared) -> dict[str, str]:
+def texts_of(job: Job, plan: Plan, prepared: Prepared) -> dict[str, str]:
     """{file: its text} of what the run's directory begins with. Raises `DataError` for names that are no Unicode."""
     # With whole paths, so that it says the same from any directory.
-    at = job.at_whole_paths().model_copy(update={"name": plan.name, "storage": run.storage.place})
+    at = job.at_whole_paths().model_copy(update={"name": plan.name, "storage": open_storage(job.storage).place})
     lines = [json.dumps({"place": s.place, "problem": s.problem}, ensure_ascii=False) for s in prepared.skipped]
     try:
         texts = {"job.yaml": at.to_yaml()}
@@ -255,7 +270,7 @@ def _texts(run: Run, job: Job, plan: Plan, prepared: Prepared) -> dict[str, str]
             text.encode()
     except (UnicodeEncodeError, PydanticSerializationError) as error:
         raise DataError(
-            f"a label or a path of the data of {run.name} holds half a character: {first_line(error)}",
+            f"a label or a path of the data of {plan.name} holds half a character: {first_line(error)}",
             expected="Unicode text",
             mend="correct it in the table",
         ) from None
@@ -301,28 +316,3 @@ def _on_ray(spec: WorkerSpec, plan: Plan, report: Report, should_stop: Stop) -> 
     from orchestrator.distributed.cluster import run_on_ray
 
     run_on_ray(plan, spec, report, should_stop)
-
-
-@contextlib.contextmanager
-def _stop_on_signal(stop: Stop | None) -> Iterator[Stop]:
-    """Whether to stop: `stop()` says so, or a first Ctrl-C or SIGTERM; a second Ctrl-C stops at once.
-
-    Who gives a `stop` owns the signals, and so does who calls from another thread than the main one.
-    """
-    if stop is not None or threading.current_thread() is not threading.main_thread():
-        yield stop or (lambda: False)
-        return
-    asked = threading.Event()
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in old.items():
-            if handler is not None:  # one that was not installed from Python cannot be put back
-                signal.signal(number, handler)

@@ -74,6 +74,11 @@ class TableStore:
         shutil.rmtree(folder, ignore_errors=True)
         return path
 
+    def refer(self, key: str, run: HeldRun) -> None:
+        """Let that run of the storage use a table that is there."""
+        with self._alone():
+            run.write(REFERENCE_FILE, json.dumps({"table": key}) + "\n")
+
     def in_use(self) -> dict[str, list[str]]:
         """{key of a table: names of the runs that use it}. Raises `RefusedError` where a run does not tell."""
         runs: dict[str, list[str]] = {}

@@ -30,15 +30,16 @@ _PASSED_ON = (
 
 
 @contextlib.contextmanager
-def joined(plan: Plan) -> Iterator[None]:
-    """Connected to the plan's cluster.
+def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool = False) -> Iterator[None]:
+    """Connected to the plan's cluster; one that is started here has `num_cpus` cores, by default what the plan takes.
 
     One that is started here serves the later calls of this process too, as far as its cores suffice: a start takes some
     3 s. Ray stops it when the process ends. One that was there is left again.
     """
     address = plan.job.scaling.address
     here = address in (None, "local")
-    if ray.is_initialized() and _started and (not here or _started[0] < _num_cpus(plan)):
+    num_cpus = num_cpus or _num_cpus(plan)
+    if ray.is_initialized() and _started and (not here or _started[0] < num_cpus):
         shut_down()
     if ray.is_initialized():
         yield
@@ -54,11 +55,11 @@ def joined(plan: Plan) -> Iterator[None]:
         if here:
             ray.init(
                 address="local",
-                num_cpus=_num_cpus(plan),
-                include_dashboard=False,
+                num_cpus=num_cpus,
+                include_dashboard=dashboard,
                 **quiet,
             )
-            _started[:] = [_num_cpus(plan)]
+            _started[:] = [num_cpus]
         else:
             assert address is not None
             _refuse_unknown(address)

@@ -42,6 +42,7 @@ from orchestrator.job.events import (
     Noted as Noted,
     PhaseBegan as PhaseBegan,
     Report as Report,
+    TrialsAdvanced as TrialsAdvanced,
 )
 from orchestrator.job.figures import (
     FIGURES as FIGURES,
@@ -67,6 +68,7 @@ from orchestrator.job.held import (
     HeldRun as HeldRun,
     hold as hold,
 )
+from orchestrator.job.keys import all_keys as all_keys, groups as groups, homes as homes, meant as meant
 from orchestrator.job.places import (
     DATA_FOLDER as DATA_FOLDER,
     SPLIT_KEYS as SPLIT_KEYS,
@@ -103,7 +105,10 @@ from orchestrator.job.reference import (
     settings_of as settings_of,
 )
 from orchestrator.job.runs import (
+    BEST_OF_SEARCH as BEST_OF_SEARCH,
+    SEARCH_FILE as SEARCH_FILE,
     Run as Run,
+    is_search as is_search,
     list_runs as list_runs,
     open_finished as open_finished,
     open_run as open_run,

@@ -55,5 +55,20 @@ class Failed:
     error: OrchestratorError
 
 
-Event = PhaseBegan | Advanced | EpochEnded | Noted | Failed
+@dataclass(frozen=True)
+class TrialsAdvanced:
+    """How far a search is, told when a trial has ended and when one has begun."""
+
+    num_done: int
+    num_trials: int
+    num_running: int
+    num_failed: int
+    metric: str
+    best: tuple[tuple[int, float, Mapping[str, str]], ...] = ()
+    """(number, score, {short name of a setting: its value}) of the best trials so far, the best one first."""
+    seconds_left: float | None = None
+    """As far as the trials before tell."""
+
+
+Event = PhaseBegan | Advanced | EpochEnded | Noted | Failed | TrialsAdvanced
 Report = Callable[[Event], None]

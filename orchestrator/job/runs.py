@@ -208,6 +208,10 @@ class Run:
         )
 
 
+SEARCH_FILE, BEST_OF_SEARCH = "search.json", "best"
+"""What the directory of a search holds instead of a plan, and the key there of the name of its best run."""
+
+
 def run_in(storage: Storage, name: str) -> Run:
     """The run of that name in a storage, whether it is there or not."""
     at = storage.path / name if isinstance(storage, DirectoryStorage) else storage.place_of(name)
@@ -215,9 +219,11 @@ def run_in(storage: Storage, name: str) -> Run:
 
 
 def open_run(place: str | Path) -> Run:
-    """The run at that directory or URI. Raises `RefusedError` where there is none."""
+    """The run at that directory or URI, of a search its best one. Raises `RefusedError` where there is none."""
     text = plain_path(str(place)).rstrip("/") if isinstance(place, str) else ""
     run = Run(text if is_uri(text) else local_path(text or place).absolute())
+    if is_search(run):
+        return _best_of(run)
     if run.storage.read(f"{run.name}/plan.json") is None:
         run.storage.require()
         raise RefusedError(
@@ -227,6 +233,21 @@ def open_run(place: str | Path) -> Run:
             mend="list them: orchestrator runs",
         )
     return run
+
+
+def is_search(run: Run) -> bool:
+    """Whether the directory is a search's, whose trials are runs beside it."""
+    return run.storage.read(f"{run.name}/{SEARCH_FILE}") is not None
+
+
+def _best_of(search: Run) -> Run:
+    best = search._object(SEARCH_FILE).get(BEST_OF_SEARCH)
+    if not isinstance(best, str) or not best.startswith(f"{search.name}."):
+        raise RefusedError(
+            "not_found", f"the search {search.place} has not ended, so that it has no best run yet",
+            expected="a search that has ended", mend="go on with it by the command that it began with",
+        )  # fmt: skip
+    return run_in(search.storage, best)
 
 
 def open_finished(place: str | Path) -> Run:

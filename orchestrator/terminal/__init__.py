@@ -5,6 +5,7 @@ In: arguments. Out: the same calls that Python makes, printed as tables at 80 co
     cli               the commands
     predict_commands  those that use a finished run
     rank_commands     the one that compares backbones
+    search_commands   `orchestrator search`: while it runs, and in the end
     run_commands      those of `orchestrator runs`
     feature_commands  those of `orchestrator features`
     flags             every flag, and the setting that it sets

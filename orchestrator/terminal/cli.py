@@ -19,7 +19,7 @@ from orchestrator.errors import (
     did_you_mean,
     missing_extra,
 )
-from orchestrator.terminal import feature_commands, predict_commands, rank_commands, run_commands
+from orchestrator.terminal import feature_commands, predict_commands, rank_commands, run_commands, search_commands
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.flags import Json, name_flags, takes_flags
 
@@ -127,6 +127,7 @@ def check(
     answers.show_backbone(checked, job.modality, json_)
 
 
+app.command()(search_commands.search)
 app.command()(rank_commands.rank)
 app.command()(predict_commands.predict)
 app.command()(predict_commands.evaluate)

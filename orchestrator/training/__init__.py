@@ -34,10 +34,12 @@ The same in one process and on many; knows nothing of Ray.
 
 from orchestrator.training.assembly import WorkerSpec as WorkerSpec, assembled as assembled
 from orchestrator.training.audit import Taken as Taken, read_audit as read_audit
+from orchestrator.training.batches import epoch_batches as epoch_batches
 from orchestrator.training.folds import assign_folds as assign_folds
 from orchestrator.training.intervals import wilson as wilson
 from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as load_run
 from orchestrator.training.loop import run_worker as run_worker
 from orchestrator.training.metrics import Predictions as Predictions, measure as measure
 from orchestrator.training.objective import Objective as Objective, make_objective as make_objective
+from orchestrator.training.phase import rate_factor as rate_factor
 from orchestrator.training.probe import SCORES as SCORES, Probe as Probe, fit_probe as fit_probe

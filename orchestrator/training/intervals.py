@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,19 @@ _NUM_RESAMPLES = 200
 _Z95 = 1.959963984540054
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """The interval of a proportion (Wilson 1927), without continuity correction."""
+def wilson(correct: int, total: int, among: int = 1) -> tuple[float, float]:
+    """The interval of a proportion (Wilson 1927), without continuity correction.
+
+    `among`: the proportion is the best of so many that were looked at; then the intervals of all of them together hold
+    in 95 % of cases (Bonferroni, as Dunn 1961 has it).
+    """
     if total == 0:
         return 0.0, 1.0
     share = correct / total
-    scale = 1 + _Z95**2 / total
-    centre = (share + _Z95**2 / (2 * total)) / scale
-    half = _Z95 * math.sqrt(share * (1 - share) / total + _Z95**2 / (4 * total**2)) / scale
+    z = _Z95 if among == 1 else NormalDist().inv_cdf(1 - 0.025 / among)
+    scale = 1 + z**2 / total
+    centre = (share + z**2 / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / scale
     # The share itself is its edge where all are right or wrong, but for rounding.
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 

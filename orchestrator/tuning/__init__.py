@@ -1,8 +1,23 @@
-"""What is found out by trying: which backbone to take.
+"""Many runs to find one: searches over the settings of a job by Ray Tune's means, and which backbone to take.
 
-In: backbones, data and the job that they have in common. Out: a `RankTable`. What is computed on the way lies where
-every job looks for it.
+In: a job, and what its settings are drawn from. Out: trials in an order, the best one as a finished run. What trials
+share is done once: the data is read, a frozen body runs, and heads are trained side by side.
 
+    search      the driver: a space -> trials -> a SearchResult
+    settings    what a search is asked for beside its job and space
+    space       keys of a job and what their values are drawn from
+    proposals   which configurations come next
+    trials      what came of each trial, and the record of it
+    layout      a trial's job -> its plan and its run, on data that was read once
+    work        which trials are trained how, and what is told of them
+    stacks      trials of a frozen body: features once, heads side by side
+    heads       many heads on the same features, trained at once
+    arithmetic  their losses and optimizers
+    on_tune     trials as Ray Tune's, each a run in a process of its own
+    stopping    Tune's schedulers that stop trials early
+    result      what a search gives: trials in order, tables
+    pictures    the same as pictures
+    directory   where a search or a ranking works
     ranking     rank: candidates through the gate, the race, the table
     candidates  each candidate through the gate, on data that is read once
     race        features and probes on a sample that grows for those still in it
@@ -11,5 +26,13 @@ every job looks for it.
     steps       how long full fine-tuning would take: a few steps are measured
 """
 
+import orchestrator.distributed  # noqa: F401  # it sets what Ray reads when it is imported
 from orchestrator.tuning.ranking import rank as rank
+from orchestrator.tuning.result import (
+    SearchResult as SearchResult,
+    open_search as open_search,
+    shown_config as shown_config,
+)
+from orchestrator.tuning.search import search as search
 from orchestrator.tuning.standings import RankRow as RankRow, RankTable as RankTable
+from orchestrator.tuning.trials import Trial as Trial

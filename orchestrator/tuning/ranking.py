@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.backbone import find_on_hub
-from orchestrator.data import open_storage
 from orchestrator.errors import JobError, RefusedError, TrainingError
 from orchestrator.gate import ResolvedBackbone, drafted, materialised, without_rows
-from orchestrator.job import DATA_FOLDER, Job, Report, Stop, hold, local_path, shown, stop_on_signal
+from orchestrator.job import DATA_FOLDER, Job, Report, Stop, hold, shown, stop_on_signal
 from orchestrator.modality import registry
 from orchestrator.network import find_device, start_worker
 from orchestrator.progress import progress
 from orchestrator.training import SCORES
 from orchestrator.tuning.candidates import Candidate, Gate, failed_row, num_parameters, refused_row, require_meant
+from orchestrator.tuning.directory import directory_of
 from orchestrator.tuning.race import Race
 from orchestrator.tuning.standings import RankRow, RankTable, compare
 
@@ -53,7 +53,7 @@ def rank(
         should_stop = held.enter_context(stop_on_signal(stop))
         names, rows = _names(backbones, from_hub, num_from_hub)
         job = _job(names, rows, num_samples, fields)
-        storage = open_storage(str(local_path(job.storage).absolute()))
+        storage = directory_of(job.storage)
         # A run of its own that nobody sees: it holds the sample table while features are computed of it.
         digest = hashlib.sha256(json.dumps([job.identity(), names]).encode()).hexdigest()[:8]
         run = held.enter_context(hold(storage, f".rank-{digest}"))
@@ -128,7 +128,7 @@ def _job(names: Sequence[str], rows: Sequence[RankRow], num_samples: int, fields
 def _with_rows(job: Job, fields: dict[str, Any], known: dict[str, ResolvedBackbone]) -> Job:
     """The job with the rows that a program holds on the storage, where the jobs that follow have them too."""
     draft = drafted(None, {**fields, "backbone": next(iter(known)), "method": "head"})
-    written = materialised(draft, local_path(job.storage) / DATA_FOLDER).job()
+    written = materialised(draft, directory_of(job.storage).path / DATA_FOLDER).job()
     return job.model_copy(update={"data": written.data})
 
 

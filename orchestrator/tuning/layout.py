@@ -1,0 +1,119 @@
+"""A trial's job -> its plan, on data that was read once, and its run, laid out so that any process can train it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from orchestrator.backbone import with_digest
+from orchestrator.data import Prepared, TableStore
+from orchestrator.errors import ChangedError, DataError
+from orchestrator.gate import ResolvedBackbone, plan_on, read_data, resolve_backbone
+from orchestrator.job import Draft, HeldRun, Job, PhaseBegan, Plan, Report, Run, hold
+from orchestrator.rehearsal import rehearsed
+from orchestrator.train import texts_of
+from orchestrator.tuning.space import Config, draft_with
+from orchestrator.tuning.trials import Key
+
+
+@dataclass(frozen=True)
+class _Data:
+    prepared: Prepared
+    table: str
+    """Its key in the storage's table store."""
+
+
+@dataclass
+class Layout:
+    """What the plans of a search's trials are made of: backbones and data, each looked at once."""
+
+    draft: Draft
+    """The job, but for what the trials draw."""
+    search: HeldRun
+    report: Report
+    _backbones: dict[str, ResolvedBackbone] = field(default_factory=dict)
+    _data: dict[str, _Data] = field(default_factory=dict)
+    _tried: set[str] = field(default_factory=set)
+
+    def run_of(self, key: Key) -> Run:
+        """The run of a trial, whether it is there or not."""
+        number, repeat = key
+        return Run(self.search.folder.parent / f"{self.search.name}.{number:04}{f'.{repeat}' if repeat else ''}")
+
+    def job_of(self, key: Key, config: Config) -> Job:
+        """The job of a trial. Raises `JobError`."""
+        return draft_with(self.draft, {**config, "name": self.run_of(key).name}).job()
+
+    def plan_of(self, key: Key, config: Config) -> Plan:
+        """The plan of a trial. Raises `RefusedError` where its settings do not go together.
+
+        The first of each backbone and input is rehearsed with real samples.
+        """
+        job = self.job_of(key, config)
+        resolved, data = self._backbone(job), self._data_of(job)
+        plan = plan_on(job, resolved, data.prepared)
+        looks = json.dumps([plan.backbone.source, plan.input, plan.job.settings, data.table], sort_keys=True)
+        if looks not in self._tried:
+            rehearsed(plan, data.prepared, resolved)
+            self._tried.add(looks)
+        if not plan.data.num_samples["validation"]:
+            raise DataError(
+                "a search chooses by a validation split, and nothing is held back for one",
+                mend="set data.validation_fraction above 0, or name a validation split: data.validation",
+            )
+        return plan
+
+    def lay_out(self, key: Key, config: Config, plan: Plan) -> Run:
+        """The run of a trial, as `train_as_planned` goes on with it; one that was begun before is as it was."""
+        run, job = self.run_of(key), self.job_of(key, config)
+        data = self._data_of(job)
+        with hold(run.storage, run.name) as held:
+            if held.read("plan.json") is not None and run.plan.job.digest() == plan.job.digest():
+                return run
+            texts = texts_of(job, plan, data.prepared)
+            held.clear()
+            TableStore(held.folder.parent).refer(data.table, held)
+            for name, text in texts.items():  # plan.json, written last, says that the run is there
+                held.write(name, text)
+        return run
+
+    def use_table_of(self, plan: Plan) -> None:
+        """Let the search itself use the plan's sample table."""
+        TableStore(self.search.folder.parent).refer(self._data_of(plan.job).table, self.search)
+
+    def seen(self) -> dict[str, str]:
+        """What data and backbones were looked at, and their digests."""
+        data = {f"data {key}": one.prepared.summary.fingerprint for key, one in self._data.items()}
+        return data | {f"backbone {key}": str(one.card.commit) for key, one in self._backbones.items()}
+
+    def _backbone(self, job: Job) -> ResolvedBackbone:
+        name = job.at_whole_paths().backbone
+        if name not in self._backbones:
+            self.report(PhaseBegan(f"looking at {job.backbone}"))
+            resolved = resolve_backbone(job)
+            self._backbones[name] = replace(resolved, card=with_digest(resolved.card))
+        return self._backbones[name]
+
+    def _data_of(self, job: Job) -> _Data:
+        """What is measured of samples depends on the backbone, where that is a text's: its tokens."""
+        whole = job.at_whole_paths()
+        key = json.dumps([whole.data.model_dump(mode="json", exclude_defaults=True), whole.backbone], sort_keys=True)
+        if key not in self._data:
+            self.report(PhaseBegan("reading the data"))
+            with self.search.scratch() as folder:
+                prepared = read_data(job, self._backbone(job), folder)
+                table = TableStore(self.search.folder.parent).put(folder, self.search)
+            self._data[key] = _Data(prepared, table.name)
+        return self._data[key]
+
+
+def refuse_changed(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise `ChangedError` where data or a backbone is no longer what the search began with."""
+    for key, value in now.items():
+        if before.get(key, value) != value:
+            raise ChangedError(
+                f"{key.partition(' ')[0]} of the search {what} has changed since it began: {key.partition(' ')[2]}",
+                expected=f"as it was: {before[key].removeprefix('sha256:')[:12]}",
+                mend="start over with fresh (--fresh), or keep both: name (--name)",
+            )

@@ -1,0 +1,286 @@
+"""Trials as Ray Tune's: each a run of ours in a process of its own, as many side by side as the cluster has room for.
+
+A trial goes on from its run's last checkpoint, ends before its final figures, so that nobody reads the test split, and
+is a row of the record once it has ended. What Tune writes itself stays in a folder of this machine, and is never read.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from orchestrator.distributed.cluster import failures_of
+from orchestrator.distributed.joining import joined
+from orchestrator.errors import InterruptedRunError, RefusedError
+from orchestrator.gate import num_cores
+from orchestrator.job import EpochEnded, Event, PhaseBegan, Plan, Report, Run, Stop
+from orchestrator.modality import Modality, registry
+from orchestrator.train import train_as_planned
+from orchestrator.tuning.layout import Layout
+from orchestrator.tuning.stacks import Task
+from orchestrator.tuning.stopping import Stopping
+from orchestrator.tuning.trials import Key, Metric, State, Trial
+
+_MOST_HERE = 8
+"""Trials side by side on this machine, unless more are asked for: each holds a network and its samples in memory."""
+_RUN, _NUMBER, _REPEAT = "run", "number", "repeat"
+_DRIVER_BYTES = 2**20
+"""What a trial asks for that has workers of its own: a place, and no core."""
+_ENVIRONMENT = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are ours
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "20",  # a step may take long; after it the process serves the next trial
+    "TUNE_RESULT_BUFFER_LENGTH": "0",  # a scheduler decides before the next epoch
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What trials get of the cluster."""
+
+    num_side_by_side: int
+    threads: int
+    """Of each worker."""
+    use_gpu: bool
+
+
+@dataclass
+class TuneTrials:
+    """Runs trials with Ray Tune until nothing comes next."""
+
+    layout: Layout
+    metric: Metric
+    stopping: Stopping
+    report: Report
+    should_stop: Stop
+    """Asked all the time: once it is true, all trials end where they are, and none is recorded."""
+    heard: Callable[[Key, Mapping[str, Any]], None]
+    ended: Callable[[Trial], None]
+    next: Callable[[], Task | None]
+    """The next trial, None once there is none."""
+    running: set[Key] = field(default_factory=set)
+    _tasks: dict[Key, Task] = field(default_factory=dict)
+    _started: dict[Key, float] = field(default_factory=dict)
+    _stopping: bool = False
+    _room: Room = field(default_factory=lambda: Room(1, 1, False))
+
+    def run(self, first: Plan, most: int, num_trials: int | None) -> Any:
+        """Run all trials that come; Tune's own `ResultGrid`.
+
+        `first`: the plan of one of them, which says what each wants of a cluster; `most`: trials in all.
+        `num_trials`: side by side, None: as many as there is room for. Raises `RefusedError` where there is room for
+        none, and `InterruptedRunError` where `should_stop` says so.
+        """
+        os.environ.update(_ENVIRONMENT)
+        self.report(PhaseBegan("starting Ray"))
+        with joined(first, num_cpus=num_cores(), dashboard=True):
+            self._room = room_for(first, most, num_trials)
+            modality = first.job.modality
+            own = registry.get(modality) if registry.is_registered(modality) else None
+            folder = Path(tempfile.mkdtemp(prefix="orchestrator-tune-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)  # until then its grid can be looked at
+            return self._fit(first, most, own, folder)
+
+    def _fit(self, first: Plan, most: int, modality: Modality | None, folder: Path) -> Any:
+        def trial(config: dict[str, Any]) -> None:
+            train_trial(config, modality)
+
+        tuner = tune.Tuner(
+            tune.with_resources(trial, self._resources(first)),
+            tune_config=tune.TuneConfig(
+                search_alg=_Feed(self), scheduler=self.stopping, num_samples=most,
+                max_concurrent_trials=self._room.num_side_by_side, reuse_actors=True,
+                trial_dirname_creator=lambda one: str(one.trial_id),
+            ),
+            run_config=tune.RunConfig(
+                name="trials", storage_path=str(folder), verbose=0, callbacks=[_Hears(self)], stop=_Stops(self),
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        )  # fmt: skip
+        grid = tuner.fit()
+        if self._stopping:
+            raise InterruptedRunError("stopped while trials ran", mend="the same command goes on")
+        return grid
+
+    def _resources(self, plan: Plan) -> tune.PlacementGroupFactory:
+        if plan.num_workers > 1 or plan.num_extractors:
+            return tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES}])
+        return tune.PlacementGroupFactory([{"CPU": self._room.threads, **({"GPU": 1} if self._room.use_gpu else {})}])
+
+    # --- what Tune's parts call ---
+
+    def propose(self) -> dict[str, Any] | None:
+        """What a trial's process gets; None once there is nothing more."""
+        task = None if self._stopping else self.next()
+        if task is None:
+            return None
+        plan = task.plan.model_copy(update={
+            "threads_per_worker": self._room.threads,
+            "ray": task.plan.num_workers > 1 or task.plan.num_extractors > 0,
+        })  # fmt: skip
+        run = self.layout.lay_out(task.key, task.config, plan)
+        self._tasks[task.key] = task
+        return {_RUN: str(run.path), _NUMBER: task.key[0], _REPEAT: task.key[1], **task.config}
+
+    def began(self, key: Key) -> None:
+        """A trial has begun."""
+        self.running.add(key)
+        self._started.setdefault(key, time.monotonic())
+
+    def epoch(self, key: Key, result: Mapping[str, Any]) -> None:
+        """A trial tells of an epoch."""
+        self.heard(key, {name: result[name] for name in (*_FIGURES, "epoch") if name in result})
+
+    def over(self, key: Key, error: str = "") -> None:
+        """A trial has ended; where all are stopped, it goes on another time."""
+        self.running.discard(key)
+        if self._stopping:
+            return
+        task, lines = self._tasks[key], lines_of(self.layout.run_of(key))
+        epochs = task.plan.recipe.num_epochs
+        finished = bool(lines) and lines[-1]["epoch"] == epochs
+        state: State = "failed" if error else "finished" if finished else "stopped"
+        score = None if error else self.metric.value(lines)
+        self.ended(Trial(
+            key[0], task.config, state, score, epochs, lines,
+            round(time.monotonic() - self._started.get(key, time.monotonic()), 3), error, key[1],
+        ))  # fmt: skip
+
+    def stops(self) -> bool:
+        """Whether all trials are to end."""
+        self._stopping = self._stopping or self.should_stop()
+        return self._stopping
+
+
+_FIGURES = ("train_loss", "validation_loss", "validation_accuracy")
+
+
+def lines_of(run: Run) -> list[dict[str, Any]]:
+    """The epochs of a trial's run, as the record has them."""
+    return [{name: line[name] for name in ("epoch", *_FIGURES) if name in line} for line in run.metrics]
+
+
+def room_for(plan: Plan, most: int, asked: int | None) -> Room:
+    """How many trials like that the cluster has room for side by side, at most `asked` and `most`; at least one.
+
+    Raises `RefusedError` where it has room for none.
+    """
+    there = ray.cluster_resources()
+    cores, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
+    scaling = plan.job.scaling
+    use_gpu = gpus > 0 and scaling.device != "cpu"
+    processes = max(plan.num_workers, plan.num_extractors)
+    wanted = min(most, asked or (gpus // processes if use_gpu else _MOST_HERE))
+    threads = scaling.threads_per_worker or max(1, cores // (processes * max(1, wanted)))
+    room = min(cores // (processes * threads), gpus // processes if use_gpu else cores)
+    if room < 1:
+        raise RefusedError(
+            "resources",
+            f"a trial needs {processes} processes of {threads} threads{' and a GPU each' if use_gpu else ''}, and the "
+            f"cluster has {cores} CPUs and {gpus} GPUs",
+            mend="lower scaling.num_workers or scaling.threads_per_worker",
+        )
+    return Room(max(1, min(wanted, room)), threads, use_gpu)
+
+
+# --- in the trial's process ---
+
+
+def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> None:
+    """Train the run of a trial up to its final figures, and tell Tune of each epoch."""
+    if modality is not None and not registry.is_registered(modality.name):
+        registry.register(modality)
+    trained = False
+
+    def report(event: Event) -> None:
+        nonlocal trained
+        if isinstance(event, EpochEnded):
+            trained = event.figures["epoch"] == event.num_epochs
+            figures = {name: event.figures[name] for name in _FIGURES if name in event.figures}
+            tune.report({**figures, "epoch": event.figures["epoch"], "training_iteration": event.figures["epoch"]})
+
+    run = Run(Path(config[_RUN]))
+    trained = bool(lines_of(run)) and lines_of(run)[-1]["epoch"] == run.plan.recipe.num_epochs
+    with contextlib.suppress(InterruptedRunError):
+        train_as_planned(run, report, lambda: trained)
+
+
+# --- Tune's parts ---
+
+
+class _Feed(Searcher):  # type: ignore[misc]  # Ray has no types
+    """Gives Tune one trial after the other."""
+
+    def __init__(self, trials: TuneTrials) -> None:
+        super().__init__()
+        self._trials = trials
+
+    def suggest(self, trial_id: str) -> Any:  # noqa: ARG002  # trials have names of their own
+        """The next one's configuration."""
+        return self._trials.propose() or Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Its row is written elsewhere."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: our own record is what a search goes on with."""
+
+    restore = save
+
+
+class _Hears(tune.Callback):  # type: ignore[misc]
+    """Passes on what Tune's trials do."""
+
+    def __init__(self, trials: TuneTrials) -> None:
+        self._trials = trials
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_info: Any) -> None:  # noqa: ARG002
+        """A trial begins."""
+        self._trials.began(_key_of(trial))
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_info: Any) -> None:  # noqa: ARG002
+        """It tells of an epoch."""
+        self._trials.epoch(_key_of(trial), result)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_info: Any) -> None:  # noqa: ARG002
+        """It has ended, by itself or because a scheduler has stopped it."""
+        self._trials.over(_key_of(trial))
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_info: Any) -> None:  # noqa: ARG002
+        """It has failed, or its process has died."""
+        error = trial.get_pickled_error()
+        cause = getattr(error, "cause", None) or error
+        self._trials.over(_key_of(trial), failures_of({0: cause})[0] if cause is not None else "it failed")
+
+
+def _key_of(trial: Any) -> Key:
+    return trial.config[_NUMBER], trial.config[_REPEAT]
+
+
+class _Stops(tune.Stopper):  # type: ignore[misc]
+    """Ends all trials at once, when the search is to end."""
+
+    def __init__(self, trials: TuneTrials) -> None:
+        self._trials = trials
+
+    def __call__(self, trial_id: str, result: Any) -> bool:  # noqa: ARG002
+        """No single one."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all of them end."""
+        return self._trials.stops()
