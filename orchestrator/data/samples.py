@@ -77,12 +77,13 @@ class SampleWriter:
 
 def write_index(
     file: Path, rows: Ints, targets: npt.NDArray[Any], split: Ints, num_bytes: Ints,
-    contents: tuple[Marks, Marks], marks: Marks, roots: Sequence[str],
+    contents: tuple[Marks, Marks], marks: Marks, roots: Sequence[str], groups: Ints | None = None,
 ) -> None:  # fmt: skip
     """Write `index.arrow`: which rows of `samples.arrow` are used, with their targets.
 
     targets: int64 [rows], the class; else float32 [rows, classes]. contents (lower and higher halves) and marks:
-    what each row is known by, as far as that is known. `roots`: of each origin.
+    what each row is known by, as far as that is known. `roots`: of each origin. groups: int64 [rows], where samples
+    have some.
     """
     if targets.ndim == 1:
         column = pa.array(targets, pa.int32())
@@ -97,6 +98,7 @@ def write_index(
             "content_low": pa.array(contents[0], pa.uint64()),
             "content_high": pa.array(contents[1], pa.uint64()),
             "mark": pa.array(marks, pa.uint64()),
+            **({} if groups is None else {"group": pa.array(groups, pa.int64())}),
         }
     ).replace_schema_metadata({"roots": json.dumps(list(roots))})
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -129,6 +131,8 @@ class Samples:
         if "mark" in index.column_names:
             self._contents = [index.column(name).to_numpy() for name in ("content_low", "content_high")]
             self._marks = index.column("mark").to_numpy()
+        self.groups: Ints | None = index.column("group").to_numpy() if "group" in index.column_names else None
+        """int64 [samples]: of one group are those that may not be torn apart; None where nothing says so."""
 
     def contents(self, rows: Ints) -> Ids:
         """The id of each row's content, (0, 0) where it was not read before the start. rows: int64 [some samples]."""

@@ -14,7 +14,7 @@ from orchestrator.backbone import Tensors, read_card, read_tensors, require_harm
 from orchestrator.errors import JobError, RefusedError, missing_extra
 from orchestrator.gate import decide
 from orchestrator.gate.own_code import refuse_own_code
-from orchestrator.gate.recipes import first_weights, may_keep_features
+from orchestrator.gate.recipes import fewest_validation, first_weights, may_keep_features
 from orchestrator.gate.resolve import make_plan
 from orchestrator.job import (
     DATA_FOLDER,
@@ -133,7 +133,7 @@ def resolve_backbone(job: Job) -> ResolvedBackbone:
 def prepare(job: Job, resolved: ResolvedBackbone, directory: Path | None = None) -> tuple[Plan, Prepared]:
     """The Plan, and what was found in the data; the sample table is written into `directory`, if there is one."""
     card = resolved.card
-    prepared = _prepare(job.data, resolved.plugin, card, job.task, directory)
+    prepared = _prepare(job.data, resolved.plugin, card, job.task, directory, fewest_validation(job))
     made = make_plan(
         job,
         resolved.plugin,
@@ -257,10 +257,11 @@ def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
 
 
 def _prepare(
-    spec: Data, plugin: Modality, card: BackboneCard, task: TaskName, directory: Path | None = None
-) -> Prepared:
+    spec: Data, plugin: Modality, card: BackboneCard, task: TaskName, directory: Path | None = None,
+    fewest: int = 0,
+) -> Prepared:  # fmt: skip
     try:
         from orchestrator.data import prepare_data
     except ModuleNotFoundError as error:
         raise missing_extra(error, plugin.extra) or error from None
-    return prepare_data(spec, plugin, card, task, directory=directory)
+    return prepare_data(spec, plugin, card, task, directory=directory, fewest_validation=fewest)

@@ -35,13 +35,14 @@ def show_run(run: Run, as_json: bool) -> None:
         return
     show_results(run.results)
     where = _relative(run.path)
+    num_epochs = run.results.get("num_epochs", run.plan.recipe.num_epochs)  # as many as the budget had time for
     takes = '"A TEXT"...' if registry.get(run.plan.job.modality).sample[0].kind == "text" else "FILE..."
     out.print(
         pairs(
             [
                 ("model", f"{where}/model"),
                 ("metrics", f"{where}/metrics.jsonl, {where}/results.json"),
-                ("epochs", f"{run.plan.recipe.num_epochs}, the best one number {run.results['best_epoch']}"),
+                ("epochs", f"{num_epochs}, the best one number {run.results['best_epoch']}"),
                 ("next", f"orchestrator predict {where} {takes}"),
             ]
         )

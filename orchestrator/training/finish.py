@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.errors import InterruptedRunError
 from orchestrator.job import PhaseBegan
+from orchestrator.training.choice import what_was_chosen
 from orchestrator.training.evaluate import predict_split
 from orchestrator.training.export import export
 from orchestrator.training.metrics import Predictions, measure
@@ -64,12 +65,19 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
         "backbone": plan.backbone.source,
         "num_train": plan.data.num_samples["train"],
         "best_epoch": trained.best_epoch,
+        "num_epochs": plan.recipe.num_epochs,
         "num_skipped": plan.data.num_skipped + len(evaluated.skipped),
         "seconds": round(session.seconds(), 3),
         **evaluated.figures,
     }
+    candidates = [trained.candidates[number] for number in sorted(trained.candidates, key=int)]
+    chosen = what_was_chosen(plan, trained.best_epoch, candidates, trained.comparison)
+    if chosen is not None:
+        results["chosen"], results["why"] = chosen
     session.report(PhaseBegan("writing the model"))
     lineage = json.loads(run.read("lineage.json") or "{}")
+    lineage |= {"candidates": candidates, "comparison": trained.comparison, "decided": trained.decided}
+    run.write("lineage.json", json.dumps(lineage, indent=1, ensure_ascii=False))
     export(session.network, state_dict, plan, results, lineage, run)
     run.delete("features")  # those that were kept for this run alone
     results["seconds"] = round(session.seconds(), 3)

@@ -9,6 +9,7 @@ that was interrupted goes on as if it had not been.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from typing import Any, NoReturn
@@ -31,7 +32,10 @@ from orchestrator.network import (
 )
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.batches import epoch_batches
+from orchestrator.training.best import BestEpoch
+from orchestrator.training.budget import fit_epochs, is_to_be_fitted, seconds_of
 from orchestrator.training.evaluate import epoch_figures, predict_split
+from orchestrator.training.fitted import facts_of, fit_head
 from orchestrator.training.state import Session
 
 
@@ -46,6 +50,7 @@ class PhaseLoop:
         self.optimizer, self.named = make_optimizer(network, plan.job.training, self.phase)
         moving = ("",) if self.phase.trains == "everything" else network.head
         self.tensors = session.strategy.state(ckpt.trained_tensors(network.module, moving))
+        self._best_epoch = BestEpoch(session, self.phase)
         self._unread: list[tuple[Tensor, float, int]] = []
         """(sums of loss, weight and right ones on the device, samples, the step) that were not looked at yet."""
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
@@ -65,22 +70,63 @@ class PhaseLoop:
     def run(self) -> ckpt.Tensors:
         """Train to the phase's end; the best weights so far, which are in the network by then."""
         session, state = self.session, self.session.state
-        recipe, rows = session.plan.recipe, session.samples.rows("train")
-        what = "training the head" if self.phase.trains == "head" else "training everything"
-        session.report(PhaseBegan(what, self.phase.num_steps, state.step, "steps", len(rows) / recipe.steps_per_epoch))
-        with session.strategy.reduction(list(self.named.values())) as reduction:
-            self._run_steps(rows, reduction)
+        rows = session.samples.rows("train")
+        self._keep_to_budget(rows)
+        what = "training everything" if self.phase.trains == "everything" else "training the head"
+        samples = len(rows) / max(1, self.phase.steps_per_epoch)
+        session.report(PhaseBegan(what, self.phase.num_steps, state.step, "steps", samples))
+        if self.phase.solver == "probe":
+            self._fit()
+        elif self.phase.num_steps:
+            if not self._best_epoch.look_back(self.best, self.tensors):
+                self._save()
+                self._interrupt()
+            with session.strategy.reduction(list(self.named.values())) as reduction:
+                self._run_steps(rows, reduction)
         self._save()
         ckpt.load_into(self.best, self.tensors)
         return self.best
 
+    def _fit(self) -> None:
+        """The one step of a probe, and the end of its epoch."""
+        session, state = self.session, self.session.state
+        if state.step == 0:
+            fitted = fit_head(session)
+            state.step = 1
+            state.epoch_loss, state.epoch_weight = fitted.loss, fitted.weight
+            state.epoch_correct, state.epoch_samples = fitted.num_right, float(fitted.num_samples)
+            self._epoch_samples = float(fitted.num_samples)
+            session.note_of(state.phase, **facts_of(fitted))
+            session.report(Advanced(1))
+        if state.epochs_ended == 0:
+            self._end_epoch()
+
+    def _keep_to_budget(self, rows: Ints) -> None:
+        """Let the epochs fit into the budget, by some steps that are measured and taken back; once in a run."""
+        session, state = self.session, self.session.state
+        if self.phase.trains == "head" or state.step or not is_to_be_fitted(session):
+            return
+        before, kept = copy.deepcopy(vars(state)), self.best or ckpt.copy_of(self.tensors)
+        batches = self._epoch_batches(rows, 0)
+        set_mode(session.network, self.phase, training=True)
+        with session.strategy.reduction(list(self.named.values())) as reduction:
+            seconds = seconds_of(lambda number: self._step(batches[number % len(batches)], None, reduction))
+        self._read_sums()
+        vars(state).update(before)
+        ckpt.load_into(kept, self.tensors)
+        self.optimizer, self.named = make_optimizer(session.network, session.plan.job.training, self.phase)
+        fit_epochs(session, seconds)
+        self.phase = session.phase
+        self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
+        self._save()
+
     def _run_steps(self, rows: Ints, reduction: GradientReduction) -> None:
-        session, state, recipe = self.session, self.session.state, self.session.plan.recipe
+        session, state, steps_per_epoch = self.session, self.session.state, self.phase.steps_per_epoch
         batches: list[Ints] = []
         epoch_of_batches = -1
         stop = is_due = False
         while True:
-            epoch, within = divmod(state.step, recipe.steps_per_epoch)
+            epoch, within = divmod(state.step, steps_per_epoch)
             if epoch > state.epochs_ended:
                 self._end_epoch()
             if state.step == self.phase.num_steps:
@@ -216,7 +262,9 @@ class PhaseLoop:
         if plan.job.task == "regression":
             del line["train_accuracy"]
         line |= epoch_figures(plan.job.task, predictions)
-        if self._is_better(line):
+        if self.phase.solver == "probe":
+            del line["learning_rate"]
+        if self._best_epoch.is_found(line, predictions):
             state.best_epoch = line["epoch"]
             self.best = ckpt.copy_of(self.tensors)
         state.epoch_loss = state.epoch_correct = state.epoch_samples = state.epoch_weight = 0.0
@@ -225,19 +273,6 @@ class PhaseLoop:
             session.record.add(line)
         session.report(EpochEnded(line, recipe.num_epochs, plan.job.task))
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
-
-    def _is_better(self, line: dict[str, Any]) -> bool:
-        """Whether an epoch is the best so far; without a validation split the last one is."""
-        state = self.session.state
-        if "validation_loss" not in line:
-            return True
-        # The most right; of equals the surest. Small validation sets have many equals, and with several labels a
-        # sample hardly any is wholly right at first: there the loss decides.
-        accuracy = line["validation_accuracy"] if self.session.plan.job.task == "single-label" else 0.0
-        if (accuracy, -line["validation_loss"]) <= (state.best_accuracy, -state.best_loss):
-            return False
-        state.best_accuracy, state.best_loss = accuracy, line["validation_loss"]
-        return True
 
     # --- checkpoints ---
 
