@@ -13,6 +13,10 @@ The same in one process and on many; knows nothing of Ray.
     objective   what the task decides: loss, class weights, the scale of targets
     metrics     figures of each task, confusion
     intervals   their 95 % intervals
+    probe       the best linear layer on features, by cross-validation
+    linear_fits  the layers of all folds side by side: ridge, logistic regression
+    minimise    several convex problems at once
+    folds       which fold a sample is held out in
     checkpoint  save, newest whole one, restore; safetensors and JSON
     record      metrics.jsonl, TensorBoard's events, lineage.json
     loaded      a finished run in memory, for new inputs
@@ -21,8 +25,10 @@ The same in one process and on many; knows nothing of Ray.
 """
 
 from orchestrator.training.assembly import WorkerSpec as WorkerSpec, assembled as assembled
+from orchestrator.training.folds import assign_folds as assign_folds
 from orchestrator.training.intervals import wilson as wilson
 from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as load_run
 from orchestrator.training.loop import run_worker as run_worker
 from orchestrator.training.metrics import Predictions as Predictions, measure as measure
 from orchestrator.training.objective import Objective as Objective, make_objective as make_objective
+from orchestrator.training.probe import Probe as Probe, fit_probe as fit_probe
