@@ -90,9 +90,7 @@ def _prepare(
         notes += notes_on_leaks(table, rows, split)
     else:
         strata, strata_names = strata_of(targets, names, task)
-        split = split_samples(
-            table, rows, strata, strata_names, len(names), source.ready_made, spec, fewest_validation
-        )
+        split = split_samples(table, rows, strata, strata_names, len(names), source.ready_made, spec, fewest_validation)
         refuse_unlearnable(targets, split, names, task, hint_of_separator(ingested, spec, task))
         notes += notes_on_leaks(table, rows, split)
         notes += notes_on_labels(ingested, names, spec, task)

@@ -28,7 +28,8 @@ def split_samples(
 
     rows: int64 [samples], those of the table that are samples; strata: int64 [samples], what the splits hold in equal
     proportions, each with its name. Ready-made splits stay; a validation split that they lack is taken of the training
-    samples. `fewest_validation`: none smaller is taken where `spec` leaves its size open. Raises `DataError` where groups or samples are too few.
+    samples. `fewest_validation`: none smaller is taken where `spec` leaves its size open. Raises `DataError`
+    where groups or samples are too few.
     """
     groups = numbers(table.ingested.group)[rows] if spec.group_column else None
     if ready_made:

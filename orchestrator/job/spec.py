@@ -123,8 +123,8 @@ class Training(_Part):
 
     epochs: int | None = Field(
         None, ge=1, le=100_000, description="passes over the training samples; default: by method, head 40, full 20, "
-        "auto 20 and lp-ft 20 (behind the head's), scratch 40; a transformer that is trained whole: 6, or what 200 steps "
-        "take"
+        "auto 20 and lp-ft 20 (behind the head's), scratch 40; a transformer that is trained whole: 6, or what 200 "
+        "steps take"
     )  # fmt: skip
     batch_size: int | None = Field(None, ge=1, description="samples a step, over all workers; default: 32")
     num_microbatches: int | None = Field(
@@ -136,7 +136,8 @@ class Training(_Part):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum")
     learning_rate: float | None = Field(
         None, gt=0, description="of the body, and of the head unless given; default: by method, head 0.003, full "
-        "0.001, auto 0.0003, lp-ft 0.0003, scratch 0.001, less for transformers (docs/methods.md); ten times that for sgd"
+        "0.001, auto 0.0003, lp-ft 0.0003, scratch 0.001, less for transformers (docs/methods.md); ten times that for "
+        "sgd"
     )  # fmt: skip
     head_learning_rate: float | None = Field(None, gt=0, description="of the new head; default: learning_rate")
     weight_decay: float = Field(0.01, ge=0, description="of all weights but vectors: biases, norms")
@@ -221,8 +222,8 @@ class Job(_Part):
     task: TaskName = Field("single-label", description="one class a sample, any number of them, or numbers")
     method: Method = Field(
         "auto", description="auto: the new last layer by a cross-validated probe, then everything from there, and what "
-        "validation prefers is kept; head: the body is frozen, the new last layer is trained; full: everything, from the "
-        "pretrained weights; lp-ft: the one, then the other; scratch: everything, from random weights"
+        "validation prefers is kept; head: the body is frozen, the new last layer is trained; full: everything, from "
+        "the pretrained weights; lp-ft: the one, then the other; scratch: everything, from random weights"
     )  # fmt: skip
     training: Training = Training()
     scaling: Scaling = Scaling()

@@ -95,10 +95,8 @@ def show_plan(plan: Plan) -> None:
 def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
     recipe = plan.recipe
     if phase.solver == "probe":
-        return [
-            ("training", f"the head at once, cross-validated; in {phase.epochs_in_steps} epochs if it is no single layer"),
-            ("body runs", _body_runs(plan, phase)),
-        ]
+        fit = f"the head at once, cross-validated (in {phase.epochs_in_steps} epochs if it is not one layer)"
+        return [("training", fit), ("body runs", _body_runs(plan, phase))]
     rows: list[tuple[str, object]] = [
         ("training", f"{phase.epochs} epochs x {recipe.steps_per_epoch} steps of {recipe.batch_size} samples"),
         ("optimizer", plan.job.training.optimizer),
@@ -111,7 +109,7 @@ def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
             unknown = ", where the network has it" if plan.weights == "random" else ""
             rows.append(("BatchNorm", f"{phase.batch_norm}{unknown}"))
     if phase.trains == "everything" and recipe.budget_s is not None:
-        rows.append(("budget", f"{recipe.budget_s / 60:g} minutes; fewer epochs where the first steps say it takes longer"))
+        rows.append(("budget", f"{recipe.budget_s / 60:g} minutes: fewer epochs where the first steps are too slow"))
     rows.append(("body runs", _body_runs(plan, phase)))
     if phase.must_win:
         rows.append(("kept", _kept(plan)))

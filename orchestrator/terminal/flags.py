@@ -59,7 +59,8 @@ def _help(flag: Flag, setting: Setting | None) -> str:
 FLAGS = (
     Flag("--backbone", "backbone", _JOB, "org/name[@revision] on the Hub, a directory, or an earlier run"),
     Flag("--method", "method", _JOB,
-         "auto: by the data; head: new last layer only; full: everything; lp-ft: first the one, then the other; scratch: random weights"),
+         "auto: a probe, then everything, if validation prefers it; head: new last layer only; full: everything; "
+         "lp-ft: first the one, then the other; scratch: random weights"),
     Flag("--modality", "modality", _JOB, "image, or another that `plugins` lists"),
     Flag("--task", "task", _JOB, "one class a sample, any number of them, or numbers"),
     Flag("--name", "name", _JOB, "of the run; made from the job by default"),

@@ -6,6 +6,10 @@ The same in one process and on many; knows nothing of Ray.
     loop        what one worker does, stage after stage
     phase       one phase of the recipe: steps, ends of epochs, checkpoints
     state       where a run stands, and what a worker holds
+    best        which epoch's weights are kept
+    choice      two networks on the same validation samples, and why the one is kept
+    budget      how many epochs fit into what a job may take
+    fitted      a head that is fitted to stored features at once, by the probe
     batches     which samples a step takes, and how they get onto the device
     evaluate    what a network says of a split
     finish      the stages behind the last step: final figures, export, results

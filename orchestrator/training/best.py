@@ -1,4 +1,4 @@
-"""Which epoch's weights a run keeps: the best by validation, and of a phase that has to win, what beats those before."""
+"""Which epoch's weights a run keeps: the best by validation; of a phase that has to win, what beats those before."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def is_to_be_fitted(session: Session) -> bool:
 
 
 def seconds_of(take: Callable[[int], object]) -> list[float]:
-    """Of some steps; `take` takes the one of a number, from 0. The first is left out: it makes ready what others find."""
+    """Of some steps; `take` takes the one of a number, from 0. The first is left out: it makes the others ready."""
     seconds = []
     for number in range(_NUM_MEASURED):
         started = time.monotonic()

@@ -99,6 +99,6 @@ def _by_validation(
         why = "no more than its noise, and the body as it was is the safer one" if tells else "worse than its noise"
     unit = "" if what == "accuracy" else " of the loss"
     return (
-        f"on {counted(num, 'validation sample')} {what} {before} of {name} became {after}; the difference has a standard "
-        f"error of {noise:.3f}{unit}: {why}."
+        f"on {counted(num, 'validation sample')} {what} {before} of {name} became {after}; the difference has a "
+        f"standard error of {noise:.3f}{unit}: {why}."
     )

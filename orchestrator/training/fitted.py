@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchestrator.data import Ints
+from orchestrator.data import Ints, Samples
 from orchestrator.features import Batch
 from orchestrator.network import TOLERANCE, Head
 from orchestrator.training.probe import fit_probe
@@ -29,9 +30,11 @@ class Fitted:
     num_samples: int
     strength: float
     """Of the penalty, chosen by cross-validation."""
-    cross_validation: float
-    """Its score: of samples that a fold's fit had not seen."""
-    interval: tuple[float, float]
+    figure: str
+    """What the score is: accuracy, macro_f1 or r2."""
+    cross_validation: float | None
+    """The score: of samples that a fold's fit had not seen."""
+    interval: tuple[float, float] | None
     """95 %."""
     loss: float
     """Sum over the samples, in training's objective."""
@@ -67,7 +70,7 @@ def fit_head(session: Session) -> Fitted:
 def facts_of(fitted: Fitted) -> dict[str, Any]:
     """For lineage.json."""
     kept = asdict(fitted)
-    return {name: kept[name] for name in ("num_samples", "strength", "cross_validation", "interval")}
+    return {name: kept[name] for name in ("num_samples", "strength", "figure", "cross_validation", "interval")}
 
 
 def _layer(session: Session) -> nn.Linear | None:
@@ -105,18 +108,22 @@ def _fitted(session: Session) -> tuple[Tensor, Tensor, Fitted]:
         targets = (targets - objective.mean.cpu()) / objective.std.cpu()
     probe = fit_probe(
         features, targets, plan.job.task, num_classes=len(plan.classes),
-        groups=None if samples.groups is None else torch.from_numpy(samples.groups[batch.rows].copy()),
-        class_weights=torch.tensor(plan.class_weights) if plan.class_weights else None, seed=plan.job.training.seed,
+        groups=_groups(samples, batch.rows), class_weights=plan.class_weights, seed=plan.job.training.seed,
     )  # fmt: skip
     device = session.worker.device
     outputs = functional.linear(features, probe.weight, probe.bias).to(device)
     loss, weight = objective.loss(outputs, batch.targets.to(device))
-    low, high = probe.interval
     fitted = Fitted(
-        len(features), probe.strength, probe.score, (low, high), float(loss), float(weight),
+        len(features), probe.strength, probe.figure, probe.score, probe.interval, float(loss), float(weight),
         float(objective.num_right(outputs, batch.targets.to(device))),
     )  # fmt: skip
     return probe.weight, probe.bias, fitted
+
+
+def _groups(samples: Samples, rows: Ints) -> Ints | None:
+    """Of these samples; None where they have none, or all are of one, which no folds can keep apart."""
+    groups = None if samples.groups is None else samples.groups[rows]
+    return groups if groups is not None and len(np.unique(groups)) > 1 else None
 
 
 def _some(session: Session) -> Ints:

@@ -21,8 +21,8 @@ from orchestrator.network import (
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.assembly import WorkerSpec, assembled
 from orchestrator.training.batches import BatchLoader
-from orchestrator.training.fitted import can_be_fitted
 from orchestrator.training.finish import evaluate_splits, export_run
+from orchestrator.training.fitted import can_be_fitted
 from orchestrator.training.objective import make_objective
 from orchestrator.training.phase import PhaseLoop
 from orchestrator.training.record import Record, write_lineage
