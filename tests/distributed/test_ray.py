@@ -70,6 +70,7 @@ def train(
         scaling=scaling,
         name=name,
         report=fields.pop("report", silent),
+        method=fields.pop("method", "head"),
         **fields,
     )
 
