@@ -14,6 +14,8 @@ from orchestrator.training.evaluate import predict_split
 from orchestrator.training.metrics import Predictions
 from orchestrator.training.state import Session
 
+_OF_THE_CLOCK = ("seconds", "samples_per_s")
+
 
 class BestEpoch:
     """Of one phase. What it finds is in the session's state, but for what the phases before say of each sample."""
@@ -44,6 +46,7 @@ class BestEpoch:
         `line`: its figures, as in metrics.jsonl; `predictions` for the validation split.
         """
         session, state = self._session, self._session.state
+        line = {name: value for name, value in line.items() if name not in _OF_THE_CLOCK}
         if "validation_loss" not in line:
             session.note_of(state.phase, **line)
             return True
