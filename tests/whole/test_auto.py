@@ -103,7 +103,8 @@ def test_it_goes_on_wherever_it_was_stopped(tiny_resnet: Path, digits: Path) -> 
                 assert stop is not None
         assert same(weights_of(whole), weights_of(run)), number
         assert without_clock(run.metrics) == without_clock(whole.metrics)
-            for key in ("test", "chosen", "why", "best_epoch"):
+        assert run.lineage["candidates"] == whole.lineage["candidates"]
+        for key in ("test", "chosen", "why", "best_epoch"):
             assert run.results[key] == whole.results[key], (number, key)
         phases.append([event.text for event in notes if isinstance(event, PhaseBegan) and "training" in event.text])
     assert any(texts.count("training the head") == 2 for texts in phases)
