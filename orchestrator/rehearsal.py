@@ -17,6 +17,7 @@ from orchestrator.data import LEAVE_OUT, Prepared
 from orchestrator.errors import (
     BadSampleError,
     DataError,
+    MissingExtraError,
     OrchestratorError,
     RefusedError,
     first_line,
@@ -55,6 +56,8 @@ def rehearsed(plan: Plan, prepared: Prepared, resolved: ResolvedBackbone) -> Pla
     except ModuleNotFoundError as error:
         refusal = missing_extra(error, plugin.extra)
         return plan.model_copy(update={"rehearsal": (f"nothing: {refusal or error}",)})
+    if plan.recipe.adapter is not None:
+        _require_peft()
     directory = _asking(plan, lambda: fetch(plan.backbone, with_weights=False), "its small files")
     lines = [_try_batch(plan, prepared, plugin, directory)]
     warnings: list[str] = []
@@ -72,6 +75,13 @@ def rehearsed(plan: Plan, prepared: Prepared, resolved: ResolvedBackbone) -> Pla
             )
             warnings += _unused(lost, f"a part that {plan.row.architecture} has not")
     return plan.model_copy(update={"rehearsal": tuple(lines), "warnings": (*plan.warnings, *warnings)})
+
+
+def _require_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "peft", "lora") from None
 
 
 def _asking(plan: Plan, make: Any, what: str) -> Any:

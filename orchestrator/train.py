@@ -58,6 +58,7 @@ from orchestrator.job import (
 from orchestrator.modality import registry
 from orchestrator.progress import progress
 from orchestrator.rehearsal import rehearsed
+from orchestrator.tracking import require_trackers, tracked
 
 if TYPE_CHECKING:
     from orchestrator.training import WorkerSpec
@@ -129,6 +130,7 @@ def _start(
         options = RunOptions(fresh, verify_content, report, stop)
         draft = drafted(job, fields)
         known = without_rows(draft)
+        require_trackers(known.log)
         report(PhaseBegan("looking at backbone and data"))
         resolved = resolve_backbone(known)
         # Rows that the caller holds are written down once, on the storage, and are a table from then on.
@@ -170,14 +172,21 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
         if run.finished:
             text = "this run was finished before: these are its figures, nothing was trained (--fresh starts over)"
             options.report(Noted(text))
-            return run
+            for warning in run.results.get("warnings", ()):
+                options.report(Noted(warning, is_warning=True))
+            with tracked(job.log, held, plan, run, options.report):  # of which something may not have been sent
+                return run
         for line in (*plan.adaptations, *plan.data.notes):
             options.report(Noted(str(line)))
         for line in plan.warnings:
             options.report(Noted(line, is_warning=True))
-        with _errors_of_libraries(held, resolved.plugin.extra), _stop_on_signal(options.stop) as should_stop:
+        with (
+            _errors_of_libraries(held, resolved.plugin.extra),
+            _stop_on_signal(options.stop) as should_stop,
+            tracked(job.log, held, plan, run, options.report) as report,
+        ):
             work = _on_ray if plan.ray else _in_process
-            work(_worker_spec(held, plan, options), plan, options.report, should_stop)
+            work(_worker_spec(held, plan, options), plan, report, should_stop)
             if not Run(run.path).finished:
                 raise InterruptedRunError("stopped before the first step", mend="the same command goes on")
     return run

@@ -198,6 +198,26 @@ def batch_blind(plan: Any, directory: Any) -> Any:
     return _changed(lambda given: given * 0)(plan, directory)
 
 
+# --- mixes ---
+
+
+def mix_of_more_keys(inputs: Any, targets: Any) -> Any:
+    return {**inputs, "share": targets[:, 0]}, targets
+
+
+def mix_without_labels(inputs: Any, targets: Any) -> Any:
+    return {key: value.roll(1, 0) for key, value in inputs.items()}, targets * 0.5
+
+
+def mix_in_place(inputs: Any, targets: Any) -> Any:
+    inputs["input"].mul_(0.5)
+    return inputs, targets
+
+
+def mix_raising(inputs: Any, targets: Any) -> Any:
+    raise ValueError("cannot be mixed")
+
+
 # --- build: what is done to the right network ---
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from orchestrator.backbone import Tensors
 from orchestrator.errors import JobError
+from orchestrator.gate.adapters import adapter_of, require_transformer
 from orchestrator.job import Job, Method, Phase, Recipe
 from orchestrator.modality import Fit
 
@@ -37,7 +38,7 @@ class _OfTransformers:
 
 @dataclass(frozen=True)
 class _PhaseRow:
-    trains: Literal["head", "everything"]
+    trains: Literal["head", "adapter", "everything"]
     epochs: int
     rate: float
     """For AdamW."""
@@ -84,6 +85,8 @@ _METHODS: Mapping[Method, _MethodRow] = {
             _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 5e-5, 5e-5)),
         ),
     ),
+    # Ten times the rate of `full`, whatever the rank (Schulman et al. 2025, LoRA Without Regret).
+    "lora": _MethodRow("pretrained", (_PhaseRow("adapter", 20, 1e-3, _OfTransformers(6, 1e-3, 3e-3)),)),
     "scratch": _MethodRow("random", (_PhaseRow("everything", 40, 1e-3),)),
 }
 
@@ -155,6 +158,8 @@ def make_recipe(job: Job, num_train: int, keeps_features: bool, kind: Kind = "un
         )
     steps_per_epoch = math.ceil(num_train / batch_size)
     phases = tuple(_phase(job, method, row, num_train, steps_per_epoch, keeps_features, kind) for row in method.phases)
+    if any(phase.trains == "adapter" for phase in phases):
+        require_transformer(kind)
     smallest = num_train // steps_per_epoch // num_microbatches
     if smallest < (2 if any(phase.batch_norm == "train" for phase in phases) else 1):
         raise JobError(
@@ -208,6 +213,7 @@ def _phase(
         learning_rate=rate or default_rate,
         head_learning_rate=(None if row.is_first else training.head_learning_rate) or rate or default_head_rate,
         batch_norm=_batch_norm(job, method, row, num_train, kind),
+        adapter=adapter_of(training) if row.trains == "adapter" else None,
     )
 
 
@@ -215,14 +221,14 @@ def _batch_norm(
     job: Job, method: _MethodRow, row: _PhaseRow, num_train: int, kind: Kind
 ) -> Literal["train", "frozen", "none"]:
     asked = job.training.batch_norm
-    if asked == "train" and all(phase.trains == "head" for phase in method.phases):
+    if asked == "train" and not any(phase.trains == "everything" for phase in method.phases):
         raise JobError(
             "training.batch_norm = 'train' would change a frozen body", expected="frozen or auto",
             mend="leave it out, or train everything: method full",
         )  # fmt: skip
     if kind not in ("batch_norm", "unknown"):
         return "none"
-    if row.trains == "head":
+    if row.trains != "everything":
         return "frozen"
     if asked != "auto":
         return asked

@@ -7,6 +7,8 @@ import re
 
 from orchestrator.backbone import Tensors, require_weights
 from orchestrator.errors import JobError, RefusedError
+from orchestrator.gate.adapters import num_adapted
+from orchestrator.gate.combinations import refuse_senseless
 from orchestrator.gate.decide import fit, not_built
 from orchestrator.gate.recipes import first_weights, kind_of, make_recipe, may_keep_features, num_views
 from orchestrator.job import BackboneCard, BackboneRow, DataSummary, Job, Parameters, Plan, Recipe
@@ -53,6 +55,7 @@ def make_plan(
         job, data.num_samples["train"], keeps_features=may_keep_features(job) and (views > 0 or not adapted.augmented),
         kind=kind_of(tensors),
     )  # fmt: skip
+    refuse_senseless(job, modality, data, recipe)
     num_extractors = (job.scaling.num_extractors or 0) if recipe.needs_features else 0
     extractor_threads = _threads(job, num_extractors, "extractors", num_cores)
     return Plan(
@@ -107,10 +110,13 @@ def _threads(job: Job, num: int, what: str, num_cores: int) -> int:
 def _unused(job: Job, recipe: Recipe) -> list[str]:
     """What the job asks for that is for a frozen body alone, and there is none that runs once."""
     asked = {"feature_store": job.feature_store, "scaling.num_extractors": job.scaling.num_extractors}
-    return [
+    lines = [
         f"{name} is not used: no features are kept where the body runs in every step"
         for name, value in asked.items() if value is not None and not recipe.needs_features
     ]  # fmt: skip
+    if recipe.adapter is None and {"lora_rank", "lora_alpha"} & job.training.model_fields_set:
+        lines.append(f"training.lora_rank and training.lora_alpha are not used: the method is {job.method}")
+    return lines
 
 
 def _class_weights(job: Job, data: DataSummary) -> tuple[float, ...]:
@@ -134,13 +140,15 @@ def _parameters(job: Job, recipe: Recipe, row: BackboneRow, tensors: Tensors, nu
         elif not whole or name.startswith(row.prefix):  # a text tower beside the image tower is not loaded
             body += math.prod(shape)
     trained = body + head if recipe.trains_everything else head
+    if recipe.adapter is not None:
+        trained += num_adapted(recipe.adapter, {name: one for name, one in tensors.items() if not in_head(name, row)})
     states = 2 if job.training.optimizer == "adamw" else 1
     return Parameters(
         head_known=head > 0,
         total=body + head,
         trained=trained,
-        frozen=body + head - trained,
-        weights_bytes=4 * (body + head),
+        frozen=body if recipe.adapter is not None else body + head - trained,
+        weights_bytes=4 * max(body + head, trained + body if recipe.adapter is not None else 0),
         gradients_bytes=4 * trained,
         optimizer_bytes=4 * states * trained,
     )

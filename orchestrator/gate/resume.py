@@ -52,7 +52,7 @@ def gone_on_with(began: Plan, now: Plan) -> Plan:
     who = {name: getattr(now, name) for name in _WHO_WORKS}
     if same:
         who["threads_per_worker"] = _threads(began, now)
-    job = began.job.model_copy(update={"feature_store": now.job.feature_store, "scaling": scaling})
+    job = began.job.model_copy(update={"feature_store": now.job.feature_store, "log": now.job.log, "scaling": scaling})
     return began.model_copy(update={"job": job, **who})
 
 

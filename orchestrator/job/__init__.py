@@ -57,6 +57,7 @@ from orchestrator.job.held import (
     MODEL as MODEL,
     RAY_FOLDER as RAY_FOLDER,
     SAMPLES as SAMPLES,
+    TRACKING_FILE as TRACKING_FILE,
     HeldRun as HeldRun,
     hold as hold,
 )
@@ -78,6 +79,7 @@ from orchestrator.job.places import (
 from orchestrator.job.plans import (
     SPLITS as SPLITS,
     Adaptation as Adaptation,
+    Adapter as Adapter,
     BackboneCard as BackboneCard,
     BackboneRow as BackboneRow,
     DataSummary as DataSummary,

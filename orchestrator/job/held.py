@@ -22,11 +22,14 @@ ERROR_FILE = "error.txt"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
+TRACKING_FILE = "tracking.json"
+"""Which runs of tracking services it is, and what they have of it."""
 RAY_FOLDER = ".ray"
 """What Ray Train writes, which is of no use to us."""
 _WRITTEN = (
     "results.json", "plan.json", "job.yaml", SAMPLES, "samples.json", "samples.arrow", "skipped.jsonl", "lineage.json",
     METRICS_FILE, ERROR_FILE, CHECKPOINTS, "features", "features.json", "tensorboard", MODEL,
+    TRACKING_FILE, "wandb",
 )  # fmt: skip
 """What a run may hold that is ours, first what says that it is there; anything else in it is somebody else's."""
 _OLD_S = 3600.0

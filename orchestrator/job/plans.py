@@ -112,10 +112,21 @@ class Adaptation(_Plain):
         return f"{self.what}: {self.received} -> {self.used}{touched}"
 
 
+class Adapter(_Plain):
+    """Low-rank matrices beside those of a frozen body (LoRA, Hu et al. 2021, arXiv 2106.09685): W + alpha / rank x BA.
+
+    They are merged into the body's own before it is exported.
+    """
+
+    rank: int
+    alpha: float
+
+
 class Phase(_Plain):
     """A stretch of training in which the same parameters move, with every default resolved."""
 
-    trains: Literal["head", "everything"]
+    trains: Literal["head", "adapter", "everything"]
+    """adapter: the head, and an adapter on the frozen body."""
     source: Literal["features", "samples"]
     """features: what the frozen body gave once for each sample; samples: the body runs in every step."""
     epochs: int
@@ -131,6 +142,8 @@ class Phase(_Plain):
     """Of a probe, where the network turns out to have no such head, or no features: then so many epochs of steps."""
     must_win: bool = False
     """Whether it has to beat the phases before it on validation: else what these gave is kept."""
+    adapter: Adapter | None = None
+    """Where the phase trains one."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -163,6 +176,11 @@ class Recipe(_Plain):
     def needs_features(self) -> bool:
         """Whether a frozen body runs once for each sample."""
         return any(phase.source == "features" for phase in self.phases)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The one that the body has from the first phase on, None without one."""
+        return next((phase.adapter for phase in self.phases if phase.adapter is not None), None)
 
     @property
     def trains_everything(self) -> bool:

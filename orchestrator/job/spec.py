@@ -17,11 +17,12 @@ from pydantic_core import to_jsonable_python
 from orchestrator.job.places import local_path, whole
 
 TaskName = Literal["single-label", "multi-label", "regression"]
-Method = Literal["auto", "head", "full", "lp-ft", "scratch"]
+Method = Literal["auto", "head", "full", "lp-ft", "lora", "scratch"]
 METHODS: dict[str, str] = {
     "auto": "the head by a cross-validated probe, then everything from there; what validation prefers is kept",
     "head": "the body is frozen, the new last layer is trained",
     "full": "everything is trained, from the pretrained weights",
+    "lora": "the body is frozen, and small matrices beside its own are trained with the head; merged in the end",
     "scratch": "everything is trained, from random weights (supervised pretraining)",
 }
 
@@ -123,8 +124,8 @@ class Training(_Part):
 
     epochs: int | None = Field(
         None, ge=1, le=100_000, description="passes over the training samples; default: by method, head 40, full 20, "
-        "auto 20 and lp-ft 20 (behind the head's), scratch 40; a transformer that is trained whole: 6, or what 200 "
-        "steps take"
+        "auto 20 and lp-ft 20 (behind the head's), lora 20, scratch 40; a transformer whose body is trained: 6, or what "
+        "200 steps take"
     )  # fmt: skip
     batch_size: int | None = Field(None, ge=1, description="samples a step, over all workers; default: 32")
     num_microbatches: int | None = Field(
@@ -136,8 +137,8 @@ class Training(_Part):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum")
     learning_rate: float | None = Field(
         None, gt=0, description="of the body, and of the head unless given; default: by method, head 0.003, full "
-        "0.001, auto 0.0003, lp-ft 0.0003, scratch 0.001, less for transformers (docs/methods.md); ten times that for "
-        "sgd"
+        "0.001, auto 0.0003, lp-ft 0.0003, lora 0.001, scratch 0.001, less for transformers (docs/methods.md); ten times "
+        "that for sgd"
     )  # fmt: skip
     head_learning_rate: float | None = Field(None, gt=0, description="of the new head; default: learning_rate")
     weight_decay: float = Field(0.01, ge=0, description="of all weights but vectors: biases, norms")
@@ -153,11 +154,28 @@ class Training(_Part):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="so much of each target is spread evenly over the classes"
     )
+    mix: str = Field(
+        "none", description="training samples are mixed with others of their batch, and so are their labels: images by "
+        "mixup, cutmix, or both, each in half of the batches"
+    )  # fmt: skip
+    patience: int | None = Field(
+        None, ge=1, description="epochs without a better validation after which training ends; default: all epochs"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of a moving average of the weights, 0.99 or 0.999: validated beside them "
+        "in each epoch, and exported where it is better; default: none"
+    )  # fmt: skip
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where a GPU has it; of a frozen body's features where it is faster and as good"
     )
     batch_norm: Literal["auto", "train", "frozen"] = Field(
         "auto", description="frozen: the pretrained statistics; auto: by the number of samples"
+    )
+    lora_rank: int = Field(
+        16, ge=1, le=4096, description="method lora: the rank of what is added to each of the body's matrices"
+    )  # fmt: skip
+    lora_alpha: float | None = Field(
+        None, gt=0, description="method lora: what is added counts alpha / rank times; default: twice the rank"
     )
     features: Literal["once", "every step"] = Field(
         "once", description="method head: the frozen body runs once for each sample, and what it gives is kept on the "
@@ -204,7 +222,7 @@ class Scaling(_Part):
 IN_A_STORE = r"[a-zA-Z][\w+.-]*://.*[^/].*"
 """What a place in an object store looks like."""
 NOT_LEARNT: Mapping[str, Any] = {
-    "storage": True, "feature_store": True, "name": True, "scaling": True,
+    "storage": True, "feature_store": True, "name": True, "log": True, "scaling": True,
     "training": {"num_microbatches": True, "checkpoint_every_s": True, "checkpoint_every_steps": True},
 }  # fmt: skip
 """Fields of a job that say where and on what it runs, and nothing of what is learnt. How many microbatches there are
@@ -223,7 +241,8 @@ class Job(_Part):
     method: Method = Field(
         "auto", description="auto: the new last layer by a cross-validated probe, then everything from there, and what "
         "validation prefers is kept; head: the body is frozen, the new last layer is trained; full: everything, from "
-        "the pretrained weights; lp-ft: the one, then the other; scratch: everything, from random weights"
+        "the pretrained weights; lp-ft: the one, then the other; lora: the head, and small matrices beside those of a "
+        "frozen transformer; scratch: everything, from random weights"
     )  # fmt: skip
     training: Training = Training()
     scaling: Scaling = Scaling()
@@ -234,6 +253,9 @@ class Job(_Part):
         "the jobs of other machines"
     )  # fmt: skip
     name: str | None = Field(None, description="of the run; default: made from the job")
+    log: tuple[Literal["mlflow", "wandb"], ...] = Field(
+        (), description="where epochs and figures are sent as well: mlflow, wandb, or both; default: nowhere"
+    )
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
     _notes: tuple[str, ...] = PrivateAttr(())
 
@@ -275,6 +297,13 @@ class Job(_Part):
         if place is not None and not re.fullmatch(IN_A_STORE, place):
             raise ValueError("is no place in a store, as s3://bucket/features is; for a directory there is storage")
         return place
+
+    @field_validator("log", mode="before")
+    @classmethod
+    def _one_alone(cls, log: object) -> object:
+        """One of them without brackets; none is twice there."""
+        log = [log] if isinstance(log, str) else log
+        return list(dict.fromkeys(log)) if isinstance(log, (list, tuple)) else log
 
     @field_validator("data", mode="before")
     @classmethod

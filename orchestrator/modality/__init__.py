@@ -24,6 +24,7 @@ from orchestrator.modality.contract import (
     Fit as Fit,
     FitFunction as FitFunction,
     Measure as Measure,
+    Mix as Mix,
     Modality as Modality,
     Profile as Profile,
     Sample as Sample,

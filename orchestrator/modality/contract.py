@@ -220,6 +220,17 @@ class Batch(Protocol):
         """
 
 
+class Mix(Protocol):
+    def __call__(
+        self, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """A batch in which each sample is mixed with another one of it, and the targets in the same shares.
+
+        `inputs`: what `Collate` gave, on the CPU; `targets`: float32 [batch, classes], shares of the classes. Nothing
+        that is given is changed. Randomness comes from torch's global generator, as in `Collate`.
+        """
+
+
 class Build(Protocol):
     def __call__(self, plan: Plan, directory: Path) -> Any:
         """An `orchestrator.network.Network`: the model with its weights and its head for `plan.classes`."""
@@ -232,7 +243,8 @@ class Toy(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Modality:
-    """A kind of input. Every field must be given, so that a forgotten one fails at import."""
+    """A kind of input. Every field must be given, so that a forgotten one fails at import; but for `mixes`, which not
+    every kind of input has."""
 
     name: str
     title: str
@@ -252,6 +264,8 @@ class Modality:
     build: Build | None
     batch: Batch | None
     toy: Toy | None
+    mixes: Mapping[str, Mix] = field(default_factory=dict)
+    """Ways to mix samples of a batch with each other that `training.mix` may name: {"mixup": ..., "cutmix": ...}."""
 
     @property
     def trainable(self) -> bool:

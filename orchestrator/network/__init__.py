@@ -9,6 +9,7 @@ a `Worker`, which knows its rank and device and exchanges tensors with the other
     headers    a network from the headers of its weights alone
     loading    a checkpoint -> a network with its new head: transformers, timm, a plugin's own module
     optimizer  parameter groups and their rates
+    adapters   low-rank matrices beside those of a frozen body, and their merging
     pooled     a head of our own on bodies that transformers has no head for
     usage      code for model cards: how an exported model is called, and what its scores say
     strategy   how the network lies on the workers: gradients, checkpoint, export, initial weights
@@ -16,6 +17,7 @@ a `Worker`, which knows its rank and device and exchanges tensors with the other
     batchnorm  running statistics over microbatches, the same on any number of workers
 """
 
+from orchestrator.network.adapters import adapt as adapt, adapted_modules as adapted_modules, merge as merge
 from orchestrator.network.batchnorm import MicrobatchStatistics as MicrobatchStatistics
 from orchestrator.network.config import make_config as make_config
 from orchestrator.network.cut import (
@@ -39,6 +41,7 @@ from orchestrator.network.network import (
     Network as Network,
     StateDict as StateDict,
     freeze as freeze,
+    is_adapter as is_adapter,
     set_mode as set_mode,
 )
 from orchestrator.network.optimizer import make_optimizer as make_optimizer

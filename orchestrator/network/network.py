@@ -71,15 +71,22 @@ def within(name: str, modules: Sequence[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name is of an adapter, and no backbone's own."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
 def freeze(network: Network, phase: Phase) -> None:
     """Ask for gradients where the phase trains, nowhere else."""
-    everything = phase.trains == "everything"
     for name, parameter in network.module.named_parameters():
-        parameter.requires_grad_(everything or within(name, network.head))
+        moves = within(name, network.head) or (phase.trains == "adapter" and is_adapter(name))
+        parameter.requires_grad_(phase.trains == "everything" or moves)
 
 
 def set_mode(network: Network, phase: Phase, training: bool) -> None:
     """Train or eval mode. What is frozen stays in eval mode: dropout off, BatchNorm on its own statistics.
+
+    A frozen body with an adapter has its dropout, as it has where all of it moves.
 
     In train mode too BatchNorm goes by its own statistics where a channel has one value alone, as in a batch of one
     sample: of one value there is no variance.

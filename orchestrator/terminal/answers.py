@@ -35,18 +35,26 @@ def show_run(run: Run, as_json: bool) -> None:
         return
     show_results(run.results)
     where = _relative(run.path)
-    num_epochs = run.results.get("num_epochs", run.plan.recipe.num_epochs)  # as many as the budget had time for
     takes = '"A TEXT"...' if registry.get(run.plan.job.modality).sample[0].kind == "text" else "FILE..."
     out.print(
         pairs(
             [
                 ("model", f"{where}/model"),
                 ("metrics", f"{where}/metrics.jsonl, {where}/results.json"),
-                ("epochs", f"{num_epochs}, the best one number {run.results['best_epoch']}"),
+                ("epochs", _epochs(run)),
                 ("next", f"orchestrator predict {where} {takes}"),
             ]
         )
     )
+
+
+def _epochs(run: Run) -> str:
+    """`12 of 40, the best one number 7: the average of the weights`"""
+    results = run.results
+    planned = results.get("num_epochs", run.plan.recipe.num_epochs)
+    ran = results.get("epochs", planned)
+    what = ": the average of the weights" if results.get("averaged") else ""
+    return f"{ran}{f' of {planned}' if ran != planned else ''}, the best one number {results['best_epoch']}{what}"
 
 
 def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:

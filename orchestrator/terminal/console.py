@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import OrchestratorError, counted
-from orchestrator.job import OF_TARGETS, Parameters, Phase, Plan, figure, figures_of, interval
+from orchestrator.job import OF_TARGETS, Parameters, Phase, Plan, Training, figure, figures_of, interval
 from orchestrator.progress import err
 
 out = Console(highlight=False, emoji=False)
@@ -89,6 +89,8 @@ def show_plan(plan: Plan) -> None:
         rows += _phase(plan, phase)
     threads = f"{plan.threads_per_worker}" if plan.threads_per_worker else "the node's"
     rows.append(("workers", f"{plan.num_workers} x {threads} threads, {'on Ray' if plan.ray else 'in this process'}"))
+    if plan.job.log:
+        rows.append(("sent to", ", ".join(plan.job.log)))
     out.print(pairs(rows))
 
 
@@ -104,13 +106,16 @@ def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
     if phase.trains == "head":  # a frozen body has no rate of its own, and nothing else to decide
         rows.append(("rate", f"{phase.head_learning_rate:g}"))
     else:
-        rows.append(("rates", f"body {phase.learning_rate:g}, head {phase.head_learning_rate:g}"))
+        body = "adapter" if phase.adapter else "body"
+        rows.append(("rates", f"{body} {phase.learning_rate:g}, head {phase.head_learning_rate:g}"))
+        if phase.adapter:
+            rows.append(("adapter", f"rank {phase.adapter.rank}, alpha {phase.adapter.alpha:g}; merged in the end"))
         if phase.batch_norm != "none":
             unknown = ", where the network has it" if plan.weights == "random" else ""
             rows.append(("BatchNorm", f"{phase.batch_norm}{unknown}"))
     if phase.trains == "everything" and recipe.budget_s is not None:
         rows.append(("budget", f"{recipe.budget_s / 60:g} minutes: fewer epochs where the first steps are too slow"))
-    rows.append(("body runs", _body_runs(plan, phase)))
+    rows += [*_asked_for(plan.job.training, phase), ("body runs", _body_runs(plan, phase))]
     if phase.must_win:
         rows.append(("kept", _kept(plan)))
     return rows
@@ -120,6 +125,18 @@ def _kept(plan: Plan) -> str:
     if plan.data.num_samples["validation"]:
         return "what validation prefers, epoch by epoch; against the head alone beyond its noise"
     return "the last epoch: there is no validation split"
+
+
+def _asked_for(training: Training, phase: Phase) -> list[tuple[str, object]]:
+    """What is off by default."""
+    rows: list[tuple[str, object]] = []
+    if training.mix != "none" and phase.source == "samples":
+        rows.append(("mixed", f"samples of a batch, by {training.mix}"))
+    if training.ema is not None:
+        rows.append(("average", f"of the weights, decay {training.ema:g}; kept where validation prefers it"))
+    if training.patience is not None:
+        rows.append(("ends", f"after {counted(training.patience, 'epoch')} without a better one"))
+    return rows
 
 
 def _size(p: Parameters) -> list[tuple[str, object]]:

@@ -60,7 +60,8 @@ FLAGS = (
     Flag("--backbone", "backbone", _JOB, "org/name[@revision] on the Hub, a directory, or an earlier run"),
     Flag("--method", "method", _JOB,
          "auto: a probe, then everything, if validation prefers it; head: new last layer only; full: everything; "
-         "lp-ft: first the one, then the other; scratch: random weights"),
+         "lp-ft: first the one, then the other; lora: head and small matrices beside a frozen transformer's; scratch: "
+         "random weights"),
     Flag("--modality", "modality", _JOB, "image, or another that `plugins` lists"),
     Flag("--task", "task", _JOB, "one class a sample, any number of them, or numbers"),
     Flag("--name", "name", _JOB, "of the run; made from the job by default"),
@@ -88,6 +89,8 @@ FLAGS = (
     Flag("--workers", "scaling.num_workers", _WHERE, "more than one: processes on Ray", int),
     Flag("--address", "scaling.address", _WHERE, "a Ray cluster; 'local' starts one here"),
     Flag("--storage", "storage", _WHERE, "the directory of the runs"),
+    Flag("--log", "log", _WHERE, "send epochs and figures to mlflow or wandb as well (repeatable)", list[str],
+         "mlflow|wandb"),
     Flag("--feature-store", "feature_store", _WHERE, "s3://…: features of frozen bodies, for other machines too"),
 )  # fmt: skip
 _OPTIONS = {flag.setting: flag.option for flag in FLAGS if flag.setting} | {"data.path": "--data"}

@@ -12,7 +12,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.job import Plan, Run, figure, figures_of, interval, list_runs, local_path, open_run, shown
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table, when
-from orchestrator.terminal.flags import Json
+from orchestrator.terminal.flags import Json, name_flags
 
 app = typer.Typer(invoke_without_command=True)
 Storage = Annotated[str, typer.Option(help="the directory of the runs")]
@@ -97,6 +97,8 @@ def show(
     _show_epochs(opened.metrics, summary["best_epoch"])
     if opened.finished:
         show_results(opened.results)
+        if opened.results.get("warnings"):
+            out.print(pairs([("warning", name_flags(one)) for one in opened.results["warnings"]]))
     else:
         out.print(pairs([("next", f"orchestrator finetune {opened.path / 'job.yaml'}")]))
 

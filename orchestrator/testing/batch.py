@@ -61,6 +61,35 @@ def collated(trial: Trial, modality: Modality, train: bool) -> dict[str, Tensor]
     return dict(inputs)
 
 
+def check_mixes(trial: Trial, modality: Modality, inputs: Mapping[str, Tensor]) -> None:
+    """Each way to mix a batch gives one of the same form, with shares of classes, and leaves what it is given alone."""
+    num_classes = len(trial.plan.classes)
+    targets = torch.eye(num_classes)[torch.arange(len(trial.decoded)) % num_classes]
+    given = {key: value.clone() for key, value in inputs.items()}
+    for name, mix in modality.mixes.items():
+        what = f"mixes[{name!r}]"
+        with calling("mixes", what), torch.random.fork_rng():
+            mixed, shares = mix(given, targets)
+        wrong = [key for key in given.keys() | mixed.keys() if not _alike(given.get(key), mixed.get(key))]
+        if wrong:
+            raise ContractError(
+                "mixes", f"{what} gives {_kinds(mixed)}", expected=f"as it is given: {_kinds(given)}, finite",
+                mend="mix the samples of the batch, and leave the rest as it is",
+            )  # fmt: skip
+        if not _alike(targets, shares) or not torch.allclose(shares.sum(dim=1), torch.ones(len(targets))):
+            raise ContractError(
+                "mixes", f"{what} gives targets that are no shares of the classes",
+                expected=f"float32 {list(targets.shape)}, 1 in each row", mend="mix the targets as the samples",
+            )  # fmt: skip
+        if any(not torch.equal(given[key], inputs[key]) for key in given):
+            raise ContractError("mixes", f"{what} changes the batch that it is given", expected="tensors of its own")
+
+
+def _alike(one: Any, other: Any) -> bool:
+    both = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return both and one.shape == other.shape and one.dtype == other.dtype and bool(other.isfinite().all())
+
+
 def _kinds(inputs: Any) -> str:
     if not isinstance(inputs, Mapping):
         return f"a {type(inputs).__name__}"

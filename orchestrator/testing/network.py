@@ -20,7 +20,7 @@ from orchestrator.job import Plan, Run, make_job
 from orchestrator.modality import Modality
 from orchestrator.network import Network, freeze, make_optimizer, set_mode
 from orchestrator.predictor import predict
-from orchestrator.testing.batch import Trial, collated, logits_of
+from orchestrator.testing.batch import Trial, check_mixes, collated, logits_of
 from orchestrator.testing.samples import Toys
 from orchestrator.train import finetune
 from orchestrator.training import make_objective
@@ -179,6 +179,8 @@ def _check_steps(trial: Trial, modality: Modality) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"]
         inputs = collated(trial, modality, train=True)
+        if trial.plan.job.task != "regression":
+            check_mixes(trial, modality, inputs)
         for _ in range(_NUM_STEPS):
             total, weight = objective.loss(logits_of(trial, inputs).float(), trial.targets)
             loss = total / weight

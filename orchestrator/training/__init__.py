@@ -12,6 +12,11 @@ The same in one process and on many; knows nothing of Ray.
     fitted      a head that is fitted to stored features at once, by the probe
     batches     which samples a step takes, and how they get onto the device
     evaluate    what a network says of a split
+    mixing      samples of a batch mixed with each other, and their labels
+    averaging   a moving average of the weights
+    patience    whether a phase ends before its epochs are over
+    nonfinite   a loss that is no number: whose fault it is
+    convergence  whether a run has learnt anything, and why not
     finish      the stages behind the last step: final figures, export, results
     assembly    the network with its weights, and the samples
     objective   what the task decides: loss, class weights, the scale of targets

@@ -6,6 +6,7 @@ step, microbatch) alone, and the order of the samples on (seed, epoch).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -52,6 +53,8 @@ class BatchLoader:
     def __init__(self, device: torch.device, resources: ExitStack, ahead: bool | None = None) -> None:
         """`ahead`: read ahead or not, whatever the device."""
         self._device = device
+        self.mix: Callable[[Batch], Batch] | None = None
+        """What is done to each batch of samples, on the CPU, with randomness of its own key."""
         self._ahead: dict[Key, Future[Batch | None]] = {}
         self._reader: ThreadPoolExecutor | None = None
         if device.type != "cpu" if ahead is None else ahead:
@@ -69,7 +72,7 @@ class BatchLoader:
         """
         if self._reader is None:
             seed_for(_STEP, *key)
-            batch = source.batch(rows, train=True)
+            batch = self._mixed(source.batch(rows, train=True))
             return batch if batch is None else batch.to(self._device)
         if key not in self._ahead:
             self.prepare(source, key, rows)
@@ -84,8 +87,11 @@ class BatchLoader:
         # Samples are changed at random by torch's generator of the CPU, which nothing else uses while the network is on
         # another device.
         seed_for(_STEP, *key, where="cpu")
-        batch = source.batch(rows, train=True)
+        batch = self._mixed(source.batch(rows, train=True))
         if batch is None or self._device.type != "cuda":
             return batch
         inputs = {name: tensor.pin_memory() for name, tensor in batch.inputs.items()}
         return Batch(inputs, batch.targets.pin_memory(), batch.rows)
+
+    def _mixed(self, batch: Batch | None) -> Batch | None:
+        return batch if batch is None or self.mix is None else self.mix(batch)

@@ -4,6 +4,7 @@ checkpoints/step-00000120/       a commit of the run's storage
     weights.safetensors          what the method trains, and BatchNorm statistics that move
     best.safetensors             the same of the best epoch so far
     optimizer.safetensors        the optimizer's state by parameter name
+    average.safetensors          the moving average of the weights, where there is one
     state.json                   where the run stands
 
 A commit is there whole or not at all, unless the storage has damaged it since: its digests tell.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -26,6 +27,7 @@ from orchestrator.job import CHECKPOINTS, HeldRun
 NUM_KEPT = 2
 _PREFIX = "step-"
 _TENSOR_FILES = ("weights", "best", "optimizer")
+_AVERAGE = "average"
 
 Tensors = dict[str, Tensor]
 
@@ -40,12 +42,13 @@ class Checkpoint:
     optimizer: Tensors
     state: dict[str, Any]
     """What the loop wants to find again, JSON; `step` is put into it."""
+    average: Tensors = field(default_factory=dict)
 
 
 def save(run: HeldRun, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint to the run, and then prune: it is on the storage before an older one is removed."""
     with run.committing(_name_of(checkpoint.step)) as folder:
-        for name in _TENSOR_FILES:
+        for name in (*_TENSOR_FILES, *([_AVERAGE] if checkpoint.average else [])):
             tensors = {key: value.detach().contiguous().cpu() for key, value in getattr(checkpoint, name).items()}
             safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
         (folder / "state.json").write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}, allow_nan=False))
@@ -99,7 +102,8 @@ def load(run: HeldRun, step: int) -> Checkpoint:
     try:
         with run.opened(_name_of(step)) as folder:
             state = json.loads((folder / "state.json").read_text())
-            tensors = {name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in _TENSOR_FILES}
+            names = (*_TENSOR_FILES, *([_AVERAGE] if (folder / f"{_AVERAGE}.safetensors").is_file() else []))
+            tensors = {name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in names}
     except RefusedError as error:
         raise CheckpointError(
             f"the checkpoint of step {step} cannot be read: {error.message}",

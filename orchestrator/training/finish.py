@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.errors import InterruptedRunError
-from orchestrator.job import PhaseBegan
+from orchestrator.errors import InterruptedRunError, OrchestratorError
+from orchestrator.job import METRICS_FILE, Noted, PhaseBegan, read_lines
+from orchestrator.network import merge
 from orchestrator.training.choice import what_was_chosen
+from orchestrator.training.convergence import find_problems
 from orchestrator.training.evaluate import predict_split
 from orchestrator.training.export import export
 from orchestrator.training.metrics import Predictions, measure
 from orchestrator.training.objective import fold
 from orchestrator.training.record import write_skipped
 from orchestrator.training.state import Session, TrainState
+
+_COMPARED = 16
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,13 @@ def evaluate_splits(session: Session) -> Evaluated:
 def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> None:
     """Commit the model, and write results.json, which says that the run is done. Called by all workers."""
     run, plan = session.run, session.plan
+    if plan.recipe.adapter is not None:
+        merge(session.network)
     fold(session.objective, session.network)  # on all workers: what is gathered is what is exported
     state_dict = session.strategy.gather()
     if state_dict is None:
         return
+    lines = read_lines(run.read(METRICS_FILE))
     places = {session.samples.place(row): why for row, why in evaluated.skipped.items()}
     write_skipped(run, places)
     results: dict[str, Any] = {
@@ -64,11 +72,14 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
         "method": plan.job.method,
         "backbone": plan.backbone.source,
         "num_train": plan.data.num_samples["train"],
+        "epochs": len(lines),
         "best_epoch": trained.best_epoch,
         "num_epochs": plan.recipe.num_epochs,
+        **({"averaged": trained.best_is_average} if plan.job.training.ema is not None else {}),
         "num_skipped": plan.data.num_skipped + len(evaluated.skipped),
         "seconds": round(session.seconds(), 3),
         **evaluated.figures,
+        "warnings": [str(one) for one in find_problems(plan, lines, evaluated.figures, lambda: _are_alike(session))],
     }
     candidates = [trained.candidates[number] for number in sorted(trained.candidates, key=int)]
     chosen = what_was_chosen(plan, trained.best_epoch, candidates, trained.comparison)
@@ -83,3 +94,14 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
     results["seconds"] = round(session.seconds(), 3)
     run.write("results.json", json.dumps(results, indent=1, ensure_ascii=False))
     run.collect_orphans(older_s=0)
+    for warning in results["warnings"]:
+        session.report(Noted(warning, is_warning=True))
+
+
+def _are_alike(session: Session) -> bool:
+    """Whether some training samples are one and the same once they are the network's input."""
+    with contextlib.suppress(OrchestratorError):  # those of stored features may be gone by now
+        batch = session.raw.batch(session.samples.rows("train")[:_COMPARED], train=False)
+        if batch is not None and len(batch.rows) > 1:
+            return all(bool((tensor == tensor[:1]).all()) for tensor in batch.inputs.values())
+    return False

@@ -14,15 +14,13 @@ from typing import Any
 from orchestrator.errors import OrchestratorError
 from orchestrator.features import MakeRemoteExtractor, Source, run_body_once
 from orchestrator.job import SPLITS, Event, Noted, PhaseBegan, Report
-from orchestrator.network import (
-    Replicated,
-    Worker,
-)
+from orchestrator.network import Replicated, Worker, adapt
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.assembly import WorkerSpec, assembled
 from orchestrator.training.batches import BatchLoader
 from orchestrator.training.finish import evaluate_splits, export_run
 from orchestrator.training.fitted import can_be_fitted
+from orchestrator.training.mixing import make_mix
 from orchestrator.training.objective import make_objective
 from orchestrator.training.phase import PhaseLoop
 from orchestrator.training.record import Record, write_lineage
@@ -63,6 +61,8 @@ def _prepare(
     modality = spec.find_modality(plan)
     report(PhaseBegan("loading the backbone"))
     network, raw = assembled(plan, run, worker, modality, resources)
+    if plan.recipe.adapter is not None:
+        adapt(network, plan.recipe.adapter, plan.job.training.seed)
     strategy = Replicated(network, worker)
     strategy.broadcast_new()  # what began at random is rank 0's on all
     sources: dict[str, dict[str, Source]] = {"samples": dict.fromkeys(SPLITS, raw)}
@@ -81,6 +81,7 @@ def _prepare(
         plan=plan, run=run, worker=worker, network=network, strategy=strategy, objective=make_objective(plan, network),
         samples=raw.samples, raw=raw, sources=sources, forwards=forwards,
         loader=BatchLoader(worker.device, resources), length_bucketing=modality.length_bucketing,
+        mix=make_mix(plan, modality),
         report=report, should_stop=should_stop, started=started,
     )  # fmt: skip
 

@@ -36,7 +36,8 @@ class Objective:
     def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(sum over the samples, the weight to divide it by once all microbatches are added up), float32 [] each.
 
-        outputs: float [samples, classes]; targets: int64 [samples] or float32 [samples, classes].
+        outputs: float [samples, classes]; targets: int64 [samples] or float32 [samples, classes], which of one class
+        a sample are shares, where samples were mixed.
         """
         class_weights = None if self.class_weights is None else self.class_weights.to(outputs.device)
         each, weights = _LOSSES[self.task](outputs.float(), self._scaled(targets), class_weights, self.label_smoothing)
@@ -69,6 +70,8 @@ class Objective:
         """How many samples are wholly right, float32 []; 0 for regression, which has no such thing."""
         if self.task == "regression":
             return torch.zeros((), device=outputs.device)
+        if targets.is_floating_point():  # the class of which a mixed sample has most
+            targets = targets.argmax(dim=-1) if self.task == "single-label" else targets > 0.5
         right = self.predict(outputs) == targets
         return (right if right.ndim == 1 else right.all(dim=-1)).sum().float()
 
@@ -122,7 +125,9 @@ def _cross_entropy(
     outputs: Tensor, targets: Tensor, class_weights: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     each = functional.cross_entropy(outputs, targets, weight=class_weights, reduction="none", label_smoothing=smoothing)
-    return each, torch.ones_like(each) if class_weights is None else class_weights[targets]
+    if class_weights is None:
+        return each, torch.ones_like(each)
+    return each, targets @ class_weights if targets.is_floating_point() else class_weights[targets]
 
 
 def _binary_cross_entropy(

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from orchestrator.data import Ints
-from orchestrator.errors import InterruptedRunError, TrainingError
+from orchestrator.errors import InterruptedRunError
 from orchestrator.features import FeatureSource, split_evenly
-from orchestrator.job import Advanced, EpochEnded, PhaseBegan, Plan
+from orchestrator.job import Advanced, EpochEnded, Noted, PhaseBegan, Plan
 from orchestrator.network import (
     GradientReduction,
     MicrobatchStatistics,
@@ -31,12 +31,17 @@ from orchestrator.network import (
     set_mode,
 )
 from orchestrator.training import checkpoint as ckpt
+from orchestrator.training.averaging import Average
 from orchestrator.training.batches import epoch_batches
 from orchestrator.training.best import BestEpoch
 from orchestrator.training.budget import fit_epochs, is_to_be_fitted, seconds_of
 from orchestrator.training.evaluate import epoch_figures, predict_split
 from orchestrator.training.fitted import facts_of, fit_head
+from orchestrator.training.nonfinite import Own, blame
+from orchestrator.training.patience import is_over
 from orchestrator.training.state import Session
+
+_TRAINED = {"head": "the head", "adapter": "head and adapter", "everything": "everything"}
 
 
 class PhaseLoop:
@@ -51,8 +56,9 @@ class PhaseLoop:
         moving = ("",) if self.phase.trains == "everything" else network.head
         self.tensors = session.strategy.state(ckpt.trained_tensors(network.module, moving))
         self._best_epoch = BestEpoch(session, self.phase)
-        self._unread: list[tuple[Tensor, float, int]] = []
-        """(sums of loss, weight and right ones on the device, samples, the step) that were not looked at yet."""
+        self._unread: list[tuple[Tensor, float, int, Own]] = []
+        """(sums of loss, weight and right ones on the device, samples, the step, this worker's microbatches) that were
+        not looked at yet."""
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
         """When this process began with the epoch, and how many samples it has taken of it."""
         self._saved: tuple[int, int] | None = None
@@ -66,13 +72,19 @@ class PhaseLoop:
             if best:
                 ckpt.load_into(best, session.strategy.state(best))
             self.best = ckpt.copy_of(self.tensors) if best else {}
+        session.loader.mix = session.mix if self.phase.source == "samples" else None
+        self.average = self._average(resumed.average if resumed else {})
+
+    def _average(self, before: ckpt.Tensors) -> Average | None:
+        decay = self.session.plan.job.training.ema
+        return None if decay is None or self.phase.solver == "probe" else Average(self.tensors, decay, before)
 
     def run(self) -> ckpt.Tensors:
         """Train to the phase's end; the best weights so far, which are in the network by then."""
         session, state = self.session, self.session.state
         rows = session.samples.rows("train")
         self._keep_to_budget(rows)
-        what = "training everything" if self.phase.trains == "everything" else "training the head"
+        what = f"training {_TRAINED[self.phase.trains]}"
         samples = len(rows) / max(1, self.phase.steps_per_epoch)
         session.report(PhaseBegan(what, self.phase.num_steps, state.step, "steps", samples))
         if self.phase.solver == "probe":
@@ -115,6 +127,7 @@ class PhaseLoop:
         vars(state).update(before)
         ckpt.load_into(kept, self.tensors)
         self.optimizer, self.named = make_optimizer(session.network, session.plan.job.training, self.phase)
+        self.average = self._average({})
         fit_epochs(session, seconds)
         self.phase = session.phase
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
@@ -130,6 +143,10 @@ class PhaseLoop:
             if epoch > state.epochs_ended:
                 self._end_epoch()
             if state.step == self.phase.num_steps:
+                break
+            if is_over(session.plan, state):
+                why = f"no epoch since number {state.best_epoch} was better"
+                session.report(Noted(f"ended after {state.epochs_ended} of {self.phase.epochs} epochs: {why}"))
                 break
             if stop or is_due:
                 self._save()
@@ -149,7 +166,7 @@ class PhaseLoop:
             train.epoch = epoch
         # A frozen body gives the same whatever is beside a sample, and its stored features have one length: the head is
         # trained on the same batches with and without them.
-        bucketing = session.length_bucketing and self.phase.trains == "everything"
+        bucketing = session.length_bucketing and self.phase.trains != "head"
         seed = session.plan.job.training.seed
         return epoch_batches(session.samples, rows, seed, self._epoch_number(epoch), recipe.steps_per_epoch, bucketing)
 
@@ -195,18 +212,21 @@ class PhaseLoop:
         sums = worker.all_reduce_sum(sums)
         told = worker.all_reduce_sum(torch.tensor([num_samples, session.should_stop(), due], dtype=torch.float64))
         num_samples, stop, due = told.tolist()
+        self._unread.append((sums, num_samples, number, own))
+        # What a GPU has computed is looked at a step later, when it is there: so nobody waits for it. On a CPU before
+        # the step, so that a loss that is none spoils no weights.
+        self._read_sums(keep=0 if worker.device.type == "cpu" else 1)
         # Of a batch that nobody could read there is nothing to learn.
         reduction.finish((1.0 / sums[1]).float() if num_samples else 0.0)
         if num_samples:
             self._take_step()
             statistics.average()
+            if self.average is not None:
+                self.average.update(state.step)
         self.optimizer.zero_grad(set_to_none=True)
-        self._unread.append((sums, num_samples, number))
-        # What a GPU has computed is looked at a step later, when it is there: so nobody waits for it.
-        self._read_sums(keep=0 if worker.device.type == "cpu" else 1)
         return stop > 0, due > 0
 
-    def _own_microbatches(self, rows: Ints) -> list[tuple[int, Ints]]:
+    def _own_microbatches(self, rows: Ints) -> Own:
         worker, num = self.session.worker, self.session.plan.recipe.num_microbatches
         return [(one, split_evenly(rows, one, num)) for one in range(worker.rank, num, worker.num_workers)]
 
@@ -223,14 +243,10 @@ class PhaseLoop:
         """Add what steps summed up to the epoch's figures, but for the `keep` newest. Raises `TrainingError`."""
         state = self.session.state
         while len(self._unread) > keep:
-            sums, num_samples, number = self._unread.pop(0)
+            sums, num_samples, number, own = self._unread.pop(0)
             loss, weight, right = sums.tolist()
             if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss} at step {number}",
-                    expected="a finite loss",
-                    mend="lower training.learning_rate, and start over with --fresh",
-                )
+                raise blame(self.session, self.tensors, own, number, loss)
             state.epoch_loss += loss
             state.epoch_correct += right
             state.epoch_samples += num_samples
@@ -265,14 +281,29 @@ class PhaseLoop:
         if self.phase.solver == "probe":
             del line["learning_rate"]
         if self._best_epoch.is_found(line, predictions):
-            state.best_epoch = line["epoch"]
+            state.best_epoch, state.best_is_average = line["epoch"], False
             self.best = ckpt.copy_of(self.tensors)
+        if self.average is not None:
+            line |= self._end_epoch_of(self.average, line["epoch"])
         state.epoch_loss = state.epoch_correct = state.epoch_samples = state.epoch_weight = 0.0
         state.epochs_ended += 1
         if session.record is not None:
             session.record.add(line)
         session.report(EpochEnded(line, recipe.num_epochs, plan.job.task))
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
+
+    def _end_epoch_of(self, average: Average, epoch: int) -> dict[str, float]:
+        """The figures of the average, which is kept where it is better than all so far."""
+        with average.in_place():
+            predictions = predict_split(self.session, "validation")
+        if predictions is None:
+            self._save()
+            self._interrupt()
+        figures = epoch_figures(self.session.plan.job.task, predictions)
+        if self._best_epoch.is_found({"epoch": epoch, **figures}, predictions):
+            self.session.state.best_epoch, self.session.state.best_is_average = epoch, True
+            self.best = ckpt.copy_of(average.tensors)
+        return {f"average_{name}": value for name, value in figures.items()}
 
     # --- checkpoints ---
 
@@ -299,7 +330,8 @@ class PhaseLoop:
             entries = {**state.entries(), "seconds": session.seconds()}
             optimizer = ckpt.optimizer_tensors(self.optimizer, self.named)
             step = state.steps_done(session.plan.recipe)
-            ckpt.save(session.run, ckpt.Checkpoint(step, self.tensors, self.best, optimizer, entries))
+            average = self.average.tensors if self.average is not None else {}
+            ckpt.save(session.run, ckpt.Checkpoint(step, self.tensors, self.best, optimizer, entries, average))
         session.saved_at = time.monotonic()
 
     def _interrupt(self) -> NoReturn:

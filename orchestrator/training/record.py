@@ -14,7 +14,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from orchestrator.job import METRICS_FILE, HeldRun, Plan, read_lines
-from orchestrator.network import Network, Worker
+from orchestrator.network import Network, Worker, adapted_modules, is_adapter
 from orchestrator.training.metrics import finite
 
 _SKIPPED = "skipped.jsonl"
@@ -102,6 +102,7 @@ def write_lineage(run: HeldRun, plan: Plan, network: Network, worker: Worker, me
     versions = {name: _version(name) for name in libraries}
     everything = ("",) if plan.recipe.trains_everything else network.head
     moving = {one for name in everything for one in network.module.get_submodule(name).parameters()}
+    moving |= {one for name, one in network.module.named_parameters() if is_adapter(name)}
     trained = sum(one.numel() for one in moving)
     total = sum(p.numel() for p in network.module.parameters())
     lineage = {
@@ -115,6 +116,7 @@ def write_lineage(run: HeldRun, plan: Plan, network: Network, worker: Worker, me
         "seed": plan.job.training.seed,
         "adaptations": [str(adaptation) for adaptation in plan.adaptations],
         "head": list(network.head),
+        **({"adapted": adapted_modules(network)} if plan.recipe.adapter is not None else {}),
         "new_tensors": list(network.new) if plan.weights == "pretrained" else "all",
         "unused_tensors": list(network.unused),
         "trained_parameters": trained,

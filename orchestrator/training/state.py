@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from orchestrator.data import Samples
-from orchestrator.features import SampleSource, Source
+from orchestrator.features import Batch, SampleSource, Source
 from orchestrator.job import HeldRun, Phase, Plan, Recipe, Report
 from orchestrator.network import Inputs, Network, Strategy, Worker
 from orchestrator.training.batches import BatchLoader
@@ -40,6 +40,8 @@ class TrainState:
     best_loss: float = math.inf
     best_accuracy: float = -1.0
     """0 where the task has no accuracy: then the loss alone decides."""
+    best_is_average: bool = False
+    """Whether the best weights are the moving average of that epoch."""
     seconds: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
     """Row of the sample table -> why it could not be read, of all workers."""
@@ -98,6 +100,8 @@ class Session:
     """What phases train on -> inputs -> logits."""
     loader: BatchLoader
     length_bucketing: bool
+    mix: Callable[[Batch], Batch] | None
+    """How samples of a training batch are mixed with each other, where they are."""
     report: Report
     should_stop: Callable[[], bool]
     started: float

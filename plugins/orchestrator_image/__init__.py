@@ -33,6 +33,7 @@ from orchestrator_image.reading import LargeImage, decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from orchestrator.modality import Collate
     from orchestrator.network import Network
@@ -285,6 +286,13 @@ def batch(plan: Plan, directory: Path) -> Collate:
     return make_collate(plan, directory)
 
 
+def mix(kind: str, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Images of a batch, each with another one: laid over it (mixup), or with a rectangle of it (cutmix)."""
+    from orchestrator_image.network import mix_images
+
+    return mix_images(kind, inputs, targets)
+
+
 def toy(n: int) -> Sequence[tuple[Sample, str]]:
     """Dark squares and bright ones, 16 x 16 pixels, as PNG."""
     from PIL import Image
@@ -325,4 +333,5 @@ modality = Modality(
     build=build,
     batch=batch,
     toy=toy,
+    mixes={kind: functools.partial(mix, kind) for kind in ("mixup", "cutmix", "both")},
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,9 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "aimv2_vision_model": {"use_head": False},
     "siglip_vision_model": {"vision_use_head": False},
 }
+# With the alphas of the papers for fine-tuning and ImageNet.
+_MIXES: dict[str, Any] = {"mixup": v2.MixUp(alpha=0.2), "cutmix": v2.CutMix(alpha=1.0)}
+_MIXES["both"] = v2.RandomChoice([*_MIXES.values()])
 _MAX_RESIZED = 2**24
 """Pixels that an image may have once it is resized by its shorter edge; of more, the middle is resized."""
 _LEAST_LEFT = 16  # pixels of a strip: more than an interpolation looks at
@@ -182,6 +185,15 @@ def make_collate(
         return {key: torch.cat([values[key] for values in each]) for key in each[0]}
 
     return collate
+
+
+def mix_images(kind: str, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch by mixup (Zhang et al. 2018, arXiv 1710.09412), CutMix (Yun et al. 2019, arXiv 1905.04899) or either.
+
+    inputs: {"pixel_values": float32 [batch, channels, height, width]}; targets: float32 [batch, classes].
+    """
+    pixels, mixed = _MIXES[kind](inputs["pixel_values"], targets)
+    return {**inputs, "pixel_values": pixels}, mixed
 
 
 def _cropped_from(processor: Any) -> int:

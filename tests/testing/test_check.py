@@ -161,6 +161,10 @@ def test_the_own_entry_point_is_no_collision(tmp_path: Path, monkeypatch: pytest
         ({"batch": broken.batch_not_finite}, "batch", "'input' is not finite"),
         ({"batch": broken.batch_blind}, "batch", "the same logits"),
         ({"sample": (dataclasses.replace(SENSOR.sample[0], shape=(7, "time")),)}, "batch", "[batch, 7, time]"),
+        ({"mixes": {"roll": broken.mix_of_more_keys}}, "mixes", "gives 'input' float32 [8, 3, 128], 'share' float32"),
+        ({"mixes": {"roll": broken.mix_without_labels}}, "mixes", "targets that are no shares"),
+        ({"mixes": {"roll": broken.mix_in_place}}, "mixes", "changes the batch that it is given"),
+        ({"mixes": {"roll": broken.mix_raising}}, "mixes", "mixes['roll'] raises ValueError"),
         # the network
         ({"build": broken.build_nothing}, "build", "gives a NoneType"),
         ({"build": broken.build_head_of_no_name}, "build", "the head 'last' is no module"),

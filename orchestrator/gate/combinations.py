@@ -1,0 +1,39 @@
+"""Settings of the training that mean nothing beside others of the job, refused before the start."""
+
+from __future__ import annotations
+
+from orchestrator.errors import JobError
+from orchestrator.job import DataSummary, Job, Recipe
+from orchestrator.modality import Modality
+
+
+def refuse_senseless(job: Job, modality: Modality, data: DataSummary, recipe: Recipe) -> None:
+    """Raise `JobError` for what cannot be meant together."""
+    if job.training.patience is not None and not data.num_samples.get("validation"):
+        raise JobError(
+            "training.patience waits for a better validation, and there are no validation samples",
+            expected="a validation split", mend="set data.validation_fraction = 0.1, or leave training.patience out",
+        )  # fmt: skip
+    if job.training.mix != "none":
+        _refuse_senseless_mixing(job, modality, recipe)
+
+
+def _refuse_senseless_mixing(job: Job, modality: Modality, recipe: Recipe) -> None:
+    mix = job.training.mix
+    if mix not in modality.mixes:
+        can = ", ".join(sorted(modality.mixes)) or "none"
+        raise JobError(
+            f"training.mix = {mix!r}, which {modality.title} cannot be mixed by", expected=f"one of none, {can}"
+            if modality.mixes else "none", mend="leave training.mix out",
+        )  # fmt: skip
+    if job.task == "regression":
+        raise JobError(
+            f"training.mix = {mix!r} mixes classes, and the task is regression", expected="a task with classes",
+            mend="leave training.mix out",
+        )  # fmt: skip
+    if all(phase.source == "features" for phase in recipe.phases):
+        raise JobError(
+            f"training.mix = {mix!r} mixes samples, and the body runs once for each, on samples as they are",
+            expected="a body that runs in every step",
+            mend="leave training.mix out, or set training.features = 'every step', or train everything: method full",
+        )
