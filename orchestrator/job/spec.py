@@ -124,8 +124,8 @@ class Training(_Part):
 
     epochs: int | None = Field(
         None, ge=1, le=100_000, description="passes over the training samples; default: by method, head 40, full 20, "
-        "auto 20 and lp-ft 20 (behind the head's), lora 20, scratch 40; a transformer whose body is trained: 6, or what "
-        "200 steps take"
+        "auto 20 and lp-ft 20 (behind the head's), lora 20, scratch 40; a transformer whose body is trained: 6, or "
+        "what 200 steps take"
     )  # fmt: skip
     batch_size: int | None = Field(None, ge=1, description="samples a step, over all workers; default: 32")
     num_microbatches: int | None = Field(
@@ -137,8 +137,8 @@ class Training(_Part):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum")
     learning_rate: float | None = Field(
         None, gt=0, description="of the body, and of the head unless given; default: by method, head 0.003, full "
-        "0.001, auto 0.0003, lp-ft 0.0003, lora 0.001, scratch 0.001, less for transformers (docs/methods.md); ten times "
-        "that for sgd"
+        "0.001, auto 0.0003, lp-ft 0.0003, lora 0.001, scratch 0.001, less for transformers (docs/methods.md); ten "
+        "times that for sgd"
     )  # fmt: skip
     head_learning_rate: float | None = Field(None, gt=0, description="of the new head; default: learning_rate")
     weight_decay: float = Field(0.01, ge=0, description="of all weights but vectors: biases, norms")

@@ -20,7 +20,7 @@ from torch import Tensor
 from orchestrator.data import Ints
 from orchestrator.errors import InterruptedRunError
 from orchestrator.features import FeatureSource, split_evenly
-from orchestrator.job import Advanced, EpochEnded, Noted, PhaseBegan, Plan
+from orchestrator.job import Advanced, EpochEnded, Noted, PhaseBegan
 from orchestrator.network import (
     GradientReduction,
     MicrobatchStatistics,
@@ -39,6 +39,7 @@ from orchestrator.training.evaluate import epoch_figures, predict_split
 from orchestrator.training.fitted import facts_of, fit_head
 from orchestrator.training.nonfinite import Own, blame
 from orchestrator.training.patience import is_over
+from orchestrator.training.rates import rate_factor
 from orchestrator.training.state import Session
 
 _TRAINED = {"head": "the head", "adapter": "head and adapter", "everything": "everything"}
@@ -341,17 +342,3 @@ class PhaseLoop:
             f"stopped at step {state.steps_done(recipe)} of {recipe.num_steps}",
             mend="the same command goes on from there",
         )
-
-
-def rate_factor(plan: Plan, num_steps: int, step: int) -> float:
-    """Linear warm-up from 0, then cosine to 0 (Loshchilov & Hutter 2017, arXiv 1608.03983) or constant.
-
-    `step` of the phase's `num_steps`, from 0.
-    """
-    training = plan.job.training
-    warmup = round(training.warmup_fraction * num_steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if training.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
