@@ -57,21 +57,23 @@ def prepare_data(
     task: TaskName = "single-label",
     classes: tuple[str, ...] | None = None,
     directory: Path | None = None,
+    fewest_validation: int = 0,
 ) -> Prepared:
     """Read, check, split and measure the data. `classes` fixes them, for the evaluation of a finished model.
+    `fewest_validation`: where the job leaves the validation's size open, none is taken that would be smaller.
 
     The sample table is written into `directory`, for `Samples` to read; without one nothing of it is kept.
     Raises `DataError`, naming the file, row or class, and `RefusedError` where a store or the Hub does not answer.
     """
     if directory is None:
         with TemporaryDirectory(prefix="orchestrator-") as folder:
-            return _prepare(spec, modality, card, task, classes, Path(folder), keep=False)
-    return _prepare(spec, modality, card, task, classes, directory, keep=True)
+            return _prepare(spec, modality, card, task, classes, Path(folder), fewest_validation, keep=False)
+    return _prepare(spec, modality, card, task, classes, directory, fewest_validation, keep=True)
 
 
 def _prepare(
     spec: Data, modality: Modality, card: BackboneCard, task: TaskName, classes: tuple[str, ...] | None,
-    directory: Path, keep: bool,
+    directory: Path, fewest_validation: int, keep: bool,
 ) -> Prepared:  # fmt: skip
     source = open_source(spec, modality.sample, task, classes or ())
     with SampleWriter(directory / ROWS_FILE, [one.name for one in modality.sample], with_content=keep) as writer:
@@ -88,13 +90,13 @@ def _prepare(
         notes += notes_on_leaks(table, rows, split)
     else:
         strata, strata_names = strata_of(targets, names, task)
-        split = split_samples(table, rows, strata, strata_names, len(names), source.ready_made, spec)
+        split = split_samples(table, rows, strata, strata_names, len(names), source.ready_made, spec, fewest_validation)
         refuse_unlearnable(targets, split, names, task, hint_of_separator(ingested, spec, task))
         notes += notes_on_leaks(table, rows, split)
         notes += notes_on_labels(ingested, names, spec, task)
-        notes += _notes_on_splits(split)
+        notes += _notes_on_splits(split, spec.validation_fraction is None and fewest_validation > 0)
     if keep:
-        _write_index(directory / INDEX_FILE, table, rows, targets, split)
+        _write_index(directory / INDEX_FILE, table, rows, targets, split, grouped=spec.group_column is not None)
     summary = DataSummary(
         fingerprint=fingerprint(
             (ingested.column(ingested.uri_id), ingested.label_keys(), ingested.known_by()), rows, split
@@ -129,7 +131,10 @@ def _refuse_broken(skipped: Sequence[Skip], num_rows: int, spec: Data) -> None:
         )
 
 
-def _notes_on_splits(split: Ints) -> list[str]:
+def _notes_on_splits(split: Ints, is_left_open: bool) -> list[str]:
+    if is_left_open and not (split == VALIDATION).any():
+        none = "no validation split: of so few samples each is worth more in training (data.validation_fraction)"
+        return [none, *([] if (split == TEST).any() else ["nothing is held back: there will be no figures"])]
     if (split == TEST).any():
         return []
     if (split == VALIDATION).any():
@@ -137,7 +142,9 @@ def _notes_on_splits(split: Ints) -> list[str]:
     return ["nothing is held back: there will be no figures, and the last epoch counts"]
 
 
-def _write_index(file: Path, table: IngestedTable, rows: Ints, targets: Targets, split: Ints) -> None:
+def _write_index(
+    file: Path, table: IngestedTable, rows: Ints, targets: Targets, split: Ints, grouped: bool
+) -> None:  # fmt: skip
     ingested, is_used = table.ingested, split != UNUSED
     used = slice(None) if is_used.all() else is_used  # a view, where nothing is left out
     rows = rows[used]
@@ -145,7 +152,7 @@ def _write_index(file: Path, table: IngestedTable, rows: Ints, targets: Targets,
     write_index(
         file, rows, targets[used], split[used], view(ingested.num_bytes)[rows].clip(0),
         (view(ingested.content_id)[rows], view(ingested.content_high)[rows]), np.where(timed, stats, np.uint64(0)),
-        [origin.root_text for origin in table.origins],
+        [origin.root_text for origin in table.origins], view(ingested.group)[rows] if grouped else None,
     )  # fmt: skip
 
 

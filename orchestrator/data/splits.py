@@ -13,7 +13,7 @@ import numpy as np
 from orchestrator.data.contents import Ints
 from orchestrator.data.ingested import IngestedTable, numbers
 from orchestrator.errors import DataError
-from orchestrator.job import SPLITS, Data, shown
+from orchestrator.job import SPLITS, VALIDATION_FRACTION, Data, shown
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 UNUSED = -1
@@ -21,23 +21,26 @@ UNUSED = -1
 
 
 def split_samples(
-    table: IngestedTable, rows: Ints, strata: Ints, names: Sequence[str], num_classes: int, ready_made: bool, spec: Data
-) -> Ints:
+    table: IngestedTable, rows: Ints, strata: Ints, names: Sequence[str], num_classes: int, ready_made: bool,
+    spec: Data, fewest_validation: int = 0,
+) -> Ints:  # fmt: skip
     """A split for each sample, int64 [samples]: TRAIN, VALIDATION, TEST, or UNUSED beyond `data.num_train`.
 
     rows: int64 [samples], those of the table that are samples; strata: int64 [samples], what the splits hold in equal
     proportions, each with its name. Ready-made splits stay; a validation split that they lack is taken of the training
-    samples. Raises `DataError` where groups or samples are too few.
+    samples. `fewest_validation`: none smaller is taken where `spec` leaves its size open. Raises `DataError`
+    where groups or samples are too few.
     """
     groups = numbers(table.ingested.group)[rows] if spec.group_column else None
     if ready_made:
         split = numbers(table.ingested.split)[rows].clip(TRAIN)
         if groups is not None:
             _refuse_torn_groups(table, rows, groups, split)
-        fractions = (0.0 if (split == VALIDATION).any() else spec.validation_fraction, 0.0)
+        has_validation = bool((split == VALIDATION).any())
+        fractions = (0.0 if has_validation else _validation_fraction(spec, split, fewest_validation), 0.0)
     else:
         split = np.full(len(rows), TRAIN, dtype=np.int64)
-        fractions = (spec.validation_fraction, spec.test_fraction)
+        fractions = (_validation_fraction(spec, split, fewest_validation), spec.test_fraction)
     ours = np.flatnonzero(split == TRAIN)
     if any(fractions) and len(ours):
         if groups is not None:
@@ -59,6 +62,12 @@ def split_samples(
             )
         split[np.setdiff1d(train, balanced_subset(strata, names, train, spec.num_train, spec.seed))] = UNUSED
     return split
+
+
+def _validation_fraction(spec: Data, split: Ints, fewest: int) -> float:
+    if spec.validation_fraction is not None:
+        return spec.validation_fraction
+    return VALIDATION_FRACTION if VALIDATION_FRACTION * (split == TRAIN).sum() >= fewest else 0.0
 
 
 def split_for_evaluation(table: IngestedTable, rows: Ints) -> Ints:

@@ -14,7 +14,7 @@ from orchestrator.backbone import Tensors, read_card, read_tensors, require_harm
 from orchestrator.errors import JobError, RefusedError, missing_extra
 from orchestrator.gate import decide
 from orchestrator.gate.own_code import refuse_own_code
-from orchestrator.gate.recipes import first_weights, may_keep_features
+from orchestrator.gate.recipes import fewest_validation, first_weights, may_keep_features
 from orchestrator.gate.resolve import make_plan
 from orchestrator.job import (
     DATA_FOLDER,
@@ -135,13 +135,18 @@ def resolve_backbone(job: Job) -> ResolvedBackbone:
 
 def prepare(job: Job, resolved: ResolvedBackbone, directory: Path | None = None) -> tuple[Plan, Prepared]:
     """The Plan, and what was found in the data; the sample table is written into `directory`, if there is one."""
-    prepared = read_data(job, resolved, directory)
+    prepared = read_data(job, resolved, directory, fewest_validation(job))
     return plan_on(job, resolved, prepared), prepared
 
 
-def read_data(job: Job, resolved: ResolvedBackbone, directory: Path | None = None) -> Prepared:
-    """What is found in the job's data; the sample table is written into `directory`, if there is one."""
-    return _prepare(job.data, resolved.plugin, resolved.card, job.task, directory)
+def read_data(
+    job: Job, resolved: ResolvedBackbone, directory: Path | None = None, fewest_validation: int = 0
+) -> Prepared:
+    """What is found in the job's data; the sample table is written into `directory`, if there is one.
+
+    Where nobody asked for a validation split, one of fewer samples than `fewest_validation` is not made.
+    """
+    return _prepare(job.data, resolved.plugin, resolved.card, job.task, directory, fewest_validation)
 
 
 def plan_on(job: Job, resolved: ResolvedBackbone, prepared: Prepared) -> Plan:
@@ -267,10 +272,11 @@ def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
 
 
 def _prepare(
-    spec: Data, plugin: Modality, card: BackboneCard, task: TaskName, directory: Path | None = None
-) -> Prepared:
+    spec: Data, plugin: Modality, card: BackboneCard, task: TaskName, directory: Path | None = None,
+    fewest: int = 0,
+) -> Prepared:  # fmt: skip
     try:
         from orchestrator.data import prepare_data
     except ModuleNotFoundError as error:
         raise missing_extra(error, plugin.extra) or error from None
-    return prepare_data(spec, plugin, card, task, directory=directory)
+    return prepare_data(spec, plugin, card, task, directory=directory, fewest_validation=fewest)

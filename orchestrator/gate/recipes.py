@@ -45,6 +45,11 @@ class _PhaseRow:
     of_transformers: _OfTransformers | None = None
     is_first: bool = False
     """Whether it makes ready what follows: the job's epochs and rates are those of the phases after it."""
+    solver: Literal["steps", "probe"] = "steps"
+    """probe: on stored features of the samples as they are; in `epochs` of steps where there are none."""
+    least_steps: int = 0
+    """Of few samples it takes more epochs."""
+    must_win: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,30 @@ class _MethodRow:
     """What it begins with."""
     phases: tuple[_PhaseRow, ...]
     batch_size: int = 32
+    budget_min: float | None = None
+    """By default."""
+    fewest_validation: int = 0
+    """A validation split of fewer samples tells less than they are worth in training: by default there is none then."""
 
 
 # docs/methods.md has the runs that these were chosen by.
 _METHODS: Mapping[Method, _MethodRow] = {
     "head": _MethodRow("pretrained", (_PhaseRow("head", 40, 3e-3),)),
     "full": _MethodRow("pretrained", (_PhaseRow("everything", 20, 1e-3, _OfTransformers(6, 1e-4, 3e-3)),)),
+    "auto": _MethodRow(
+        "pretrained",
+        (
+            _PhaseRow("head", 40, 3e-3, is_first=True, solver="probe"),
+            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 1e-4, 1e-3), least_steps=100, must_win=True),
+        ),
+        budget_min=60.0,
+        fewest_validation=50,
+    ),
     # Kumar et al. 2022 (arXiv 2202.10054): a converged head spares the body the large gradients of a random one.
     "lp-ft": _MethodRow(
         "pretrained",
         (
-            _PhaseRow("head", 40, 3e-3, is_first=True),
+            _PhaseRow("head", 40, 3e-3, is_first=True, solver="probe"),
             _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 5e-5, 5e-5)),
         ),
     ),
@@ -83,6 +101,11 @@ def may_keep_features(job: Job) -> bool:
     return job.training.features == "once" and any(phase.trains == "head" for phase in _METHODS[job.method].phases)
 
 
+def fewest_validation(job: Job) -> int:
+    """A validation split that is smaller is not taken, unless the job asks for it."""
+    return _METHODS[job.method].fewest_validation
+
+
 def num_views(job: Job, adapted: Fit) -> int:
     """How many random views of each training sample are kept; 0: the samples as they are. Raises `JobError`."""
     views = job.training.views
@@ -95,8 +118,8 @@ def num_views(job: Job, adapted: Fit) -> int:
             why = "the samples are not augmented" if may_keep_features(job) else f"the method is {job.method}"
         raise JobError(
             f"training.views = {views} keeps random views of each sample, and {why}",
-            expected="method head, with augmentation",
-            mend="leave training.views out, or set settings.augment",
+            expected="a method with a frozen body, with augmentation",
+            mend="leave training.views out, or set method head (--method head) and settings.augment",
         )
     return views
 
@@ -145,8 +168,22 @@ def make_recipe(job: Job, num_train: int, keeps_features: bool, kind: Kind = "un
             mend="raise training.batch_size, or lower training.num_microbatches or scaling.num_workers",
         )
     return Recipe(
-        phases=phases, batch_size=batch_size, num_microbatches=num_microbatches, steps_per_epoch=steps_per_epoch
-    )
+        phases=phases, batch_size=batch_size, num_microbatches=num_microbatches, steps_per_epoch=steps_per_epoch,
+        budget_s=_budget_s(job, method),
+    )  # fmt: skip
+
+
+def _budget_s(job: Job, method: _MethodRow) -> float | None:
+    asked = job.training.budget_min
+    if asked is not None and all(phase.trains == "head" for phase in method.phases):
+        raise JobError(
+            f"training.budget_min = {asked:g} makes the epochs fit in which everything is trained, and method "
+            f"{job.method} has none",
+            expected="a method that trains everything: auto, full, lp-ft, scratch",
+            mend="leave training.budget_min (--budget) out: a head on stored features takes seconds",
+        )
+    minutes = asked or (None if job.training.epochs else method.budget_min)
+    return None if minutes is None else 60 * minutes
 
 
 def _phase(
@@ -159,13 +196,20 @@ def _phase(
         default_rate, default_head_rate = factor * other.rate, factor * other.head_rate
         # A hundred samples are four steps an epoch: of these it takes more.
         default_epochs = max(other.epochs, min(_MOST_EPOCHS, math.ceil(_LEAST_STEPS / steps_per_epoch)))
+    if row.least_steps:
+        default_epochs = max(default_epochs, min(_MOST_EPOCHS, math.ceil(row.least_steps / steps_per_epoch)))
     epochs = default_epochs if row.is_first else training.epochs or default_epochs
     rate = None if row.is_first else training.learning_rate
+    # A probe wants each sample once: those that are changed at random are taken as they are.
+    is_probe = row.solver == "probe" and training.features == "once" and training.views is None
     return Phase(
         trains=row.trains,
-        source="features" if row.trains == "head" and keeps_features else "samples",
-        epochs=epochs,
-        num_steps=steps_per_epoch * epochs,
+        source="features" if row.trains == "head" and (keeps_features or is_probe) else "samples",
+        solver="probe" if is_probe else "steps",
+        epochs=1 if is_probe else epochs,
+        num_steps=1 if is_probe else steps_per_epoch * epochs,
+        epochs_in_steps=epochs if is_probe else 0,
+        must_win=row.must_win,
         learning_rate=rate or default_rate,
         head_learning_rate=(None if row.is_first else training.head_learning_rate) or rate or default_head_rate,
         batch_norm=_batch_norm(job, method, row, num_train, kind),

@@ -119,6 +119,7 @@ from orchestrator.job.runs import (
 from orchestrator.job.spec import (
     IN_A_STORE as IN_A_STORE,
     NOT_LEARNT as NOT_LEARNT,
+    VALIDATION_FRACTION as VALIDATION_FRACTION,
     Data as Data,
     Job as Job,
     Method as Method,

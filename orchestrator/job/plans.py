@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -135,8 +136,19 @@ class Phase(_Plain):
     head_learning_rate: float
     batch_norm: Literal["train", "frozen", "none"]
     """none: the weights tell that the network has no such layer."""
+    solver: Literal["steps", "probe"] = "steps"
+    """probe: a head of one linear layer is fitted to stored features at once, which counts as one step."""
+    epochs_in_steps: int = 0
+    """Of a probe, where the network turns out to have no such head, or no features: then so many epochs of steps."""
+    must_win: bool = False
+    """Whether it has to beat the phases before it on validation: else what these gave is kept."""
     adapter: Adapter | None = None
     """Where the phase trains one."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of this phase."""
+        return self.num_steps // max(1, self.epochs)
 
 
 class Recipe(_Plain):
@@ -147,6 +159,8 @@ class Recipe(_Plain):
     num_microbatches: int
     """Parts that each batch is computed in."""
     steps_per_epoch: int
+    budget_s: float | None = None
+    """What the job may take: the epochs in which everything is trained are made to fit, once a step was measured."""
 
     @property
     def num_steps(self) -> int:
@@ -172,6 +186,11 @@ class Recipe(_Plain):
     def trains_everything(self) -> bool:
         """Whether the body moves in some phase."""
         return any(phase.trains == "everything" for phase in self.phases)
+
+    def decided(self, changes: Mapping[int, Mapping[str, Any]]) -> Recipe:
+        """The recipe with what only the running job could decide: {number of a phase: {field: value}}."""
+        phases = tuple(phase.model_copy(update=changes.get(i, {})) for i, phase in enumerate(self.phases))
+        return self.model_copy(update={"phases": phases})
 
 
 class Parameters(_Plain):

@@ -19,8 +19,9 @@ from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, pl
 from orchestrator.job.scaling import Scaling as Scaling
 
 TaskName = Literal["single-label", "multi-label", "regression"]
-Method = Literal["head", "full", "lp-ft", "lora", "scratch"]
+Method = Literal["auto", "head", "full", "lp-ft", "lora", "scratch"]
 METHODS: dict[str, str] = {
+    "auto": "the head by a cross-validated probe, then everything from there; what validation prefers is kept",
     "head": "the body is frozen, the new last layer is trained",
     "full": "everything is trained, from the pretrained weights",
     "lora": "the body is frozen, and small matrices beside its own are trained with the head; merged in the end",
@@ -28,6 +29,8 @@ METHODS: dict[str, str] = {
 }
 
 
+VALIDATION_FRACTION = 0.1
+"""Of the training samples, where a job leaves it open."""
 _UNICODE_BREAKS = "\x85\u2028\u2029"
 
 
@@ -71,7 +74,10 @@ class Data(Part):
     )
     split_column: str | None = Field(None, description="a table's column that says train, validation or test")
     group_column: str | None = Field(None, description="samples of one group stay on one side of every split")
-    validation_fraction: float = Field(0.1, ge=0, lt=1, description="held back to choose the best epoch")
+    validation_fraction: float | None = Field(
+        None, ge=0, lt=1, description="held back to choose the best epoch; default: 0.1, with method auto 0 where that "
+        "would be fewer than 50 samples"
+    )  # fmt: skip
     test_fraction: float = Field(0.1, ge=0, lt=1, description="held back for the final figures")
     num_train: int | None = Field(None, ge=2, description="train on so many samples only, classes balanced")
     seed: int = Field(0, ge=0, description="of the split")
@@ -104,7 +110,8 @@ class Data(Part):
 
     @model_validator(mode="after")
     def _fractions(self) -> Data:
-        if self.validation_fraction + self.test_fraction >= 1:
+        validation = VALIDATION_FRACTION if self.validation_fraction is None else self.validation_fraction
+        if validation + self.test_fraction >= 1:
             raise ValueError("validation_fraction and test_fraction leave nothing to train on")
         return self
 
@@ -114,8 +121,8 @@ class Training(Part):
 
     epochs: int | None = Field(
         None, ge=1, le=100_000, description="passes over the training samples; default: by method, head 40, full 20, "
-        "lp-ft 20 (behind 40 of the head), lora 20, scratch 40; a transformer whose body is trained: 6, or what 200 "
-        "steps take"
+        "auto 20 and lp-ft 20 (behind the head's), lora 20, scratch 40; a transformer whose body is trained: 6, or "
+        "what 200 steps take"
     )  # fmt: skip
     batch_size: int | None = Field(None, ge=1, description="samples a step, over all workers; default: 32")
     num_microbatches: int | None = Field(
@@ -127,8 +134,8 @@ class Training(Part):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum")
     learning_rate: float | None = Field(
         None, gt=0, description="of the body, and of the head unless given; default: by method, head 0.003, full "
-        "0.001, lp-ft 0.0003, lora 0.001, scratch 0.001, less for transformers (docs/methods.md); ten times that for "
-        "sgd"
+        "0.001, auto 0.0003, lp-ft 0.0003, lora 0.001, scratch 0.001, less for transformers (docs/methods.md); ten "
+        "times that for sgd"
     )  # fmt: skip
     head_learning_rate: float | None = Field(None, gt=0, description="of the new head; default: learning_rate")
     weight_decay: float = Field(0.01, ge=0, description="of all weights but vectors: biases, norms")
@@ -175,6 +182,10 @@ class Training(Part):
         None, ge=1, le=1000, description="method head with augmentation: so many random views of each sample are kept; "
         "default: the body runs in every step"
     )  # fmt: skip
+    budget_min: float | None = Field(
+        None, gt=0, description="minutes that the job may take: the epochs in which everything is trained are made to "
+        "fit, by its first steps; default: 60 with method auto, unless epochs are given; else none"
+    )  # fmt: skip
     seed: int = Field(0, ge=0, description="of new weights, the order of samples, augmentation and dropout")
     deterministic: bool = Field(
         False, description="on a GPU: algorithms that give the same to the bit each time, where there are some; slower"
@@ -195,7 +206,7 @@ NOT_LEARNT: Mapping[str, Any] = {
 }  # fmt: skip
 """Fields of a job that say where and on what it runs, and nothing of what is learnt. How many microbatches there are
 counts too, but as the number that was resolved."""
-_IDENTITY_VERSION = 3
+_IDENTITY_VERSION = 4
 """Raised when the same fields come to mean something else."""
 
 
@@ -209,8 +220,9 @@ class Job(Part):
     data: Data
     task: TaskName = Field("single-label", description="one class a sample, any number of them, or numbers")
     method: Method = Field(
-        "head", description="head: the body is frozen, the new last layer is trained; full: everything, from the "
-        "pretrained weights; lp-ft: the one, then the other; lora: the head, and small matrices beside those of a "
+        "auto", description="auto: the new last layer by a cross-validated probe, then everything from there, and what "
+        "validation prefers is kept; head: the body is frozen, the new last layer is trained; full: everything, from "
+        "the pretrained weights; lp-ft: the one, then the other; lora: the head, and small matrices beside those of a "
         "frozen transformer; scratch: everything, from random weights"
     )  # fmt: skip
     training: Training = Training()

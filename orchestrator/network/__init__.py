@@ -20,7 +20,13 @@ a `Worker`, which knows its rank and device and exchanges tensors with the other
 from orchestrator.network.adapters import adapt as adapt, adapted_modules as adapted_modules, merge as merge
 from orchestrator.network.batchnorm import MicrobatchStatistics as MicrobatchStatistics
 from orchestrator.network.config import make_config as make_config
-from orchestrator.network.cut import Body as Body, Cut as Cut, Head as Head, find_cut as find_cut
+from orchestrator.network.cut import (
+    TOLERANCE as TOLERANCE,
+    Body as Body,
+    Cut as Cut,
+    Head as Head,
+    find_cut as find_cut,
+)
 from orchestrator.network.headers import from_headers as from_headers
 from orchestrator.network.loading import (
     build_module as build_module,

@@ -98,6 +98,9 @@ def show_plan(plan: Plan) -> None:
 
 def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
     recipe = plan.recipe
+    if phase.solver == "probe":
+        fit = f"the head at once, cross-validated (in {phase.epochs_in_steps} epochs if it is not one layer)"
+        return [("training", fit), ("body runs", _body_runs(plan, phase))]
     rows: list[tuple[str, object]] = [
         ("training", f"{phase.epochs} epochs x {recipe.steps_per_epoch} steps of {recipe.batch_size} samples"),
         ("optimizer", plan.job.training.optimizer),
@@ -112,7 +115,18 @@ def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
         if phase.batch_norm != "none":
             unknown = ", where the network has it" if plan.weights == "random" else ""
             rows.append(("BatchNorm", f"{phase.batch_norm}{unknown}"))
-    return [*rows, *_asked_for(plan.job.training, phase), ("body runs", _body_runs(plan, phase))]
+    if phase.trains == "everything" and recipe.budget_s is not None:
+        rows.append(("budget", f"{recipe.budget_s / 60:g} minutes: fewer epochs where the first steps are too slow"))
+    rows += [*_asked_for(plan.job.training, phase), ("body runs", _body_runs(plan, phase))]
+    if phase.must_win:
+        rows.append(("kept", _kept(plan)))
+    return rows
+
+
+def _kept(plan: Plan) -> str:
+    if plan.data.num_samples["validation"]:
+        return "what validation prefers, epoch by epoch; against the head alone beyond its noise"
+    return "the last epoch: there is no validation split"
 
 
 def _asked_for(training: Training, phase: Phase) -> list[tuple[str, object]]:
@@ -217,5 +231,7 @@ def show_results(results: Mapping[str, Any]) -> None:
         show_targets(splits)
     else:
         out.print("no sample was held back, so there are no figures")
+    if "chosen" in results:
+        out.print(pairs([("chosen", results["chosen"]), ("why", results["why"])]))
     if results.get("num_skipped"):
         out.print(f"left out: {counted(results['num_skipped'], 'sample')}; skipped.jsonl in the run says why")

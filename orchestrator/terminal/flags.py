@@ -59,8 +59,9 @@ def _help(flag: Flag, setting: Setting | None) -> str:
 FLAGS = (
     Flag("--backbone", "backbone", _JOB, "org/name[@revision] on the Hub, a directory, or an earlier run"),
     Flag("--method", "method", _JOB,
-         "head: new last layer only; full: everything; lp-ft: first the one, then the other; lora: head and "
-         "small matrices beside a frozen transformer's; scratch: random weights"),
+         "auto: a probe, then everything, if validation prefers it; head: new last layer only; full: everything; "
+         "lp-ft: first the one, then the other; lora: head and small matrices beside a frozen transformer's; scratch: "
+         "random weights"),
     Flag("--modality", "modality", _JOB, "image, or another that `plugins` lists"),
     Flag("--task", "task", _JOB, "one class a sample, any number of them, or numbers"),
     Flag("--name", "name", _JOB, "of the run; made from the job by default"),
@@ -81,6 +82,8 @@ FLAGS = (
     Flag("--epochs", "training.epochs", _TRAINING, None, int),
     Flag("--batch-size", "training.batch_size", _TRAINING, None, int),
     Flag("--learning-rate", "training.learning_rate", _TRAINING, None, float),
+    Flag("--budget", "training.budget_min", _TRAINING,
+         "minutes; fewer epochs where everything takes longer [default: 60 with method auto]", float),
     Flag("--seed", "training.seed", _TRAINING, None, int),
     Flag("--size", "settings.size", _TRAINING, "input size, where the modality has one", int),
     Flag("--workers", "scaling.num_workers", _WHERE, "more than one: processes on Ray", int),

@@ -164,7 +164,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "method": plan.job.method if plan else None,
         "task": task,
         "epochs": metrics[-1].get("epoch", 0) if metrics else 0,
-        "num_epochs": plan.recipe.num_epochs if plan else None,
+        "num_epochs": results.get("num_epochs") or (plan.recipe.num_epochs if plan else None),
         "best_epoch": results.get("best_epoch"),
         "figure": title,
         "value": figures.get(key),

@@ -6,6 +6,11 @@ The same in one process and on many; knows nothing of Ray.
     loop        what one worker does, stage after stage
     phase       one phase of the recipe: steps, ends of epochs, checkpoints
     state       where a run stands, and what a worker holds
+    best        which epoch's weights are kept
+    choice      two networks on the same validation samples, and why the one is kept
+    budget      how many epochs fit into what a job may take
+    fitted      a head that is fitted to stored features at once, by the probe
+    rates       the schedule of the learning rate
     batches     which samples a step takes, and how they get onto the device
     evaluate    what a network says of a split
     mixing      samples of a batch mixed with each other, and their labels
@@ -41,5 +46,5 @@ from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as loa
 from orchestrator.training.loop import run_worker as run_worker
 from orchestrator.training.metrics import Predictions as Predictions, measure as measure
 from orchestrator.training.objective import Objective as Objective, make_objective as make_objective
-from orchestrator.training.phase import rate_factor as rate_factor
 from orchestrator.training.probe import SCORES as SCORES, Probe as Probe, fit_probe as fit_probe
+from orchestrator.training.rates import rate_factor as rate_factor

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.errors import InterruptedRunError, OrchestratorError
 from orchestrator.job import METRICS_FILE, Noted, PhaseBegan, read_lines
 from orchestrator.network import merge
+from orchestrator.training.choice import what_was_chosen
 from orchestrator.training.convergence import find_problems
 from orchestrator.training.evaluate import predict_split
 from orchestrator.training.export import export
@@ -73,14 +74,21 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
         "num_train": plan.data.num_samples["train"],
         "epochs": len(lines),
         "best_epoch": trained.best_epoch,
+        "num_epochs": plan.recipe.num_epochs,
         **({"averaged": trained.best_is_average} if plan.job.training.ema is not None else {}),
         "num_skipped": plan.data.num_skipped + len(evaluated.skipped),
         "seconds": round(session.seconds(), 3),
         **evaluated.figures,
         "warnings": [str(one) for one in find_problems(plan, lines, evaluated.figures, lambda: _are_alike(session))],
     }
+    candidates = [trained.candidates[number] for number in sorted(trained.candidates, key=int)]
+    chosen = what_was_chosen(plan, trained.best_epoch, candidates, trained.comparison)
+    if chosen is not None:
+        results["chosen"], results["why"] = chosen
     session.report(PhaseBegan("writing the model"))
     lineage = json.loads(run.read("lineage.json") or "{}")
+    lineage |= {"candidates": candidates, "comparison": trained.comparison, "decided": trained.decided}
+    run.write("lineage.json", json.dumps(lineage, indent=1, ensure_ascii=False))
     export(session.network, state_dict, plan, results, lineage, run)
     run.delete("features")  # those that were kept for this run alone
     results["seconds"] = round(session.seconds(), 3)

@@ -20,6 +20,7 @@ from orchestrator.training.assembly import WorkerSpec, assembled
 from orchestrator.training.audit import Audit
 from orchestrator.training.batches import BatchLoader
 from orchestrator.training.finish import evaluate_splits, export_run
+from orchestrator.training.fitted import can_be_fitted
 from orchestrator.training.mixing import make_mix
 from orchestrator.training.objective import make_objective
 from orchestrator.training.outbox import Outbox
@@ -95,25 +96,30 @@ def train(session: Session) -> TrainState:
 
     The best weights of all are in the network afterwards. Raises `InterruptedRunError` on all workers if asked to stop.
     """
-    recipe = session.plan.recipe
     resumed = _newest_checkpoint(session)
     best: ckpt.Tensors = {}
     if resumed is not None:
-        session.state = TrainState.restored(resumed.state, recipe)
+        session.state = TrainState.restored(resumed.state, session.plan.recipe)
+        recipe = session.state.recipe(session.plan.recipe)
+        session.plan = session.plan.model_copy(update={"recipe": recipe})
         session.raw.skipped.update({int(row): why for row, why in session.state.skipped.items()})
         best = resumed.best
         steps = session.state.steps_done(recipe)
         session.report(Noted(f"going on from step {steps} of {recipe.num_steps}"))
     if session.worker.rank == 0:
         session.outbox = Outbox(session.run, session.report)
-        session.record = Record(session.run, session.state.num_epochs_ended(recipe), session.outbox)
+        session.record = Record(session.run, session.state.num_epochs_ended(session.plan.recipe), session.outbox)
     if session.plan.job.training.audit:
-        session.audit = Audit(session.run, session.worker, session.state.steps_done(recipe))
+        session.audit = Audit(session.run, session.worker, session.state.steps_done(session.plan.recipe))
     session.saved_at = time.monotonic()
     try:
-        for number in range(session.state.phase, len(recipe.phases)):
+        for number in range(session.state.phase, len(session.plan.recipe.phases)):
             if number > session.state.phase:
                 session.state.phase, session.state.step, session.state.epochs_ended = number, 0, 0
+            if session.phase.solver == "probe" and not can_be_fitted(session):
+                num = session.phase.epochs_in_steps
+                session.report(Noted(f"the head is not one linear layer on stored features: trained in {num} epochs"))
+                session.decide(number, solver="steps", epochs=num, num_steps=num * session.plan.recipe.steps_per_epoch)
             best = PhaseLoop(session, best, resumed).run()
             resumed = None
         _settle(session)

@@ -9,6 +9,7 @@ that was interrupted goes on as if it had not been.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from functools import partial
@@ -20,7 +21,7 @@ from torch import Tensor
 from orchestrator.data import Ints
 from orchestrator.errors import InterruptedRunError
 from orchestrator.features import FeatureSource, split_evenly
-from orchestrator.job import Advanced, EpochEnded, Noted, PhaseBegan, Plan
+from orchestrator.job import Advanced, EpochEnded, Noted, PhaseBegan
 from orchestrator.network import (
     GradientReduction,
     MicrobatchStatistics,
@@ -33,9 +34,13 @@ from orchestrator.network import (
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.averaging import Average
 from orchestrator.training.batches import epoch_batches
+from orchestrator.training.best import BestEpoch
+from orchestrator.training.budget import fit_epochs, is_to_be_fitted, seconds_of
 from orchestrator.training.evaluate import epoch_figures, predict_split
+from orchestrator.training.fitted import facts_of, fit_head
 from orchestrator.training.nonfinite import Own, blame
 from orchestrator.training.patience import is_over
+from orchestrator.training.rates import rate_factor
 from orchestrator.training.state import Session
 
 _TRAINED = {"head": "the head", "adapter": "head and adapter", "everything": "everything"}
@@ -52,6 +57,7 @@ class PhaseLoop:
         self.optimizer, self.named = make_optimizer(network, plan.job.training, self.phase)
         moving = ("",) if self.phase.trains == "everything" else network.head
         self.tensors = session.strategy.state(ckpt.trained_tensors(network.module, moving))
+        self._best_epoch = BestEpoch(session, self.phase)
         self._unread: list[tuple[Tensor, float, int, Own]] = []
         """(sums of loss, weight and right ones on the device, samples, the step, this worker's microbatches) that were
         not looked at yet."""
@@ -69,28 +75,73 @@ class PhaseLoop:
                 ckpt.load_into(best, session.strategy.state(best))
             self.best = ckpt.copy_of(self.tensors) if best else {}
         session.loader.mix = session.mix if self.phase.source == "samples" else None
-        decay = plan.job.training.ema
-        self.average = None if decay is None else Average(self.tensors, decay, resumed.average if resumed else {})
+        self.average = self._average(resumed.average if resumed else {})
+
+    def _average(self, before: ckpt.Tensors) -> Average | None:
+        decay = self.session.plan.job.training.ema
+        return None if decay is None or self.phase.solver == "probe" else Average(self.tensors, decay, before)
 
     def run(self) -> ckpt.Tensors:
         """Train to the phase's end; the best weights so far, which are in the network by then."""
         session, state = self.session, self.session.state
-        recipe, rows = session.plan.recipe, session.samples.rows("train")
+        rows = session.samples.rows("train")
+        self._keep_to_budget(rows)
         what = f"training {_TRAINED[self.phase.trains]}"
-        session.report(PhaseBegan(what, self.phase.num_steps, state.step, "steps", len(rows) / recipe.steps_per_epoch))
-        with session.strategy.reduction(list(self.named.values())) as reduction:
-            self._run_steps(rows, reduction)
+        samples = len(rows) / max(1, self.phase.steps_per_epoch)
+        session.report(PhaseBegan(what, self.phase.num_steps, state.step, "steps", samples))
+        if self.phase.solver == "probe":
+            self._fit()
+        elif self.phase.num_steps:
+            if not self._best_epoch.look_back(self.best, self.tensors):
+                self._save()
+                self._interrupt()
+            with session.strategy.reduction(list(self.named.values())) as reduction:
+                self._run_steps(rows, reduction)
         self._save()
         ckpt.load_into(self.best, self.tensors)
         return self.best
 
+    def _fit(self) -> None:
+        """The one step of a probe, and the end of its epoch."""
+        session, state = self.session, self.session.state
+        if state.step == 0:
+            fitted = fit_head(session)
+            state.step = 1
+            state.epoch_loss, state.epoch_weight = fitted.loss, fitted.weight
+            state.epoch_correct, state.epoch_samples = fitted.num_right, float(fitted.num_samples)
+            self._epoch_samples = float(fitted.num_samples)
+            session.note_of(state.phase, **facts_of(fitted))
+            session.report(Advanced(1))
+        if state.epochs_ended == 0:
+            self._end_epoch()
+
+    def _keep_to_budget(self, rows: Ints) -> None:
+        """Let the epochs fit into the budget, by some steps that are measured and taken back; once in a run."""
+        session, state = self.session, self.session.state
+        if self.phase.trains == "head" or state.step or not is_to_be_fitted(session):
+            return
+        before, kept = copy.deepcopy(vars(state)), self.best or ckpt.copy_of(self.tensors)
+        batches = self._epoch_batches(rows, 0)
+        set_mode(session.network, self.phase, training=True)
+        with session.strategy.reduction(list(self.named.values())) as reduction:
+            seconds = seconds_of(lambda number: self._step(batches[number % len(batches)], None, reduction))
+        self._read_sums()
+        vars(state).update(before)
+        ckpt.load_into(kept, self.tensors)
+        self.optimizer, self.named = make_optimizer(session.network, session.plan.job.training, self.phase)
+        self.average = self._average({})
+        fit_epochs(session, seconds)
+        self.phase = session.phase
+        self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
+        self._save()
+
     def _run_steps(self, rows: Ints, reduction: GradientReduction) -> None:
-        session, state, recipe = self.session, self.session.state, self.session.plan.recipe
+        session, state, steps_per_epoch = self.session, self.session.state, self.phase.steps_per_epoch
         batches: list[Ints] = []
         epoch_of_batches = -1
         stop = is_due = False
         while True:
-            epoch, within = divmod(state.step, recipe.steps_per_epoch)
+            epoch, within = divmod(state.step, steps_per_epoch)
             if epoch > state.epochs_ended:
                 self._end_epoch()
             if state.step == self.phase.num_steps:
@@ -231,7 +282,9 @@ class PhaseLoop:
         if plan.job.task == "regression":
             del line["train_accuracy"]
         line |= epoch_figures(plan.job.task, predictions)
-        if self._is_better(line):
+        if self.phase.solver == "probe":
+            del line["learning_rate"]
+        if self._best_epoch.is_found(line, predictions):
             state.best_epoch, state.best_is_average = line["epoch"], False
             self.best = ckpt.copy_of(self.tensors)
         if self.average is not None:
@@ -251,23 +304,10 @@ class PhaseLoop:
             self._save()
             self._interrupt()
         figures = epoch_figures(self.session.plan.job.task, predictions)
-        if self._is_better(figures):
+        if self._best_epoch.is_found({"epoch": epoch, **figures}, predictions):
             self.session.state.best_epoch, self.session.state.best_is_average = epoch, True
             self.best = ckpt.copy_of(average.tensors)
         return {f"average_{name}": value for name, value in figures.items()}
-
-    def _is_better(self, line: dict[str, Any]) -> bool:
-        """Whether an epoch is the best so far; without a validation split the last one is."""
-        state = self.session.state
-        if "validation_loss" not in line:
-            return True
-        # The most right; of equals the surest. Small validation sets have many equals, and with several labels a
-        # sample hardly any is wholly right at first: there the loss decides.
-        accuracy = line["validation_accuracy"] if self.session.plan.job.task == "single-label" else 0.0
-        if (accuracy, -line["validation_loss"]) <= (state.best_accuracy, -state.best_loss):
-            return False
-        state.best_accuracy, state.best_loss = accuracy, line["validation_loss"]
-        return True
 
     # --- checkpoints ---
 
@@ -313,17 +353,3 @@ class PhaseLoop:
             f"stopped at step {state.steps_done(recipe)} of {recipe.num_steps}",
             mend="the same command goes on from there",
         )
-
-
-def rate_factor(plan: Plan, num_steps: int, step: int) -> float:
-    """Linear warm-up from 0, then cosine to 0 (Loshchilov & Hutter 2017, arXiv 1608.03983) or constant.
-
-    `step` of the phase's `num_steps`, from 0.
-    """
-    training = plan.job.training
-    warmup = round(training.warmup_fraction * num_steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if training.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))

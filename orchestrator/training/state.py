@@ -17,6 +17,7 @@ from orchestrator.job import HeldRun, Phase, Plan, Recipe, Report
 from orchestrator.network import Inputs, Network, Strategy, Worker
 from orchestrator.training.audit import Audit
 from orchestrator.training.batches import BatchLoader
+from orchestrator.training.metrics import finite
 from orchestrator.training.objective import Objective
 from orchestrator.training.outbox import Outbox
 from orchestrator.training.record import Record
@@ -46,12 +47,19 @@ class TrainState:
     seconds: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
     """Row of the sample table -> why it could not be read, of all workers."""
+    decided: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Number of a phase -> its fields that only the running job could decide; they stay so when it goes on."""
+    candidates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Number of a phase -> the figures of its best epoch, and what else is known of it."""
+    comparison: dict[str, Any] | None = None
+    """Of the phase that has to win, as `choice.Comparison`: of its best epoch."""
 
     @staticmethod
     def restored(entries: Mapping[str, Any], recipe: Recipe) -> TrainState:
         """What a checkpoint holds, whose `step` is of all phases."""
         names = {one.name for one in dataclasses.fields(TrainState)}
         state = TrainState(**{name: value for name, value in entries.items() if name in names and value is not None})
+        recipe = state.recipe(recipe)
         state.step -= sum(phase.num_steps for phase in recipe.phases[: state.phase])
         return state
 
@@ -59,6 +67,10 @@ class TrainState:
         """For a checkpoint, null for a loss that there is not yet."""
         entries = dict(vars(self))
         return entries if math.isfinite(self.best_loss) else {**entries, "best_loss": None}
+
+    def recipe(self, planned: Recipe) -> Recipe:
+        """The recipe with what this run has decided."""
+        return planned.decided({int(number): changes for number, changes in self.decided.items()})
 
     def steps_done(self, recipe: Recipe) -> int:
         """Of all phases."""
@@ -74,6 +86,7 @@ class Session:
     """What this worker holds while it works."""
 
     plan: Plan
+    """With the recipe as far as the run has decided it."""
     run: HeldRun
     worker: Worker
     network: Network
@@ -107,6 +120,16 @@ class Session:
     def phase(self) -> Phase:
         """The one that the run is in."""
         return self.plan.recipe.phases[self.state.phase]
+
+    def decide(self, number: int, **fields: Any) -> None:
+        """Settle fields of a phase that only the running job can know; every checkpoint has them."""
+        known = self.state.decided.get(str(number), {})
+        self.state.decided[str(number)] = {**known, **fields}
+        self.plan = self.plan.model_copy(update={"recipe": self.state.recipe(self.plan.recipe)})
+
+    def note_of(self, number: int, **facts: Any) -> None:
+        """Add to what is known of a phase's outcome."""
+        self.state.candidates[str(number)] = {**self.state.candidates.get(str(number), {}), **finite(facts)}
 
     @property
     def source_name(self) -> str:

@@ -46,7 +46,7 @@ def test_a_refusal_asks_for_no_weight_byte(hub: Hub, tiny_resnet: Path, flat_dig
     assert refusal("org/foreign", "audio").reason == "wrong_modality"
     assert refusal("org/foreign", "text").reason == "wrong_modality"
     with pytest.raises(RefusedError):
-        orchestrator.finetune(modality="audio", backbone="org/foreign", data=str(flat_digits))
+        orchestrator.finetune(method="head", modality="audio", backbone="org/foreign", data=str(flat_digits))
     assert hub.requests
     assert not hub.asked_for(".safetensors")
     assert not [path for _, path, _ in hub.requests if path.startswith("/large")]
@@ -66,7 +66,7 @@ def test_a_plan_reads_the_header_by_range_and_no_more(hub: Hub, flat_digits: Pat
 def test_training_downloads_the_pinned_commit_once(hub: Hub, tiny_resnet: Path, flat_digits: Path) -> None:
     hub.repositories["org/trained"] = Repository(files_of(tiny_resnet))
     run = orchestrator.finetune(
-        backbone="org/trained", data=str(flat_digits), training={"epochs": 1}, report=lambda _: None
+        method="head", backbone="org/trained", data=str(flat_digits), training={"epochs": 1}, report=lambda _: None
     )
     sha = hub.repositories["org/trained"].sha
     assert run.lineage["backbone"]["commit"] == sha

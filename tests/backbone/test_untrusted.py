@@ -155,7 +155,7 @@ def test_a_job_refuses_before_anything_is_loaded(
 ) -> None:
     directory = changed(good, kind, tmp_path, **{file: keys})
     with pytest.raises(RefusedError, match="sets"):
-        orchestrator.finetune(modality=modality_of(kind), backbone=str(directory), data=str(flat_digits))
+        orchestrator.finetune(method="head", modality=modality_of(kind), backbone=str(directory), data=str(flat_digits))
     assert not opened
 
 
@@ -213,6 +213,7 @@ def test_leftovers_of_tokenizers_are_not_opened(
     rows = [(f"rain and snow {i}" if i % 2 else f"bread and soup {i}", "ab"[i % 2]) for i in range(40)]
     (tmp_path / "texts.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
     run = orchestrator.finetune(
+        method="head",
         modality="text", backbone=str(directory), data=str(tmp_path / "texts.csv"), training={"epochs": 1},
         scaling={"threads_per_worker": 1}, report=lambda _: None,
     )  # fmt: skip
@@ -227,7 +228,7 @@ def test_an_audio_repository_as_published_passes(good: dict[str, Path], tmp_path
 
 def test_a_run_that_somebody_changed_is_refused(good: dict[str, Path], opened: list[str], flat_digits: Path) -> None:
     run = orchestrator.finetune(
-        backbone=str(good["timm"]), data=str(flat_digits), settings={"size": 32}, training={"epochs": 1},
+        method="head", backbone=str(good["timm"]), data=str(flat_digits), settings={"size": 32}, training={"epochs": 1},
         scaling={"threads_per_worker": 1}, report=lambda _: None,
     )  # fmt: skip
     file = run.model / "config.json"

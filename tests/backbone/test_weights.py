@@ -98,7 +98,12 @@ def test_weights_of_other_names_are_loaded(
     assert all(wanted.startswith("bytes=0-") for method, _, wanted in asked if method == "GET")
     hub.requests.clear()
     run = orchestrator.finetune(
-        backbone=backbone, data=few, training={"epochs": 1}, scaling={"threads_per_worker": 1}, report=lambda _: None
+        method="head",
+        backbone=backbone,
+        data=few,
+        training={"epochs": 1},
+        scaling={"threads_per_worker": 1},
+        report=lambda _: None,
     )
     whole = [path for method, path, wanted in hub.requests if path.startswith("/large") and method == "GET"
              and not wanted]  # fmt: skip
@@ -117,7 +122,7 @@ def test_of_a_directory_too(tiny_resnet: Path, original: Tensors, flat_digits: P
     for name, content in {**{f.name: f.read_bytes() for f in tiny_resnet.glob("*.json")}, **files}.items():
         (tmp_path / name).write_bytes(content)
     run = orchestrator.finetune(
-        backbone=str(tmp_path), data={"path": str(flat_digits), "num_train": 60}, training={"epochs": 1},
+        method="head", backbone=str(tmp_path), data={"path": str(flat_digits), "num_train": 60}, training={"epochs": 1},
         scaling={"threads_per_worker": 1}, report=lambda _: None, storage=str(tmp_path / "runs"),
     )  # fmt: skip
     name = "resnet.embedder.embedder.convolution.weight"
@@ -135,7 +140,7 @@ def test_timms_networks_too(hub: Hub, flat_digits: Path, tmp_path: Path) -> None
         {"config.json": (tmp_path / "config.json").read_bytes(), "pytorch_model.safetensors": whole}
     )
     run = orchestrator.finetune(
-        backbone="org/timm", data={"path": str(flat_digits), "num_train": 30}, settings={"size": 32},
+        method="head", backbone="org/timm", data={"path": str(flat_digits), "num_train": 30}, settings={"size": 32},
         training={"epochs": 1}, scaling={"threads_per_worker": 1}, report=lambda _: None,
     )  # fmt: skip
     exported = load_file(run.model / "model.safetensors")

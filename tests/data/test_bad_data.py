@@ -606,7 +606,7 @@ def test_recordings_that_are_not_finite_or_of_no_length_fail_by_name_or_are_left
     with pytest.raises(DataError, match=r"x-inf\.wav: holds samples that are not finite \(and 2 more\)"):
         orchestrator.plan(modality="audio", backbone=str(backbone), data=str(data))
     run = orchestrator.finetune(
-        modality="audio", backbone=str(backbone), data={"path": str(data), "on_bad_sample": "skip"},
+        method="head", modality="audio", backbone=str(backbone), data={"path": str(data), "on_bad_sample": "skip"},
         training={"epochs": 1}, scaling={"threads_per_worker": 1}, report=lambda _: None,
     )  # fmt: skip
     lines = [json.loads(line) for line in (run.path / "skipped.jsonl").read_text().splitlines()]
@@ -645,6 +645,7 @@ def test_texts_of_any_length_and_character_are_learnt_from_and_predicted_for(tmp
     rows.append({"text": "rain " * 2000, "label": "a"})
     Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = orchestrator.finetune(
+        method="head",
         modality="text", backbone=str(make_bert(tmp_path / "backbone")), data="t.jsonl", training={"epochs": 1},
         name="odd", scaling={"threads_per_worker": 1}, report=lambda _: None,
     )  # fmt: skip

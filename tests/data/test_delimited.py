@@ -262,6 +262,7 @@ def test_evaluate_reads_labels_of_another_type_of_file_and_says_how(tmp_path: Pa
     """A run on Booleans of Parquet refused True and False of CSV; quotation marks were not spoken of."""
     rows = [{"text": f"{text} {i}", "label": label == "food"} for i, (text, label) in enumerate(SENTENCES)]
     run = orchestrator.finetune(
+        method="head",
         modality="text", backbone=str(make_bert(tmp_path / "bert")), data=str(parquet(tmp_path / "t.parquet", rows)),
         training={"epochs": 1}, scaling={"threads_per_worker": 1}, report=lambda _: None,
     )  # fmt: skip

@@ -174,7 +174,7 @@ def test_a_data_set_of_the_hub_trains(hub: Hub, tiny_resnet: Path, digits: Path)
     files = {str(file.relative_to(digits)): file.read_bytes() for file in chosen}
     hub.repositories["datasets/org/digits"] = Repository(files)
     run = orchestrator.finetune(
-        backbone=str(tiny_resnet), data="org/digits", training={"epochs": 2}, report=lambda _: None
+        method="head", backbone=str(tiny_resnet), data="org/digits", training={"epochs": 2}, report=lambda _: None
     )
     assert run.results["test"]["num_samples"] == 10
     assert run.plan.job.data.path == "org/digits"

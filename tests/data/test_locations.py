@@ -161,6 +161,7 @@ def test_a_job_on_a_store_is_the_job_on_the_folder(bucket: Any, tiny_resnet: Pat
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(file, root / name)
     job: dict[str, Any] = {"backbone": str(tiny_resnet), "training": {"epochs": 2}, "report": lambda _: None}
+    job["method"] = "head"
     there = orchestrator.finetune(data="s3://bucket/digits", **job)
     here = orchestrator.finetune(data=str(root), **job)
     assert there.results["test"] == here.results["test"]

@@ -289,7 +289,7 @@ def test_a_plan_of_rows_leaves_nothing_behind(tiny_resnet: Path) -> None:
 @pytest.mark.slow
 def test_a_job_on_rows_goes_on_and_is_evaluated_on_rows(tiny_resnet: Path) -> None:
     job: dict[str, Any] = {"backbone": str(tiny_resnet), "training": {"epochs": 2}, "report": lambda _: None}
-    job["data.group_column"] = "speaker"
+    job |= {"data.group_column": "speaker", "method": "head"}
     run = orchestrator.finetune(data=rows(80), **job)
     assert Path(run.plan.job.data.path).parent == Path("runs/.data").absolute()
     again: list[Event] = []

@@ -58,7 +58,7 @@ def test_who_computes_may_change_and_nothing_else_of_a_run_that_goes_on(
 
     monkeypatch.setattr(train, "_on_ray", on_ray)
     monkeypatch.setattr(loop, "train", stopped)
-    job: dict[str, Any] = {"backbone": str(tiny_resnet), "data": str(flat_digits), "name": "same"}
+    job: dict[str, Any] = {"backbone": str(tiny_resnet), "data": str(flat_digits), "name": "same", "method": "head"}
     with pytest.raises(InterruptedRunError):
         orchestrator.finetune(**job, report=lambda _: None)
     began = orchestrator.plan(**job)

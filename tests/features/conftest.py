@@ -15,6 +15,7 @@ FORMATS = {"fp32": "float32", "bf16": "bfloat16"}
 def head(precision: str = "fp32", **training: Any) -> dict[str, Any]:
     """A short job whose features have one format on every processor; bfloat16 is emulated where it has to be."""
     return {
+        "method": "head",
         "training": {"epochs": 3, "learning_rate": 3e-3, "precision": precision, **training},
         "scaling": {"threads_per_worker": 1},
     }

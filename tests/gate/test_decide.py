@@ -203,7 +203,7 @@ def test_a_plan_counts_parameters_from_the_header(tiny_resnet: Path, flat_digits
     total = sum(p.numel() for p in model.parameters())
     head = sum(p.numel() for p in model.classifier.parameters())
     assert isinstance(model, torch.nn.Module)
-    plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits))
+    plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), method="head")
     assert plan.parameters is not None
     assert (plan.parameters.total, plan.parameters.trained, plan.parameters.frozen) == (
         total,
@@ -221,7 +221,9 @@ def test_a_plan_counts_parameters_from_the_header(tiny_resnet: Path, flat_digits
 
 
 def test_a_plan_is_json_and_back(tiny_resnet: Path, flat_digits: Path) -> None:
-    plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), settings={"augment": "light"})
+    plan = orchestrator.plan(
+        backbone=str(tiny_resnet), data=str(flat_digits), method="head", settings={"augment": "light"}
+    )
     assert type(plan).model_validate_json(plan.model_dump_json()) == plan
     assert not plan.recipe.needs_features
 
@@ -236,7 +238,7 @@ def test_a_plan_is_json_and_back(tiny_resnet: Path, flat_digits: Path) -> None:
             "leaves workers idle",
         ),
         ({"training": {"batch_size": 2, "num_microbatches": 2}, "method": "full"}, "microbatches of 1"),
-        ({"training": {"batch_norm": "train"}}, "would change a frozen body"),
+        ({"training": {"batch_norm": "train"}, "method": "head"}, "would change a frozen body"),
     ],
 )
 def test_what_cannot_be_scheduled(tiny_resnet: Path, flat_digits: Path, fields: dict[str, object], words: str) -> None:
@@ -250,7 +252,7 @@ def test_what_is_for_a_frozen_body_alone_is_said_to_be_unused(tiny_resnet: Path,
     job: dict[str, Any] = {
         "backbone": str(tiny_resnet), "data": str(flat_digits), "feature_store": "memory://features", "scaling": scaling
     }  # fmt: skip
-    head = orchestrator.plan(**job)
+    head = orchestrator.plan(**job, method="head")
     assert (head.ray, head.num_extractors) == (True, 1)
     full = orchestrator.plan(**job, method="full")
     assert full.num_extractors == 0
@@ -258,10 +260,12 @@ def test_what_is_for_a_frozen_body_alone_is_said_to_be_unused(tiny_resnet: Path,
     assert unused == ["feature_store", "scaling.num_extractors"]
     unasked = orchestrator.plan(**{**job, "feature_store": "xyz://nobody/opens/this"}, method="full")
     assert unasked.warnings == full.warnings
-    slow = orchestrator.plan(**job, training={"features": "every step"})
+    slow = orchestrator.plan(**job, method="head", training={"features": "every step"})
     assert slow.warnings == full.warnings
     # Who computes features, and where else they are kept, says nothing of what is learnt.
-    plain = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), scaling={"address": "auto"})
+    plain = orchestrator.plan(
+        backbone=str(tiny_resnet), data=str(flat_digits), method="head", scaling={"address": "auto"}
+    )
     assert plain.job.digest() == head.job.digest()
 
 
@@ -333,7 +337,7 @@ def test_a_setting_of_the_modality_is_understood_without_its_group(tiny_resnet: 
     for plan in (orchestrator.plan(tmp_path / "job.yaml"),
                  orchestrator.plan(backbone=str(tiny_resnet), data=str(data), size=64, epochs=2)):  # fmt: skip
         assert plan.job.settings == {"size": 64}
-        assert plan.recipe.num_epochs == 2
+        assert plan.recipe.phases[-1].epochs == 2
     with pytest.raises(JobError, match=r"size is settings\.size, and both are set"):
         orchestrator.plan(backbone=str(tiny_resnet), data=str(data), size=64, settings={"size": 32})
     with pytest.raises(JobError, match=r"unknown key max_seconds"):

@@ -23,10 +23,9 @@ def recipe_of(tiny_resnet: Path, flat_digits: Path) -> Any:
     return recipe
 
 
-def test_lp_ft_is_the_head_on_features_and_then_everything(recipe_of: Any) -> None:
+def test_lp_ft_is_a_probe_and_then_everything(recipe_of: Any) -> None:
     first, second = recipe_of(method="lp-ft").phases
-    (head,) = recipe_of(method="head").phases
-    assert first == head
+    assert (first.trains, first.source, first.solver, first.num_steps) == ("head", "features", "probe", 1)
     assert (second.trains, second.source, second.batch_norm) == ("everything", "samples", "frozen")
     assert second.learning_rate == 3e-4
 
@@ -35,7 +34,7 @@ def test_what_is_asked_for_is_of_the_phase_after_the_head(recipe_of: Any) -> Non
     """Three epochs are three of everything, and not of a head that converges for nothing."""
     asked = {"epochs": 3, "learning_rate": 1e-5, "batch_norm": "train"}
     first, second = recipe_of(method="lp-ft", training=asked).phases
-    assert first == recipe_of(method="head").phases[0]
+    assert first == recipe_of(method="lp-ft").phases[0]
     assert (second.epochs, second.learning_rate, second.head_learning_rate, second.batch_norm) == (
         3,
         1e-5,
@@ -86,6 +85,22 @@ def test_a_transformer_moves_slowly_and_its_new_layer_does_not(tiny_vit: Path, f
     assert phase(optimizer="sgd").learning_rate == pytest.approx(1e-3)
 
 
+def test_auto_is_lp_ft_that_has_to_win_within_a_budget(recipe_of: Any) -> None:
+    auto, other = recipe_of(), recipe_of(method="lp-ft")
+    assert auto.phases[0] == other.phases[0]
+    assert (auto.phases[1].must_win, other.phases[1].must_win) == (True, False)
+    assert (auto.budget_s, other.budget_s) == (3600.0, None)
+    assert recipe_of(training={"epochs": 3}).budget_s is None  # who gives epochs has them
+    assert recipe_of(training={"epochs": 3, "budget_min": 2}).budget_s == 120.0
+    assert recipe_of(method="full", training={"budget_min": 2}).budget_s == 120.0
+
+
+def test_few_samples_take_more_epochs(recipe_of: Any) -> None:
+    few, many = (recipe_of(**{"data.num_train": num}).phases[1] for num in (20, 200))
+    assert few.epochs > many.epochs
+    assert few.num_steps <= many.num_steps
+
+
 @pytest.mark.slow
 def test_lp_ft_is_at_least_as_good_as_the_head_that_it_begins_with(efficientnet: Path, digits: Path) -> None:
     """Real weights, 100 digits: a head, and everything from there."""
@@ -95,6 +110,6 @@ def test_lp_ft_is_at_least_as_good_as_the_head_that_it_begins_with(efficientnet:
     }  # fmt: skip
     head = orchestrator.finetune(**job, method="head")
     run = orchestrator.finetune(**job, method="lp-ft", training={"epochs": 10})
-    assert len(run.metrics) == 50
+    assert len(run.metrics) == 11
     assert run.lineage["features"] == "once"
     assert run.accuracy > head.accuracy

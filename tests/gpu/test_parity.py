@@ -47,7 +47,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory, tiny_resnet: Path, tiny_
 
 def job(device: str, **fields: Any) -> dict[str, Any]:
     training = {"epochs": 2, "batch_size": 16, "precision": "fp32", **fields.pop("training", {})}
-    return {"training": training, "scaling": {"device": device}, "report": lambda _: None, **fields}
+    return {"method": "head", "training": training, "scaling": {"device": device}, "report": lambda _: None, **fields}
 
 
 def both(**fields: Any) -> tuple[orchestrator.Run, orchestrator.Run]:

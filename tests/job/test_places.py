@@ -34,5 +34,5 @@ def test_a_place_in_the_home_of_nobody_is_refused_as_missing(tiny_resnet: Path) 
             Data(path=f"{NOBODY}/photos"), registry.get("image"), BackboneCard(source="b", kind="run", name="b")
         )
     with pytest.raises(RefusedError, match=f"there is no {NOBODY}/photos"):
-        orchestrator.finetune(backbone=str(tiny_resnet), data=f"{NOBODY}/photos")
+        orchestrator.finetune(method="head", backbone=str(tiny_resnet), data=f"{NOBODY}/photos")
     assert not list(Path().iterdir())

@@ -52,7 +52,7 @@ def both_ways(backbone: Path, data: Path, **more: Any) -> tuple[orchestrator.Run
     runs = [
         orchestrator.finetune(
             backbone=str(backbone), data=str(data), training={**TRAINING, "features": features}, name=features[:4],
-            scaling={"threads_per_worker": 1}, report=silent, **more,
+            scaling={"threads_per_worker": 1}, report=silent, **{"method": "head", **more},
         )
         for features in ("once", "every step")
     ]  # fmt: skip
@@ -119,6 +119,7 @@ def test_images_with_two_heads(flat_digits: Path, tmp_path: Path) -> None:
     few = {"path": str(flat_digits), "num_train": 24, "validation_fraction": 0.5, "test_fraction": 0.05}
     runs = [
         orchestrator.finetune(
+            method="head",
             backbone=str(tmp_path / "saved"), data=few, training={**TRAINING, "epochs": 1, "features": features},
             name=features[:4], scaling={"threads_per_worker": 1}, report=silent,
         )

@@ -39,7 +39,7 @@ def train(
             notes.append(one.text)
 
     return orchestrator.finetune(
-        backbone=str(backbone), data=str(data), storage=machine, report=event,
+        method="head", backbone=str(backbone), data=str(data), storage=machine, report=event,
         training={"epochs": 1, "precision": precision},
         **{"feature_store": PLACE, **fields},
     )  # fmt: skip

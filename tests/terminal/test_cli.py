@@ -132,7 +132,7 @@ def test_a_storage_that_is_a_file(screen: Screen) -> None:
 
 
 def test_a_plan_says_what_is_known(tiny_resnet: Path, flat_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), settings={"size": 32})
+    made = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), method="head", settings={"size": 32})
     show_plan(made)
     shown = capsys.readouterr().out
     assert "input       size 32 x 32, channels 3, augment none" in shown

@@ -21,7 +21,7 @@ def storage(tiny_resnet: Path, flat_digits: Path, tmp_path_factory: pytest.TempP
     for name, fields in TWO.items():
         orchestrator.finetune(
             backbone=str(tiny_resnet), data=str(flat_digits), name=name, storage=str(place), report=lambda _: None,
-            scaling={"threads_per_worker": 1}, **fields,
+            scaling={"threads_per_worker": 1}, **{"method": "head", **fields},
         )  # fmt: skip
     for name, file in (("cut", "results.json"), ("damaged", "model")):
         (place / name).mkdir()

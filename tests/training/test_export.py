@@ -52,6 +52,7 @@ def finished(
     try:
         with recorded() as calls:
             run = orchestrator.finetune(
+                method="head",
                 backbone=str(tiny_resnet), data=str(flat_digits), training={"epochs": 1}, report=lambda _: None,
                 storage=str(tmp_path_factory.mktemp("runs")), scaling={"threads_per_worker": 1},
             )  # fmt: skip

@@ -89,6 +89,7 @@ def trained(head: str, backbone: Path, modality: str, settings: dict[str, Any], 
     if modality == "text":
         data["input_column"] = ["text", "other"] if pairs else "text"
     return orchestrator.finetune(
+        method="head",
         modality=modality, backbone=str(backbone), task=task, settings=settings, data=data, report=lambda _: None,
         training={"epochs": 2, "batch_size": 8}, scaling={"threads_per_worker": 1}, name=task,
     )  # fmt: skip
@@ -181,7 +182,7 @@ def test_the_cards_code_reads_16_bits_as_predict_does(level: int | None, tiny_vi
         values = np.random.default_rng(i).integers(0, 2000 + 2000 * (i % 2), (16, 16), dtype=np.uint16)
         Image.fromarray(values).save(file)
     run = orchestrator.finetune(
-        backbone=str(tiny_vit), data=str(data), settings={"white_level": level}, report=lambda _: None,
+        method="head", backbone=str(tiny_vit), data=str(data), settings={"white_level": level}, report=lambda _: None,
         training={"epochs": 2, "batch_size": 8}, scaling={"threads_per_worker": 1},
     )  # fmt: skip
     (said,) = orchestrator.predict(run, file)

@@ -34,6 +34,7 @@ def listener(tmp_path_factory: pytest.TempPathFactory) -> orchestrator.Run:
         file.write_bytes(encoded(tone(300 + 900 * (i % 2) + 10 * i, 0.5)))
     config, extractor = of_ast()
     return orchestrator.finetune(
+        method="head",
         modality="audio", backbone=str(save_backbone(root / "ast", config, extractor, "ASTForAudioClassification")),
         data=str(root / "tones"), training={"epochs": 1}, storage=str(root / "runs"), report=lambda _: None,
         scaling={"threads_per_worker": 1},
@@ -162,6 +163,7 @@ def test_texts_are_taken_by_their_length_and_come_back_in_order(tmp_path: Path) 
     rows = [{"text": f"{'rain' if i % 2 else 'bread'} {i}", "label": "ab"[i % 2]} for i in range(20)]
     Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = orchestrator.finetune(
+        method="head",
         modality="text", backbone=str(make_bert(tmp_path / "bert")), data="t.jsonl", training={"epochs": 1},
         scaling={"threads_per_worker": 1}, report=lambda _: None,
     )  # fmt: skip

@@ -49,6 +49,7 @@ def finished(tiny_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Finish
             folder = tmp_path_factory.mktemp("fuzz")
             table = write_toys(folder, modality)
             run = orchestrator.finetune(
+                method="head",
                 modality=modality, backbone=str(tiny_vit if backbone is None else backbone(folder / "backbone")),
                 data=str(table), settings=settings, training={"epochs": 1, "batch_size": 8}, name="run",
                 scaling={"threads_per_worker": 1}, storage=str(folder), report=lambda _: None,

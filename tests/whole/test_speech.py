@@ -95,7 +95,7 @@ def subset(vowels: Path, num: int) -> Path:
 def train(backbone: Path, data: Path, **more: Any) -> orchestrator.Run:
     return orchestrator.finetune(
         modality="speech", backbone=str(backbone), report=lambda _: None, scaling={"threads_per_worker": 1},
-        data={"path": str(data), "split_column": "split", "group_column": "speaker"}, **more,
+        data={"path": str(data), "split_column": "split", "group_column": "speaker"}, **{"method": "head", **more},
     )  # fmt: skip
 
 

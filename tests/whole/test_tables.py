@@ -30,7 +30,7 @@ def finish(
     return orchestrator.finetune(
         modality=modality, backbone=str(backbone), data={"path": str(place), **(data or {})},
         training={"epochs": 1, "batch_size": 8}, scaling={"threads_per_worker": 1}, storage=str(storage),
-        report=lambda _: None, **fields,
+        report=lambda _: None, method="head", **fields,
     )  # fmt: skip
 
 

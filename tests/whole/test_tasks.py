@@ -23,7 +23,10 @@ KINDS = {"even": "02468", "loop": "0689", "large": "56789"}
 
 def train(backbone: Path, table: Path, **job: Any) -> orchestrator.Run:
     return orchestrator.finetune(
-        backbone=str(backbone), data={"path": str(table), **job.pop("data")}, report=lambda _: None, **job
+        backbone=str(backbone),
+        data={"path": str(table), **job.pop("data")},
+        report=lambda _: None,
+        **{"method": "head", **job},
     )
 
 

@@ -36,6 +36,7 @@ def silent(_event: Event) -> None:
 
 def train(backbone: Path, data: Path, **fields: Any) -> orchestrator.Run:
     fields.setdefault("training", {"epochs": 2})
+    fields.setdefault("method", "head")
     fields.setdefault("report", silent)
     return orchestrator.finetune(backbone=str(backbone), data=str(data), **fields)
 
@@ -119,7 +120,7 @@ def test_the_features_and_the_slow_way_learn_the_same(
 def test_a_trained_backbone_beats_random_weights(efficientnet: Path, digits: Path) -> None:
     small = {"path": str(digits), "num_train": 100, "validation_fraction": 0.0}
     more = {"settings": {"size": 32}, "data": small}
-    head = orchestrator.finetune(backbone=str(efficientnet), report=silent, **more)
+    head = orchestrator.finetune(backbone=str(efficientnet), method="head", report=silent, **more)
     scratch = orchestrator.pretrain(backbone=str(efficientnet), report=silent, training={"epochs": 4}, **more)
     assert head.accuracy > 0.6
     assert head.accuracy > scratch.accuracy + 0.2
@@ -171,7 +172,9 @@ def test_what_changed_underneath_is_refused(tiny_resnet: Path, flat_digits: Path
         train(
             tiny_resnet,
             data,
-            name=orchestrator.plan(backbone=str(tiny_resnet), data=str(data), training={"epochs": 2}).name,
+            name=orchestrator.plan(
+                backbone=str(tiny_resnet), data=str(data), method="head", training={"epochs": 2}
+            ).name,
             method="full",
         )
 
@@ -319,6 +322,7 @@ def test_a_run_goes_on_by_the_plan_that_it_began_with(
 def test_nothing_held_back_is_said(tiny_resnet: Path, flat_digits: Path) -> None:
     notes: list[str] = []
     run = orchestrator.finetune(
+        method="head",
         backbone=str(tiny_resnet),
         data={"path": str(flat_digits), "validation_fraction": 0.0, "test_fraction": 0.0},
         training={"epochs": 1},
@@ -426,7 +430,7 @@ def test_a_file_that_breaks_while_training(tiny_resnet: Path, flat_digits: Path,
             for victim in victims:
                 victim.write_bytes(b"no image")
 
-    job = {"backbone": str(tiny_resnet), "data": str(data), "training": {"epochs": 2}}
+    job = {"backbone": str(tiny_resnet), "data": str(data), "method": "head", "training": {"epochs": 2}}
     with pytest.raises(TrainingError, match="is no image that Pillow can read") as caught:
         orchestrator.finetune(job, report=spoil)
     assert str(victims[0].parent) in caught.value.message
@@ -501,7 +505,10 @@ def test_one_place_is_one_run_from_any_directory(
 
     shutil.copytree(flat_digits, "photos")
     run = train(tiny_resnet, Path("photos"), training={"epochs": 1})
-    assert orchestrator.plan(backbone=str(tiny_resnet), data="photos/", training={"epochs": 1}).name == run.name
+    assert (
+        orchestrator.plan(backbone=str(tiny_resnet), data="photos/", method="head", training={"epochs": 1}).name
+        == run.name
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert orchestrator.finetune(run.path / "job.yaml", report=silent).path == run.path
@@ -716,7 +723,12 @@ def test_starting_over_with_labels_that_cannot_be_written_leaves_the_old_run(
     tiny_resnet: Path, flat_digits: Path
 ) -> None:
     run = orchestrator.finetune(
-        backbone=str(tiny_resnet), data=str(flat_digits), training={"epochs": 1}, name="kept", report=lambda _: None
+        method="head",
+        backbone=str(tiny_resnet),
+        data=str(flat_digits),
+        training={"epochs": 1},
+        name="kept",
+        report=lambda _: None,
     )
     before = run.results
     files = sorted(flat_digits.rglob("*.png"))[:40]
@@ -724,6 +736,7 @@ def test_starting_over_with_labels_that_cannot_be_written_leaves_the_old_run(
     Path("half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(RefusedError, match="half a character"):
         orchestrator.finetune(
+            method="head",
             backbone=str(tiny_resnet), data={"path": "half.jsonl", "root": str(flat_digits)}, name="kept", fresh=True,
             report=lambda _: None,
         )  # fmt: skip
@@ -816,7 +829,12 @@ def test_what_a_run_has_seen_is_counted_by_files_and_contents_of_like_size(
     files = sorted(flat_digits.glob("[01]/*.png"))
     held = [{"image": file.read_bytes(), "label": file.parent.name} for file in files]
     run = orchestrator.finetune(
-        backbone=str(tiny_resnet), data=held, training={"epochs": 1}, report=silent, **{"data.test_fraction": 0}
+        method="head",
+        backbone=str(tiny_resnet),
+        data=held,
+        training={"epochs": 1},
+        report=silent,
+        **{"data.test_fraction": 0},
     )
     read = []
     whole = Samples.read

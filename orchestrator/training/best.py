@@ -1,0 +1,78 @@
+"""Which epoch's weights a run keeps: the best by validation; of a phase that has to win, what beats those before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from orchestrator.job import Phase
+from orchestrator.training import checkpoint as ckpt
+from orchestrator.training.choice import compare
+from orchestrator.training.evaluate import predict_split
+from orchestrator.training.metrics import Predictions
+from orchestrator.training.state import Session
+
+_OF_THE_CLOCK = ("seconds", "samples_per_s")
+
+
+class BestEpoch:
+    """Of one phase. What it finds is in the session's state, but for what the phases before say of each sample."""
+
+    def __init__(self, session: Session, phase: Phase) -> None:
+        self._session, self._phase = session, phase
+        self._before: Predictions | None = None
+
+    def look_back(self, best: ckpt.Tensors, tensors: ckpt.Tensors) -> bool:
+        """See what `best` says on validation, which the phase has to beat; `tensors`, the network's, are as before.
+
+        Whether that is done: False where somebody asked to stop. Nothing is to be seen where there is no validation, or
+        an epoch of the phase has won already.
+        """
+        session, state = self._session, self._session.state
+        first = state.num_epochs_ended(session.plan.recipe) - state.epochs_ended
+        if not self._phase.must_win or state.best_epoch > first or not len(session.samples.rows("validation")):
+            return True
+        now = ckpt.copy_of(tensors)
+        ckpt.load_into(best, tensors)
+        self._before = predict_split(session, "validation")
+        ckpt.load_into(now, tensors)
+        return self._before is not None
+
+    def is_found(self, line: Mapping[str, Any], predictions: Predictions) -> bool:
+        """Whether an epoch's weights are to be kept from now on; without a validation split the last one's are.
+
+        `line`: its figures, as in metrics.jsonl; `predictions` for the validation split.
+        """
+        session, state = self._session, self._session.state
+        line = {name: value for name, value in line.items() if name not in _OF_THE_CLOCK}
+        if "validation_loss" not in line:
+            session.note_of(state.phase, **line)
+            return True
+        rank = self._rank(line)
+        is_best_of_phase = rank > self._rank(state.candidates.get(str(state.phase), {}))
+        if is_best_of_phase:
+            session.note_of(state.phase, **line)
+        if self._before is not None:
+            compared = compare(session.plan.job.task, self._before, predictions)
+            if is_best_of_phase or compared.is_won:
+                state.comparison = asdict(compared)
+            if not compared.is_won:
+                return False
+            self._before = None  # from here on the phase's epochs compete with one another
+        elif rank <= (state.best_accuracy, -state.best_loss):
+            return False
+        state.best_accuracy, state.best_loss = rank[0], -rank[1]
+        return True
+
+    def _rank(self, line: Mapping[str, Any]) -> tuple[float, float]:
+        """The most right; of equals the surest.
+
+        Small validation sets have many equals, and with several labels a sample hardly any is wholly right at first:
+        there the loss decides.
+        """
+        loss = line.get("validation_loss")
+        if loss is None or math.isnan(loss):
+            return -1.0, -math.inf
+        return (line["validation_accuracy"] if self._session.plan.job.task == "single-label" else 0.0), -loss

@@ -1,0 +1,59 @@
+"""How many epochs fit into what a job may take, by the first steps in which everything is trained."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+from orchestrator.job import Noted
+from orchestrator.training.state import Session
+
+_STEPS_OF_A_FORWARD = 1 / 3
+"""Validation runs forward alone: a third of a step."""
+_NUM_MEASURED = 4
+
+
+def is_to_be_fitted(session: Session) -> bool:
+    """Whether the phase's epochs are still to be made to fit into a budget. What was decided stays."""
+    return session.plan.recipe.budget_s is not None and str(session.state.phase) not in session.state.decided
+
+
+def seconds_of(take: Callable[[int], object]) -> list[float]:
+    """Of some steps; `take` takes the one of a number, from 0. The first is left out: it makes the others ready."""
+    seconds = []
+    for number in range(_NUM_MEASURED):
+        started = time.monotonic()
+        take(number)
+        seconds.append(time.monotonic() - started)
+    return seconds[1:]
+
+
+def epochs_that_fit(
+    left_s: float, step_s: Sequence[float], steps_per_epoch: int, num_train: int, num_validation: int
+) -> tuple[int, float]:
+    """(how many epochs fit into `left_s`, seconds of one with its validation)."""
+    step = statistics.median(step_s)
+    validation = _STEPS_OF_A_FORWARD * step * steps_per_epoch * num_validation / max(1, num_train)
+    epoch = max(1e-9, steps_per_epoch * step + validation)
+    return max(0, int(left_s / epoch)), epoch
+
+
+def fit_epochs(session: Session, step_s: Sequence[float]) -> None:
+    """Settle how many epochs the phase has, as rank 0 measured; one that has to win may have none. All call this."""
+    phase, budget_s = session.phase, session.plan.recipe.budget_s
+    assert budget_s is not None
+    num_train, num_validation = (len(session.samples.rows(name)) for name in ("train", "validation"))
+    used = session.seconds()
+    fit = epochs_that_fit(budget_s - used, step_s, phase.steps_per_epoch, num_train, num_validation)
+    fitting, epoch_s, used = session.worker.gather((*fit, used))[0]
+    epochs = min(phase.epochs, max(fitting, 0 if phase.must_win else 1))
+    if epochs < phase.epochs:
+        need = math.ceil((used + epoch_s * phase.epochs) / 60)
+        text = (
+            f"an epoch takes {epoch_s:.0f} s: of {phase.epochs} the budget of {budget_s / 60:g} minutes has time for "
+            f"{epochs}; for all of them: --budget {need}"
+        )
+        session.report(Noted(text, is_warning=epochs == 0))
+    session.decide(session.state.phase, epochs=epochs, num_steps=epochs * phase.steps_per_epoch)

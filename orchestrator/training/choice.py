@@ -1,0 +1,104 @@
+"""Which of a recipe's phases the run keeps: two networks on the same validation samples, and by how much one is better.
+
+The comparison is paired: what both get right, or both wrong, tells nothing of the difference and is no noise of it
+(McNemar 1947). A large validation split decides alone: beyond one standard error, else the phase before is kept, whose
+body is nearer to what it was and so holds better on other data (Kumar et al. 2022, arXiv 2202.10054). A small one
+cannot see what the later phase usually gives (docs/methods.md), so it only keeps what is worse beyond noise away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from orchestrator.errors import counted
+from orchestrator.job import Plan, figure
+from orchestrator.training.metrics import Predictions
+
+_TELLS = 0.02
+"""A standard error from which on validation decides alone: of the accuracy, or of the loss in parts of it."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A network against the one that is kept so far."""
+
+    difference: float
+    """Of the accuracy, above 0 where it is better; of the loss where the task has no accuracy, in parts of it."""
+    noise: float
+    """The difference's standard error."""
+    num_samples: int
+
+    @property
+    def is_won(self) -> bool:
+        """Whether it replaces the other."""
+        return self.difference > (self.noise if self.noise <= _TELLS else -self.noise)
+
+
+def compare(task: str, kept: Predictions, other: Predictions) -> Comparison:
+    """The other's predictions against those that are kept, of the same samples in the same order."""
+    num = len(kept.rows)
+    if task == "single-label":
+        better = (other.predicted == other.targets).astype(np.float64) - (kept.predicted == kept.targets)
+        difference = float(better.mean())
+        # One more pair that differs than there are: no difference seen is not one of no noise.
+        noise = math.sqrt(max(0.0, (np.abs(better).sum() + 1) / num - difference**2) / num)
+        return Comparison(difference, noise, num)
+    scale = max(float(kept.loss.mean()), 1e-12)
+    less = (kept.loss.astype(np.float64) - other.loss) / scale
+    return Comparison(float(less.mean()), float(less.std(ddof=min(1, num - 1))) / math.sqrt(num), num)
+
+
+def what_was_chosen(
+    plan: Plan, best_epoch: int, candidates: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any] | None
+) -> tuple[str, str] | None:
+    """Two sentences: what the run's weights are of, and why. None where the recipe left nothing to choose.
+
+    `best_epoch` of all phases, from 1; `candidates`: the figures of each phase's best epoch; `comparison`: the fields
+    of the last phase's `Comparison`.
+    """
+    phases = plan.recipe.phases
+    if not phases[-1].must_win:
+        return None
+    name = "the probe" if phases[0].solver == "probe" else "the new last layer"
+    is_later = best_epoch > phases[0].epochs
+    if is_later:
+        chosen = f"everything, trained from {name}: epoch {best_epoch - phases[0].epochs} of {phases[-1].epochs}."
+    else:
+        chosen = f"{name}, on the body as it was."
+    if not phases[-1].epochs:
+        return chosen, "the budget does not suffice for one epoch in which everything is trained (--budget)."
+    if comparison is None:
+        return chosen, _without_validation(plan, name, candidates)
+    return chosen, _by_validation(plan, name, is_later, candidates, comparison)
+
+
+def _without_validation(plan: Plan, name: str, candidates: Sequence[Mapping[str, Any]]) -> str:
+    score = candidates[0].get("cross_validation") if candidates else None
+    known = f" ({name} alone: {figure(score)} in cross-validation)" if score is not None else ""
+    return (
+        f"{counted(plan.data.num_samples['train'], 'sample')} and none held back to choose by{known}; in runs on real "
+        "data of this size training everything gave more."
+    )
+
+
+def _by_validation(
+    plan: Plan, name: str, is_later: bool, candidates: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]
+) -> str:
+    noise, num = comparison["noise"], comparison["num_samples"]
+    what = "accuracy" if plan.job.task == "single-label" else "loss"
+    before, after = (figure(one.get(f"validation_{what}")) for one in (candidates[0], candidates[-1]))
+    tells = noise <= _TELLS
+    if is_later:
+        why = "more than its noise" if comparison["difference"] > noise else "and so few cannot tell that it is worse"
+    else:
+        why = "no more than its noise, and the body as it was is the safer one" if tells else "worse than its noise"
+    unit = "" if what == "accuracy" else " of the loss"
+    return (
+        f"on {counted(num, 'validation sample')} {what} {before} of {name} became {after}; the difference has a "
+        f"standard error of {noise:.3f}{unit}: {why}."
+    )

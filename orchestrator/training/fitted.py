@@ -1,0 +1,135 @@
+"""A head of one linear layer that is fitted to stored features at once, by the probe, instead of in steps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from orchestrator.data import Ints, Samples
+from orchestrator.features import Batch
+from orchestrator.network import TOLERANCE, Head
+from orchestrator.training.probe import fit_probe
+from orchestrator.training.state import Session
+
+_NUM_TRIED = 16
+_MOST_FLOATS = 2**28
+"""Of features that are in memory at once: a gigabyte."""
+_AROUND = (nn.Flatten, nn.Identity, nn.Dropout)
+"""What may stand beside the layer in its module, and changes no sample in eval mode."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the fit gave, beside the layer's weights."""
+
+    num_samples: int
+    strength: float
+    """Of the penalty, chosen by cross-validation."""
+    figure: str
+    """What the score is: accuracy, macro_f1 or r2."""
+    cross_validation: float | None
+    """The score: of samples that a fold's fit had not seen."""
+    interval: tuple[float, float] | None
+    """95 %."""
+    loss: float
+    """Sum over the samples, in training's objective."""
+    weight: float
+    num_right: float
+
+
+def can_be_fitted(session: Session) -> bool:
+    """Whether there are features, and one linear layer alone stands behind the cut: as rank 0 finds, on all workers."""
+    return bool(session.worker.gather(_layer(session) is not None if session.worker.rank == 0 else None)[0])
+
+
+def fit_head(session: Session) -> Fitted:
+    """Fit the head to the features of the training samples, the same on all workers, which all call this.
+
+    Each sample as it is, without augmentation. Rank 0 alone fits; with several labels or classes weighed as the plan
+    says, and groups kept together in the folds. Label smoothing means nothing here: the penalty does its work.
+    """
+    found: tuple[Tensor, Tensor, Fitted] | None = None
+    if session.worker.rank == 0:
+        found = _fitted(session)
+    weight, bias, fitted = session.worker.gather(found)[0]
+    layer = _layer(session)
+    assert layer is not None
+    assert layer.bias is not None
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    answer: Fitted = fitted
+    return answer
+
+
+def facts_of(fitted: Fitted) -> dict[str, Any]:
+    """For lineage.json."""
+    kept = asdict(fitted)
+    return {name: kept[name] for name in ("num_samples", "strength", "figure", "cross_validation", "interval")}
+
+
+def _layer(session: Session) -> nn.Linear | None:
+    """The one linear layer of the head. That it is all that features go through is tried with some of them."""
+    head, sources = session.forwards.get("features"), session.sources.get("features")
+    if not isinstance(head, Head) or sources is None or head.cut.form != "chain" or len(head.cut.modules) != 1:
+        return None
+    module = session.network.module.get_submodule(head.cut.modules[0])
+    inner = [one for one in module.modules() if not any(True for _ in one.children())]
+    layers = [one for one in inner if isinstance(one, nn.Linear)]
+    if len(layers) != 1 or not all(isinstance(one, (nn.Linear, *_AROUND)) for one in inner) or layers[0].bias is None:
+        return None
+    batch = sources["train"].batch(session.samples.rows("train")[:_NUM_TRIED], train=False)
+    if batch is None:
+        return None
+    return layers[0] if _is_all(head, layers[0], batch.to(session.worker.device)) else None
+
+
+def _is_all(head: Head, layer: nn.Linear, batch: Batch) -> bool:
+    features = batch.inputs["features"].flatten(1)
+    if features.shape[1] != layer.in_features:
+        return False
+    with torch.no_grad():
+        whole, alone = head(batch.inputs), functional.linear(features, layer.weight, layer.bias)
+    return whole.shape == alone.shape and bool((whole - alone).abs().max() <= TOLERANCE * whole.abs().max().clamp(1e-6))
+
+
+def _fitted(session: Session) -> tuple[Tensor, Tensor, Fitted]:
+    plan, objective, samples = session.plan, session.objective, session.samples
+    batch = session.sources["features"]["train"].batch(_some(session), train=False)
+    assert batch is not None
+    features = batch.inputs["features"].flatten(1)
+    targets = batch.targets
+    if plan.job.task == "regression":  # as the network learns them, whatever their unit
+        targets = (targets - objective.mean.cpu()) / objective.std.cpu()
+    probe = fit_probe(
+        features, targets, plan.job.task, num_classes=len(plan.classes),
+        groups=_groups(samples, batch.rows), class_weights=plan.class_weights, seed=plan.job.training.seed,
+    )  # fmt: skip
+    device = session.worker.device
+    outputs = functional.linear(features, probe.weight, probe.bias).to(device)
+    loss, weight = objective.loss(outputs, batch.targets.to(device))
+    fitted = Fitted(
+        len(features), probe.strength, probe.figure, probe.score, probe.interval, float(loss), float(weight),
+        float(objective.num_right(outputs, batch.targets.to(device))),
+    )  # fmt: skip
+    return probe.weight, probe.bias, fitted
+
+
+def _groups(samples: Samples, rows: Ints) -> Ints | None:
+    """Of these samples; None where they have none, or all are of one, which no folds can keep apart."""
+    groups = None if samples.groups is None else samples.groups[rows]
+    return groups if groups is not None and len(np.unique(groups)) > 1 else None
+
+
+def _some(session: Session) -> Ints:
+    """The training samples' rows; of more than memory takes, as many as it does, at even distances."""
+    rows: Ints = session.samples.rows("train")
+    layer = _layer(session)
+    assert layer is not None
+    most = max(1, _MOST_FLOATS // layer.in_features)
+    return rows[:: -(-len(rows) // most)] if len(rows) > most else rows

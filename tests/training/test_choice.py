@@ -1,0 +1,68 @@
+"""Which of two networks is kept, by the validation samples that both have seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from orchestrator.training.choice import Comparison, compare
+from orchestrator.training.metrics import Predictions
+
+
+def said(right: list[bool], loss: float = 1.0) -> Predictions:
+    num = len(right)
+    return Predictions(
+        np.arange(num), np.zeros(num, np.int64), np.where(right, 0, 1), np.zeros((num, 0), np.float32),
+        np.full(num, loss, np.float32),
+    )  # fmt: skip
+
+
+def pair(num: int, only_first: int, only_second: int) -> Comparison:
+    both = num - only_first - only_second
+    first = [True] * (both + only_first) + [False] * only_second
+    second = [True] * both + [False] * only_first + [True] * only_second
+    return compare("single-label", said(first), said(second))
+
+
+def test_the_difference_and_its_noise_are_of_pairs() -> None:
+    found = pair(1000, 10, 40)
+    assert found.difference == pytest.approx(0.03)
+    paired = np.array([-1] * 10 + [1] * 40 + [0] * 950)
+    assert found.noise == pytest.approx(stats.sem(paired), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("num", "worse", "better", "won"),
+    [
+        (1000, 10, 40, True),  # beyond noise
+        (1000, 20, 23, False),  # many samples, no difference: the body as it was
+        (1000, 40, 10, False),
+        (50, 2, 8, True),
+        (50, 3, 3, True),  # so few cannot tell; what the later phase usually gives does
+        (50, 4, 3, True),
+        (50, 9, 2, False),  # worse beyond noise
+        (10, 0, 0, True),
+    ],
+)
+def test_many_samples_decide_and_few_keep_away_what_is_worse(num: int, worse: int, better: int, won: bool) -> None:
+    assert pair(num, worse, better).is_won is won
+
+
+def test_no_difference_seen_in_few_samples_is_not_one_without_noise() -> None:
+    assert pair(10, 0, 0).noise > 0.05
+
+
+@pytest.mark.parametrize("task", ["multi-label", "regression"])
+def test_where_there_is_no_accuracy_the_loss_is_compared_in_parts_of_it(task: str) -> None:
+    def of(losses: list[float]) -> Predictions:
+        num = len(losses)
+        numbers = np.zeros((num, 2), np.float32)
+        return Predictions(np.arange(num), numbers, numbers, numbers[:, :0], np.array(losses, np.float32))
+
+    found = compare(task, of([2.0] * 400), of([1.0, 1.2] * 200))
+    assert found.difference == pytest.approx(0.45, abs=1e-6)
+    assert found.noise == pytest.approx(0.05 / 20, rel=0.01)
+    assert found.is_won
+    assert not compare(task, of([1.0, 1.2] * 200), of([2.0] * 400)).is_won
+    assert compare(task, of([1.0]), of([0.5])).num_samples == 1
