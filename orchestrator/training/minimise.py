@@ -13,7 +13,7 @@ _ARMIJO = 1e-4
 _ROUNDING = 1e-6
 """Of a value in float32: a step that makes it larger by no more is not taken for a bad one."""
 _MOST_HALVINGS = 20
-_LEAST_SLOPE = 0.01
+_LEAST_SLOPE = 1e-6
 """Of what the preconditioner alone gives."""
 
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]
