@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,15 @@ class Run:
     @property
     def changed(self) -> float:
         """When something of it was written last, in seconds since 1970; of a finished run, when it finished."""
-        times = {}
-        for name in ("results.json", METRICS_FILE, "lineage.json", "plan.json"):
+        return self.changed_at("results.json") or self.changed_at(METRICS_FILE, "lineage.json", "plan.json")
+
+    def changed_at(self, *files: str) -> float:
+        """When the newest of these files was written, in seconds since 1970; 0 where there is none."""
+        times = []
+        for name in files:
             with contextlib.suppress(OSError):
-                times[name] = (self.path / name).stat().st_mtime
-        return times.get("results.json") or max(times.values(), default=0.0)
+                times.append((self.path / name).stat().st_mtime)
+        return max(times, default=0.0)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -190,6 +195,17 @@ def open_finished(path: str | Path) -> Run:
     run = open_run(path)
     _ = run.results
     return run
+
+
+def list_searches(storage: str | Path) -> list[Run]:
+    """The directories of searches below a storage directory, by name."""
+    place = local_path(storage)
+    return [Run(place / name) for name in DirectoryStorage(place).children() if (place / name / SEARCH_FILE).is_file()]
+
+
+def is_trial_of(search: Run, name: str) -> bool:
+    """Whether that is the name of a run of a search's trial: `the-search.0007`, `the-search.0007.1`."""
+    return re.fullmatch(rf"{re.escape(search.name)}\.\d{{4,}}(\.\d+)?", name) is not None
 
 
 def list_runs(storage: str | Path) -> list[Run]:
