@@ -18,6 +18,8 @@ from orchestrator.job.spec import Job
 
 _RENAMED: Mapping[str, str] = {"training.num_shards": "training.num_microbatches"}
 """Keys of earlier versions -> what they are called now; understood, and said."""
+_ELSEWHERE: Mapping[str, str] = {"search": "it is for orchestrator search; take it out, or use that command"}
+"""Keys of a job file that another command takes."""
 
 
 def make_job(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: Any) -> Job:
@@ -239,7 +241,9 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
         return JobError(
             f"{where}unknown key {place}{more}",
             expected="one of " + ", ".join(names),
-            mend=meant(name, ".".join(group)) or "take it out, or use one of the keys above (orchestrator settings)",
+            mend=_ELSEWHERE.get(place)
+            or meant(name, ".".join(group))
+            or "take it out, or use one of the keys above (orchestrator settings)",
         )
     if fault["type"] == "missing":
         return JobError(f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]), mend=f"give it: {place}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -116,9 +117,12 @@ class Run:
     @property
     def changed(self) -> float:
         """When something of it was written last, in seconds since 1970; of a finished run, when it finished."""
+        return self.changed_at("results.json") or self.changed_at(METRICS_FILE, "lineage.json", "plan.json")
+
+    def changed_at(self, *files: str) -> float:
+        """When the newest of these files was written, in seconds since 1970; 0 where there is none."""
         times = self.storage.times(self.name)
-        told = [times[name] for name in (METRICS_FILE, "lineage.json", "plan.json") if name in times]
-        return times.get("results.json") or max(told, default=0.0)
+        return max((times[name] for name in files if name in times), default=0.0)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -255,6 +259,19 @@ def open_finished(place: str | Path) -> Run:
     run = open_run(place)
     _ = run.results
     return run
+
+
+def list_searches(storage: str | Path) -> list[Run]:
+    """The directories of searches below a storage directory, by name; in an object store there are none."""
+    if is_uri(str(storage)):
+        return []
+    place = local_path(storage)
+    return [Run(place / name) for name in DirectoryStorage(place).children() if (place / name / SEARCH_FILE).is_file()]
+
+
+def is_trial_of(search: Run, name: str) -> bool:
+    """Whether that is the name of a run of a search's trial: `the-search.0007`, `the-search.0007.1`."""
+    return re.fullmatch(rf"{re.escape(search.name)}\.\d{{4,}}(\.\d+)?", name) is not None
 
 
 def list_runs(storage: str | Path) -> list[Run]:

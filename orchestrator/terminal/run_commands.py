@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,23 @@ from typing import Annotated, Any, Literal
 import typer
 
 from orchestrator.errors import RefusedError
-from orchestrator.job import Plan, Run, figure, figures_of, interval, is_uri, list_runs, local_path, open_run, shown
+from orchestrator.job import (
+    BEST_OF_SEARCH,
+    SEARCH_FILE,
+    Plan,
+    Run,
+    figure,
+    figures_of,
+    interval,
+    is_trial_of,
+    is_uri,
+    list_runs,
+    list_searches,
+    local_path,
+    open_run,
+    read_lines,
+    shown,
+)
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table, when
 from orchestrator.terminal.flags import Json, name_flags
@@ -25,6 +42,9 @@ _ERRORS = ("MAE", "RMSE", "scaled MAE")
 """Figures of which the smaller is the better."""
 _EPOCHS_SHOWN = 10
 _ASKED_AT_ONCE = 8
+_SUMMARY = (
+    "backbone", "source", "data", "method", "task", "epochs", "num_epochs", "best_epoch", "figure", "value", "seconds",
+)  # fmt: skip
 
 
 @app.callback()
@@ -54,8 +74,11 @@ def runs(
             raise RefusedError("usage", f"--{odd[0]} stands before {context.invoked_subcommand}, which has no list",
                                mend=f"leave it out, or give it behind {context.invoked_subcommand}")  # fmt: skip
         return
+    searches = list_searches(storage)
+    alone = [run for run in list_runs(storage) if not any(is_trial_of(one, run.name) for one in searches)]
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # of a store each is several requests
-        rows = list(pool.map(_summary, list_runs(storage)))
+        rows = list(pool.map(_summary, alone))
+    rows = sorted([*rows, *(_summary_of_search(one) for one in searches)], key=lambda row: row["name"])
     rows = [
         row for row in rows
         if (backbone is None or backbone in (row["source"] or "")) and (data is None or data in (row["data"] or ""))
@@ -139,12 +162,16 @@ def compare(
 
 def _open(run: str, storage: str) -> Run:
     """By its directory, or its name in the storage. Raises `RefusedError`."""
-    if is_uri(run) or (not is_uri(storage) and (local_path(run) / "plan.json").is_file()):
+    if is_uri(run) or (not is_uri(storage) and _is_there(local_path(run))):
         return open_run(run)
     if is_uri(storage):
         return open_run(f"{storage.rstrip('/')}/{run}")
     named = local_path(storage) / run
-    return open_run(named if (named / "plan.json").is_file() else run)
+    return open_run(named if _is_there(named) else run)
+
+
+def _is_there(place: Path) -> bool:
+    return (place / "plan.json").is_file() or (place / SEARCH_FILE).is_file()
 
 
 def _summary(run: Run) -> dict[str, Any]:
@@ -171,6 +198,22 @@ def _summary(run: Run) -> dict[str, Any]:
         "seconds": results.get("seconds"),
         "changed": run.changed,
     }
+
+
+def _summary_of_search(search: Run) -> dict[str, Any]:
+    """The same of a search: that of its best run, with how many trials there are."""
+    try:
+        spec = json.loads(search.read(SEARCH_FILE) or "{}")
+        num_trials, best = int(spec.get("num_trials", 0)), spec.get(BEST_OF_SEARCH)
+    except (ValueError, TypeError, AttributeError):
+        num_trials, best = 0, None
+    num_done = len({line.get("number") for line in read_lines(search.read("trials.jsonl"))})
+    state = "running" if search.busy else "finished" if best and num_done >= num_trials else "unfinished"
+    of_best = _summary(Run(search.path.parent / best)) if isinstance(best, str) else dict.fromkeys(_SUMMARY)
+    return {
+        **of_best, "name": search.name, "state": state, "search": f"{num_done} of {num_trials} trials",
+        "best": best, "changed": search.changed_at(SEARCH_FILE, "trials.jsonl"),
+    }  # fmt: skip
 
 
 def _plan(run: Run) -> Plan | None:
@@ -232,6 +275,13 @@ def _show_list(rows: Sequence[Mapping[str, Any]], storage: str, as_json: bool) -
 
 
 def _what(row: Mapping[str, Any]) -> str:
+    if "search" in row and row["method"] is None:
+        return f"search, {row['search']}"
+    if "search" in row:
+        num = row["search"].split(" of ")[0]
+        return f"search, {num} trials, the best {row['best'].removeprefix(row['name'])[1:]}: {row['method']}, " + (
+            cut_middle(row["backbone"], _WIDEST_PLACE)
+        )
     if row["method"] is None:
         return "its plan cannot be read"
     data = Path(row["data"]).name or row["data"]
@@ -239,6 +289,8 @@ def _what(row: Mapping[str, Any]) -> str:
 
 
 def _result(row: Mapping[str, Any]) -> str:
+    if "search" in row and row["state"] != "finished":
+        return f"{row['state']}, {row['search']}"
     if row["state"] != "finished":
         of = f", epoch {row['epochs']} of {row['num_epochs']}" if row["num_epochs"] else ""
         return f"{row['state']}{of}"

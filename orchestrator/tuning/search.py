@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +24,9 @@ from orchestrator.job import (
     Noted,
     PhaseBegan,
     Report,
+    Run,
     Stop,
+    is_trial_of,
     stop_on_signal,
 )
 from orchestrator.progress import progress
@@ -209,7 +210,7 @@ def _held(storage: DirectoryStorage, name: str, fresh: bool) -> Iterator[HeldRun
     with storage.acquire(name, f"process {os.getpid()} on {socket.gethostname()}") as lease:
         run = HeldRun(storage, lease)
         if fresh:
-            for child in runs_of(storage, name):
+            for child in [one for one in storage.children() if is_trial_of(Run(storage.path / name), one)]:
                 with storage.acquire(child, lease.owner) as of_trial:
                     storage.delete(child, of_trial)
                     storage.give_up(of_trial)
@@ -224,11 +225,6 @@ def _held(storage: DirectoryStorage, name: str, fresh: bool) -> Iterator[HeldRun
                 for file in run.children(""):
                     run.delete(file)
                 storage.give_up(lease)
-
-
-def runs_of(storage: DirectoryStorage, name: str) -> list[str]:
-    """Names of the runs of a search's trials."""
-    return [child for child in storage.children() if re.fullmatch(rf"{re.escape(name)}\.\d{{4,}}(\.\d+)?", child)]
 
 
 def _prune(layout: Layout, kept: list[tuple[int, int]], book: Book) -> None:
