@@ -30,11 +30,11 @@ from orchestrator.gate import (
     drafted,
     gone_on_with,
     idle_workers,
-    materialised,
     prepare,
     refuse_changes,
     refuse_inside_data,
     resolve_backbone,
+    rows_written,
     run_name,
     same_learning,
     without_rows,
@@ -43,7 +43,6 @@ from orchestrator.job import (
     CHECKPOINTS,
     DATA_FOLDER,
     ERROR_FILE,
-    Draft,
     HeldRun,
     Job,
     Noted,
@@ -53,7 +52,8 @@ from orchestrator.job import (
     Run,
     hold,
     list_runs,
-    local_path,
+    open_storage,
+    run_in,
 )
 from orchestrator.modality import registry
 from orchestrator.progress import progress
@@ -132,7 +132,7 @@ def _start(
         report(PhaseBegan("looking at backbone and data"))
         resolved = resolve_backbone(known)
         # Rows that the caller holds are written down once, on the storage, and are a table from then on.
-        with _written(draft, local_path(known.storage)) as settled:
+        with rows_written(draft, open_storage(known.storage)) as settled:
             try:
                 return _run(settled, resolved, options)
             except InterruptedRunError as error:
@@ -141,30 +141,9 @@ def _start(
                 raise
 
 
-@contextlib.contextmanager
-def _written(draft: Draft, storage: Path) -> Iterator[Job]:
-    """The job with its rows on the storage. Refused, it leaves none there that no other run needs."""
-    new: list[Path] = []
-    was_there = storage.exists()
-    try:
-        yield materialised(draft, storage / DATA_FOLDER, new).job()
-    except RefusedError as error:
-        if error.reason == "busy":  # another process may be at the same rows
-            raise
-        jobs = "".join(file.read_text(encoding="utf-8") for file in storage.glob("*/job.yaml")) if new else ""
-        for file in new:
-            if file.name not in jobs:  # YAML folds long paths at spaces; the name is a digest
-                file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # as long as they are empty
-            (storage / DATA_FOLDER).rmdir()
-            if not was_there:
-                storage.rmdir()
-        raise
-
-
 def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
     run = _run_of(job, resolved, options)
-    refuse_inside_data(run.path, job)
+    refuse_inside_data(run.place, job)
     with hold(run.storage, run.name) as held:
         plan = _laid_out(run, held, job, resolved, options)
         if run.finished:
@@ -178,7 +157,7 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
         with _errors_of_libraries(held, resolved.plugin.extra), _stop_on_signal(options.stop) as should_stop:
             work = _on_ray if plan.ray else _in_process
             work(_worker_spec(held, plan, options), plan, options.report, should_stop)
-            if not Run(run.path).finished:
+            if not run_in(run.storage, run.name).finished:
                 raise InterruptedRunError("stopped before the first step", mend="the same command goes on")
     return run
 
@@ -188,12 +167,12 @@ def _run_of(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
 
     How many microbatches a batch has is part of a run's name, and by default there is one for each worker.
     """
-    storage = local_path(job.storage).absolute()
-    run = Run(storage / (job.name or run_name(job, resolved.card)))
-    if job.name is not None or job.training.num_microbatches is not None or options.fresh or run.path.exists():
+    storage = open_storage(job.storage)
+    run = run_in(storage, job.name or run_name(job, resolved.card))
+    if job.name is not None or job.training.num_microbatches is not None or options.fresh or run.is_there:
         return run
     prefix = run.name.rpartition("-")[0]
-    for other in list_runs(storage):
+    for other in list_runs(storage.place):
         with contextlib.suppress(RefusedError):  # damaged, or of an earlier version
             if other.name.rpartition("-")[0] == prefix and not other.is_earlier and same_learning(job, other.plan):
                 return other
@@ -215,7 +194,7 @@ def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, opt
     if not options.fresh and held.read("plan.json") is not None:
         _refuse_without_samples(run)
         began, plan = run.plan, prepare(job, resolved)[0]
-        refuse_changes(run.path, began, plan)
+        refuse_changes(run.place, began, plan)
         plan = gone_on_with(began, plan)
         if not run.finished and not held.commits(CHECKPOINTS):
             options.report(Noted("going on with a run that was cut off before its first checkpoint: from step 0"))
@@ -226,14 +205,14 @@ def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, opt
                 f"{idle} of {plan.num_workers} workers have none in a step (--fresh starts over, with one for each)"
             ))  # fmt: skip
         return plan
-    from orchestrator.data import TableStore
+    from orchestrator.data import tables_in
 
     with held.scratch() as folder:
         plan, prepared = prepare(job, resolved, folder)
         plan = rehearsed(plan, prepared, resolved)
         texts = _texts(run, job, plan, prepared)  # what cannot be written down is found before anything is removed
         held.clear()  # also what is left of one that a start over was cut off in removing
-        TableStore(held.folder.parent).put(folder, held)
+        tables_in(held.storage).put(folder, held)
     for name, text in texts.items():  # plan.json, written last, says that the run is there
         held.write(name, text)
     return plan
@@ -246,7 +225,7 @@ def _refuse_without_samples(run: Run) -> None:
     if not run.finished and (run.is_earlier or table_of(run) is None):
         why = "is of an earlier version" if run.is_earlier else "has lost its samples"
         raise RefusedError(
-            "damaged", f"the run {run.path} {why}, and cannot be gone on with",
+            "damaged", f"the run {run.place} {why}, and cannot be gone on with",
             expected=f"its sample table, in {DATA_FOLDER}/ of its storage",
             mend="start over with fresh (--fresh), or keep both: name (--name)",
         )  # fmt: skip
@@ -255,11 +234,10 @@ def _refuse_without_samples(run: Run) -> None:
 def _texts(run: Run, job: Job, plan: Plan, prepared: Prepared) -> dict[str, str]:
     """{file: its text} of what the run's directory begins with. Raises `DataError` for names that are no Unicode."""
     # With whole paths, so that it says the same from any directory.
-    storage = str(local_path(job.storage).absolute())
-    whole = job.at_whole_paths().model_copy(update={"name": plan.name, "storage": storage})
+    at = job.at_whole_paths().model_copy(update={"name": plan.name, "storage": run.storage.place})
     lines = [json.dumps({"place": s.place, "problem": s.problem}, ensure_ascii=False) for s in prepared.skipped]
     try:
-        texts = {"job.yaml": whole.to_yaml()}
+        texts = {"job.yaml": at.to_yaml()}
         if lines:
             texts["skipped.jsonl"] = "".join(f"{line}\n" for line in lines)
         texts["plan.json"] = plan.model_dump_json(indent=1)

@@ -241,7 +241,7 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.fs
 
-    from orchestrator.data import locations
+    from orchestrator.job import locations
 
     for key, value in {
         "AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "something", "AWS_DEFAULT_REGION": "us-east-1",

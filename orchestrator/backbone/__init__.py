@@ -4,6 +4,7 @@ In: `org/name[@revision]`, a directory in Hub layout, or an earlier run. Out: a 
 later the directory that holds all files, downloaded at the pinned commit. Imports neither torch nor Ray.
 
     cards      repository, directory or run -> BackboneCard
+    stored     a run in an object store as a backbone
     untrusted  what its JSON files may set: nothing that opens, loads or runs anything else
     timm_settings  the settings that timm's architectures take
     hub        questions to the Hub, asked again where that helps

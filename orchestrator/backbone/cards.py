@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.backbone.hub import asking, offline
+from orchestrator.backbone.stored import commit_of, fetch_stored, is_stored, small_files, stored_model
 from orchestrator.backbone.timm_settings import without_sources
 from orchestrator.errors import RefusedError
-from orchestrator.job import BackboneCard, Run, local_path
+from orchestrator.job import BackboneCard, Run, is_uri, local_path
 
 METADATA = (
     "config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json", "tokenizer_config.json",
@@ -29,10 +30,12 @@ _REPO_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
 def read_card(source: str) -> BackboneCard:
-    """The card of `org/name[@revision]`, a local directory, or an earlier run.
+    """The card of `org/name[@revision]`, a local directory, or an earlier run, also one in an object store.
 
     A directory of that name wins over a repository. Raises `RefusedError`; asks for no weight byte.
     """
+    if is_uri(source) and not source.startswith("hf://"):
+        return _read_stored(source)
     path = local_path(source)
     if path.is_dir():
         return _read_run(source, path) if (path / "plan.json").is_file() else _read_directory(source, path)
@@ -70,6 +73,19 @@ def _read_run(source: str, path: Path) -> BackboneCard:
     card = _read_directory(source, path / "model")
     lineage = Run(path).lineage
     return card.model_copy(update={"kind": "run", "name": path.resolve().name, "lineage": lineage})
+
+
+def _read_stored(source: str) -> BackboneCard:
+    """That of a run in an object store."""
+    run, manifest = stored_model(source)
+    card = _read_directory(source, small_files(run))
+    modules = "modules.json" in manifest.files
+    files = {
+        name: file.size for name, file in manifest.files.items()
+        if "/" not in name or (modules and name.endswith("/config.json"))
+    }  # fmt: skip
+    found = {"kind": "run", "name": run.name, "lineage": run.lineage, "path": None, "commit": commit_of(manifest)}
+    return card.model_copy(update={**found, "files": files})
 
 
 def _read_directory(source: str, path: Path) -> BackboneCard:
@@ -136,6 +152,8 @@ def metadata_file(card: BackboneCard, name: str) -> Path | None:
         return None
     if card.path:
         return Path(card.path) / name
+    if is_stored(card):
+        return fetch_stored(card, with_weights=False) / name
     from httpx2 import HTTPError
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -6,10 +6,13 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from orchestrator.backbone.hub import asking, offline
+from orchestrator.backbone.stored import beginning_of, fetch_stored, is_stored
 from orchestrator.errors import RefusedError
 from orchestrator.job import POINTER, BackboneCard
 
@@ -95,6 +98,10 @@ def read_tensors(card: BackboneCard) -> Tensors:
         for name in card.weight_files:
             tensors.update(_read_header(Path(card.path) / name, card.source))
         return tensors
+    if is_stored(card):
+        with ThreadPoolExecutor(_NUM_ASKED_AT_ONCE) as pool:
+            parts = list(pool.map(partial(_read_stored_header, card), card.weight_files))
+        return {key: tensor for part in parts for key, tensor in part.items()}
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -147,19 +154,32 @@ def _broken(name: str, source: str) -> RefusedError:
     )
 
 
+def _read_stored_header(card: BackboneCard, name: str) -> Tensors:
+    return _parse_header(partial(beginning_of, card, name), card.files[name], _broken(name, card.source))
+
+
 def _read_header(path: Path, source: str) -> Tensors:
-    broken = _broken(path.name, source)
     with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise broken
-        (size,) = struct.unpack("<Q", start)
-        if size > min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
-            raise broken
-        try:
-            header = json.loads(file.read(size))
-        except ValueError:
-            raise broken from None
+
+        def beginning(num_bytes: int) -> bytes:
+            file.seek(0)
+            return file.read(num_bytes)
+
+        return _parse_header(beginning, path.stat().st_size, _broken(path.name, source))
+
+
+def _parse_header(beginning: Callable[[int], bytes], num_bytes: int, broken: RefusedError) -> Tensors:
+    """`beginning`: so many of the file's first bytes; `num_bytes`: of the whole file."""
+    start = beginning(8)
+    if len(start) < 8:
+        raise broken
+    (size,) = struct.unpack("<Q", start)
+    if size > min(_MAX_HEADER_BYTES, num_bytes - 8):
+        raise broken
+    try:
+        header = json.loads(beginning(8 + size)[8:])
+    except ValueError:
+        raise broken from None
     if not isinstance(header, dict):
         raise broken
     header.pop("__metadata__", None)
@@ -168,7 +188,7 @@ def _read_header(path: Path, source: str) -> Tensors:
         end = max((int(one["data_offsets"][1]) for one in header.values()), default=0)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise broken from None
-    if 8 + size + end != path.stat().st_size:
+    if 8 + size + end != num_bytes:
         raise broken
     return tensors
 
@@ -195,6 +215,8 @@ def fetch(card: BackboneCard, with_weights: bool = True) -> Path:
     """The directory that holds the backbone's files, downloaded if need be (at the pinned commit)."""
     if card.path:
         return Path(card.path)
+    if is_stored(card):
+        return fetch_stored(card, with_weights)
     from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
 

@@ -19,8 +19,6 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     hub_datasets  data sets of the Hub, or saved to disk -> batches of cells
     materialise   rows that a program holds -> a Parquet file
     rows          what a row is, and which paths it may name
-    locations     URIs -> stores (S3 and what else pyarrow and fsspec open)
-    object_storage, leases   runs in an object store, and who works on them
     ingest        every row looked at once: is it there, can it be read, what is measured on it
     ingested      what is remembered of the rows
     duplicates    one file twice, one content in two splits
@@ -28,29 +26,32 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     spellings     one label under several spellings: True and true, 2 and 2.0
     splits        stratified, grouped and balanced splits
     samples       the sample table on disk: written once, memory-mapped
-    table_store   the sample tables of a storage, each kept once for all of its runs
+    table_store   the sample tables of a storage directory, each kept once for all of its runs
+    shared_tables  the same of an object store; which table a run uses
     contents      digests that samples and data are known by, and a catalogue of files
 """
 
 from orchestrator.data.columns import input_columns as input_columns, label_columns as label_columns
 from orchestrator.data.contents import Catalog as Catalog, Ids as Ids, Ints as Ints, Marks as Marks, known as known
 from orchestrator.data.ingested import Example as Example
-from orchestrator.data.locations import (
+from orchestrator.data.materialise import materialise_rows as materialise_rows
+from orchestrator.data.prepare import LEAVE_OUT as LEAVE_OUT, Prepared as Prepared, prepare_data as prepare_data
+from orchestrator.data.samples import MAX_AT_ONCE as MAX_AT_ONCE, Samples as Samples, split_by_size as split_by_size
+from orchestrator.data.shared_tables import SharedTables as SharedTables, table_of as table_of, tables_in as tables_in
+from orchestrator.data.sources import columns_of as columns_of, formed_as_run as formed_as_run
+from orchestrator.data.table_store import (
+    StoredTable as StoredTable,
+    TableStore as TableStore,
+    table_key as table_key,
+)
+from orchestrator.data.unlabelled import Unlabelled as Unlabelled, read_unlabelled as read_unlabelled
+from orchestrator.job import open_storage as open_storage
+
+# What needs pyarrow, as this wing does, and the job's wing does not.
+from orchestrator.job.locations import (
     Found as Found,
     Location as Location,
     asking as asking,
     cached as cached,
     feature_store as feature_store,
 )
-from orchestrator.data.materialise import materialise_rows as materialise_rows
-from orchestrator.data.object_storage import ObjectStorage as ObjectStorage, open_storage as open_storage
-from orchestrator.data.prepare import LEAVE_OUT as LEAVE_OUT, Prepared as Prepared, prepare_data as prepare_data
-from orchestrator.data.samples import MAX_AT_ONCE as MAX_AT_ONCE, Samples as Samples, split_by_size as split_by_size
-from orchestrator.data.sources import columns_of as columns_of, formed_as_run as formed_as_run
-from orchestrator.data.table_store import (
-    StoredTable as StoredTable,
-    TableStore as TableStore,
-    table_key as table_key,
-    table_of as table_of,
-)
-from orchestrator.data.unlabelled import Unlabelled as Unlabelled, read_unlabelled as read_unlabelled

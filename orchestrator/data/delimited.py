@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from orchestrator.data.locations import Location
 from orchestrator.data.text_files import BLOCK_BYTES, UnreadableError, open_text
+from orchestrator.job.locations import Location
 
 SEPARATORS = (",", ";", "\t", "|")
 """Those that are looked for in the first line; of as many the first."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.data.layout import children, layout_of
-from orchestrator.data.locations import Location
 from orchestrator.data.rows import Origin, Row, Source, inside, is_unicode
 from orchestrator.data.tables import suffix_of
 from orchestrator.errors import DataError, counted
 from orchestrator.job import TABLE_SUFFIXES, name_splits
+from orchestrator.job.locations import Location
 from orchestrator.modality import SampleField, registry
 
 _LITTER = {"thumbs.db", "desktop.ini", "icon\r", "__macosx"}

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from orchestrator.data.contents import content_id, digest64
 from orchestrator.data.ingested import Example, IngestedRows, Skip, view
-from orchestrator.data.locations import Location
 from orchestrator.data.rows import Row, Source, inside, inside_store
 from orchestrator.data.samples import SampleWriter
 from orchestrator.data.tables import suffix_of
 from orchestrator.data.text_files import POINTER_PROBLEM
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job import POINTER, BackboneCard, TaskName
+from orchestrator.job.locations import Location
 from orchestrator.modality import Facts, Modality, Profile, Sample
 
 NUM_MEASURED_ALL = 5_000

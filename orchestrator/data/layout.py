@@ -9,10 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.data.locations import Location
 from orchestrator.data.tables import suffix_of
 from orchestrator.errors import DataError
 from orchestrator.job import SPLIT_NAMES, SPLITS, is_part, name_splits, split_of
+from orchestrator.job.locations import Location
 
 _LITTER = "__macosx"  # what macOS adds to a ZIP file
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from orchestrator.data.columns import input_columns, label_columns
 from orchestrator.data.layout import children
-from orchestrator.data.locations import Location
 from orchestrator.data.tables import Table, TextForm, open_table
 from orchestrator.job import SPLITS, Data, choose_splits, name_splits
+from orchestrator.job.locations import Location
 
 _NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
 _FILES = "file_name"

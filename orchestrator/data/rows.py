@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from orchestrator.data.locations import Location
 from orchestrator.job import is_uri
+from orchestrator.job.locations import Location
 
 _AS_URLS_ARE_READ = str.maketrans("\\", "/", "\t\r\n")
 

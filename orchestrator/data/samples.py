@@ -18,10 +18,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from orchestrator.data.contents import Ids, Ints, Marks, content_id
-from orchestrator.data.locations import cached
 from orchestrator.data.rows import Row
 from orchestrator.errors import BadSampleError
 from orchestrator.job import SPLITS, is_uri
+from orchestrator.job.locations import cached
 from orchestrator.modality import Sample
 
 ROWS_FILE, INDEX_FILE = "samples.arrow", "index.arrow"

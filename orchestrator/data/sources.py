@@ -10,7 +10,6 @@ from pathlib import Path
 from orchestrator.data.columns import input_columns, label_columns
 from orchestrator.data.folders import open_folder
 from orchestrator.data.layout import children
-from orchestrator.data.locations import Location, path_or_location
 from orchestrator.data.metadata_tables import metadata_tables
 from orchestrator.data.rows import Row, Source
 from orchestrator.data.table_rows import open_rows
@@ -27,6 +26,7 @@ from orchestrator.job import (
     name_splits,
     shown,
 )
+from orchestrator.job.locations import Location, path_or_location
 from orchestrator.modality import SampleField
 
 _ROWS = ("the data", "the validation data", "the test data")

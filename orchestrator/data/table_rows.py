@@ -11,12 +11,12 @@ from pathlib import Path
 
 from orchestrator.data.arrow_cells import ClassName
 from orchestrator.data.columns import find_inputs, label_columns, require_columns
-from orchestrator.data.locations import Location, path_or_location
 from orchestrator.data.rows import Origin, Row, Source, is_unicode
 from orchestrator.data.spellings import meaning
 from orchestrator.data.tables import Table
 from orchestrator.errors import DataError
 from orchestrator.job import Data, TaskName, split_of
+from orchestrator.job.locations import Location, path_or_location
 from orchestrator.modality import SampleField
 
 _SWITCHES = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True, "no": False, "yes": True}

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from orchestrator.data.samples import INDEX_FILE, ROWS_FILE
 from orchestrator.errors import RefusedError, first_line
-from orchestrator.job import DATA_FOLDER, SAMPLES, HeldRun, Run, sync
+from orchestrator.job import DATA_FOLDER, HeldRun, Run, sync
 
 REFERENCE_FILE = "samples.json"
 """Of a run: which table it uses."""
@@ -53,6 +53,11 @@ class TableStore:
         """The folder of a table, for `Samples` to read, whether it is there or not."""
         return self._folder / key
 
+    def find(self, key: str) -> Path | None:
+        """The folder of a table, None where it is not there."""
+        path = self.path_of(key)
+        return path if path.is_dir() else None
+
     def put(self, folder: Path, run: HeldRun) -> Path:
         """Keep the table that was written into `folder`, for that run of the storage; where it is kept.
 
@@ -74,7 +79,7 @@ class TableStore:
         runs: dict[str, list[str]] = {}
         for path in sorted(self._storage.iterdir()) if self._storage.is_dir() else ():
             run = Run(path)
-            key = _reference(run)
+            key = key_of(run)
             if key is not None:
                 runs.setdefault(key, []).append(run.name)
         return runs
@@ -152,17 +157,7 @@ def table_key(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def table_of(run: Run | HeldRun) -> Path | None:
-    """The folder of the table that a run uses; None where there is none, or it is gone.
-
-    A run of an earlier version has its own. Raises `RefusedError` where its file cannot be understood.
-    """
-    key = _reference(run)
-    path = run.folder / SAMPLES if key is None else TableStore(run.folder.parent).path_of(key)
-    return path if path.is_dir() else None
-
-
-def _reference(run: Run | HeldRun) -> str | None:
+def key_of(run: Run | HeldRun) -> str | None:
     """The key of the table that a run names, None where it names none."""
     text = run.read(REFERENCE_FILE)
     if text is None:
@@ -173,7 +168,7 @@ def _reference(run: Run | HeldRun) -> str | None:
             raise ValueError(f"{key!r} is no key of a table")
     except (ValueError, KeyError, TypeError) as error:
         raise RefusedError(
-            "damaged", f"{run.folder / REFERENCE_FILE} cannot be understood: {first_line(error)}",
+            "damaged", f"{run.place}/{REFERENCE_FILE} cannot be understood: {first_line(error)}",
             expected='{"table": key}, as this version wrote it',
             mend="start that run over with --fresh, or remove it",
         ) from None  # fmt: skip

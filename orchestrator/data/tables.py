@@ -20,9 +20,9 @@ import pyarrow.parquet
 from orchestrator.data.arrow_cells import Batch, cells_of, class_names
 from orchestrator.data.arrow_files import AGAIN, arrow_stream, look_at_end, refuse_pointer
 from orchestrator.data.delimited import read_header, read_records
-from orchestrator.data.locations import Location
 from orchestrator.data.text_files import BLOCK_BYTES, UnreadableError, open_text
 from orchestrator.errors import DataError, first_line
+from orchestrator.job.locations import Location
 
 BATCH_ROWS = 64
 """Of a table, so many rows are in memory at once."""

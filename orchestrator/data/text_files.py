@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO, cast
 
-from orchestrator.data.locations import Location
 from orchestrator.job import POINTER
+from orchestrator.job.locations import Location
 
 BLOCK_BYTES = 8 * 2**20
 """What is read at once; no row of a table may be longer."""

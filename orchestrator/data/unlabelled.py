@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.data.columns import find_inputs, input_columns
-from orchestrator.data.locations import path_or_location
 from orchestrator.data.rows import Row, inside, inside_store
 from orchestrator.data.table_rows import fill_file, fill_text
 from orchestrator.data.tables import TextForm, open_table
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job import Data
+from orchestrator.job.locations import path_or_location
 from orchestrator.modality import Sample, SampleField
 
 

@@ -48,6 +48,8 @@ class Extraction:
     """Read every sample to find out what its content is, whatever is remembered of its file."""
     remote: RemoteExtractor | None = None
     """Processes that compute in the workers' stead."""
+    apart: bool = False
+    """Each machine has a folder of its own: what others have computed comes through the object store."""
     num_computed: int = 0
     """Samples that went through the body, in this worker, or at its order."""
     gain: float | None = None
@@ -66,7 +68,8 @@ class Extraction:
         ids = self._known(rows)
         written: list[str] = []
         counted = False
-        if worker.rank == 0:
+        fetches = worker.rank == 0 or (self.apart and worker.local_rank == 0)
+        if fetches:
             features.fetch_missing(ids)
         for _ in range(_MOST_ROUNDS):
             features.refresh(written)
@@ -83,6 +86,12 @@ class Extraction:
                 names = self._fill(features, missing, rows, ids, view)
                 written = [name for part in worker.gather(names) for name in part]
                 ids = self._with_read(rows, ids)
+                if self.apart:
+                    features.flush_uploads(whole=False)
+                    worker.barrier()
+                    if fetches:
+                        features.fetch_missing(ids)
+                    worker.barrier()
                 continue
             stored = self._agreed(features, rows, ids)
             in_use = sorted(set().union(*worker.gather(set(stored.shards))))
@@ -92,7 +101,7 @@ class Extraction:
                 features.flush_uploads(whole=worker.rank == 0)
                 return stored
             note(f"stored features were damaged, and are replaced ({len(broken)} of {len(in_use)} shards)")
-            if worker.rank == 0:
+            if fetches:
                 features.fetch_missing(ids)
         raise TrainingError(
             f"the features in {features.folder} do not stay as they are written",

@@ -19,7 +19,7 @@ from typing import Any
 from orchestrator.data import Location, cached
 from orchestrator.errors import TrainingError
 from orchestrator.features.body_pass import Note
-from orchestrator.job import HeldRun, Plan
+from orchestrator.job import HeldRun, Plan, is_uri
 from orchestrator.modality import Modality, registry
 from orchestrator.network import Cut, Worker
 from orchestrator.store import CONTENTS, FOLDER, FeatureSet, MirroredSet, cache_group_folder, share_note
@@ -39,6 +39,8 @@ class FeatureCacheRef:
     """The cache group's folder on the storage."""
     store: str | None
     """A place in an object store that has them too."""
+    apart: bool = False
+    """Whether each machine has a folder of its own, so that only the store has what others have computed."""
 
     @property
     def contents(self) -> Path:
@@ -77,8 +79,12 @@ def agreed_cache(plan: Plan, run: HeldRun, cut: Cut, modality: Modality, worker:
     # What a notebook's cell computes, nobody can tell from what it computed before: kept for this run alone.
     shared = key["code"] is not None
     root = run.folder.parent / FOLDER if shared else run.folder / _OF_RUN
-    store = plan.job.feature_store if shared else None
-    return FeatureCacheRef(cut, key, cache_group_folder(root, plan.backbone.name, key), store)
+    # Of a storage that is no directory each machine has a folder of its own, and the store has what all of them need.
+    apart = is_uri(run.storage.place)
+    store = plan.job.feature_store or (run.storage.place_of(FOLDER) if apart else None)
+    return FeatureCacheRef(
+        cut, key, cache_group_folder(root, plan.backbone.name, key), store if shared else None, shared and apart
+    )
 
 
 def feature_key(plan: Plan, cut: Cut, code: str | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from orchestrator.features.extraction import Extraction, RemoteExtractor, known_
 from orchestrator.features.formats import Choice, choose
 from orchestrator.features.key import FeatureCacheRef, agreed_cache, view_name
 from orchestrator.features.sources import FeatureSource, SampleSource, StoredRows, StoredView
-from orchestrator.job import SPLITS, Advanced, HeldRun, Noted, PhaseBegan, Plan, Report
+from orchestrator.job import SPLITS, Advanced, HeldRun, Noted, PhaseBegan, Plan, Report, is_uri
 from orchestrator.modality import Modality
 from orchestrator.network import Body, Cut, Head, Network, Worker, channels_last, find_cut
 from orchestrator.store import FORMAT_FILE, KEY_FILE, FeatureSet, Format, opened
@@ -120,7 +120,7 @@ def compute_features(
     def note(text: str) -> None:
         report(Noted(text))
 
-    if plan.job.feature_store and cache.store is None:
+    if (plan.job.feature_store or is_uri(run.storage.place)) and cache.store is None:
         note("the plugin's code has no file that other machines could compare: the features stay in this run")
     body = Body(network, cut)
     catalog = Catalog(cache.contents)
@@ -143,7 +143,7 @@ def compute_features(
         advance=lambda num: report(Advanced(num)), note=note, should_stop=should_stop,
     )  # fmt: skip
     remote = extractors(cache, choice.format) if extractors is not None else None
-    extraction = Extraction(body_pass, catalog, verify, remote)
+    extraction = Extraction(body_pass, catalog, verify, remote, cache.apart)
 
     def run_over(name: str, rows: Ints, view: int | None = None) -> StoredRows:
         features = resources.enter_context(opened(set_of(name), cache.key))

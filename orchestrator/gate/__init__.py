@@ -8,10 +8,12 @@ the mend. Reads metadata and data, never a weight; imports neither torch nor Ray
     recipes   a method -> phases, with every default
     resolve   pure: (modality, card, profile, job) -> Plan
     resume    a plan against the one that an unfinished run began with
+    given_rows  rows that a program holds, on the storage of its runs
     planning  check and plan: reads what these are given
 """
 
 from orchestrator.gate.decide import match as match, parse_settings as parse_settings
+from orchestrator.gate.given_rows import rows_written as rows_written
 from orchestrator.gate.own_code import refuse_own_code as refuse_own_code
 from orchestrator.gate.planning import (
     Checked as Checked,

@@ -33,6 +33,8 @@ from orchestrator.job import (
     is_uri,
     local_path,
     make_draft,
+    open_storage,
+    whole,
 )
 from orchestrator.modality import Fit, Modality, Profile, registry
 
@@ -126,6 +128,7 @@ def resolve_backbone(job: Job) -> ResolvedBackbone:
         require_weights(card)
     if job.feature_store is not None and may_keep_features(job):
         _require_store(job.feature_store)
+    open_storage(job.storage).require()
     decide.fit(card, row, plugin, job.settings, None)  # what the backbone alone forbids, before data is read
     return ResolvedBackbone(plugin, card, row)
 
@@ -222,17 +225,16 @@ def _require_store(place: str) -> None:
         )  # fmt: skip
 
 
-def refuse_inside_data(path: Path, job: Job) -> None:
+def refuse_inside_data(run: str, job: Job) -> None:
     """A run that starts over removes what it holds, so it stands neither in nor around the data."""
-    here = path.resolve()
     for place in (job.data.path, job.data.validation, job.data.test):
-        if place is None or is_uri(place) or is_dataset(place):
+        if place is None or is_uri(place) != is_uri(run) or is_dataset(place):
             continue
-        data = local_path(place).resolve()
-        if data == here or here in data.parents or data in here.parents:
+        here, data = (f"{whole(one) if is_uri(one) else local_path(one).resolve()}/" for one in (run, place))
+        if here.startswith(data) or data.startswith(here):
             raise RefusedError(
                 "usage",
-                f"the run's directory {path} and the data {place} lie in one another",
+                f"the run's directory {run} and the data {place} lie in one another",
                 mend="give the run another name (--name) or another place (--storage)",
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ChangedError
@@ -25,8 +24,8 @@ def same_learning(job: Job, began: Plan) -> bool:
     return as_it_began(job, began).identity() == as_it_began(began.job, began).identity()
 
 
-def refuse_changes(path: Path, began: Plan, now: Plan) -> None:
-    """Raise `ChangedError` where the run at `path` began with another job, other data or another backbone."""
+def refuse_changes(place: str, began: Plan, now: Plan) -> None:
+    """Raise `ChangedError` where the run at `place` began with another job, other data or another backbone."""
     jobs = [as_it_began(plan.job, began) for plan in (began, now)]
     for what, before, after in (
         ("the job", *(job.digest() for job in jobs)),
@@ -35,7 +34,7 @@ def refuse_changes(path: Path, began: Plan, now: Plan) -> None:
     ):
         if before != after:
             raise ChangedError(
-                f"{what} of the run {path} has changed since it began" + _differences(what, began, now),
+                f"{what} of the run {place} has changed since it began" + _differences(what, began, now),
                 expected=f"{what} as it was: {str(before).removeprefix('sha256:')[:12]}",
                 mend="start over with fresh (--fresh), or keep both: name (--name)",
             )

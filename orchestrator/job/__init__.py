@@ -14,7 +14,9 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     runs      a run as others see it: what is in it, whether it is done, who works on it
     held      a run that somebody works on: what is written goes to its storage, under a lease
     storage   one interface for runs in a directory and in an object store, with leases
-    directories  the same for a directory; for object stores it is in `data`
+    directories  the same for a directory
+    object_storage, leases  the same for an object store, and who works on what lies there; need pyarrow
+    locations  URIs -> stores (S3 and what else pyarrow and fsspec open); needs pyarrow
     files     files of this machine, written whole and compared
     events    what happens while a job runs
     figures   which figures of a task are shown, and how they are written
@@ -73,7 +75,9 @@ from orchestrator.job.places import (
     is_uri as is_uri,
     library_of as library_of,
     local_path as local_path,
+    plain_path as plain_path,
     shown as shown,
+    whole as whole,
 )
 from orchestrator.job.plans import (
     SPLITS as SPLITS,
@@ -97,7 +101,9 @@ from orchestrator.job.runs import (
     list_runs as list_runs,
     open_finished as open_finished,
     open_run as open_run,
+    open_storage as open_storage,
     read_lines as read_lines,
+    run_in as run_in,
 )
 from orchestrator.job.spec import (
     IN_A_STORE as IN_A_STORE,

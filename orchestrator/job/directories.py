@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from orchestrator.errors import OrchestratorError, RefusedError
-from orchestrator.job.files import PARTIAL, beside, still_there, sync, write_file
+from orchestrator.job.files import PARTIAL, beside, remove_old, still_there, sync, write_file
 from orchestrator.job.storage import (
     MANIFEST_FILE,
     Lease,
@@ -94,6 +94,9 @@ class DirectoryStorage(Storage):
             return ""
         return "" if free else self._lease(name).owner or "another process"
 
+    def require(self) -> None:
+        pass  # it is made when the first run is
+
     def local_folder(self, name: str) -> Path:
         return self.path / name
 
@@ -115,6 +118,14 @@ class DirectoryStorage(Storage):
         if not folder.is_dir():
             return []
         return sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
+
+    def times(self, name: str) -> dict[str, float]:
+        times = {}
+        for child in self.children(name):
+            with contextlib.suppress(OSError):
+                if (self.path / name / child).is_file():
+                    times[child] = (self.path / name / child).stat().st_mtime
+        return times
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -184,6 +195,13 @@ class DirectoryStorage(Storage):
             shutil.rmtree(folder, ignore_errors=True)
         return manifest
 
+    def copy_of(self, name: str, but: str = "") -> Path:  # noqa: ARG002  # all of it is here
+        return self.path / name
+
+    def beginning_of(self, name: str, manifest: Manifest, file: str, num_bytes: int) -> bytes:  # noqa: ARG002
+        with (self.path / name / file).open("rb") as content:
+            return content.read(num_bytes)
+
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[Path]:
         manifest = self._manifest(name)
@@ -197,14 +215,8 @@ class DirectoryStorage(Storage):
 
     def collect_orphans(self, lease: Lease, older_s: float) -> list[str]:
         self.check(lease)
-        removed = []
-        for path in sorted((self.path / lease.name).rglob(f".*{PARTIAL}")):
-            with contextlib.suppress(OSError):  # gone already, or another user's: it harms nobody
-                newest = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
-                if time.time() - newest >= older_s:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                    removed.append(path.relative_to(self.path).as_posix())
-        return removed
+        removed = remove_old(self.path / lease.name, f".*{PARTIAL}", older_s)
+        return [path.relative_to(self.path).as_posix() for path in removed]
 
     def _sizes(self, name: str, manifest: Manifest) -> dict[str, int]:
         paths = {file: self.path / name / file for file in manifest.files}

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import JobError, did_you_mean
 from orchestrator.job.keys import all_keys, at_home, meant
+from orchestrator.job.places import holds_secret
 from orchestrator.job.spec import Job
 
 _RENAMED: Mapping[str, str] = {"training.num_shards": "training.num_microbatches"}
@@ -247,7 +248,8 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
         message = "is a group of settings, not one value"
     if fault["type"] == "string_type":
         message += "; put it in quotes"
-    shown = "" if isinstance(given, dict) else f" = {given!r}"
+    secret = isinstance(given, dict) or (isinstance(given, str) and holds_secret(given))
+    shown = "" if secret else f" = {given!r}"
     return JobError(f"{where}{place}{shown}: {message[:1].lower()}{message[1:]}{more}", mend=nearest_value(fault))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import TextIO
@@ -32,6 +35,18 @@ def write_file(path: Path, content: bytes) -> None:
 def beside(path: Path) -> Path:
     """A new name in the same folder, that nobody takes for what has its place there."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+def remove_old(folder: Path, pattern: str, older_s: float) -> list[Path]:
+    """Remove the files and folders of that name below a folder in which nothing was written for so long; which."""
+    removed = []
+    for path in sorted(folder.rglob(pattern)):
+        with contextlib.suppress(OSError):  # gone already, or another user's: it harms nobody
+            newest = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
+            if time.time() - newest >= older_s:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed.append(path)
+    return removed
 
 
 def sync(path: Path) -> None:

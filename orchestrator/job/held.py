@@ -99,7 +99,11 @@ class HeldRun:
         """
         with self.scratch() as folder:
             yield folder
-            self.storage.commit(folder, self._of(name), self.lease)
+            self.commit(folder, name)
+
+    def commit(self, folder: Path, name: str) -> None:
+        """Give a local folder to the run under this name, whole or not at all; it is here no more afterwards."""
+        self.storage.commit(folder, self._of(name), self.lease)
 
     def opened(self, name: str) -> AbstractContextManager[Path]:
         """A committed folder, to read as long as the context lasts; all its files were compared with their digests.

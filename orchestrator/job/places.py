@@ -18,6 +18,11 @@ _DATASETS = "hf://datasets/"
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".jsonl", ".ndjson")
 SPLIT_KEYS = ("path", "validation", "test")
 """The settings of `data` that name a place, one a split."""
+SECRET = (
+    "holds a password, and a job is written down; a store's credentials come from the environment "
+    "(AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+)
+"""What is said of a URI that `holds_secret`; never the URI itself."""
 DATA_FOLDER = ".data"
 """The folder of the storage that holds rows which came from a program, not from a place."""
 
@@ -30,6 +35,17 @@ def is_uri(place: str) -> bool:
 def local_path(place: str | Path) -> Path:
     """A path of this machine, `~` replaced by the home directory; `~name` stays where there is no such user."""
     return Path(os.path.expanduser(place))  # Path.expanduser raises there
+
+
+def plain_path(place: str) -> str:
+    """The path of a file:// URI; any other place as it is."""
+    return re.sub(r"^((file|local)://(localhost(?=/))?)+", "", place)
+
+
+def holds_secret(place: str) -> bool:
+    """Whether a URI has a password in it: `s3://key:secret@bucket`."""
+    authority = place.partition("://")[2].split("/")[0]
+    return is_uri(place) and ":" in authority.rpartition("@")[0]
 
 
 def whole(place: str) -> str:

@@ -1,36 +1,80 @@
-"""A Run: a directory on the storage. What is in it, whether it is done, and who works on it."""
+"""A Run, in a directory or in an object store: what is in it, whether it is done, and who works on it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import RefusedError, first_line
+from orchestrator.errors import RefusedError, first_line, missing_extra
 from orchestrator.job.directories import DirectoryStorage
 from orchestrator.job.held import METRICS_FILE, MODEL
-from orchestrator.job.places import local_path
+from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path
 from orchestrator.job.plans import Plan, read_plan_json
 from orchestrator.job.storage import Storage
+
+_ASKED_AT_ONCE = 16
+"""Runs of an object store that are looked at together."""
+
+
+def open_storage(
+    place: str, ttl_s: float | None = None, patience_s: float | None = None, note: Callable[[str], None] | None = None
+) -> Storage:
+    """The storage at a path or a URI. Raises `RefusedError` where no installed library opens it.
+
+    Of an object store: a lease of it lasts for `ttl_s` without being renewed; where it does not answer it is asked
+    again for `patience_s`, and `note` is told so.
+    """
+    place = plain_path(place)
+    if not is_uri(place):
+        return DirectoryStorage(local_path(place).absolute())
+    if holds_secret(place):
+        raise RefusedError("usage", f"the place of the runs {SECRET}", mend="take it out of the URI")
+    try:
+        from orchestrator.job.object_storage import ObjectStorage
+    except ModuleNotFoundError as error:  # pyarrow
+        raise missing_extra(error) or error from None
+    return ObjectStorage(place, ttl_s, patience_s, note)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of ours, by its directory: job.yaml, plan.json, metrics.jsonl, checkpoints/, model/, results.json."""
+    """A run of ours, by its place: job.yaml, plan.json, metrics.jsonl, checkpoints/, model/, results.json."""
 
-    path: Path
+    at: Path | str
+    """Its directory, or its URI in an object store."""
+    of: Storage | None = field(default=None, repr=False, compare=False)
+    """Where it lies, as it was opened already."""
+
+    @property
+    def place(self) -> str:
+        """Its directory or URI, as a text."""
+        return str(self.at)
+
+    @property
+    def path(self) -> Path:
+        """Its directory. Raises `RefusedError` where it lies in an object store, and has none."""
+        if isinstance(self.at, str):
+            raise RefusedError(
+                "usage", f"the run {self.at} lies in an object store, and has no directory",
+                mend="run.model is a copy of its model on this machine; run.read gives a small file; run.place its URI",
+            )  # fmt: skip
+        return self.at
 
     @property
     def name(self) -> str:
-        """The directory's name."""
-        return self.path.name
+        """The last part of its place."""
+        return self.place.rpartition("/")[2]
 
-    @property
+    @cached_property
     def storage(self) -> Storage:
         """Where it lies."""
-        return DirectoryStorage(self.path.parent)
+        return self.of or open_storage(self.at.rpartition("/")[0] if isinstance(self.at, str) else str(self.at.parent))
 
     @property
     def folder(self) -> Path:
@@ -40,6 +84,11 @@ class Run:
     def read(self, file: str) -> str | None:
         """The text of a small file, None where there is none."""
         return self.storage.read_text(f"{self.name}/{file}")
+
+    @property
+    def is_there(self) -> bool:
+        """Whether anything stands at its place."""
+        return bool(self.storage.children(self.name)) or (isinstance(self.at, Path) and self.at.exists())
 
     @property
     def finished(self) -> bool:
@@ -67,11 +116,9 @@ class Run:
     @property
     def changed(self) -> float:
         """When something of it was written last, in seconds since 1970; of a finished run, when it finished."""
-        times = {}
-        for name in ("results.json", METRICS_FILE, "lineage.json", "plan.json"):
-            with contextlib.suppress(OSError):
-                times[name] = (self.path / name).stat().st_mtime
-        return times.get("results.json") or max(times.values(), default=0.0)
+        times = self.storage.times(self.name)
+        told = [times[name] for name in (METRICS_FILE, "lineage.json", "plan.json") if name in times]
+        return times.get("results.json") or max(told, default=0.0)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -79,10 +126,17 @@ class Run:
         if not self.finished:
             raise RefusedError(
                 "not_found",
-                f"the run {self.path} has not finished",
-                mend=f"go on with it: orchestrator finetune {self.path / 'job.yaml'}",
+                f"the run {self.place} has not finished",
+                mend=self.mend,
             )
         return self._object("results.json")
+
+    @property
+    def mend(self) -> str:
+        """How one that has not finished goes on."""
+        if isinstance(self.at, str):
+            return "go on with it: the command that began it, on any machine"
+        return f"go on with it: orchestrator finetune {self.at / 'job.yaml'}"
 
     @property
     def lineage(self) -> dict[str, Any]:
@@ -105,12 +159,15 @@ class Run:
     @property
     def is_earlier(self) -> bool:
         """Whether an earlier version laid it out, which had its sample table elsewhere; its model is as today's."""
-        return (self.path / "samples.arrow").is_file()
+        return "samples.arrow" in self.storage.times(self.name)
 
     @property
     def model(self) -> Path:
-        """The Hugging Face directory."""
-        return self.path / MODEL
+        """The Hugging Face directory; of a run in an object store a copy on this machine, fetched when it is asked for.
+
+        Raises `RefusedError`, there: `not_found`, or `damaged`.
+        """
+        return self.storage.copy_of(f"{self.name}/{MODEL}")
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -118,7 +175,7 @@ class Run:
         figures = self.results.get("test") or self.results.get("validation")
         if figures is None:
             raise RefusedError(
-                "data", f"the run {self.path} held no sample back, so it has no figures",
+                "data", f"the run {self.place} held no sample back, so it has no figures",
                 mend="measure it on other data: orchestrator evaluate",
             )  # fmt: skip
         return dict(figures)
@@ -128,7 +185,7 @@ class Run:
         """Of the `figures`. Only a task with one class a sample has it."""
         if "accuracy" not in self.figures:
             raise RefusedError(
-                "usage", f"the task of {self.path} is {self.results['task']}, which has no accuracy",
+                "usage", f"the task of {self.place} is {self.results['task']}, which has no accuracy",
                 expected="one of " + ", ".join(key for key in self.figures), mend="use run.figures",
             )  # fmt: skip
         return float(self.figures["accuracy"])
@@ -145,34 +202,44 @@ class Run:
     def _damaged(self, file: str, error: Exception) -> RefusedError:
         return RefusedError(
             "damaged",
-            f"{self.path / file} cannot be understood: {first_line(error)}",
+            f"{self.place}/{file} cannot be understood: {first_line(error)}",
             expected="the file as this version wrote it",
             mend="start that run over with --fresh, or give the new one another name: --name",
         )
 
 
-def open_run(path: str | Path) -> Run:
-    """The run of that directory. Raises `RefusedError` where there is none."""
-    run = Run(local_path(path).absolute())
+def run_in(storage: Storage, name: str) -> Run:
+    """The run of that name in a storage, whether it is there or not."""
+    at = storage.path / name if isinstance(storage, DirectoryStorage) else storage.place_of(name)
+    return Run(at, storage)
+
+
+def open_run(place: str | Path) -> Run:
+    """The run at that directory or URI. Raises `RefusedError` where there is none."""
+    text = plain_path(str(place)).rstrip("/") if isinstance(place, str) else ""
+    run = Run(text if is_uri(text) else local_path(text or place).absolute())
     if run.storage.read(f"{run.name}/plan.json") is None:
+        run.storage.require()
         raise RefusedError(
             "not_found",
-            f"there is no run {path}",
-            expected="a directory that a finetune or pretrain command made",
+            f"there is no run {place}",
+            expected="a directory, or a place in a store, that a finetune or pretrain command made",
             mend="list them: orchestrator runs",
         )
     return run
 
 
-def open_finished(path: str | Path) -> Run:
-    """The run of that directory, which has finished. Raises `RefusedError` where it has not, or is none."""
-    run = open_run(path)
+def open_finished(place: str | Path) -> Run:
+    """The run at that directory or URI, which has finished. Raises `RefusedError` where it has not, or is none."""
+    run = open_run(place)
     _ = run.results
     return run
 
 
 def list_runs(storage: str | Path) -> list[Run]:
-    """The runs below a storage directory, by name. Raises `RefusedError` where it is a file."""
+    """The runs of a storage, by name. Raises `RefusedError` where it is a file, or a store that refuses us."""
+    if is_uri(str(storage)):
+        return _in_store(open_storage(str(storage)))
     place = local_path(storage)
     if place.exists() and not place.is_dir():
         raise RefusedError(
@@ -183,6 +250,14 @@ def list_runs(storage: str | Path) -> list[Run]:
         )
     names = DirectoryStorage(place).children()
     return [Run(place / name) for name in names if (place / name / "plan.json").is_file()]
+
+
+def _in_store(storage: Storage) -> list[Run]:
+    storage.require()
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        names = storage.children()
+        there = pool.map(lambda name: "plan.json" in storage.times(name), names)
+        return [run_in(storage, name) for name, is_run in zip(names, there, strict=True) if is_run]
 
 
 def read_lines(text: str | None) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
-from orchestrator.job.places import local_path, whole
+from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path, whole
 
 TaskName = Literal["single-label", "multi-label", "regression"]
 Method = Literal["head", "full", "lp-ft", "scratch"]
@@ -26,6 +26,13 @@ METHODS: dict[str, str] = {
 
 
 _UNICODE_BREAKS = "\x85\u2028\u2029"
+
+
+def _without_secret(place: str) -> str:
+    """The place. Raises `ValueError`, which does not show it, where credentials stand in it: a job is written down."""
+    if holds_secret(place):
+        raise ValueError(SECRET)
+    return place
 
 
 class _Part(BaseModel):
@@ -83,7 +90,7 @@ class Data(_Part):
     @classmethod
     def _plain_paths(cls, place: str | None) -> str | None:
         """A file:// URI is the path: so that links and runs inside the data are looked at as everywhere here."""
-        return place if place is None else re.sub(r"^((file|local)://(localhost(?=/))?)+", "", place)
+        return place if place is None else _without_secret(plain_path(place))
 
     @field_validator("separator")
     @classmethod
@@ -204,7 +211,9 @@ class Job(_Part):
     """All that a user asks for. Frozen; `orchestrator.plan` turns it into a Plan or refuses it."""
 
     modality: str = Field("image", description="image, audio, text, or another that `orchestrator plugins` lists")
-    backbone: str = Field(description="org/name[@revision] on the Hub, a local directory, or an earlier run")
+    backbone: str = Field(
+        description="org/name[@revision] on the Hub, a local directory, or an earlier run (s3://bucket/runs/NAME too)"
+    )
     data: Data
     task: TaskName = Field("single-label", description="one class a sample, any number of them, or numbers")
     method: Method = Field(
@@ -214,7 +223,9 @@ class Job(_Part):
     training: Training = Training()
     scaling: Scaling = Scaling()
     settings: dict[str, Any] = Field(default_factory=dict, description="the modality plugin's own settings")
-    storage: str = Field("runs", description="the directory that holds the runs")
+    storage: str = Field(
+        "runs", description="where the runs lie: a directory, or a place in a store such as s3://bucket/runs"
+    )
     feature_store: str | None = Field(
         None, description="a place such as s3://bucket/features where features of frozen bodies are kept as well, for "
         "the jobs of other machines"
@@ -246,11 +257,22 @@ class Job(_Part):
             raise ValueError("a run's name is one folder name, without slashes, that does not begin with a dot")
         return name
 
+    @field_validator("backbone")
+    @classmethod
+    def _plain_backbone(cls, backbone: str) -> str:
+        return _without_secret(plain_path(backbone)).rstrip("/") if is_uri(backbone) else backbone
+
     @field_validator("storage")
     @classmethod
-    def _local(cls, storage: str) -> str:
-        if "://" in storage:
-            raise ValueError("storage is a directory, on this machine or shared by the cluster's nodes")
+    def _holds_runs(cls, storage: str) -> str:
+        storage = _without_secret(plain_path(storage))
+        if is_uri(storage):
+            if not re.fullmatch(IN_A_STORE, storage) or "?" in storage or storage.startswith("hf://"):
+                raise ValueError(
+                    "is no place that runs can lie at, as s3://bucket/runs or a directory is; an endpoint comes from "
+                    "the environment (AWS_ENDPOINT_URL)"
+                )
+            return storage.rstrip("/")
         if storage.startswith("~") and str(local_path(storage)).startswith("~"):
             raise ValueError("there is no user of this name, so no home directory")
         return storage
@@ -260,7 +282,7 @@ class Job(_Part):
     def _in_a_store(cls, place: str | None) -> str | None:
         if place is not None and not re.fullmatch(IN_A_STORE, place):
             raise ValueError("is no place in a store, as s3://bucket/features is; for a directory there is storage")
-        return place
+        return place if place is None else _without_secret(place)
 
     @field_validator("data", mode="before")
     @classmethod

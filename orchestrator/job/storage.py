@@ -179,11 +179,19 @@ class Storage(ABC):
     def local_folder(self, name: str) -> Path:
         """The folder of this machine for what a run needs while it is worked on, and others never ask for."""
 
+    @abstractmethod
+    def require(self) -> None:
+        """Return if runs can lie there. Raises `RefusedError` where the store refuses us, or has no such bucket."""
+
     # --- small files ---
 
     @abstractmethod
     def children(self, name: str = "") -> list[str]:
         """Names of what lies directly below: the runs of a storage, the files and folders of a run."""
+
+    @abstractmethod
+    def times(self, name: str) -> dict[str, float]:
+        """{file: when it was written, in seconds since 1970} of the files directly below a name."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
@@ -223,6 +231,18 @@ class Storage(ABC):
     @abstractmethod
     def collect_orphans(self, lease: Lease, older_s: float) -> list[str]:
         """Remove what commits left that were cut off longer ago than that, and say which."""
+
+    @abstractmethod
+    def copy_of(self, name: str, but: str = "") -> Path:
+        """A folder of this machine with the files of a commit, to read as long as one likes; raises as `fetch` does.
+
+        `but`: files whose names end so may be left out. In a directory it is the folder itself, whose digests nobody
+        looks at here.
+        """
+
+    @abstractmethod
+    def beginning_of(self, name: str, manifest: Manifest, file: str, num_bytes: int) -> bytes:
+        """The first bytes of one file of a commit. Raises `FileNotFoundError`."""
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[Path]:

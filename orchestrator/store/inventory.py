@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator.data import Found, Location, asking, feature_store
 from orchestrator.errors import JobError
-from orchestrator.job import IN_A_STORE, local_path
+from orchestrator.job import IN_A_STORE, is_uri, local_path, open_storage
 from orchestrator.store.sets import FOLDER, FORMAT_FILE, KEY_FILE, USED, USED_HERE, pruning, write_shared
 from orchestrator.store.shards import NUM_READERS, FeatureSet, Shard
 
@@ -29,8 +29,12 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)")
 
 
-def of_storage(storage: str | Path) -> Path:
-    """The features of a storage directory. Raises `JobError` where the storage is no directory."""
+def of_storage(storage: str | Path) -> Root:
+    """The features of a storage. Raises `JobError` where it is no directory, `RefusedError` where it is silent."""
+    if is_uri(str(storage)):
+        there = open_storage(str(storage))
+        there.require()
+        return feature_store(there.place_of(FOLDER))
     place = local_path(storage)
     if not place.is_dir():
         what = "is a file" if place.exists() else "is not there"
@@ -185,6 +189,8 @@ _OURS = re.compile(rf"[0-9a-f]{{32}}\.(json|safetensors)|{USED}")
 
 def _in_store(place: Location) -> list[Listing]:
     sets: dict[str, list[Found]] = {}
+    if place.kind() != "directory":
+        return []
     for file in place.files():
         match file.uri.split("/"):
             case [cache_group, name, last] if _OURS.fullmatch(last):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,10 +32,10 @@ _BOUNDLESS = 1_000_000  # columns
 def show_run(run: Run, as_json: bool) -> None:
     """The figures of a run, where its files are, and what to do with it next."""
     if as_json:
-        print_json({"run": str(run.path), **run.results})
+        print_json({"run": run.place, **run.results})
         return
     show_results(run.results)
-    where = _relative(run.path)
+    where = _relative(run)
     takes = '"A TEXT"...' if registry.get(run.plan.job.modality).sample[0].kind == "text" else "FILE..."
     out.print(
         pairs(
@@ -219,11 +220,10 @@ def show_types(modality: str, as_json: bool) -> None:
         out.print(f"and {len(rules.timm)} timm architectures", markup=False)
 
 
-def _relative(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+def _relative(run: Run) -> str:
+    with contextlib.suppress(ValueError):
+        return str(Path(run.place).relative_to(Path.cwd()))
+    return run.place
 
 
 def show_features(listings: Sequence[FeatureListing], place: str, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     from orchestrator.store import Root
 
 app = typer.Typer(help="What frozen bodies gave for samples, kept on the storage for later runs.")
-Storage = Annotated[str, typer.Option(help="the directory of the runs")]
+Storage = Annotated[str, typer.Option(help="where the runs lie: a directory or s3://…")]
 FeatureStore = Annotated[
     str | None, typer.Option(help="the features of an object store (s3://…), instead of the storage's")
 ]  # fmt: skip
@@ -56,7 +55,8 @@ def prune_features(
 
     orchestrator features prune --max-size 50GB
     """
-    from orchestrator.data import TableStore
+    from orchestrator.data import tables_in
+    from orchestrator.job import open_storage
     from orchestrator.store import inventory
     from orchestrator.terminal import answers
 
@@ -64,7 +64,7 @@ def prune_features(
     before = inventory.listings(root)
     removed = inventory.prune(root, size, dry_run, before)
     gone = {one.name for one in removed}
-    tables = TableStore(Path(storage).expanduser()).prune(dry_run) if feature_store is None else []
+    tables = tables_in(open_storage(storage)).prune(dry_run) if feature_store is None else []
     answers.show_pruned(removed, [one for one in before if one.name not in gone], tables, dry_run, json_)
 
 

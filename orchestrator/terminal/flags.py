@@ -84,7 +84,7 @@ FLAGS = (
     Flag("--size", "settings.size", _TRAINING, "input size, where the modality has one", int),
     Flag("--workers", "scaling.num_workers", _WHERE, "more than one: processes on Ray", int),
     Flag("--address", "scaling.address", _WHERE, "a Ray cluster; 'local' starts one here"),
-    Flag("--storage", "storage", _WHERE, "the directory of the runs"),
+    Flag("--storage", "storage", _WHERE, "where the runs lie: a directory or s3://…"),
     Flag("--feature-store", "feature_store", _WHERE, "s3://…: features of frozen bodies, for other machines too"),
 )  # fmt: skip
 _OPTIONS = {flag.setting: flag.option for flag in FLAGS if flag.setting} | {"data.path": "--data"}

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from orchestrator.errors import RefusedError
-from orchestrator.job import Plan, Run, figure, figures_of, interval, list_runs, local_path, open_run, shown
+from orchestrator.job import Plan, Run, figure, figures_of, interval, is_uri, list_runs, local_path, open_run, shown
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table, when
 from orchestrator.terminal.flags import Json
 
 app = typer.Typer(invoke_without_command=True)
-Storage = Annotated[str, typer.Option(help="the directory of the runs")]
-StorageOf = Annotated[str | None, typer.Option(help="the directory of the runs [default: runs]")]
+Storage = Annotated[str, typer.Option(help="where the runs lie: a directory or s3://…")]
+StorageOf = Annotated[str | None, typer.Option(help="where the runs lie: a directory or s3://… [default: runs]")]
 State = Literal["running", "finished", "unfinished", "damaged"]
 Order = Literal["name", "date", "result"]
 _WIDEST_PLACE = 24
 _ERRORS = ("MAE", "RMSE", "scaled MAE")
 """Figures of which the smaller is the better."""
 _EPOCHS_SHOWN = 10
+_ASKED_AT_ONCE = 8
 
 
 @app.callback()
@@ -52,7 +54,8 @@ def runs(
             raise RefusedError("usage", f"--{odd[0]} stands before {context.invoked_subcommand}, which has no list",
                                mend=f"leave it out, or give it behind {context.invoked_subcommand}")  # fmt: skip
         return
-    rows = [_summary(run) for run in list_runs(storage)]
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # of a store each is several requests
+        rows = list(pool.map(_summary, list_runs(storage)))
     rows = [
         row for row in rows
         if (backbone is None or backbone in (row["source"] or "")) and (data is None or data in (row["data"] or ""))
@@ -68,7 +71,7 @@ def runs(
 @app.command("show")
 def show(
     context: typer.Context,
-    run: Annotated[str, typer.Argument(help="the run's directory, or its name in the storage")],
+    run: Annotated[str, typer.Argument(help="the run's place, or its name in the storage")],
     storage: StorageOf = None,
     json_: Json = False,
 ) -> None:
@@ -82,7 +85,7 @@ def show(
         return
     counts, card = plan.data.num_samples, plan.backbone
     rows: list[tuple[str, object]] = [
-        ("run", str(opened.path)),
+        ("run", opened.place),
         ("state", f"{summary['state']}, {when(summary['changed'])}"),
         ("backbone", f"{card.source} @ {card.short_commit} ({card.model_type}, {card.kind})"),
         ("data", shown(plan.job.data.path)),
@@ -98,13 +101,13 @@ def show(
     if opened.finished:
         show_results(opened.results)
     else:
-        out.print(pairs([("next", f"orchestrator finetune {opened.path / 'job.yaml'}")]))
+        out.print(pairs([("next", opened.mend)]))
 
 
 @app.command("compare")
 def compare(
     context: typer.Context,
-    runs: Annotated[list[str], typer.Argument(help="two or more runs: directories, or names in the storage")],
+    runs: Annotated[list[str], typer.Argument(help="two or more runs: places, or names in the storage")],
     storage: StorageOf = None,
     json_: Json = False,
 ) -> None:
@@ -134,8 +137,12 @@ def compare(
 
 def _open(run: str, storage: str) -> Run:
     """By its directory, or its name in the storage. Raises `RefusedError`."""
-    place, named = local_path(run), local_path(storage) / run
-    return open_run(named if not (place / "plan.json").is_file() and (named / "plan.json").is_file() else run)
+    if is_uri(run) or (not is_uri(storage) and (local_path(run) / "plan.json").is_file()):
+        return open_run(run)
+    if is_uri(storage):
+        return open_run(f"{storage.rstrip('/')}/{run}")
+    named = local_path(storage) / run
+    return open_run(named if (named / "plan.json").is_file() else run)
 
 
 def _summary(run: Run) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def assembled(
     network.module.to(worker.device)
     network.module.to(memory_format=torch.channels_last)
     network.module.eval()
-    table = table_of(run)
+    table = _table(run, worker)
     if table is None:
         raise TrainingError(
             f"the run {run.name} has lost its sample table", expected="the storage as the driver sees it, on each node",
@@ -76,6 +76,14 @@ def assembled(
         pool=resources.enter_context(ThreadPoolExecutor(max_workers=worker.threads)),
     )
     return network, source
+
+
+def _table(run: HeldRun, worker: Worker) -> Path | None:
+    """The run's sample table; of an object store one worker of each node fetches it, the others wait."""
+    if worker.local_rank == 0:
+        table_of(run)
+    worker.barrier()
+    return table_of(run)
 
 
 def _fetch(plan: Plan, worker: Worker) -> Path:

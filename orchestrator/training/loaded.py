@@ -15,7 +15,7 @@ from torch import Tensor
 from orchestrator.backbone import read_card, read_tensors, require_harmless
 from orchestrator.errors import OrchestratorError, RefusedError, fault_of_sample, first_line
 from orchestrator.gate import num_cores
-from orchestrator.job import Plan, Run, open_run
+from orchestrator.job import MODEL, Plan, Run, open_run
 from orchestrator.modality import Collate, Decode, Modality, Sample, registry
 from orchestrator.network import Inputs, Network, Worker, autocast, find_device, on_device, start_worker
 from orchestrator.training.evaluate import evaluate_batch
@@ -79,7 +79,7 @@ def load_run(run: Run | str | Path, resources: ExitStack) -> LoadedRun:
     """
     run = run if isinstance(run, Run) else open_run(run)
     _ = run.results  # refuses an unfinished one
-    card = read_card(str(run.path))
+    card = read_card(run.place)
     require_harmless(card)
     try:
         read_tensors(card)
@@ -111,7 +111,7 @@ def _built_from_its_files(run: Run) -> Iterator[None]:
         raise
     except Exception as error:
         raise RefusedError(
-            "damaged", f"nothing can be built from {run.model}: {type(error).__name__}: {first_line(error)}",
+            "damaged", f"nothing can be built from {run.place}/{MODEL}: {type(error).__name__}: {first_line(error)}",
             expected="its files, and those beside it, as the run wrote them",
             mend="put back what was changed, or train it again: --fresh",
         ) from error  # fmt: skip

@@ -15,8 +15,8 @@ import pyarrow.fs
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from orchestrator.data.locations import Location
 from orchestrator.data.rows import inside, inside_store
+from orchestrator.job.locations import Location
 
 PROPERTY = settings(max_examples=400, deadline=None, database=None, derandomize=True)
 

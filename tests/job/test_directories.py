@@ -1,4 +1,4 @@
-"""What a directory as storage does besides (tests/data/test_object_storage.py is the suite for all storages)."""
+"""What a directory as storage does besides (tests/job/test_object_storage.py is the suite for all storages)."""
 
 from __future__ import annotations
 

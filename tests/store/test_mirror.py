@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import orchestrator
-from orchestrator.data.locations import cached
 from orchestrator.errors import InterruptedRunError, JobError, RefusedError
 from orchestrator.job import Event, Noted
+from orchestrator.job.locations import cached
 from orchestrator.store import inventory
 from orchestrator.store.mirror import MirroredSet
 from orchestrator.store.sets import USED
@@ -154,7 +154,7 @@ def test_a_store_that_falls_silent_costs_nothing(tmp_path: Path, monkeypatch: py
         raise OSError("timed out")
 
     with monkeypatch.context() as patch:
-        patch.setattr("orchestrator.data.locations.Location.upload", fails)
+        patch.setattr("orchestrator.job.locations.Location.upload", fails)
         for number in (1, 2, 3):
             features.add(ids_of(number), values, "float32")
             features.flush_uploads(whole=False)

@@ -33,10 +33,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from orchestrator.data.locations import Location
-from orchestrator.job import Lease, run_is_busy, run_was_taken
+from orchestrator.job.asking import Answer
+from orchestrator.job.locations import Location
+from orchestrator.job.storage import Lease, run_is_busy, run_was_taken
 
 FOLDER = ".lease"
 _NAME = re.compile(r"(\d{8})-([0-9a-f]{8})\.json")
@@ -47,8 +48,6 @@ _GRAIN_S = 1.0
 """Stores tell times in seconds."""
 _SKEW_S = 60.0
 """Between this machine's clock and the store's; for a look alone."""
-
-Answer = TypeVar("Answer")
 
 
 class Ask(Protocol):
@@ -113,6 +112,10 @@ class Leases:
             thread.join()
             with contextlib.suppress(Exception):  # it dies by itself
                 self._put(self._ticket_of(lease, released=True))
+
+    def forget(self, lease: Lease) -> None:
+        """Remove the ticket of a lease that is over, so that nothing tells of it."""
+        self._remove(_name_of(lease))
 
     def check(self, lease: Lease) -> None:
         """Return if nobody has taken the run. Raises `RefusedError` (`busy`)."""

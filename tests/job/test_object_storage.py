@@ -18,12 +18,11 @@ from typing import Any
 import pyarrow.fs
 import pytest
 
-from orchestrator.data import locations, object_storage, open_storage
 from orchestrator.errors import OrchestratorError, RefusedError
-from orchestrator.job import Lease, Storage
+from orchestrator.job import Lease, Storage, locations, object_storage, open_storage
+from tests import s3_proxy
 from tests.conftest import REPOSITORY
-from tests.data import s3_proxy
-from tests.data.storage_process import folder_of
+from tests.job.storage_process import folder_of
 
 LONG_S = 20.0
 """A lease that nobody loses because the machine is busy."""
@@ -290,7 +289,7 @@ def test_a_reader_beside_a_writer_gets_one_commit_or_the_other(anywhere: Place, 
 @contextlib.contextmanager
 def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     child = subprocess.Popen(
-        [sys.executable, "-m", "tests.data.storage_process", *map(str, arguments)], text=True,
+        [sys.executable, "-m", "tests.job.storage_process", *map(str, arguments)], text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'plugins'}"},
     )  # fmt: skip

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from orchestrator.errors import DataError, RefusedError, first_line
-from orchestrator.job import is_uri, local_path
+from orchestrator.job.places import is_uri, local_path
 
 Kind = Literal["file", "directory", "missing"]
 _BUFFER_BYTES = 8 * 2**20
@@ -108,6 +108,13 @@ class Location:
             for info in self._infos(recursive)
             if info.type == pa.fs.FileType.File
         ]
+
+    def lacks_bucket(self) -> bool:
+        """Whether there is not even the bucket; elsewhere folders are made where there are none. Raises `OSError`."""
+        if self.text.split("://")[0].lower() not in ("s3", "gs", "gcs"):
+            return False
+        places = (self.path, self.path.split("/")[0])
+        return all(self.fs.get_file_info(place).type == pa.fs.FileType.NotFound for place in places)
 
     def _infos(self, recursive: bool) -> Sequence[Any]:
         if isinstance(self.fs, pa.fs.PyFileSystem):

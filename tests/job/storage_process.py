@@ -1,4 +1,4 @@
-"""Another process that works with a storage: `python -m tests.data.storage_process WHAT PLACE TTL_S [...]`."""
+"""Another process that works with a storage: `python -m tests.job.storage_process WHAT PLACE TTL_S [...]`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data import locations, open_storage
 from orchestrator.errors import RefusedError
-from orchestrator.job import directories
+from orchestrator.job import directories, locations, open_storage
 
 
 def folder_of(root: Path, number: int, num_files: int = 3) -> Path:

@@ -13,10 +13,10 @@ import pyarrow.fs
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from orchestrator.data import Location, leases
-from orchestrator.data.leases import Leases
 from orchestrator.errors import RefusedError
-from orchestrator.job import Lease
+from orchestrator.job import Lease, leases
+from orchestrator.job.leases import Leases
+from orchestrator.job.locations import Location
 
 MANY_S = 1000.0
 
