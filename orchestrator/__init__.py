@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from orchestrator.modality import Modality as Modality, register as register
     from orchestrator.predictor import evaluate as evaluate, predict as predict
     from orchestrator.rehearsal import plan as plan
+    from orchestrator.remote import RemoteRun as RemoteRun, attach as attach
+    from orchestrator.submission import submit as submit
     from orchestrator.train import finetune as finetune, pretrain as pretrain
 
 # No module may have the name of a public function: importing `orchestrator.x` would replace `orchestrator.x()`.
@@ -37,7 +39,9 @@ _HOMES = {
     "OrchestratorError": "errors",
     "Plan": "job",
     "RefusedError": "errors",
+    "RemoteRun": "remote",
     "Run": "job",
+    "attach": "remote",
     "check": "gate",
     "evaluate": "predictor",
     "finetune": "train",
@@ -46,6 +50,7 @@ _HOMES = {
     "predict": "predictor",
     "pretrain": "train",
     "register": "modality",
+    "submit": "submission",
 }
 
 __all__ = sorted(_HOMES)  # one list of names, not two

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.distributed.address import holds_secret, without_secrets
+from orchestrator.distributed.address import shows_secret, without_secrets
 from orchestrator.distributed.head import ClusterJob, Head, open_head, wait_until_over
 from orchestrator.distributed.preflight import Preflight, wanted_of
 from orchestrator.distributed.request import pack_request
@@ -34,7 +34,6 @@ from orchestrator.job import (
     holds_rows,
     is_uri,
     local_path,
-    make_job,
 )
 from orchestrator.progress import progress
 from orchestrator.rehearsal import rehearsed
@@ -78,7 +77,7 @@ def submit(
                                mend="leave kind out for finetune")  # fmt: skip
         draft = _checked(drafted(job, {**fields, **_KINDS[kind]}))
         telling(PhaseBegan("looking at backbone and data"))
-        plan = rehearsed(*planned(draft.tree, {}))
+        plan = rehearsed(*planned(job, {**fields, **_KINDS[kind]}))
         sent = _for_the_cluster(draft.job(), plan)
         for line in (*draft.notes, *plan.warnings):
             telling(Noted(line, is_warning=True))
@@ -93,7 +92,7 @@ def _checked(draft: Draft) -> Draft:
             mend="write them into a table there, such as a Parquet file, and give its path",
         )  # fmt: skip
     for place in _texts(draft.tree):
-        if holds_secret(place):
+        if shows_secret(place):
             raise RefusedError(
                 "usage", f"{without_secrets(place)} holds a user, a password or a key, and a job is no secret",
                 expected="a place alone",
@@ -152,7 +151,7 @@ class _Submission:
             metadata = {
                 "orchestrator_run": self._job.name, "orchestrator_storage": self._job.storage,
                 "orchestrator_kind": self._kind, "orchestrator_attempt": str(attempt),
-                "orchestrator_job": self._digest,
+                "orchestrator_job": self._digest, "orchestrator_began": self._job.digest(),
             }  # fmt: skip
             environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
             id = f"{base}.{attempt}"

@@ -112,7 +112,7 @@ def find_token() -> Token | None:
 # --- secrets in places ---
 
 
-def holds_secret(place: str) -> bool:
+def shows_secret(place: str) -> bool:
     """Whether a URI has a user, a password or a key in it, as in s3://KEY:SECRET@bucket/runs."""
     if "://" not in place:
         return False
@@ -123,4 +123,4 @@ def holds_secret(place: str) -> bool:
 
 def without_secrets(place: str) -> str:
     """The place as it may be shown."""
-    return f"{place.split('://')[0]}://..." if holds_secret(place) else place
+    return f"{place.split('://')[0]}://..." if shows_secret(place) else place

@@ -41,7 +41,6 @@ class ClusterJob:
     started: float
     """Seconds since 1970, 0 where it is not known."""
     ended: float
-    runtime_env: Mapping[str, Any]
 
     @property
     def is_over(self) -> bool:
@@ -194,11 +193,11 @@ def open_head(address: str | None, report: Report) -> Head:
             mend="correct --address, or start the cluster: ray start --head --include-dashboard=true",
         ) from None  # fmt: skip
     if token is None:
-        report(Noted(f"{place} asks for no token: whoever reaches it can run code there (RAY_AUTH_MODE=token guards it)",
-                     is_warning=True))  # fmt: skip
+        text = f"{place} asks for no token: whoever reaches it can run code there (RAY_AUTH_MODE=token guards it)"
+        report(Noted(text, is_warning=True))
     elif place.startswith("http://") and not is_loopback(place):
-        report(Noted(f"the token goes to {place} unencrypted: use a tunnel (ssh -L 8265:localhost:8265 HEAD) or https",
-                     is_warning=True))  # fmt: skip
+        text = f"the token goes to {place} unencrypted: take a tunnel (ssh -L 8265:localhost:8265 HEAD) or https"
+        report(Noted(text, is_warning=True))
     return Head(place, version, client)
 
 
@@ -229,7 +228,6 @@ def _job(tree: Mapping[str, Any]) -> ClusterJob:
         metadata={str(key): str(value) for key, value in (tree.get("metadata") or {}).items()},
         started=(tree.get("start_time") or 0) / 1000,
         ended=(tree.get("end_time") or 0) / 1000,
-        runtime_env=tree.get("runtime_env") or {},
     )
 
 

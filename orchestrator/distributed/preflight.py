@@ -41,7 +41,7 @@ class Preflight:
     @property
     def head(self) -> Mapping[str, Any]:
         """Of the head node, {} where it did not answer."""
-        facts = next((one["facts"] for one in self.nodes if one["is_head"]), {})
+        facts: Mapping[str, Any] = next((one["facts"] for one in self.nodes if one["is_head"]), {})
         return {} if "error" in facts else facts
 
     @property
@@ -137,10 +137,10 @@ def _software(name: str, facts: Mapping[str, Any], of: Preflight) -> Iterable[Fa
             yield Fault(name, f"it has {title} {here}, and the head has {head}", f"install the same {kind} everywhere")
     lacking = facts["lacking"]
     if why := _error(lacking):
-        yield Fault(name, f"what is installed there cannot be told: {why}", "install packaging there: pip install packaging")  # fmt: skip
+        yield Fault(name, f"what is installed there cannot be told: {why}", "install it there: pip install packaging")
     elif lacking:
         yield Fault(name, f"it lacks {', '.join(lacking)}",
-                    "install on every node: pip install " + " ".join(f"'{one.split(' (')[0]}'" for one in lacking))  # fmt: skip
+                    "on every node: pip install " + " ".join(f"'{one.split(' (')[0]}'" for one in lacking))  # fmt: skip
         return  # of which the rest comes
     for module, digest in facts["code"].items():
         if (why := _error(digest)) or digest != of.wanted["modules"][module]:

@@ -1,9 +1,9 @@
 """The code that a job needs, as packages for the nodes: this distribution, and the one that brings the modality.
 
 Each is the content of its wheel. What is installed here is put together from its RECORD; what is installed in place
-(`pip install -e`), or is only on the path, is built from its sources, which are those that run here. The nodes unpack it
-onto their path and install nothing, so that no index is asked and entry points are found; what it requires must be there
-already, and the preflight looks. Never the working directory.
+(`pip install -e`), or is only on the path, is built from its sources, which are those that run here. The nodes unpack
+it onto their path and install nothing, so that no index is asked and entry points are found; what it requires must be
+there already, and the preflight looks. Never the working directory.
 """
 
 from __future__ import annotations
@@ -87,10 +87,15 @@ def deliveries(modality: str) -> list[Delivery]:
     registry.get(modality)
     extra = registry.get(modality).extra
     (point,) = entry_points(group=registry.GROUP, name=modality)
-    ours = _delivery(distribution(_OURS), _OURS, {"train", extra})
+    ours = own_delivery(extra)
     if point.dist is None or point.dist.name == _OURS:
         return [ours]
     return [ours, _delivery(point.dist, point.module, set())]
+
+
+def own_delivery(extra: str = "") -> Delivery:
+    """This distribution, with what its training and one of its extras require."""
+    return _delivery(distribution(_OURS), _OURS, {"train", extra})
 
 
 def _delivery(dist: Distribution, module: str, extras: set[str]) -> Delivery:

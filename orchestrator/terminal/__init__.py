@@ -4,6 +4,7 @@ In: arguments. Out: the same calls that Python makes, printed as tables at 80 co
 
     cli               the commands
     predict_commands  those that use a finished run
+    cluster_commands  those of jobs on a cluster
     run_commands      those of `orchestrator runs`
     feature_commands  those of `orchestrator features`
     flags             every flag, and the setting that it sets
