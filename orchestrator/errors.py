@@ -47,8 +47,8 @@ REASONS: dict[str, str] = {
     "not_found": "no such repository, directory or run",
     "bad_revision": "the repository has no such revision",
     "gated": "the repository asks for a licence to be accepted first",
-    "unauthorised": "the Hub, or the cluster, did not accept the token",
-    "offline": "the Hub cannot be reached, and the files are not cached",
+    "unauthorised": "the Hub or a cluster did not accept the token, or a store the credentials",
+    "offline": "the Hub cannot be reached, and the files are not cached; or a store does not answer",
     "fixed_size": "the backbone takes one input size only",
     "channels": "the data's channels cannot be adapted to the backbone's",
     "resources": "the job asks for more than the machine or the cluster has",
@@ -259,6 +259,16 @@ def missing_extra(error: ImportError, extra: str = "") -> MissingExtraError | No
     """
     library = (error.name or "").split(".")[0]
     return MissingExtraError(library, extra or "image") if library in EXTRA_LIBRARIES else None
+
+
+def storage_failed(error: RefusedError) -> OrchestratorError:
+    """What a storage refuses to a job that runs already, which is no refusal before its start; other errors as is."""
+    if error.reason not in ("offline", "unauthorised", "not_found"):
+        return error
+    return OrchestratorError(
+        f"the storage failed: {error.message}", expected=error.expected,
+        mend=f"{error.mend}; then the same command goes on from the last checkpoint",
+    )  # fmt: skip
 
 
 def _rebuild(cls: type[RefusedError], state: dict[str, object], args: tuple[object, ...]) -> RefusedError:

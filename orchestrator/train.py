@@ -24,6 +24,7 @@ from orchestrator.errors import (
     TrainingError,
     first_line,
     missing_extra,
+    storage_failed,
 )
 from orchestrator.gate import (
     ResolvedBackbone,
@@ -257,6 +258,8 @@ def _errors_of_libraries(run: HeldRun, extra: str) -> Iterator[None]:
     """What a library raises becomes one of ours, with its own text; the trace goes into the run."""
     try:
         yield
+    except RefusedError as error:
+        raise storage_failed(error) if run.storage.place in error.message else error from None
     except (OrchestratorError, KeyboardInterrupt):
         raise
     except Exception as error:

@@ -7,7 +7,7 @@ import http.client
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import BinaryIO, Literal
@@ -44,6 +44,10 @@ class Proxy:
     """(method, what happens to the next such request), in this order."""
     away_until: float = 0.0
     """By the monotonic clock: until then connections are closed without a word."""
+    always: Fault | None = None
+    """What happens to every request, as long as it is set."""
+    on_request: Callable[[str, str], None] | None = None
+    """Called with the method and the path of each request, before it is answered."""
     num_requests: int = 0
 
     def fail(self, method: str, fault: Fault, times: int = 1) -> None:
@@ -53,6 +57,8 @@ class Proxy:
     def fault_of(self, method: str) -> Fault | None:
         """What happens to this request."""
         self.num_requests += 1
+        if self.always is not None:
+            return self.always
         for i, (failing, fault) in enumerate(self.faults):
             if failing == method:
                 del self.faults[i]
@@ -70,6 +76,8 @@ def serve(server: str) -> Iterator[Proxy]:
 
         def _handle(self) -> None:
             body = self._body()
+            if proxy.on_request is not None:
+                proxy.on_request(self.command, self.path)
             if time.monotonic() < proxy.away_until:
                 self.close_connection = True
                 return

@@ -7,6 +7,7 @@ later the directory that holds all files, downloaded at the pinned commit. Impor
     stored     a run in an object store as a backbone
     untrusted  what its JSON files may set: nothing that opens, loads or runs anything else
     timm_settings  the settings that timm's architectures take
+    hub_cache  files of the Hub on this machine
     hub        questions to the Hub, asked again where that helps
     weights    are there any, their shapes and digest, and the files themselves
 """
@@ -16,10 +17,12 @@ from orchestrator.backbone.cards import (
     read_card as read_card,
 )
 from orchestrator.backbone.hub import asking as asking, offline as offline
+from orchestrator.backbone.hub_cache import place_for as place_for
 from orchestrator.backbone.untrusted import require_harmless as require_harmless
 from orchestrator.backbone.weights import (
     Tensors as Tensors,
     fetch as fetch,
+    files_of as files_of,
     read_tensors as read_tensors,
     require_weights as require_weights,
     with_digest as with_digest,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from orchestrator.errors import RefusedError, first_line
 
 _RETRIES_S = (0.3, 1.0)
+_TOO_MANY = 429
+_LONGEST_WAIT_S = 30.0
+"""Of what the Hub asks for who has asked too often."""
 
 T = TypeVar("T")
 
@@ -63,13 +66,22 @@ def asking(source: str, question: Callable[[], T]) -> T:
                     f"the Hub did not accept the token for {source} (status {status})",
                     mend="run: hf auth login",
                 ) from error
-            if status < 500 or pause_s is None:
+            if (status < 500 and status != _TOO_MANY) or pause_s is None:
                 raise
+            pause_s = max(pause_s, min(_asked_wait_s(error.response.headers), _LONGEST_WAIT_S))
         except HTTPError:
             if pause_s is None:
                 raise
         time.sleep(pause_s)
     raise AssertionError("unreachable")
+
+
+def _asked_wait_s(headers: Mapping[str, str]) -> float:
+    """What an answer says of when to come again; 0 where it says nothing, or a date."""
+    try:
+        return max(0.0, float(headers.get("Retry-After", 0)))
+    except ValueError:
+        return 0.0
 
 
 def offline(source: str, error: Exception) -> RefusedError:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from orchestrator.backbone.hub import asking, offline
+from orchestrator.backbone.hub_cache import cached_folder
 from orchestrator.backbone.stored import beginning_of, fetch_stored, is_stored
 from orchestrator.errors import RefusedError
 from orchestrator.job import POINTER, BackboneCard
@@ -219,15 +220,24 @@ def fetch(card: BackboneCard, with_weights: bool = True) -> Path:
         return fetch_stored(card, with_weights)
     from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     assert card.repo_id
-    patterns = [*_small_files(card), *(card.weight_files if with_weights else ())]
+    names = files_of(card, with_weights)
+    cached = cached_folder(card, names)  # whatever the Hub says by now
+    if cached is not None:
+        return cached
     try:
         return Path(
             asking(
                 card.source,
-                lambda: snapshot_download(str(card.repo_id), revision=card.commit, allow_patterns=patterns),
+                lambda: snapshot_download(str(card.repo_id), revision=card.commit, allow_patterns=names),
             )
         )
-    except HTTPError as error:
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise offline(card.source, error) from error
+
+
+def files_of(card: BackboneCard, with_weights: bool) -> list[str]:
+    """The names of the files that a job reads."""
+    return [*_small_files(card), *(card.weight_files if with_weights else ())]

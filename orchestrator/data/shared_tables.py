@@ -1,6 +1,6 @@
 """Checked sample tables of an object store, each kept there once for all runs; who reads one has a copy.
 
-`.data/<key>/` of the storage is one table, a folder whose manifest says that it is whole; the copy of a machine is below
+`.data/<key>/` of the storage is one table, a folder whose manifest says that it is whole; a machine's copy is below
 its cache. A run names its table in `samples.json`. Nobody locks a store: so a table that no run names is pruned once it
 is a day old, when whoever has put it there has long named it.
 """

@@ -7,6 +7,7 @@ imports Ray. This file imports none of its modules: the process of the event que
     joining     joining a cluster, or starting one here
     offer       what a cluster has to give: devices, threads, waiting
     events      what workers tell the driver, and whether they are to stop
+    shared_storage  whether all nodes see the directory that a run lies in
     extractors  a pool of processes that run a frozen body for the workers
 
 Beside a cluster, from a laptop, without Ray:

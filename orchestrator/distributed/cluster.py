@@ -22,6 +22,7 @@ with warnings.catch_warnings():
 from orchestrator.distributed.events import DriverChannel, watch_driver
 from orchestrator.distributed.joining import event_queue, joined, shut_down
 from orchestrator.distributed.offer import offer_of
+from orchestrator.distributed.shared_storage import refuse_apart
 from orchestrator.errors import InterruptedRunError, OrchestratorError, PluginError, TrainingError, first_line
 from orchestrator.job import ERROR_FILE, RAY_FOLDER, Event, Failed, Noted, PhaseBegan, Plan, Report
 
@@ -47,6 +48,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
     """
     report(PhaseBegan("starting workers"))
     with joined(plan):
+        refuse_apart(spec.held_run())
         offer = offer_of(plan, report)
         queue = event_queue()
         failed: list[Exception | None] = []

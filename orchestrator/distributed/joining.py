@@ -27,6 +27,9 @@ _PASSED_ON = (
     "HF_HUB_OFFLINE",
     "HF_HUB_DISABLE_XET",
     "OMP_WAIT_POLICY",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_DEFAULT_REGION",
 )  # never a token: Ray shows these to all
 
 

@@ -52,6 +52,7 @@ from orchestrator.job.files import (
     file_sha256 as file_sha256,
     still_there as still_there,
     sync as sync,
+    written_whole as written_whole,
 )
 from orchestrator.job.held import (
     CHECKPOINTS as CHECKPOINTS,

@@ -8,8 +8,9 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How the small file begins that Git LFS puts in the place of a large one."""
@@ -30,6 +31,19 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in, which is at its place, with its folder, when the context ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = beside(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def beside(path: Path) -> Path:

@@ -72,6 +72,7 @@ class HeldRun:
     def delete(self, name: str) -> None:
         """Remove a file or a folder, if it is there."""
         self.storage.delete(self._of(name), self.lease)
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # of a store: what this machine alone has
 
     # --- folders ---
 

@@ -47,6 +47,11 @@ class Worker:
         dist.all_gather_object(values, value)
         return values
 
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Give all workers what the one of rank `source` has in the tensor."""
+        if self.num_workers > 1:
+            dist.broadcast(tensor, source)
+
     def barrier(self) -> None:
         """Until all workers are here."""
         if self.num_workers > 1:

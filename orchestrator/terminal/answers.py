@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from orchestrator.errors import counted
-from orchestrator.job import BackboneCard, Run, figure
+from orchestrator.job import BackboneCard, Run, figure, is_uri
 from orchestrator.modality import registry
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table, when
@@ -40,7 +40,7 @@ def show_run(run: Run, as_json: bool) -> None:
     out.print(
         pairs(
             [
-                ("model", f"{where}/model"),
+                ("model", f'in Python: orchestrator.open_run("{where}").model' if is_uri(where) else f"{where}/model"),
                 ("metrics", f"{where}/metrics.jsonl, {where}/results.json"),
                 ("epochs", f"{run.plan.recipe.num_epochs}, the best one number {run.results['best_epoch']}"),
                 ("next", f"orchestrator predict {where} {takes}"),

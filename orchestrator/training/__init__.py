@@ -10,10 +10,12 @@ The same in one process and on many; knows nothing of Ray.
     evaluate    what a network says of a split
     finish      the stages behind the last step: final figures, export, results
     assembly    the network with its weights, and the samples
+    handed_over  the backbone's files on each node, downloaded once or had from another node
     objective   what the task decides: loss, class weights, the scale of targets
     metrics     figures of each task, confusion
     intervals   their 95 % intervals
     checkpoint  save, newest whole one, restore; safetensors and JSON
+    outbox      what goes to the storage beside the loop
     record      metrics.jsonl, TensorBoard's events, lineage.json
     loaded      a finished run in memory, for new inputs
     export      the Hugging Face directory

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.backbone import fetch
 from orchestrator.data import Samples, open_storage, table_of
 from orchestrator.errors import TrainingError
 from orchestrator.features import SampleSource
 from orchestrator.job import HeldRun, Lease, Plan
 from orchestrator.modality import Modality, registry
 from orchestrator.network import Network, Worker
+from orchestrator.training.handed_over import backbone_files
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def assembled(
     assert modality.build is not None
     assert modality.batch is not None
     assert modality.decode is not None
-    directory = _fetch(plan, worker)
+    directory = backbone_files(plan, worker)
     network = modality.build(plan, directory)
     network.module.to(worker.device)
     network.module.to(memory_format=torch.channels_last)
@@ -84,12 +84,3 @@ def _table(run: HeldRun, worker: Worker) -> Path | None:
         table_of(run)
     worker.barrier()
     return table_of(run)
-
-
-def _fetch(plan: Plan, worker: Worker) -> Path:
-    """The backbone's files; on each node one worker downloads, the others wait for it."""
-    with_weights = plan.weights != "random"
-    if worker.local_rank == 0:
-        fetch(plan.backbone, with_weights)
-    worker.barrier()
-    return fetch(plan.backbone, with_weights)

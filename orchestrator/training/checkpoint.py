@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import safetensors.torch
@@ -52,6 +52,11 @@ def save(run: HeldRun, checkpoint: Checkpoint) -> None:
     prune(run)
 
 
+def copied(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, apart from what training changes meanwhile; `best` is never changed, only replaced."""
+    return replace(checkpoint, weights=copy_of(checkpoint.weights), optimizer=copy_of(checkpoint.optimizer))
+
+
 def prune(run: HeldRun) -> None:
     """Leave the newest `NUM_KEPT` committed checkpoints, and nothing that is not committed."""
     kept = _committed_steps(run)[-NUM_KEPT:]
@@ -66,13 +71,14 @@ def forget_after(run: HeldRun, step: int | None) -> None:
     _delete(run, lambda number: step is None or number > step)
 
 
-def newest_step(run: HeldRun) -> int | None:
+def newest_step(run: HeldRun, note: Callable[[str], None] | None = None) -> int | None:
     """The step of the newest checkpoint that is whole, None if there is none to go on from.
 
-    Raises `CheckpointError` where there are committed ones and none of them is whole: then something other
-    than an interruption has damaged the storage, and starting over in silence would hide it.
+    `note` is told of those that are passed over. Raises `CheckpointError` where there are committed ones and none of
+    them is whole: then something other than an interruption has damaged the storage, and starting over in silence would
+    hide it.
     """
-    problems = []
+    problems: list[str] = []
     for name in run.children(CHECKPOINTS):
         if "COMMITTED" in run.children(f"{CHECKPOINTS}/{name}"):
             raise CheckpointError(
@@ -82,8 +88,13 @@ def newest_step(run: HeldRun) -> int | None:
     for step in reversed(_committed_steps(run)):
         try:
             with run.opened(_name_of(step)):
+                if note is not None:
+                    for problem in problems:
+                        note(f"a checkpoint is passed over: {problem}")
                 return step
         except RefusedError as error:
+            if error.reason not in ("damaged", "not_found"):
+                raise
             problems.append(error.message)
     if problems:
         raise CheckpointError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import InterruptedRunError, OrchestratorError
 from orchestrator.features import MakeRemoteExtractor, Source, run_body_once
 from orchestrator.job import SPLITS, Event, Noted, PhaseBegan, Report
 from orchestrator.network import (
@@ -23,6 +23,7 @@ from orchestrator.training.assembly import WorkerSpec, assembled
 from orchestrator.training.batches import BatchLoader
 from orchestrator.training.finish import evaluate_splits, export_run
 from orchestrator.training.objective import make_objective
+from orchestrator.training.outbox import Outbox
 from orchestrator.training.phase import PhaseLoop
 from orchestrator.training.record import Record, write_lineage
 from orchestrator.training.state import Session, TrainState
@@ -102,7 +103,8 @@ def train(session: Session) -> TrainState:
         steps = session.state.steps_done(recipe)
         session.report(Noted(f"going on from step {steps} of {recipe.num_steps}"))
     if session.worker.rank == 0:
-        session.record = Record(session.run, session.state.num_epochs_ended(recipe))
+        session.outbox = Outbox(session.run, session.report)
+        session.record = Record(session.run, session.state.num_epochs_ended(recipe), session.outbox)
     session.saved_at = time.monotonic()
     try:
         for number in range(session.state.phase, len(recipe.phases)):
@@ -110,17 +112,35 @@ def train(session: Session) -> TrainState:
                 session.state.phase, session.state.step, session.state.epochs_ended = number, 0, 0
             best = PhaseLoop(session, best, resumed).run()
             resumed = None
-    finally:
+        _settle(session)
+    except InterruptedRunError:
+        _settle(session)  # it goes on from there once that is on the storage
+        raise
+    except Exception:
         with contextlib.suppress(OrchestratorError):  # of what ended it, the epochs before tell
-            if session.record is not None:
-                session.record.settle()
+            _settle(session)
+        raise
+    except BaseException:  # a second Ctrl-C does not wait
+        if session.outbox is not None:
+            session.outbox.drop()
+        raise
     return session.state
+
+
+def _settle(session: Session) -> None:
+    """Return once all that was given to the storage is there."""
+    if session.record is not None:
+        session.record.settle()
 
 
 def _newest_checkpoint(session: Session) -> ckpt.Checkpoint | None:
     """The one that rank 0 chose, on all workers; what lies beyond it is removed, before another one is written."""
     run, worker = session.run, session.worker
-    step: int | None = worker.gather(ckpt.newest_step(run) if worker.rank == 0 else None)[0]
+
+    def note(text: str) -> None:
+        session.report(Noted(text, is_warning=True))
+
+    step: int | None = worker.gather(ckpt.newest_step(run, note) if worker.rank == 0 else None)[0]
     checkpoint = None if step is None else ckpt.load(run, step)
     worker.barrier()  # nobody removes what another one is still reading
     if worker.rank == 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -242,11 +243,14 @@ class PhaseLoop:
     # --- checkpoints ---
 
     def _checkpoint_is_due(self) -> bool:
-        training = self.session.plan.job.training
+        training, outbox = self.session.plan.job.training, self.session.outbox
+        assert outbox is not None  # rank 0 alone is asked
+        outbox.check()
         every = training.checkpoint_every_steps
         if every is not None:
             return self.session.state.steps_done(self.session.plan.recipe) % every == 0
-        return time.monotonic() - self.session.saved_at > training.checkpoint_every_s
+        after_s = max(training.checkpoint_every_s, outbox.rest_s)
+        return not outbox.busy and time.monotonic() - self.session.saved_at > after_s
 
     def _save(self) -> None:
         """Called by all workers: what they left out is known to all after it."""
@@ -259,12 +263,15 @@ class PhaseLoop:
         for skipped in session.worker.gather(session.raw.skipped):
             session.raw.skipped.update(skipped)
         state.skipped = {str(row): why for row, why in sorted(session.raw.skipped.items())}
-        if session.record is not None:
-            session.record.settle()  # the lines of the epochs that the checkpoint counts as ended
+        if session.record is not None and session.outbox is not None:
             entries = {**state.entries(), "seconds": session.seconds()}
             optimizer = ckpt.optimizer_tensors(self.optimizer, self.named)
             step = state.steps_done(session.plan.recipe)
-            ckpt.save(session.run, ckpt.Checkpoint(step, self.tensors, self.best, optimizer, entries))
+            with session.outbox.stalling():
+                session.outbox.wait()  # at most one is behind
+                copied = ckpt.copied(ckpt.Checkpoint(step, self.tensors, self.best, optimizer, entries))
+                session.record.publish()  # the lines of the epochs that the checkpoint counts as ended
+                session.outbox.put(partial(ckpt.save, session.outbox.run, copied))
         session.saved_at = time.monotonic()
 
     def _interrupt(self) -> NoReturn:

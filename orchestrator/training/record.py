@@ -8,6 +8,7 @@ import platform
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +17,7 @@ from tensorboardX import SummaryWriter
 from orchestrator.job import METRICS_FILE, HeldRun, Plan, read_lines
 from orchestrator.network import Network, Worker
 from orchestrator.training.metrics import finite
+from orchestrator.training.outbox import Outbox
 
 _SKIPPED = "skipped.jsonl"
 _TENSORBOARD = "tensorboard"
@@ -27,13 +29,17 @@ _PUBLISHED_EVERY_S = 1.0
 class Record:
     """The epochs of a run, as metrics.jsonl and as event files for TensorBoard.
 
-    They go to the storage once a second at most, and whenever `settle` is called: before a checkpoint that counts their
-    epochs as ended. Lines that were not there yet when a run was cut off are of epochs that come again.
+    They go to the storage once a second at most, and whenever `publish` or `settle` is called: before a checkpoint that
+    counts their epochs as ended. Lines that were not there yet when a run was cut off are of epochs that come again.
     """
 
-    def __init__(self, run: HeldRun, num_epochs: int) -> None:
-        """`num_epochs`: of the run's lines those of the first epochs are kept, the others will be written again."""
-        self._run = run
+    def __init__(self, run: HeldRun, num_epochs: int, outbox: Outbox | None = None) -> None:
+        """`num_epochs`: of the run's lines those of the first epochs are kept, the others will be written again.
+
+        `outbox`: what writes them beside the loop.
+        """
+        self._outbox = outbox
+        self._run = outbox.run if outbox is not None else run
         lines = read_lines(run.read(METRICS_FILE))
         self._lines = [line for line in lines if line.get("epoch", math.inf) <= num_epochs]
         self._pending: list[Mapping[str, Any]] = []
@@ -48,14 +54,27 @@ class Record:
     def add(self, line: Mapping[str, Any]) -> None:
         """One more epoch."""
         self._pending.append(line)
-        if time.monotonic() - self._published >= _PUBLISHED_EVERY_S:
-            self.settle()
+        waits = self._outbox is not None and self._outbox.busy
+        if not waits and time.monotonic() - self._published >= _PUBLISHED_EVERY_S:
+            self.publish()
 
     def settle(self) -> None:
         """Return once all epochs are on the storage."""
+        self.publish()
+        if self._outbox is not None:
+            self._outbox.wait()
+
+    def publish(self) -> None:
+        """Have all epochs written, before what is given to the outbox from now on."""
         pending, self._pending = self._pending, []
         if not pending:
             return
+        if self._outbox is None:
+            self._write_down(pending)
+        else:
+            self._outbox.put(partial(self._write_down, pending))
+
+    def _write_down(self, pending: Sequence[Mapping[str, Any]]) -> None:
         self._lines += [finite(dict(line)) for line in pending]
         self._write()
         _show_in_tensorboard(self._run, pending)

@@ -17,6 +17,7 @@ from orchestrator.job import HeldRun, Phase, Plan, Recipe, Report
 from orchestrator.network import Inputs, Network, Strategy, Worker
 from orchestrator.training.batches import BatchLoader
 from orchestrator.training.objective import Objective
+from orchestrator.training.outbox import Outbox
 from orchestrator.training.record import Record
 
 
@@ -91,6 +92,8 @@ class Session:
     state: TrainState = field(default_factory=TrainState)
     record: Record | None = None
     """Of the epochs; rank 0 alone has it, once it is known where the run goes on."""
+    outbox: Outbox | None = None
+    """What rank 0 has written beside the loop."""
     saved_at: float = field(default_factory=time.monotonic)
 
     @property

@@ -1,0 +1,61 @@
+"""Whether all nodes of a cluster see the directory that a run lies in."""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.errors import RefusedError
+from orchestrator.job import DirectoryStorage, HeldRun
+
+_ANSWERED_S = 60.0
+"""A node that has not answered by then says nothing: whether it can work, the job will tell."""
+
+
+def refuse_apart(run: HeldRun) -> None:
+    """Raise `RefusedError` where the run lies in a directory that some node which may work on it does not see."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if len(nodes) < 2 or not isinstance(run.storage, DirectoryStorage):
+        return
+    token = uuid.uuid4().hex
+    with run.scratch() as folder:
+        (folder / "token").write_text(token)
+        asked = {_ask(node["NodeID"], folder / "token"): node["NodeManagerAddress"] for node in nodes}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWERED_S)
+        apart = sorted(asked[answer] for answer in answered if _answer(answer) not in (token, None))
+    if apart:
+        raise RefusedError(
+            "usage",
+            f"{run.storage.place} is not the same directory on all {len(nodes)} nodes of the cluster: not on "
+            + ", ".join(apart[:5]) + (f" and {len(apart) - 5} more" if len(apart) > 5 else ""),
+            expected="a storage that all nodes see: s3://bucket/runs, or a directory of a file system that they share",
+            mend="give it such a place: --storage",
+        )  # fmt: skip
+
+
+def _ask(node_id: str, file: Path) -> Any:
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_content).remote(str(file))
+
+
+def _content(file: str) -> str:
+    """What a file holds on this node, '' where it is not there."""
+    try:
+        return Path(file).read_text()
+    except OSError:
+        return ""
+
+
+def _answer(answer: Any) -> str | None:
+    """A node's answer; None where it died, or lacks this package, which is said elsewhere."""
+    try:
+        return str(ray.get(answer))
+    except ray.exceptions.RayError:
+        return None
