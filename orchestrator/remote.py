@@ -94,7 +94,12 @@ class RemoteRun:
         num, away_since = 0, 0.0
         while True:
             try:
-                job = self._job()
+                job = self._head.job(self.id) if num else self._job()
+                if job is None:
+                    raise OrchestratorError(
+                        f"the cluster at {self.address} knows {self.name} no more: it was made again",
+                        mend="submit it again: its run goes on from its storage",
+                    )
                 if job.is_over:
                     yield from self._text().splitlines()[num:]
                     return

@@ -91,13 +91,13 @@ def parse_line(line: str) -> Told | None:
 
 def error_of(ended: Ended) -> OrchestratorError:
     """The error that ended a job, as it was raised there."""
-    parts = {key: str(ended.error.get(key, "")) for key in ("expected", "mend")}
-    message, reason = str(ended.error.get("message", "it failed")), str(ended.error.get("reason", "failed"))
+    said = {key: str(ended.error.get(key, "")) for key in ("message", "reason", "expected", "mend")}
+    message, reason, expected, mend = said.values()
     if ended.exit_code == RefusedError.exit_code and reason in REASONS:
-        return RefusedError(reason, message, **parts)
+        return RefusedError(reason, message, expected=expected, mend=mend)
     kinds = (TrainingError, CheckpointError, WeightsError, InterruptedRunError)
     kind = next((one for one in kinds if one.reason == reason), OrchestratorError)
-    return kind(message, **parts)
+    return kind(message, expected=expected, mend=mend)
 
 
 class Teller:
