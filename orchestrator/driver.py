@@ -40,7 +40,7 @@ def main() -> int:
 def _ended(request: Mapping[str, Any], teller: Teller, stop: threading.Event) -> Ended:
     try:
         run = KINDS[request["kind"]](request["job"], fresh=request["fresh"], report=teller, stop=stop.is_set)
-        return Ended(0, place=str(run.path), results=run.results)
+        return Ended(0, place=run.place, results=run.results)
     except KeyboardInterrupt:
         error: OrchestratorError = InterruptedRunError("stopped at once", mend="the same command goes on")
     except OrchestratorError as known:

@@ -37,6 +37,8 @@ PREFIX = "orchestrator-"
 _POLL_S = 0.5
 _PATIENCE_S = 1800.0
 _STOP_TIMEOUT_S = 600.0
+_SEEN_WITHIN_S = 10.0
+"""A store that does not answer this machine for so long is asked through the cluster."""
 _FETCH = "exec python -m orchestrator.distributed.fetching"
 
 
@@ -202,9 +204,9 @@ class RemoteRun:
 
     def _sees_storage(self) -> bool:
         """Whether the run that lies here under that place is the one that the job works on."""
-        if is_uri(self.storage):
-            return True
         try:
+            if is_uri(self.storage):
+                return open_storage(self.storage, patience_s=_SEEN_WITHIN_S).read(f"{self.name}/plan.json") is not None
             began = open_run(Path(self.storage) / self.name).plan.job
         except OrchestratorError:
             return False

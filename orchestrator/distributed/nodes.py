@@ -208,11 +208,18 @@ def _backbone(wanted: Mapping[str, Any]) -> str:
             if file.stat().st_size != size:
                 raise OSError(f"{file} has {file.stat().st_size} bytes, not {size}")
         return "there"
+    if "://" in wanted["source"]:
+        from orchestrator.data import cached
+
+        place = cached(f"{wanted['source'].rstrip('/')}/results.json")
+        if place.stat() is None:
+            raise FileNotFoundError(f"there is no finished run {wanted['source']}")
+        return "in the store"
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     names = list(wanted["files"])
-    cached = [try_to_load_from_cache(wanted["repo_id"], name, revision=wanted["commit"]) for name in names]
-    if all(isinstance(one, str) for one in cached):
+    here = [try_to_load_from_cache(wanted["repo_id"], name, revision=wanted["commit"]) for name in names]
+    if all(isinstance(one, str) for one in here):
         return "in the cache"
     get_hf_file_metadata(hf_hub_url(wanted["repo_id"], names[0], revision=wanted["commit"]), timeout=20)
     return "on the Hub"

@@ -84,7 +84,8 @@ def wanted_of(plan: Plan, storage: str, code: Mapping[str, Any]) -> dict[str, An
 def _backbone(card: BackboneCard) -> dict[str, Any]:
     names = [*card.weight_files, "config.json"]
     files = {name: card.files[name] for name in dict.fromkeys(names) if name in card.files}
-    path = None if card.path is None else str(Path(card.path).absolute())
+    here = card.path is not None and not is_uri(card.source)  # a run in a store: each node fetches it from there
+    path = str(Path(str(card.path)).absolute()) if here else None
     if path is not None:
         files = {name: (Path(path) / name).stat().st_size for name in files}
     return {"source": card.source, "path": path, "repo_id": card.repo_id, "commit": card.commit, "files": files}
