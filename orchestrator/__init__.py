@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from orchestrator.modality import Modality as Modality, register as register
     from orchestrator.predictor import evaluate as evaluate, predict as predict
     from orchestrator.rehearsal import plan as plan
+    from orchestrator.remote import RemoteRun as RemoteRun, attach as attach
+    from orchestrator.submission import submit as submit
     from orchestrator.train import finetune as finetune, pretrain as pretrain
     from orchestrator.tuning import RankTable as RankTable, rank as rank
     from orchestrator.tuning.search import search as search
@@ -40,7 +42,9 @@ _HOMES = {
     "Plan": "job",
     "RankTable": "tuning",
     "RefusedError": "errors",
+    "RemoteRun": "remote",
     "Run": "job",
+    "attach": "remote",
     "check": "gate",
     "evaluate": "predictor",
     "finetune": "train",
@@ -51,6 +55,7 @@ _HOMES = {
     "rank": "tuning",
     "register": "modality",
     "search": "tuning",
+    "submit": "submission",
 }
 
 __all__ = sorted(_HOMES)  # one list of names, not two

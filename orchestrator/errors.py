@@ -47,11 +47,12 @@ REASONS: dict[str, str] = {
     "not_found": "no such repository, directory or run",
     "bad_revision": "the repository has no such revision",
     "gated": "the repository asks for a licence to be accepted first",
-    "unauthorised": "the Hub did not accept the token, or a store the credentials",
+    "unauthorised": "the Hub or a cluster did not accept the token, or a store the credentials",
     "offline": "the Hub cannot be reached, and the files are not cached; or a store does not answer",
     "fixed_size": "the backbone takes one input size only",
     "channels": "the data's channels cannot be adapted to the backbone's",
     "resources": "the job asks for more than the machine or the cluster has",
+    "cluster": "a node of the cluster lacks what the job needs",
 }
 """The published list of `reason` values, each with what it means."""
 

@@ -85,10 +85,10 @@ class _Bar:
         elif isinstance(event, Advanced) and self._task is not None:
             self._bar.advance(self._task, event.num)
         elif isinstance(event, EpochEnded | TrialsAdvanced) and self._task is not None:
-            self._bar.update(self._task, status=_status(event) if isinstance(event, EpochEnded) else _trials(event))
+            self._bar.update(self._task, status=epoch_line(event) if isinstance(event, EpochEnded) else _trials(event))
 
 
-def _status(event: EpochEnded) -> str:
+def epoch_line(event: EpochEnded) -> str:
     """`epoch 3/20 val acc 0.912`: what the best epoch is chosen by."""
     line = event.figures
     what, short = ("accuracy", "acc") if event.task == "single-label" else ("loss", "loss")
@@ -122,7 +122,7 @@ class _Plain:
             if self._phase.unit == "samples" and self._phase.total:
                 self._show(f"{self._done:,} of {self._phase.total:,} samples")
         elif isinstance(event, EpochEnded):
-            self._show(_status(event), at_once=event.figures["epoch"] == event.num_epochs)
+            self._show(epoch_line(event), at_once=event.figures["epoch"] == event.num_epochs)
         elif isinstance(event, TrialsAdvanced):
             self._show(_trials(event), at_once=event.num_done == event.num_trials)
 

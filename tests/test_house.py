@@ -29,6 +29,13 @@ WINGS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 BESIDE_THE_DOOR = {
     "orchestrator.distributed.cluster": "its wing hands on nothing: Ray's event queue would load torch with it",
     "orchestrator.distributed.joining": "likewise",
+    "orchestrator.distributed.address": "likewise: nor does a laptop have Ray",
+    "orchestrator.distributed.fetching": "likewise",
+    "orchestrator.distributed.head": "likewise",
+    "orchestrator.distributed.preflight": "likewise",
+    "orchestrator.distributed.request": "likewise",
+    "orchestrator.distributed.telling": "likewise",
+    "orchestrator.distributed.wheels": "likewise",
     "orchestrator.modality.registry": "a module that is called as one: registry.get(name)",
     "orchestrator.store.inventory": "likewise: inventory.listings(root)",
 }

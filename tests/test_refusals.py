@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import orchestrator
+from orchestrator.distributed.preflight import Preflight
 from orchestrator.errors import REASONS, MissingExtraError, RefusedError
 from orchestrator.modality import registry
 from tests.conftest import REPOSITORY
@@ -52,6 +53,12 @@ def test_a_library_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPat
     with pytest.raises(MissingExtraError) as caught:
         decode({"audio": b"RIFF"})
     assert caught.value.mend == "pip install 'orchestrator[audio]'"
+
+
+def test_a_cluster_without_nodes() -> None:
+    with pytest.raises(RefusedError, match="has no node that is alive") as caught:
+        Preflight([], {}).require()
+    assert (caught.value.reason, caught.value.mend) == ("cluster", "start one: ray start --address=HEAD:6379")
 
 
 def test_a_run_is_worked_on_by_one_at_a_time(tmp_path: Path) -> None:

@@ -11,6 +11,18 @@ imports Ray. This file imports none of its modules: the process of the event que
     events      what workers tell the driver, and whether they are to stop
     shared_storage  whether all nodes see the directory that a run lies in
     extractors  a pool of processes that run a frozen body for the workers
+
+Beside a cluster, from a laptop, without Ray:
+
+    head        a cluster's head over HTTP: jobs, their output, what is delivered
+    address     where the head is, and the token for it
+    wheels      the code of a job, as it travels
+    request     what a job is asked for, delivered with it
+    telling     events as lines of a job's output, and back
+    preflight   what the nodes must have, and which lacks what
+    preflight_job  asking them, on the cluster
+    nodes       what a node has
+    fetching    a run brought home, through its storage or through the cluster
 """
 
 import os

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -49,6 +50,8 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool = False) -> 
         return
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the command line's own process
+    for name in _of_the_job():
+        environment.pop(name, None)
     quiet: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
@@ -74,6 +77,12 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool = False) -> 
     finally:
         if not here:
             ray.shutdown()
+
+
+def _of_the_job() -> list[str]:
+    """Variables that the job which this process drives has set for its workers: Ray takes each of one place alone."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return list((job.get("runtime_env") or {}).get("env_vars") or {})
 
 
 _started: list[int] = []
@@ -126,7 +135,7 @@ def _refuse_unknown(address: str) -> None:
         )  # fmt: skip
         if done.returncode and any(word in done.stderr for word in _REFUSED):
             raise RefusedError(
-                "resources",
+                "unauthorised",
                 f"the Ray cluster at {address} refuses the token"
                 if _gives_token()
                 else f"the Ray cluster at {address} wants a token, and none is given",

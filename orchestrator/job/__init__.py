@@ -53,6 +53,7 @@ from orchestrator.job.figures import (
 )
 from orchestrator.job.files import (
     POINTER as POINTER,
+    file_sha256 as file_sha256,
     still_there as still_there,
     sync as sync,
     written_whole as written_whole,

@@ -6,6 +6,7 @@ In: arguments. Out: the same calls that Python makes, printed as tables at 80 co
     predict_commands  those that use a finished run
     rank_commands     the one that compares backbones
     search_commands   `orchestrator search`: while it runs, and in the end
+    cluster_commands  those of jobs on a cluster
     run_commands      those of `orchestrator runs`
     feature_commands  those of `orchestrator features`
     flags             every flag, and the setting that it sets

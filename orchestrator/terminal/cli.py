@@ -19,7 +19,14 @@ from orchestrator.errors import (
     did_you_mean,
     missing_extra,
 )
-from orchestrator.terminal import feature_commands, predict_commands, rank_commands, run_commands, search_commands
+from orchestrator.terminal import (
+    cluster_commands,
+    feature_commands,
+    predict_commands,
+    rank_commands,
+    run_commands,
+    search_commands,
+)
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.flags import Json, name_flags, takes_flags
 
@@ -131,6 +138,13 @@ app.command()(search_commands.search)
 app.command()(rank_commands.rank)
 app.command()(predict_commands.predict)
 app.command()(predict_commands.evaluate)
+app.command()(cluster_commands.submit)
+app.command()(cluster_commands.attach)
+app.command()(cluster_commands.status)
+app.command()(cluster_commands.logs)
+app.command("list")(cluster_commands.list_jobs)
+app.command()(cluster_commands.stop)
+app.command()(cluster_commands.fetch)
 
 
 @app.command()

@@ -1,0 +1,126 @@
+"""Where a cluster's head is, and the token for it: as Ray looks for both, with what it passes over in silence said."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+from orchestrator.errors import RefusedError
+
+_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""What Ray's own commands look at before the address that they are given."""
+_SECRETS = ("key", "secret", "token", "password", "passwd", "credential", "signature", "sig")
+
+
+def agreed(address: str | None) -> str:
+    """`http://HOST:PORT`, as given or as the environment says. Raises `RefusedError` where the two disagree."""
+    said = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
+    if address is None:
+        if not said:
+            raise RefusedError(
+                "usage", "it is not said to which cluster", expected="the head's dashboard: http://HOST:8265",
+                mend="give it: --address, or export RAY_ADDRESS",
+            )  # fmt: skip
+        address = next(iter(said.values()))
+    place = _checked(address)
+    for name, other in said.items():
+        if other.rstrip("/") != place:
+            raise RefusedError(
+                "usage", f"{name} is {without_secrets(other)}, and the job is for {place}",
+                expected="one cluster", mend=f"unset {name}, or give it the same address",
+            )  # fmt: skip
+    return place
+
+
+def _checked(address: str) -> str:
+    try:
+        parts = urlsplit(address)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or True)
+    except ValueError:
+        known = False
+    if not known:
+        raise RefusedError(
+            "usage", f"{without_secrets(address)} is no address that jobs are submitted to",
+            expected="the head's dashboard, http://HOST:8265 or https://HOST",
+            mend="give that; HOST:6379 and ray:// are for programs that run beside the cluster",
+        )  # fmt: skip
+    if parts.username or parts.password:
+        raise RefusedError(
+            "usage", f"the address of {parts.hostname} holds a user or a password", expected="http://HOST:PORT alone",
+            mend="leave it out: the token comes from RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token",
+        )  # fmt: skip
+    return address.rstrip("/")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether what is sent there leaves no machine."""
+    host = urlsplit(address).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# --- the token ---
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a guarded cluster wants to see; it is shown nowhere."""
+
+    value: str = field(repr=False)
+
+    @property
+    def header(self) -> str:
+        """As it is sent."""
+        return f"Bearer {self.value}"
+
+
+def find_token() -> Token | None:
+    """The token that Ray would find, None where there is none. Raises `RefusedError` for a file that others can read.
+
+    RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token; the first one counts.
+    """
+    value = os.environ.get("RAY_AUTH_TOKEN", "").strip()
+    if value:
+        return Token(value)
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(named) if named else Path("~/.ray/auth_token").expanduser()
+    if not named and not file.is_file():
+        return None
+    try:
+        mode = stat.S_IMODE(file.stat().st_mode)
+        value = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise RefusedError(
+            "unauthorised", f"the token file {file} cannot be read: {why}", expected="a file that holds the token",
+            mend="correct RAY_AUTH_TOKEN_PATH",
+        ) from None  # fmt: skip
+    if mode & 0o077:
+        raise RefusedError(
+            "unauthorised", f"the token file {file} can be read by others (mode {mode:04o})",
+            expected="mode 0600: whoever has the token can run code on the cluster", mend=f"chmod 600 {file}",
+        )  # fmt: skip
+    return Token(value) if value else None
+
+
+# --- secrets in places ---
+
+
+def shows_secret(place: str) -> bool:
+    """Whether a URI has a user, a password or a key in it, as in s3://KEY:SECRET@bucket/runs."""
+    if "://" not in place:
+        return False
+    parts = urlsplit(place)
+    names = [name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    return "@" in parts.netloc or any(word in name for name in names for word in _SECRETS)
+
+
+def without_secrets(place: str) -> str:
+    """The place as it may be shown."""
+    return f"{place.split('://')[0]}://..." if shows_secret(place) else place

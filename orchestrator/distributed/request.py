@@ -1,0 +1,42 @@
+"""What a job on a cluster is asked for: one JSON file that is delivered with the code. Standard library alone.
+
+It is neither in the job's command, which `ps` shows, nor in its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_FILE = "orchestrator_request.json"
+_LONG_AGO = (1980, 1, 1, 0, 0, 0)
+"""So that the same content is the same file."""
+
+
+def write_zip(file: Path, contents: Mapping[str, bytes]) -> None:
+    """A zip file of these {name: content}, the same bytes for the same contents."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in sorted(contents):
+            info = zipfile.ZipInfo(name, _LONG_AGO)
+            info.external_attr = 0o644 << 16
+            out.writestr(info, contents[name], zipfile.ZIP_DEFLATED)
+
+
+def pack_request(request: Mapping[str, Any], file: Path) -> Path:
+    """The request as a package for the nodes."""
+    write_zip(file, {_FILE: json.dumps(request, sort_keys=True).encode()})
+    return file
+
+
+def read_request() -> dict[str, Any]:
+    """The request that was delivered to this process."""
+    for folder in sys.path:
+        file = Path(folder) / _FILE
+        if file.is_file():
+            request: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return request
+    raise FileNotFoundError(f"{_FILE} was not delivered: this module is started by `orchestrator submit`")

@@ -1,0 +1,297 @@
+"""A job on a cluster, from the laptop: its state, its output; follow it to its end, stop it, bring its run home."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.distributed.fetching import Arrival, What, beside, copy_run, request_of, settle
+from orchestrator.distributed.head import AwayError, ClusterJob, Head, open_head, wait_until_over
+from orchestrator.distributed.request import pack_request
+from orchestrator.distributed.telling import Ended, Piece, error_of, parse_line
+from orchestrator.distributed.wheels import own_delivery
+from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, TrainingError, did_you_mean
+from orchestrator.job import (
+    Advanced,
+    EpochEnded,
+    Noted,
+    PhaseBegan,
+    Report,
+    Run,
+    is_uri,
+    local_path,
+    open_run,
+    open_storage,
+)
+from orchestrator.progress import progress
+
+PREFIX = "orchestrator-"
+"""Of the ids of our jobs, among others' on the same cluster."""
+_POLL_S = 0.5
+_PATIENCE_S = 1800.0
+_STOP_TIMEOUT_S = 600.0
+_SEEN_WITHIN_S = 10.0
+"""A store that does not answer this machine for so long is asked through the cluster."""
+_FETCH = "exec python -m orchestrator.distributed.fetching"
+
+
+@dataclass(frozen=True)
+class RemoteRun:
+    """A run that a job on a cluster works on, or has worked on."""
+
+    id: str
+    """The job's."""
+    name: str
+    """The run's."""
+    storage: str
+    """Where the run lies, as the cluster sees it."""
+    attempt: int
+    kind: str
+    _head: Head = field(repr=False)
+
+    @property
+    def address(self) -> str:
+        """Of the cluster's head."""
+        return self._head.address
+
+    # --- how far it is ---
+
+    @property
+    def state(self) -> str:
+        """`waiting`, `running`, `finished`, `failed` or `stopped`."""
+        return self._job().state
+
+    def status(self) -> dict[str, Any]:
+        """What is known of it: its state, and how far it is."""
+        job = self._job()
+        events = [parse_line(line) for line in self.lines_so_far()]
+        phases = [one for one in events if isinstance(one, PhaseBegan)]
+        epochs = [one for one in events if isinstance(one, EpochEnded)]
+        ended = [one for one in events if isinstance(one, Ended)]
+        return {
+            "id": self.id, "run": self.name, "storage": self.storage, "kind": self.kind, "attempt": self.attempt,
+            "state": job.state, "phase": phases[-1].text if phases else None,
+            "epoch": epochs[-1].figures["epoch"] if epochs else 0,
+            "num_epochs": epochs[-1].num_epochs if epochs else None,
+            "started": job.started, "ended": job.ended or None,
+            "error": dict(ended[-1].error) or None if ended else None,
+        }  # fmt: skip
+
+    def lines_so_far(self) -> list[str]:
+        """The lines of its output until now."""
+        return [] if self._job().state == "waiting" else self._text().splitlines()
+
+    def lines(self, report: Report | None = None) -> Iterator[str]:
+        """The lines of its output from the first one on, until it is over.
+
+        That the cluster does not answer is reported, and it is asked again for half an hour.
+        """
+        num, away_since = 0, 0.0
+        while True:
+            try:
+                job = self._head.job(self.id) if num else self._job()
+                if job is None:
+                    raise OrchestratorError(
+                        f"the cluster at {self.address} knows {self.name} no more: it was made again",
+                        mend="submit it again: its run goes on from its storage",
+                    )
+                if job.is_over:
+                    yield from self._text().splitlines()[num:]
+                    return
+                if job.state == "running":
+                    for i, line in enumerate(self._head.stream(self.id)):
+                        if i < num:
+                            continue
+                        num += 1
+                        yield line
+                        if isinstance(parse_line(line), Ended):
+                            break
+                away_since = 0.0
+            except AwayError as error:
+                if not away_since and report is not None:
+                    report(Noted(f"{error.message}; it is asked again", is_warning=True))
+                away_since = away_since or time.monotonic()
+                if time.monotonic() - away_since > _PATIENCE_S:
+                    raise
+            time.sleep(_POLL_S)
+
+    def follow(self, report: Report | None = None) -> dict[str, Any]:
+        """Its results, once it is over; until then what happens is shown, from the first epoch on.
+
+        Raises the error that ended it, as `finetune` does, and `InterruptedRunError` after Ctrl-C, when it goes on.
+        """
+        ended: Ended | None = None
+        try:
+            with contextlib.nullcontext(report) if report is not None else progress() as telling:
+                telling(PhaseBegan("waiting for the cluster to start the job"))
+                for line in self.lines(telling):
+                    told = parse_line(line)
+                    if isinstance(told, Ended):
+                        ended = told
+                    elif isinstance(told, PhaseBegan | Advanced | EpochEnded | Noted):
+                        telling(told)
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                f"{self.name} goes on, on the cluster; it is only no longer shown here",
+                mend=f"orchestrator attach {self.name} --address {self.address}, or orchestrator stop",
+            ) from None
+        return self._results(ended)
+
+    def _results(self, ended: Ended | None) -> dict[str, Any]:
+        if ended is not None and ended.exit_code:
+            raise error_of(ended)
+        if ended is not None:
+            return dict(ended.results or {})
+        job = self._job()
+        again = "submit it again: the next attempt goes on from the last checkpoint"
+        if job.state == "stopped":
+            raise InterruptedRunError(f"{self.name} was stopped", mend=again)
+        said = [line.strip() for line in job.message.splitlines() if line.strip() and parse_line(line) is None]
+        raise TrainingError(f"the driver of {self.name} ended without a word: {said[-1] if said else job.state}",
+                            expected="a head node that stays", mend=again)  # fmt: skip
+
+    # --- what is done to it ---
+
+    def stop(self, timeout_s: float = _STOP_TIMEOUT_S) -> str:
+        """Its state once it has stopped: behind its step, with a checkpoint, so that the run can go on.
+
+        Raises `OrchestratorError` where it has not after `timeout_s`; Ray kills it in the end.
+        """
+        if not self._job().is_over:
+            self._head.stop(self.id)
+        over = wait_until_over(self._head, self.id, timeout_s)
+        if over is None or not over.is_over:
+            raise OrchestratorError(
+                f"{self.name} was asked to stop, and has not after {timeout_s:g} s", expected="a step that ends",
+                mend="wait: Ray ends it after ten minutes; orchestrator status tells",
+            )  # fmt: skip
+        return over.state
+
+    def fetch(self, folder: str | Path, what: What = "all") -> Run:
+        """The run, or its `model`, or its `results`, copied to a folder of this machine; digests were compared.
+
+        Out of its storage where this machine sees it, else through the cluster. Raises `RefusedError`.
+        """
+        target = local_path(folder).absolute()
+        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not self._is_copy(target))):
+            raise RefusedError(
+                "usage", f"{folder} is {'not empty' if target.is_dir() else 'a file'}, and no copy of {self.name}",
+                expected="a folder that is new, empty or holds an earlier copy", mend="give another folder: --to",
+            )  # fmt: skip
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = beside(target)
+        try:
+            if self._sees_storage():
+                copy_run(open_storage(self.storage), self.name, partial, what)
+            else:
+                self._through_the_cluster(partial, what)
+            settle(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return Run(target)
+
+    def _is_copy(self, folder: Path) -> bool:
+        with contextlib.suppress(OrchestratorError):
+            return open_run(folder).plan.name == self.name
+        return False
+
+    def _sees_storage(self) -> bool:
+        """Whether the run that lies here under that place is the one that the job works on."""
+        try:
+            if is_uri(self.storage):
+                return open_storage(self.storage, patience_s=_SEEN_WITHIN_S).read(f"{self.name}/plan.json") is not None
+            began = open_run(Path(self.storage) / self.name).plan.job
+        except OrchestratorError:
+            return False
+        return self._job().metadata.get("orchestrator_began", "") in ("", began.digest())
+
+    def _through_the_cluster(self, partial: Path, what: What) -> None:
+        id = f"{PREFIX}fetch-{secrets.token_hex(6)}"
+        with tempfile.TemporaryDirectory(prefix="orchestrator-fetch-") as scratch:
+            # Once a job is over, the cluster forgets what was delivered with it.
+            packages = [self._head.upload(own_delivery().write(Path(scratch)))]
+            request = pack_request(request_of(self.storage, self.name, what), Path(scratch) / "request.zip")
+            packages.append(self._head.upload(request))
+        self._head.submit(id, _FETCH, packages, {"orchestrator_kind": "fetch"}, {})
+        sending = RemoteRun(id, self.name, self.storage, 1, "fetch", self._head)
+        arrival, ended = Arrival(partial), None
+        try:
+            for told in map(parse_line, sending.lines()):
+                if isinstance(told, Piece):
+                    arrival.take(told)
+                elif isinstance(told, Ended):
+                    ended = told
+                    break
+        finally:
+            self._head.stop(id)
+        files = sending._results(ended)["files"]
+        arrival.compare(files)
+        wait_until_over(self._head, id, 30.0)
+        self._head.forget(id)
+
+    # --- asking ---
+
+    def _job(self) -> ClusterJob:
+        job = self._head.job(self.id)
+        if job is None:
+            raise RefusedError(
+                "not_found", f"the cluster at {self.address} knows no job {self.id}",
+                expected="the cluster that it was submitted to",
+                mend="if that was made again, submit the job again: its run goes on from its storage",
+            )  # fmt: skip
+        return job
+
+    def _text(self) -> str:
+        return self._head.text(self.id)
+
+
+def remote_run(head: Head, job: ClusterJob) -> RemoteRun:
+    """The run of one of our jobs."""
+    said = job.metadata
+    return RemoteRun(
+        job.id, said["orchestrator_run"], said["orchestrator_storage"], int(said["orchestrator_attempt"]),
+        said["orchestrator_kind"], head,
+    )  # fmt: skip
+
+
+def attach(name: str, /, *, address: str | None = None, report: Report | None = None) -> RemoteRun:
+    """The newest attempt of a run on a cluster, by the run's name, or a job by its id.
+
+    Raises `RefusedError` where the cluster has none of that name, or several in different storages.
+    """
+    with contextlib.nullcontext(report) if report is not None else progress() as telling:
+        head = open_head(address, telling)
+    ours = _ours(head)
+    chosen = [one for one in ours if one.id == name] or [one for one in ours if one.name == name]
+    if len({one.storage for one in chosen}) > 1:
+        raise RefusedError(
+            "usage", f"{len(chosen)} jobs are of runs that are called {name}, in different storages",
+            expected="one of " + ", ".join(one.id for one in chosen), mend="give its id",
+        )  # fmt: skip
+    if not chosen:
+        names = [one.name for one in ours]
+        raise RefusedError(
+            "not_found", f"there is no job of a run {name} on the cluster at {head.address}",
+            expected="one of " + ", ".join(dict.fromkeys(names)) if names else "a job that was submitted to it",
+            mend=did_you_mean(name, names) or "list them: orchestrator list",
+        )  # fmt: skip
+    return max(chosen, key=lambda one: one.attempt)
+
+
+def remote_runs(*, address: str | None = None, report: Report | None = None) -> list[tuple[RemoteRun, ClusterJob]]:
+    """Our jobs on a cluster, the newest first, each with what the cluster says of it."""
+    with contextlib.nullcontext(report) if report is not None else progress() as telling:
+        head = open_head(address, telling)
+    found = [(remote_run(head, job), job) for job in head.jobs() if "orchestrator_run" in job.metadata]
+    return sorted(found, key=lambda pair: pair[1].started, reverse=True)
+
+
+def _ours(head: Head) -> list[RemoteRun]:
+    return [remote_run(head, job) for job in head.jobs() if "orchestrator_run" in job.metadata]

@@ -1,0 +1,237 @@
+"""From a laptop to a cluster: check, deliver the code, look at every node, start; then follow, stop, bring home.
+
+The job runs on the cluster, whatever becomes of the laptop. It is known by its storage and its run's name: the same
+job twice is one job, and after a failure its next attempt goes on with the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.distributed.address import shows_secret, without_secrets
+from orchestrator.distributed.head import ClusterJob, Head, open_head, wait_until_over
+from orchestrator.distributed.preflight import Preflight, wanted_of
+from orchestrator.distributed.request import pack_request
+from orchestrator.distributed.telling import Found, parse_line
+from orchestrator.distributed.wheels import Delivery, as_wanted, deliveries
+from orchestrator.errors import DataError, OrchestratorError, RefusedError
+from orchestrator.gate import drafted, planned
+from orchestrator.job import (
+    Draft,
+    Job,
+    Noted,
+    PhaseBegan,
+    Plan,
+    Report,
+    holds_rows,
+    is_uri,
+    local_path,
+)
+from orchestrator.progress import progress
+from orchestrator.rehearsal import rehearsed
+from orchestrator.remote import PREFIX, RemoteRun, remote_run
+
+_KINDS: Mapping[str, Mapping[str, Any]] = {"finetune": {}, "pretrain": {"method": "scratch"}}
+"""What can be submitted -> the fields that it sets."""
+_STOP_WAIT_S = 600
+"""How long a job may take to stop behind its step before Ray kills it; Ray's own 3 s are too short for a checkpoint."""
+_NODE_TIMEOUT_S = 120.0
+_PREFLIGHT_TIMEOUT_S = 300.0
+_PREFLIGHT = "exec python -m orchestrator.distributed.preflight_job"
+_DRIVER = "exec python -m orchestrator.driver"
+
+
+def submit(
+    job: Job | Mapping[str, Any] | str | Path | None = None,
+    /,
+    *,
+    address: str | None = None,
+    kind: str = "finetune",
+    fresh: bool = False,
+    report: Report | None = None,
+    found: Callable[[Preflight], None] | None = None,
+    **fields: Any,
+) -> RemoteRun:
+    """Start a job on a cluster, and return once it is accepted there; `RemoteRun.follow` shows it to its end.
+
+    `job` and `fields` are `finetune`'s. `address` is the head's dashboard, http://HOST:8265; by default what
+    RAY_ADDRESS says. Data and backbone are checked here first, and must be seen by the cluster's nodes at the same
+    places; so must the storage, a folder that all nodes share or, of a cluster of one node, any. `found` is called with
+    what the preflight found on each node. A job that runs there already is the one that is returned.
+
+    Raises `RefusedError` before anything is started.
+    """
+    with contextlib.nullcontext(report) if report is not None else progress() as telling:
+        telling(PhaseBegan("asking the cluster"))
+        head = open_head(address, telling)
+        if kind not in _KINDS:
+            raise RefusedError("usage", f"there is no kind of job {kind!r}", expected="one of " + ", ".join(_KINDS),
+                               mend="leave kind out for finetune")  # fmt: skip
+        draft = _checked(drafted(job, {**fields, **_KINDS[kind]}))
+        telling(PhaseBegan("looking at backbone and data"))
+        plan = rehearsed(*planned(job, {**fields, **_KINDS[kind]}))
+        sent = _for_the_cluster(draft.job(), plan)
+        for line in (*draft.notes, *plan.warnings):
+            telling(Noted(line, is_warning=True))
+        return _Submission(head, sent, plan, kind, fresh, telling, found).run()
+
+
+def _checked(draft: Draft) -> Draft:
+    """The draft, with nothing in it that must not travel. Raises `RefusedError`."""
+    if holds_rows(draft.tree.get("data")):
+        raise DataError(
+            "rows that this program holds do not travel with a job", expected="data at a place that all nodes see",
+            mend="write them into a table there, such as a Parquet file, and give its path",
+        )  # fmt: skip
+    for place in _texts(draft.tree):
+        if shows_secret(place):
+            raise RefusedError(
+                "usage", f"{without_secrets(place)} holds a user, a password or a key, and a job is no secret",
+                expected="a place alone",
+                mend="take it out: the nodes' own environment has credentials (AWS_PROFILE, a Kubernetes Secret)",
+            )  # fmt: skip
+    return draft
+
+
+def _texts(tree: object) -> Iterator[str]:
+    if isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _texts(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _texts(value)
+    elif isinstance(tree, (str, Path)):
+        yield str(tree)
+
+
+def _for_the_cluster(job: Job, plan: Plan) -> Job:
+    """The job with whole paths, the run's name, and the cluster that it finds itself on."""
+    storage = job.storage if is_uri(job.storage) else str(local_path(job.storage).absolute())
+    scaling = job.scaling.model_copy(update={"address": "auto"})
+    return job.at_whole_paths().model_copy(update={"name": plan.name, "storage": storage, "scaling": scaling})
+
+
+class _Submission:
+    """One job on its way."""
+
+    def __init__(
+        self, head: Head, job: Job, plan: Plan, kind: str, fresh: bool, report: Report,
+        found: Callable[[Preflight], None] | None,
+    ) -> None:  # fmt: skip
+        self._head, self._job, self._plan, self._kind, self._fresh = head, job, plan, kind, fresh
+        self._report, self._found = report, found
+        self._tree = job.model_dump(mode="json", exclude_defaults=True)
+        told = json.dumps({"kind": kind, "job": self._tree}, sort_keys=True)
+        self._digest = hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    def run(self) -> RemoteRun:
+        """The job on the cluster: one that is there, or a new attempt."""
+        assert self._job.name is not None
+        base = f"{PREFIX}{_slug(self._job.name)}-{_short(self._job.storage, self._job.name)}"
+        while True:
+            before = self._attempts(base)
+            if before and (there := self._there(before)):
+                return there
+            attempt = max(before, default=0) + 1
+            with tempfile.TemporaryDirectory(prefix="orchestrator-submit-") as folder:
+                self._report(PhaseBegan("delivering the code"))
+                code = deliveries(self._job.modality)
+                packages = [self._head.upload(one.write(Path(folder))) for one in code]
+                self._preflight(code, packages, Path(folder))
+                request = {"kind": self._kind, "job": self._tree, "fresh": self._fresh}
+                packages.append(self._head.upload(pack_request(request, Path(folder) / "request.zip")))
+            metadata = {
+                "orchestrator_run": self._job.name, "orchestrator_storage": self._job.storage,
+                "orchestrator_kind": self._kind, "orchestrator_attempt": str(attempt),
+                "orchestrator_job": self._digest, "orchestrator_began": self._job.digest(),
+            }  # fmt: skip
+            environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
+            id = f"{base}.{attempt}"
+            if self._head.submit(id, _DRIVER, packages, metadata, environment):
+                started = self._head.job(id)
+                assert started is not None
+                return remote_run(self._head, started)
+            # Somebody was faster: it is there now.
+
+    def _attempts(self, base: str) -> dict[int, ClusterJob]:
+        """{attempt: job} of this run."""
+        found = {}
+        for job in self._head.jobs():
+            stem, _, number = job.id.rpartition(".")
+            if stem == base and number.isdecimal():
+                found[int(number)] = job
+        return found
+
+    def _there(self, attempts: Mapping[int, ClusterJob]) -> RemoteRun | None:
+        """The newest attempt, where it is the same job and has not failed."""
+        last = attempts[max(attempts)]
+        same = last.metadata.get("orchestrator_job") == self._digest
+        if not last.is_over:
+            if same and not self._fresh:
+                self._report(Noted(f"this job is on the cluster already, as {last.id}"))
+                return remote_run(self._head, last)
+            raise RefusedError(
+                "busy", f"{last.id} is working on the run {self._job.name}" + ("" if same else ", with other settings"),
+                mend=f"stop it: orchestrator stop {self._job.name}; or give this one another name: --name",
+            )  # fmt: skip
+        if last.state == "finished" and same and not self._fresh:
+            self._report(Noted(f"this job has finished before, as {last.id} (--fresh starts over)"))
+            return remote_run(self._head, last)
+        if last.state != "finished":
+            self._report(Noted(f"{last.id} has {last.state}: this is the next attempt, which goes on with its run"))
+        return None
+
+    def _preflight(self, code: list[Delivery], packages: list[str], folder: Path) -> None:
+        """Look at every node. Raises `RefusedError` where one lacks something."""
+        self._report(PhaseBegan("preflight: looking at every node"))
+        wanted = wanted_of(self._plan, self._job.storage, as_wanted(code))
+        token = secrets.token_hex(16)
+        request = {**wanted, "token": token, "timeout_s": _NODE_TIMEOUT_S}
+        packages = [*packages, self._head.upload(pack_request(request, folder / "preflight.zip"))]
+        id = f"{PREFIX}preflight-{token[:12]}"
+        self._head.submit(id, _PREFLIGHT, packages, {"orchestrator_kind": "preflight"}, {})
+        over = wait_until_over(self._head, id, _PREFLIGHT_TIMEOUT_S)
+        said = self._head.text(id) if over is not None and over.is_over else ""
+        told = [one for line in said.splitlines() if isinstance(one := parse_line(line), Found)]
+        if over is not None and not over.is_over:
+            self._head.stop(id)
+        elif told:
+            self._head.forget(id)
+        if not told:
+            raise _no_preflight(over, said)
+        preflight = Preflight(told[-1].nodes, wanted)
+        if self._found is not None:
+            self._found(preflight)
+        preflight.require()
+
+
+def _no_preflight(job: ClusterJob | None, said: str) -> OrchestratorError:
+    last = [line for line in (said or (job.message if job else "")).splitlines() if line.strip()]
+    why = last[-1].strip()[:300] if last else "the cluster has no room for it, or its head has lost it"
+    if "No module named" in why or "not found" in why:
+        return RefusedError(
+            "cluster", f"the head's `python` does not run what the job needs: {why}",
+            expected="the Python that Ray runs with, first on the PATH of `ray start`",
+            mend="start the head with that environment's bin folder first on its PATH, and with ray[default] in it",
+        )  # fmt: skip
+    return RefusedError(
+        "cluster", f"the preflight did not end: {why}", expected="a cluster that runs a small job",
+        mend="look at the head's dashboard, under Jobs",
+    )  # fmt: skip
+
+
+def _slug(name: str) -> str:
+    """The name as an id may have it."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:80] or "run"
+
+
+def _short(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:6]

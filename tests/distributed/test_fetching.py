@@ -1,0 +1,85 @@
+"""A run that is brought home: whole, in parts, damaged on its way."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+
+from orchestrator.distributed.fetching import Arrival, beside, copy_run, settle
+from orchestrator.distributed.telling import Piece
+from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.job import DirectoryStorage, file_sha256, hold
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> DirectoryStorage:
+    """A run with small files, a checkpoint and a model."""
+    storage = DirectoryStorage(tmp_path / "runs")
+    with hold(storage, "a") as run:
+        run.write("plan.json", "{}")
+        run.write("results.json", '{"test": 1}')
+        run.write("tensorboard/events.1", b"\x00")
+        for folder in ("checkpoints/step-00000001", "model"):
+            with run.committing(folder) as place:
+                (place / "weights.safetensors").write_bytes(b"weights of " + folder.encode())
+    return storage
+
+
+def test_all_of_it_its_model_or_its_small_files(storage: DirectoryStorage, tmp_path: Path) -> None:
+    def names(what: str) -> list[str]:
+        folder = tmp_path / what
+        copy_run(storage, "a", folder, what)  # type: ignore[arg-type]
+        return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+    small = ["plan.json", "results.json"]
+    assert names("results") == small
+    assert names("model") == ["model/weights.safetensors", *small]
+    assert names("all") == [
+        "checkpoints/step-00000001/weights.safetensors", "model/weights.safetensors", *small, "tensorboard/events.1",
+    ]  # fmt: skip
+
+
+def test_what_is_not_there_or_not_as_it_was_committed(storage: DirectoryStorage, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="there is no run") as caught:
+        copy_run(storage, "b", tmp_path / "b", "all")
+    assert caught.value.reason == "not_found"
+    file = tmp_path / "runs/a/model/weights.safetensors"
+    file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(RefusedError, match=r"damaged: weights\.safetensors was changed"):
+        copy_run(storage, "a", tmp_path / "a", "model")
+    with hold(storage, "a") as run:
+        run.delete("model")
+    with pytest.raises(RefusedError, match="has no model yet"):
+        copy_run(storage, "a", tmp_path / "again", "model")
+
+
+def test_pieces_are_put_together_and_compared(tmp_path: Path) -> None:
+    arrival = Arrival(tmp_path / "home")
+    for part in (b"one ", b"two"):
+        arrival.take(Piece("model/a", base64.b64encode(part).decode()))
+    arrival.take(Piece("empty", ""))
+    (tmp_path / "whole").write_bytes(b"one two")
+    digests = {"model/a": file_sha256(tmp_path / "whole")}
+    arrival.compare(digests)
+    with pytest.raises(OrchestratorError, match="model/b has not arrived as it was sent"):
+        arrival.compare({**digests, "model/b": "0"})
+    with pytest.raises(OrchestratorError, match="empty has not arrived as it was sent"):
+        arrival.compare({"empty": "0"})
+    for place in ("../outside", "/etc/x", "model/../../x"):
+        with pytest.raises(RefusedError, match="the cluster sends a file to"):
+            arrival.take(Piece(place, ""))
+
+
+def test_a_later_copy_replaces_what_it_holds(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for content in ("first", "second"):
+        partial = beside(home)
+        (partial / "model").mkdir(parents=True)
+        (partial / "model" / content).write_text(content)
+        (partial / "results.json").write_text(content)
+        settle(partial, home)
+    assert [file.name for file in (home / "model").iterdir()] == ["second"]
+    assert (home / "results.json").read_text() == "second"
+    assert [one.name for one in tmp_path.iterdir()] == ["home"]

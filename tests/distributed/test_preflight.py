@@ -1,0 +1,136 @@
+"""Which node lacks what: real facts of this machine, and each of them changed in turn."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orchestrator
+from orchestrator.distributed.nodes import describe, look, read_token, remove_tokens, token_file, write_token
+from orchestrator.distributed.preflight import Preflight, wanted_of
+from orchestrator.distributed.wheels import as_wanted, own_delivery
+from orchestrator.errors import RefusedError
+
+TOKEN = "f" * 32
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_resnet: Path, flat_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the nodes are asked for a job on this machine."""
+    plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), method="full")
+    storage = str(tmp_path_factory.mktemp("storage") / "runs")
+    return {**wanted_of(plan, storage, as_wanted([own_delivery("image")])), "token": TOKEN, "timeout_s": 9.0}
+
+
+@pytest.fixture(scope="module")
+def this_machine(asked: dict[str, Any]) -> dict[str, Any]:
+    """This machine as a node, alone in its cluster."""
+    write_token(asked["storage"], token_file(TOKEN, "head"), TOKEN.encode())
+    facts = look({**asked, "node_id": "n0"})
+    assert read_token(asked["storage"], token_file(TOKEN, "n0")).decode() == TOKEN
+    remove_tokens(asked["storage"], TOKEN)
+    assert list(Path(asked["storage"]).iterdir()) == []
+    return {
+        "node": "10.0.0.1", "node_id": "n0", "is_head": True, "resources": {"CPU": 2, "GPU": 0}, "facts": facts,
+        "storage_trouble": "", "echo": "",
+    }  # fmt: skip
+
+
+def test_a_machine_that_has_everything(asked: dict[str, Any], this_machine: dict[str, Any]) -> None:
+    preflight = Preflight([this_machine], asked)
+    assert preflight.faults == []
+    preflight.require()
+    assert preflight.rows[0][0] == "10.0.0.1 (head)"
+    assert preflight.rows[0][2] == "seen by all"
+
+
+def error(text: str) -> dict[str, str]:
+    return {"error": text}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "mend"),
+    [
+        ({"python": "3.9.1"}, "it has Python 3.9.1, and the head has", "install the same python"),
+        ({"torch": error("PackageNotFoundError: torch")}, "torch: PackageNotFoundError", "install torch there"),
+        ({"lacking": ["typer>=0.15"]}, "it lacks typer>=0.15", "pip install 'typer>=0.15'"),
+        ({"lacking": ["torch>=2.9 (it has 2.4)"]}, "torch>=2.9 (it has 2.4)", "pip install 'torch>=2.9'"),
+        ({"code": {"orchestrator": "0123"}}, "orchestrator there is other code (0123)", "PYTHONPATH"),
+        ({"modality": error("PluginError: x")}, "the modality image does not load: PluginError: x", "on every node"),
+        ({"storage": error("FileNotFoundError: y")}, "does not see in", "s3://bucket/runs"),
+        ({"free_bytes": 1000}, "0 MB are free on its disk", "make room"),
+        ({"data": "changed"}, "is not the same as here", "a place that all nodes see"),
+        ({"backbone": error("OSError: z")}, "is not to be had: OSError: z", "reach the Hub"),
+        ({"memory_bytes": 10}, "of memory are less than", "a larger node"),
+    ],
+)  # fmt: skip
+def test_what_a_node_lacks_is_told_with_the_node(
+    changes: dict[str, Any], words: str, mend: str, asked: dict[str, Any], this_machine: dict[str, Any]
+) -> None:
+    other = copy.deepcopy(this_machine)
+    other |= {"node": "10.0.0.2", "node_id": "n1", "is_head": False}
+    if "data" in changes:
+        changes = {"data": dict.fromkeys(other["facts"]["data"], "0" * 12)}
+    other["facts"] |= changes
+    with pytest.raises(RefusedError) as caught:
+        Preflight([this_machine, other], asked).require()
+    assert caught.value.reason == "cluster"
+    assert words in caught.value.message
+    assert "10.0.0.2: " in caught.value.message
+    assert "10.0.0.1" not in caught.value.message
+    assert mend in caught.value.mend
+
+
+def test_a_gpu_that_is_too_small(asked: dict[str, Any], this_machine: dict[str, Any]) -> None:
+    node = copy.deepcopy(this_machine)
+    node["resources"]["GPU"], node["facts"]["gpus"] = 1, [1000]
+    with pytest.raises(RefusedError, match="a GPU of 0 MB is smaller than"):
+        Preflight([node], asked).require()
+    Preflight([node], {**asked, "device": "cpu"}).require()
+
+
+def test_a_node_that_does_not_answer_and_one_that_the_head_does_not_read(
+    asked: dict[str, Any], this_machine: dict[str, Any]
+) -> None:
+    silent = {**this_machine, "node": "10.0.0.3", "is_head": False, "facts": error("no answer in 9 s")}
+    unread = {**this_machine, "node": "10.0.0.4", "is_head": False, "echo": "FileNotFoundError: there"}
+    faults = Preflight([this_machine, silent, unread], asked).faults
+    assert [one.node for one in faults] == ["10.0.0.3", "10.0.0.4"]
+    assert "it did not answer: no answer in 9 s" in faults[0].lacks
+    assert "what the head wrote" in faults[1].lacks
+    with pytest.raises(RefusedError, match="has no node that is alive"):
+        Preflight([], asked).require()
+
+
+def test_real_lacks_are_found(asked: dict[str, Any], tmp_path: Path) -> None:
+    """A storage that cannot be written, other data, a backbone that is cut, a requirement that nobody meets."""
+    backbone = tmp_path / "backbone"
+    shutil.copytree(asked["backbone"]["path"], backbone)
+    (backbone / "model.safetensors").write_bytes(b"cut")
+    (tmp_path / "file").write_text("")
+    facts = look({
+        **asked, "node_id": "n", "storage": str(tmp_path / "file"), "requires": ["no-such-thing>=1", "numpy>=99"],
+        "backbone": {**asked["backbone"], "path": str(backbone)}, "data": {str(tmp_path / "none"): ""},
+        "modality": "none", "modules": {"no_such_module": ""},
+    })  # fmt: skip
+    assert facts["lacking"][0] == "no-such-thing>=1"
+    assert "numpy>=99 (it has" in facts["lacking"][1]
+    for told, words in (
+        (facts["storage"], "NotADirectoryError"), (facts["backbone"], "model.safetensors has 3 bytes, not"),
+        (facts["data"][str(tmp_path / "none")], "FileNotFoundError"), (facts["modality"], "no modality 'none'"),
+        (facts["code"]["no_such_module"], "no module"),
+    ):  # fmt: skip
+        assert words in told["error"]
+
+
+def test_data_is_known_by_names_and_sizes(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b.csv").write_text("x")
+    before = describe(str(tmp_path))
+    assert before == describe(str(tmp_path))
+    (tmp_path / "b.csv").write_text("xy")
+    assert describe(str(tmp_path)) != before

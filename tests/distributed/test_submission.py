@@ -1,0 +1,312 @@
+"""From this machine to a guarded cluster that has not this package: submit, follow, stop, go on, bring home."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orchestrator
+from cluster.local import LocalCluster
+from orchestrator.distributed.preflight import Preflight
+from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError
+from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan
+from orchestrator.remote import remote_runs
+from tests.conftest import REPOSITORY
+from tests.distributed.bare import bare_python
+from tests.whole.test_third_party import SOURCE
+
+pytest.importorskip("aiohttp", reason="the head of a cluster takes jobs with ray[default] alone")
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
+SMALL: dict[str, Any] = {
+    "method": "full", "training": {"epochs": 3, "batch_size": 40}, "scaling": {"threads_per_worker": 1},
+}  # fmt: skip
+LONG: dict[str, Any] = {**SMALL, "training": {"epochs": 2000, "batch_size": 40, "checkpoint_every_steps": 20}}
+PLANTED = {
+    "HF_TOKEN": "hf_planted0000000000000000000000000",
+    "AWS_SECRET_ACCESS_KEY": "planted1planted1planted1planted1",
+    "MY_PASSWORD": "planted2planted2",
+}
+
+
+class Heard(list[Event]):
+    """A `Report` that keeps what it is told."""
+
+    def __call__(self, event: Event) -> None:
+        self.append(event)
+
+    @property
+    def epochs(self) -> list[int]:
+        return [event.figures["epoch"] for event in self if isinstance(event, EpochEnded)]
+
+    def said(self, text: str) -> bool:
+        return any(text in event.text for event in self if isinstance(event, Noted | PhaseBegan))
+
+
+@pytest.fixture(scope="module")
+def own_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place in whose stead each node has a disk of its own."""
+    return tmp_path_factory.mktemp("own-disk")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, own_disk: Path) -> Iterator[LocalCluster]:
+    python = bare_python(tmp_path_factory.mktemp("bare") / "venv")
+    with LocalCluster(num_nodes=1, cpus=1, python=python, private=[str(own_disk)]) as one:
+        yield one
+
+
+@pytest.fixture
+def storage(own_disk: Path, cluster: LocalCluster) -> str:
+    """A storage that the node sees, and this machine does not."""
+    if not cluster.namespaces:
+        pytest.skip("nodes with disks of their own want root")
+    return str(own_disk / "runs")
+
+
+@pytest.fixture(autouse=True)
+def _token(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", cluster.environment["RAY_AUTH_TOKEN_PATH"])
+
+
+def submit(cluster: LocalCluster, heard: Heard | None = None, **job: Any) -> orchestrator.RemoteRun:
+    return orchestrator.submit(address=cluster.dashboard, report=Heard() if heard is None else heard, **job)
+
+
+@contextlib.contextmanager
+def followed(run: orchestrator.RemoteRun, until: int) -> Iterator[Heard]:
+    """What was heard once an epoch has ended; it is listened to in a thread until the run is over."""
+    heard, reached = Heard(), threading.Event()
+
+    def hear(event: Event) -> None:
+        heard(event)
+        if isinstance(event, EpochEnded) and event.figures["epoch"] >= until:
+            reached.set()
+
+    def follow() -> None:
+        with contextlib.suppress(OrchestratorError):
+            run.follow(hear)
+        reached.set()
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    assert reached.wait(300)
+    yield heard
+    thread.join(120)
+    assert not thread.is_alive()
+
+
+def test_it_trains_there_and_comes_home(
+    cluster: LocalCluster, storage: str, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    """What comes home through the cluster, whose storage this machine does not see, is a model without this package."""
+    heard, told, again = Heard(), Heard(), Heard()
+    job = {"backbone": str(tiny_resnet), "data": str(digits), "storage": storage, "name": "digits", **SMALL}
+    run = submit(cluster, heard, **job)
+    assert heard.said("preflight")
+    results = run.follow(told)
+    assert told.epochs == [1, 2, 3]
+    assert told.said("writing the model")
+    assert sum(event.num for event in told if isinstance(event, Advanced)) >= 3 * 9
+    same = submit(cluster, again, **job)
+    assert (same.id, same.attempt) == (run.id, 1)
+    assert again.said("has finished before")
+    replayed = Heard()
+    assert orchestrator.attach("digits", address=cluster.dashboard, report=Heard()).follow(replayed) == results
+    assert replayed.epochs == [1, 2, 3]
+
+    assert not Path(storage).exists()
+    home = run.fetch(tmp_path / "home")
+    assert home.results == results
+    assert (home.path / "checkpoints").is_dir()
+    model = run.fetch(tmp_path / "model", "model")
+    assert sorted(one.name for one in model.path.iterdir() if one.is_dir()) == ["model"]
+    serve = (
+        "import sys, transformers; sys.modules['orchestrator'] = None\n"
+        f"print(transformers.pipeline('image-classification', model={str(model.path / 'model')!r})"
+        f"({str(next((digits / 'test').rglob('*.png')))!r})[0]['label'])"
+    )
+    done = subprocess.run([sys.executable, "-c", serve], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout.strip() in "0123456789", done.stderr
+
+
+def test_a_stopped_job_goes_on_as_its_next_attempt(
+    cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    """And a laptop that goes away ends nothing."""
+    job = {"backbone": str(tiny_resnet), "data": str(digits), "storage": str(tmp_path / "runs"), "name": "long", **LONG}
+    run = submit(cluster, **job)
+    with pytest.raises(RefusedError, match="is working on the run long, with other settings") as caught:
+        submit(cluster, **{**job, "method": "head"})
+    assert caught.value.reason == "busy"
+    assert submit(cluster, **job).id == run.id
+    with followed(run, until=1):
+        assert run.status()["state"] == "running"
+        assert run.stop() == "stopped"
+    with pytest.raises(InterruptedRunError):
+        run.follow(Heard())
+    stopped = run.status()
+    assert stopped["error"]["reason"] == "interrupted"
+    assert list((tmp_path / "runs" / "long" / "checkpoints").iterdir())
+
+    heard = Heard()
+    second = submit(cluster, heard, **job)
+    assert (second.attempt, second.id) == (2, f"{run.id.removesuffix('1')}2")
+    assert heard.said("has stopped: this is the next attempt")
+    with followed(second, until=stopped["epoch"] + 1) as told:
+        assert told.epochs[0] > 1, "it began anew"
+        assert second.stop() == "stopped"
+
+
+@pytest.fixture
+def second_node(cluster: LocalCluster) -> Iterator[str]:
+    node = cluster.add_node()
+    yield node.name
+    for name in list(cluster.nodes)[1:]:
+        cluster.kill_node(name)
+    wait_for_nodes(cluster, 1)
+
+
+def wait_for_nodes(cluster: LocalCluster, number: int) -> None:
+    """Return once Ray knows of so many nodes that are alive, and of no more."""
+    until = time.monotonic() + 120
+    while sum(bool(one["alive"]) for one in cluster.status().values()) != number:
+        assert time.monotonic() < until
+        time.sleep(1)
+
+
+def test_a_storage_that_not_all_nodes_see_is_refused_with_the_node(
+    cluster: LocalCluster, second_node: str, storage: str, tiny_resnet: Path, digits: Path
+) -> None:
+    """And nothing is left there, in the list neither."""
+    before = [job.id for _, job in remote_runs(address=cluster.dashboard, report=Heard())]
+    tables: list[Preflight] = []
+    job = {"backbone": str(tiny_resnet), "data": str(digits), "storage": storage, "name": "split", **SMALL}
+    with pytest.raises(RefusedError, match=r"does not see in .* what the head wrote there") as caught:
+        submit(cluster, **job, found=tables.append)
+    assert caught.value.reason == "cluster"
+    assert caught.value.message.startswith(f"{cluster.nodes[second_node].address}: ")
+    assert "s3://" in caught.value.mend
+    assert sorted(row[2] for row in tables[0].rows) == ["no", "seen by all"]
+    assert [job.id for _, job in remote_runs(address=cluster.dashboard, report=Heard())] == before
+
+
+def test_a_node_that_is_lost_is_replaced_and_the_job_ends(
+    cluster: LocalCluster, second_node: str, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    """Two workers, of which each node has room for one: the job waits for the new node, and goes on."""
+    training = {"epochs": 120, "batch_size": 40, "checkpoint_every_steps": 10}
+    job = {"backbone": str(tiny_resnet), "data": str(digits), "storage": str(tmp_path / "runs"), "name": "lost",
+           "method": "full", "training": training, "scaling": {"num_workers": 2, "threads_per_worker": 1}}  # fmt: skip
+    run = submit(cluster, **job)
+    with followed(run, until=2) as heard:
+        cluster.kill_node(second_node)
+        cluster.add_node()
+    assert run.state == "finished", run.lines_so_far()
+    assert heard.said("restart 1 of")
+    assert heard.epochs[-1] == 120
+    assert sorted(set(heard.epochs)) == list(range(1, 121))
+    assert run.fetch(tmp_path / "home").results["test"]["accuracy"] > 0.2
+
+
+def test_a_plugin_that_is_here_alone_trains_there(
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sources are on this machine's path; nothing of it was ever installed on the node."""
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
+         "--disable-pip-version-check", "--target", site, SOURCE],
+        check=True,
+    )  # fmt: skip
+    path = os.pathsep.join([str(site), str(REPOSITORY), str(REPOSITORY / "plugins")])
+    subprocess.run([sys.executable, SOURCE / "make_data.py"], check=True)
+    Path("cnn").mkdir()
+    Path("cnn/config.json").write_text('{"model_type": "sensor-cnn", "channels": 3, "width": 16}')
+    monkeypatch.setenv("PYTHONPATH", path)
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.terminal.cli", "submit", "--kind", "pretrain", "--modality", "sensor",
+         "--backbone", "cnn", "--data", "machines", "--epochs", "2", "--address", cluster.dashboard, "--fetch", "home",
+         "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(done.stdout)
+    assert json.loads(Path("home/results.json").read_text())["test"] == results["test"]
+
+
+def test_no_secret_is_to_be_found_there(
+    cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this machine's environment: neither in the run, nor in what the cluster shows, nor in its processes."""
+    import httpx2
+
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    token = cluster.token_file.read_text()
+    job = {"backbone": str(tiny_resnet), "data": str(digits), "storage": str(tmp_path / "runs"), "name": "quiet"}
+    run = submit(cluster, **job, **LONG)
+    with followed(run, until=1):
+        seen = {"ps": "\n".join(cluster.processes("").values())}
+        seen["ps"] += subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+        for pid in cluster.processes(""):
+            with contextlib.suppress(OSError):
+                environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+                seen[f"environment of {pid}"] = environment
+        with httpx2.Client(base_url=cluster.dashboard, headers={"Authorization": f"Bearer {token}"}) as head:
+            for path in ("/api/jobs/", f"/api/jobs/{run.id}", f"/api/jobs/{run.id}/logs", "/api/v0/tasks?detail=1",
+                         "/api/v0/actors?detail=1", "/api/v0/runtime_envs", "/api/v0/workers?detail=1",
+                         "/nodes?view=summary",
+                         "/api/v0/jobs?detail=1", "/api/cluster_status"):  # fmt: skip
+                answer = head.get(path)
+                assert answer.status_code == 200, (path, answer.text)
+                seen[path] = answer.text
+        run.stop()
+    for folder in (tmp_path / "runs", cluster.folder):
+        for file in folder.rglob("*"):
+            if file.is_file() and file != cluster.token_file and not file.is_symlink():
+                seen[str(file)] = file.read_bytes().decode(errors="replace")
+    assert "orchestrator_run" in seen["/api/jobs/"]
+    assert any("plan.json" in place for place in seen)
+    assert any("job-driver-" in place for place in seen)
+    assert "orchestrator.driver" in seen["ps"]
+    found = [(name, place) for place, text in seen.items() for name, value in {**PLANTED, "token": token}.items()
+             if value in text]  # fmt: skip
+    assert found == []
+
+
+def test_who_has_not_the_token_is_told_so_at_once(
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = cluster.dashboard
+    wrong = tmp_path / "wrong"
+    wrong.write_text("0" * 64)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(wrong))
+    with pytest.raises(RefusedError, match=r"can be read by others \(mode 06") as wide:
+        orchestrator.attach("x", address=address, report=Heard())
+    assert wide.value.mend == f"chmod 600 {wrong}"
+    wrong.chmod(0o600)
+    with pytest.raises(RefusedError, match="refuses the token") as refused:
+        orchestrator.attach("x", address=address, report=Heard())
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(RefusedError, match="wants a token, and none is given") as none:
+        orchestrator.attach("x", address=address, report=Heard())
+    assert {one.value.reason for one in (wide, refused, none)} == {"unauthorised"}
+    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token_file.read_text())
+    heard = Heard()
+    with pytest.raises(RefusedError, match="no job of a run x") as unknown:
+        orchestrator.attach("x", address=address, report=heard)
+    assert unknown.value.reason == "not_found"
+    assert heard.said("unencrypted") == cluster.namespaces

@@ -1,0 +1,36 @@
+"""What is sent to a cluster, before one is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import orchestrator
+from orchestrator.errors import DataError, RefusedError
+from orchestrator.gate import drafted
+from orchestrator.submission import _checked, _for_the_cluster
+
+
+def test_rows_of_a_program_do_not_travel() -> None:
+    draft = drafted(None, {"backbone": "b", "data": [{"text": "a", "label": "b"}]})
+    with pytest.raises(DataError, match="rows that this program holds do not travel") as caught:
+        _checked(draft)
+    assert "Parquet" in caught.value.mend
+
+
+def test_a_key_in_a_place_is_refused_and_not_shown() -> None:
+    draft = drafted(None, {"backbone": "b", "data": "https://host/data.csv?sig=abcdefgh"})
+    with pytest.raises(RefusedError, match="holds a user, a password or a key") as caught:
+        _checked(draft)
+    assert "abcdefgh" not in str(caught.value)
+
+
+def test_the_job_that_is_sent_means_the_same_anywhere(tiny_resnet: Path, flat_digits: Path) -> None:
+    fields = {"backbone": str(tiny_resnet), "data": str(flat_digits), "storage": "runs", "method": "full"}
+    plan = orchestrator.plan(**fields)
+    sent = _for_the_cluster(orchestrator.Job.model_validate({**fields, "data": {"path": str(flat_digits)}}), plan)
+    assert sent.name == plan.name
+    assert sent.storage == str(Path("runs").absolute())
+    assert sent.scaling.address == "auto"
+    assert sent.digest() == plan.job.digest(), "where it runs changes nothing of what is learnt"
