@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -230,8 +231,6 @@ def test_a_driver_that_is_killed_at_an_upload_goes_on_bit_for_bit(
     where: str, proxy: s3_proxy.Proxy, whole: orchestrator.Run, tiny_resnet: Path, flat_digits: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    import json
-
     job = job_of(tiny_resnet, flat_digits)
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(job)], stderr=subprocess.PIPE, text=True,
@@ -375,3 +374,49 @@ def test_a_checkpoint_that_was_damaged_is_passed_over_and_said(
     )
     assert any("a checkpoint is passed over" in note and "weights.safetensors was changed" in note for note in notes)
     assert same(run, whole)
+
+
+# --- nodes ---
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("num_extractors", [None, 2])
+def test_nodes_that_share_no_disk_work_on_one_run(
+    num_extractors: int | None, tiny_resnet: Path, flat_digits: Path, tmp_path: Path
+) -> None:
+    """Tables and features reach each node through the store. In a process of its own, since Ray is shut down."""
+    training = {"epochs": 2, "batch_size": 16, "num_microbatches": 2}
+    job = {**job_of(tiny_resnet, flat_digits, training=training), "method": "head"}
+    alone = orchestrator.finetune({**job, "storage": "runs"}, report=silent)
+    scaling = {"num_workers": 2, "address": "auto", "num_extractors": num_extractors}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ON_TWO_NODES), json.dumps({**job, "scaling": scaling}),
+         str(tmp_path / "disk of second"), "2" if num_extractors else "1"],
+        capture_output=True, text=True, timeout=280, check=False,
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'plugins'}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = orchestrator.open_run(f"{STORAGE}/digits")
+    assert (run.lineage["num_workers"], run.lineage["num_computed"]) == (2, 300)
+    one, other = weights_of(run), weights_of(alone)
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+    for disk in ("disk of first", "disk of second"):
+        assert list((tmp_path / disk).rglob(".features/*/*/*.safetensors")), disk
+        assert list((tmp_path / disk).rglob(".copies/.data/*/*/*")), disk
+
+
+ON_TWO_NODES = """
+    import json, sys
+    import ray
+    from ray.cluster_utils import Cluster
+    import orchestrator
+    cpus = int(sys.argv[3])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+    cluster.add_node(num_cpus=cpus, env_vars={"XDG_CACHE_HOME": sys.argv[2]})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    orchestrator.finetune(json.loads(sys.argv[1]), report=lambda event: None)
+    ray.shutdown()
+    cluster.shutdown()
+"""
