@@ -230,11 +230,13 @@ def test_candidates_of_the_hub(
         ranked(from_hub="image-classification, > 1B", data=str(flat_digits))
     with pytest.raises(JobError, match="does not answer"):
         ranked(from_hub="no-such-task", data=str(flat_digits))
-    hub.failures = 10
+    with pytest.raises(RefusedError, match="did not accept the token"), monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_expired")
+        ranked(from_hub="image-classification", data=str(flat_digits))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RefusedError, match="the Hub cannot be asked") as refused:
         ranked(from_hub="image-classification", data=str(flat_digits))
     assert refused.value.reason == "offline"
-    hub.failures = 0
 
 
 def test_what_is_told_while_it_runs(tiny_resnet: Path, tiny_vit: Path, flat_digits: Path) -> None:
