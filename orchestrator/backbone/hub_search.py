@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from orchestrator.backbone.hub import asking
 from orchestrator.errors import JobError, RefusedError, first_line
 
 _CONDITION = re.compile(r"([<>])\s*(\d+(?:\.\d+)?)\s*([KMB]?)", re.IGNORECASE)
@@ -72,13 +71,18 @@ def _listed(query: str, parsed: _Query, num: int) -> Iterator[HubCandidate]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    try:
-        models = asking(query, lambda: list(HfApi().list_models(
+    try:  # the client itself asks again where a page does not come
+        models = list(HfApi().list_models(
             pipeline_tag=parsed.task, num_parameters=parsed.num_parameters, sort="downloads",
             limit=_LOOKED_AT * num, expand=["safetensors", "gated"],
-        )))  # fmt: skip
+        ))  # fmt: skip
     except (HTTPError, OfflineModeIsEnabled) as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+        if status in (401, 403):
+            raise RefusedError(
+                "unauthorised", f"the Hub did not accept the token (status {status})", mend="run: hf auth login"
+            ) from error
+        if 400 <= status < 500:
             raise JobError(
                 f"the Hub does not answer {query!r}: {first_line(error)}", expected="a task of the Hub",
                 mend="look at huggingface.co/tasks for its name, or name the backbones",

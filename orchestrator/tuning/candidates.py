@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from orchestrator.backbone import read_card
 from orchestrator.data import Prepared, TableStore
-from orchestrator.errors import BadSampleError, OrchestratorError, RefusedError
+from orchestrator.errors import BadSampleError, RefusedError
 from orchestrator.gate import ResolvedBackbone, parse_settings, plan_on, read_data, resolve_backbone
 from orchestrator.job import BackboneCard, HeldRun, Job, PhaseBegan, Plan, Report
 from orchestrator.modality import registry
@@ -126,7 +125,5 @@ def num_parameters(plan: Plan) -> int | None:
 
 
 def _short(source: str) -> str:
-    try:
-        return read_card(source).name
-    except OrchestratorError:
-        return source.rstrip("/").rpartition("/")[2] or source
+    """`org/name@revision` -> `name`; the Hub is not asked once more about what it refused."""
+    return source.rstrip("/").rpartition("/")[2].partition("@")[0] or source

@@ -25,7 +25,7 @@ def test_the_table_on_a_screen(
     code, out, _ = screen("rank", tiny_resnet, efficientnet, random_bert, "--data", flat_digits, "--size", 32)
     assert code == 0
     lines = out.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("1 "))
+    first = next(i for i, line in enumerate(lines) if line.strip().startswith("1 "))
     assert "efficientnet" in lines[first]
     assert "full" in lines[first + 1]
     flat = " ".join(out.split())

@@ -202,8 +202,8 @@ def test_where_all_fail_it_fails(broken: Path, flat_digits: Path) -> None:
 
 
 def test_candidates_of_the_hub(
-    hub: Hub, tiny_resnet: Path, tiny_vit: Path, flat_digits: Path
-) -> None:  # fmt: skip
+    hub: Hub, tiny_resnet: Path, tiny_vit: Path, flat_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The most downloaded first, over pages of two; gated ones with their reason; larger ones not at all."""
 
     def put(name: str, directory: Path, downloads: int, tag: str = "image-classification", gated: bool = False) -> None:
@@ -230,11 +230,14 @@ def test_candidates_of_the_hub(
         ranked(from_hub="image-classification, > 1B", data=str(flat_digits))
     with pytest.raises(JobError, match="does not answer"):
         ranked(from_hub="no-such-task", data=str(flat_digits))
-    hub.failures = 10
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    with pytest.raises(RefusedError, match="did not accept the token"):
+        ranked(from_hub="image-classification", data=str(flat_digits))
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RefusedError, match="the Hub cannot be asked") as refused:
         ranked(from_hub="image-classification", data=str(flat_digits))
     assert refused.value.reason == "offline"
-    hub.failures = 0
 
 
 def test_what_is_told_while_it_runs(tiny_resnet: Path, tiny_vit: Path, flat_digits: Path) -> None:
