@@ -33,7 +33,8 @@ from cluster.machine import (  # noqa: E402
     links,
     namespaces_allowed as namespaces_allowed,
 )
-from cluster.nodes import HERE, LocalCluster as LocalCluster, Node  # noqa: E402
+from cluster.node import Node as Node  # noqa: E402
+from cluster.nodes import HERE, LocalCluster as LocalCluster  # noqa: E402
 
 EXAMPLES = """\
 what to type:
