@@ -95,10 +95,10 @@ def wait_for(machines: SlurmMachines, log: Path, words: str) -> str:
     return text
 
 
-def submitted(machines: SlurmMachines, job: Path, *flags: str) -> tuple[Path, list[str]]:
+def submitted(job: Path) -> tuple[Path, list[str]]:
     """The log of a job, and the words that give it to Slurm."""
     log = job.with_suffix(".log")
-    return log, ["sbatch", *flags, "--cpus-per-task=2", "--time=9", "--output", str(log), str(SCRIPT), str(job)]
+    return log, ["sbatch", "--cpus-per-task=2", "--time=9", "--output", str(log), str(SCRIPT), str(job)]
 
 
 def write_job(folder: Path, backbone: Path, data: Path, epochs: int) -> Path:
@@ -126,7 +126,7 @@ def test_a_job_is_cut_off_goes_on_and_leaves_nothing(
 ) -> None:
     """On two machines, one worker on each; the signal is that of the end of its time."""
     job = write_job(tmp_path, tiny_resnet, digits, epochs=40)
-    log, words = submitted(machines, job)
+    log, words = submitted(job)
     number = machines.run("node0", *words, timeout_s=60).stdout.split()[-1]
     wait_for(machines, log, "epoch 1")
     machines.run("node0", "scancel", "--batch", "--signal=TERM", number)
