@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-most test-ray test-cluster test-fast fuzz lint bench rows picture settings clean
+.PHONY: install demo test test-most test-ray test-cluster test-types test-fast fuzz chaos lint bench rows picture settings clean
 
 install: $(STAMP)
 
@@ -28,7 +28,7 @@ test: $(STAMP)
 	@$(MAKE) --no-print-directory --keep-going --jobs=1 lint test-most test-ray
 
 test-most: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason -m "not cluster" \
+	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason -m "not types and not cluster" \
 	  --ignore tests/distributed
 
 test-ray: $(STAMP)  # wants all cores for itself
@@ -39,6 +39,10 @@ test-ray: $(STAMP)  # wants all cores for itself
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=15 -m cluster
 
+# Every model type of transformers and timm, built and run: after a row of a plugin or a library changed.
+test-types: $(STAMP)
+	$(BIN)/python -m pytest -q --durations=5 -n auto --maxprocesses 4 -m types tests
+
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow and not cluster"
 
@@ -46,6 +50,11 @@ test-fast: $(STAMP)
 fuzz: $(STAMP)
 	FUZZ_NUM=2000 $(BIN)/python -m pytest -q -n auto tests/data/test_fuzz.py tests/data/test_fuzz_tables.py \
 	  tests/whole/test_predictor_fuzz.py tests/gate/test_fuzz_backbones.py
+
+# Real processes hurt at random moments, ROUNDS of each row; ROWS=worker,driver for some of them.
+ROUNDS ?= 5
+chaos: $(STAMP)
+	@$(BIN)/python -m tests.chaos --rounds $(ROUNDS) $(if $(ROWS),--rows $(ROWS))
 
 # What the benchmarks hold us against is installed only for them; RUN="--repeats 1" for a quick look.
 bench: $(STAMP)
