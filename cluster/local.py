@@ -33,7 +33,8 @@ from cluster.machine import (  # noqa: E402
     links,
     namespaces_allowed as namespaces_allowed,
 )
-from cluster.nodes import HERE, LocalCluster as LocalCluster, Node  # noqa: E402
+from cluster.node import Node as Node  # noqa: E402
+from cluster.nodes import HERE, LocalCluster as LocalCluster  # noqa: E402
 
 EXAMPLES = """\
 what to type:
@@ -57,7 +58,9 @@ what listens on the bridge's address, which `status` shows, they reach.
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     options = parser().parse_args(words)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is begun is cleaned up
+    # So that what is begun is cleaned up, also by a shell's background job, which hears no Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code: int | None = options.command(options)
     except ClusterError as error:

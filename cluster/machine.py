@@ -18,19 +18,6 @@ MARK = "LOCAL_CLUSTER_NODE"
 NETWORK = "10.213"
 NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
 
-IN_A_NAMESPACE = """
-mount -t tmpfs -o mode=1777 tmpfs /dev/shm
-mount --bind "$FOLDER/hosts" /etc/hosts
-mount --bind "$FOLDER/resolv.conf" /etc/resolv.conf
-for place in $PRIVATE; do mkdir -p "$OWN/private$place"; mount --bind "$OWN/private$place" "$place"; done
-echo "$NODE" > /proc/sys/kernel/hostname
-ip link set lo up
-until ip link set eth0 up 2>/dev/null; do sleep 0.05; done
-ip addr add "$ADDRESS/24" dev eth0
-"$@" &
-wait $!
-"""
-
 
 class ClusterError(RuntimeError):
     """What a person can mend; its text says how."""

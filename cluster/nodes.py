@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from cluster.machine import (
-    IN_A_NAMESPACE,
     MARK,
     NAMESPACES,
     ClusterError,
@@ -35,29 +34,12 @@ from cluster.machine import (
     remove_links,
     wait_until,
 )
+from cluster.node import IN_A_NAMESPACE, PROBE, Node, ray_start
 
 HERE = Path("/tmp")  # sockets of Ray allow a path of 107 characters in all
 PORT, DASHBOARD_PORT = 6379, 8265
 READY_S = 180.0
 GONE_S = 60.0
-OBJECT_STORE_BYTES = 400_000_000
-PROBE = """
-import json, sys
-from ray._raylet import GcsClient
-nodes = GcsClient(address=sys.argv[1]).get_all_node_info().values()
-print(json.dumps({n.node_name: [n.node_id.hex(), n.state == 0] for n in sorted(nodes, key=lambda n: n.start_time_ms)}))
-"""
-
-
-@dataclasses.dataclass
-class Node:
-    """One machine of the cluster; `pid` of the process whose end ends all of it."""
-
-    name: str
-    address: str
-    cpus: int
-    gpus: int = 0
-    pid: int = 0
 
 
 @dataclasses.dataclass
@@ -298,18 +280,15 @@ class LocalCluster:
 
     def _command_of(self, node: Node) -> list[str]:
         """What runs on a node for as long as it lives."""
-        words = [
-            self.python, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
-            f"--node-ip-address={node.address}", f"--node-name={node.name}", f"--num-cpus={node.cpus}",
-            f"--num-gpus={node.gpus}", f"--object-store-memory={OBJECT_STORE_BYTES}",
-            f"--temp-dir={self.folder}/{node.name}/ray",
+        at_head = self.nodes["node0"].address
+        head = [f"--address={self.address}"] if node.name != "node0" else [
+            "--head", f"--port={self.port}", f"--dashboard-host={at_head}", f"--dashboard-port={self.dashboard_port}",
         ]  # fmt: skip
-        if not self.namespaces:  # one machine has one of each port
-            words += [f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0"]
-        if node.name != "node0":
-            return [*words, f"--address={self.address}"]
-        dashboard = [f"--dashboard-host={node.address}", f"--dashboard-port={self.dashboard_port}"]
-        return [*words, "--head", f"--port={self.port}", *dashboard]
+        # One machine has one of each port.
+        shared = [] if self.namespaces else [
+            f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0",
+        ]  # fmt: skip
+        return ray_start(node, self.python, self.folder / node.name / "ray", [*head, *shared])
 
     def _log(self, name: str) -> Path:
         return self.folder / f"{name}.log"

@@ -10,7 +10,6 @@ set -euo pipefail
 
 cloud=${1:?usage: notice aws|gcp}
 every_s=${EVERY_S:-2}
-export RAY_ADDRESS=${RAY_ADDRESS:?the address of the head is wanted, HOST:6379}
 
 case $cloud in
   aws)
@@ -26,6 +25,7 @@ case $cloud in
     exit 2
     ;;
 esac
+export RAY_ADDRESS=${RAY_ADDRESS:?the address of the head is wanted, HOST:6379}
 
 is_taken_away() {
   local token

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
 
 from orchestrator.distributed.events import DriverChannel, watch_driver
 from orchestrator.distributed.joining import event_queue, joined, shut_down
-from orchestrator.distributed.leaving import is_taken_away, leave, leaving_ranks
+from orchestrator.distributed.leaving import Notice, is_taken_away, leave
 from orchestrator.distributed.offer import offer_of, resources_of
 from orchestrator.distributed.shared_storage import refuse_apart
 from orchestrator.distributed.waiting import Wait
@@ -206,9 +206,10 @@ def _worker(config: dict[str, Any]) -> None:
             config["spec"], channel, config["num_extractors"], config["extractor_threads"], config["use_gpu"]
         )
     device = ray.train.torch.get_device() if config["use_gpu"] else torch.device("cpu")
+    notice = Notice()
 
     def should_stop() -> bool:
-        return channel.should_stop() or bool(leaving_ranks())
+        return channel.should_stop() or notice.is_due()
 
     try:
         local_rank, deterministic = context.get_local_rank(), config["deterministic"]

@@ -1,10 +1,11 @@
-"""The notice that a node of the workers is taken away: they write a checkpoint, and start again without it."""
+"""The notice that a node of the workers is taken away: they write a checkpoint in time, and start again without it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
+from typing import Any
 
 import ray
 
@@ -12,18 +13,31 @@ _NOTICE_GRACE_S = 15.0
 """How long after one worker has heard of it another one may."""
 
 
-def leaving_ranks() -> tuple[int, ...]:
-    """The ranks whose node is taken away, as far as this worker was told; () while none is.
+class Notice:
+    """What Ray has told this worker of nodes that are taken away.
 
     Ray tells each worker of the group. `ray.train.get_preemption_info` has the same and is a barrier, which would cost
     each step more than the step; here the workers agree in the exchange that a step has anyway.
     """
-    with contextlib.suppress(Exception):  # private to Ray: without it a node that is taken away is one that is lost
-        from ray.train.v2._internal.execution.context import get_train_context  # noqa: PLC0415
 
-        info = get_train_context().preemption_context.preemption_info
-        return tuple(info.preempted_ranks) if info is not None else ()
-    return ()
+    def __init__(self) -> None:
+        self._leave_at: float | None = None
+        self._deadline_ms: int | None = None
+
+    def is_due(self) -> bool:
+        """Whether it is time to write the checkpoint and leave: half of the time that is given is left for that.
+
+        Until then it goes on: Ray counts on the node as long as it lives, and starts no group without it before.
+        """
+        info = _info()
+        if info is None:
+            return False
+        if not info.deadline_ms:
+            return True
+        if self._leave_at is None or info.deadline_ms != self._deadline_ms:  # a second node may have less
+            left_s = info.deadline_ms / 1000 - time.time()
+            self._deadline_ms, self._leave_at = info.deadline_ms, time.monotonic() + left_s / 2
+        return time.monotonic() >= self._leave_at
 
 
 def leave(rank: int) -> None:
@@ -33,11 +47,11 @@ def leave(rank: int) -> None:
     what they raised would count. Raises `RuntimeError` where this worker was never told: then Ray starts it again too.
     """
     until = time.monotonic() + _NOTICE_GRACE_S
-    while not (ranks := leaving_ranks()):
+    while (info := _info()) is None:
         if time.monotonic() > until:
             raise RuntimeError("the other workers stopped for a node that is taken away, and this one knows of none")
         time.sleep(0.1)
-    if rank in ranks:
+    if rank in info.preempted_ranks:
         os._exit(1)
 
 
@@ -48,3 +62,12 @@ def is_taken_away(error: BaseException | None) -> bool:
             return bool(error.preempted)
         error = getattr(error, "health_check_failure", None) or error.__cause__
     return False
+
+
+def _info() -> Any:
+    """Ray's `PreemptionInfo` for this worker, None while no node of the group is taken away."""
+    with contextlib.suppress(Exception):  # private to Ray: without it a node that is taken away is one that is lost
+        from ray.train.v2._internal.execution.context import get_train_context  # noqa: PLC0415
+
+        return get_train_context().preemption_context.preemption_info
+    return None

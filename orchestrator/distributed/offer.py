@@ -89,7 +89,7 @@ def _use_gpu(plan: Plan, most: Mapping[str, float], report: Report) -> bool:
     lacks = [kind.partition(":")[2] for kind in _kind(plan) if not most.get(kind)]
     if gpus >= least and not lacks:
         if wanted == "auto":
-            report(Noted(f"device auto: {_num_processes(plan)} processes on GPUs, of {gpus:g} that the cluster has"))
+            report(Noted(f"device auto: on {least:g} of the cluster's {gpus:g} GPUs"))
         return True
     each = "a GPU" if scaling.gpus_per_worker == 1 else f"{scaling.gpus_per_worker:g} of a GPU"
     what = f"{_num_processes(plan)} processes want {each} each, and the cluster has {gpus:g}"

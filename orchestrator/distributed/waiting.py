@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import ray
+
 from orchestrator.distributed.offer import lacking
 from orchestrator.errors import RefusedError
 from orchestrator.job import Noted, Plan, Report
@@ -22,7 +24,7 @@ class Wait:
     def look(self, waiting: bool) -> None:
         """Called often; `waiting`: no group of workers runs. Raises `RefusedError` once that was so for too long."""
         now = time.monotonic()
-        if not waiting:
+        if not waiting or _has_place():
             self._began = None
             return
         if self._began is None:
@@ -33,13 +35,17 @@ class Wait:
         self._told = now
         wanted = lacking(self._plan, self._threads, self._use_gpu)
         if left_s > 0:
-            if wanted:
-                self._report(Noted(f"still waiting for a place: {wanted}; {left_s / 60:.0f} min are left"))
-            return
-        if not wanted:  # it has its place, and starts
+            self._report(Noted(f"still waiting for a place: {wanted or 'all is free'}; {left_s / 60:.0f} min are left"))
             return
         raise RefusedError(
             "resources",
-            f"the job has had no place on the cluster for {self._plan.job.scaling.wait_s:g} s: {wanted}",
+            f"no place on the cluster for {self._plan.job.scaling.wait_s:g} s: {wanted or 'all is free'}",
             mend="the same command goes on once there is one; or raise scaling.wait_s, or lower scaling.num_workers",
         )
+
+
+def _has_place() -> bool:
+    """Whether Ray has set aside what a group of this job wants: then it starts, and waits for nobody."""
+    job = ray.get_runtime_context().get_job_id()  # with which the ids of its placement groups end
+    groups = ray.util.placement_group_table().items()
+    return any(key.endswith(job) and group["state"] == "CREATED" for key, group in groups)

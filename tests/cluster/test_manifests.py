@@ -17,9 +17,7 @@ from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "cluster" / "kuberay"
 KINDS = {"cluster.yaml": "RayCluster", "job.yaml": "RayJob"}
-ANY_KEY = (
-    r".*\b(nodeSelector|rayStartParams|matchLabels|labels|selector)\.[^.]*", r".*\b(requests|limits)\..*",
-)  # fmt: skip
+ANY_KEY = (r".*\b(nodeSelector|rayStartParams|matchLabels|labels|selector|requests|limits)\..*",)
 METADATA = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 
 

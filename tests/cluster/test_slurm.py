@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import LocalCluster, namespaces_allowed
-from cluster.nodes import Node
+from cluster.local import LocalCluster, Node, namespaces_allowed
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "cluster" / "slurm.sh"
@@ -96,25 +95,50 @@ def wait_for(machines: SlurmMachines, log: Path, words: str) -> str:
     return text
 
 
-@pytest.mark.cluster
-@pytest.mark.timeout(600)
-def test_a_job_runs_on_two_machines_and_nothing_is_left(
-    machines: SlurmMachines, tiny_resnet: Path, digits: Path, tmp_path: Path
-) -> None:
-    job = tmp_path / "job.yaml"
+def submitted(job: Path) -> tuple[Path, list[str]]:
+    """The log of a job, and the words that give it to Slurm."""
+    log = job.with_suffix(".log")
+    return log, ["sbatch", "--cpus-per-task=2", "--time=9", "--output", str(log), str(SCRIPT), str(job)]
+
+
+def write_job(folder: Path, backbone: Path, data: Path, epochs: int) -> Path:
+    job = folder / "job.yaml"
     job.write_text(
-        f"backbone: {tiny_resnet}\ndata: {digits}\nmethod: full\nname: run\nstorage: {tmp_path / 'runs'}\n"
-        "training: {epochs: 2, batch_size: 16}\nscaling: {num_workers: 2, threads_per_worker: 2}\n"
+        f"backbone: {backbone}\ndata: {data}\nmethod: full\nname: run\nstorage: {folder / 'runs'}\n"
+        f"training: {{epochs: {epochs}, batch_size: 16}}\nscaling: {{num_workers: 2, threads_per_worker: 2}}\n"
     )
-    log = tmp_path / "log"
-    words = ["sbatch", "--wait", "--cpus-per-task=2", "--time=9", "--output", str(log), str(SCRIPT), str(job)]
-    done = machines.run("node0", *words, timeout_s=500)
-    text = log.read_text()
-    assert done.returncode == 0, text
-    assert (tmp_path / "runs/run/model/model.safetensors").exists(), text
-    assert "2 workers" in text or "10.213." in text
+    return job
+
+
+def nothing_is_left(machines: SlurmMachines, tmp_path: Path) -> None:
+    """Of Ray, of its files and of the token."""
     assert not list((tmp_path / "slurm/home").glob(".ray-token-*"))
     for node in ("node0", "node1"):
         left = [line for line in machines.processes(node).values() if "raylet" in line or "gcs_server" in line]
         assert left == []
         assert machines.run(node, "sh", "-c", 'ls "$TMPDIR"').stdout == ""
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_job_is_cut_off_goes_on_and_leaves_nothing(
+    machines: SlurmMachines, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    """On two machines, one worker on each; the signal is that of the end of its time."""
+    job = write_job(tmp_path, tiny_resnet, digits, epochs=40)
+    log, words = submitted(job)
+    number = machines.run("node0", *words, timeout_s=60).stdout.split()[-1]
+    wait_for(machines, log, "epoch 1")
+    machines.run("node0", "scancel", "--batch", "--signal=TERM", number)
+    text = wait_for(machines, log, "stopped at step")
+    assert "the same command goes on" in text
+    wait_for(machines, log, "going on from step")  # Slurm has begun it again by itself
+    while machines.run("node0", "squeue", "--noheader").stdout.strip():
+        time.sleep(0.5)
+    assert (tmp_path / "runs/run/model/model.safetensors").exists(), log.read_text()
+    nothing_is_left(machines, tmp_path)
+
+
+def test_without_a_job_it_says_what_it_wants() -> None:
+    done = subprocess.run([SCRIPT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "usage: sbatch cluster/slurm.sh JOB.yaml [FLAGS OF FINETUNE]\n")

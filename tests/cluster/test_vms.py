@@ -63,7 +63,7 @@ def file_problems(config: dict[str, Any]) -> list[str]:
 
     try:
         validate_config(prepare_config(config))
-    except (jsonschema.ValidationError, ValueError, KeyError, TypeError) as error:
+    except (jsonschema.ValidationError, ValueError, KeyError, TypeError, AssertionError) as error:
         return [str(error)]
     cloud = config["provider"]["type"]
     found = sorted(set(config["provider"]) - PROVIDERS[cloud])

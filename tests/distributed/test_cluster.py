@@ -36,7 +36,7 @@ def _two_nodes() -> Iterator[None]:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False})
-    cluster.add_node(num_cpus=4, num_gpus=1)
+    cluster.add_node(num_cpus=4, num_gpus=1, resources={"accelerator_type:L4": 1})
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
@@ -65,7 +65,7 @@ def test_what_a_cluster_offers(plan: Plan) -> None:
     assert offer.offer_of(with_scaling(plan, num_workers=1), notes.append)["use_gpu"]
     assert offer.offer_of(with_scaling(plan, num_workers=1), notes.append)["threads"] == 4
     assert not offer.offer_of(with_scaling(plan, num_workers=1, device="cpu"), notes.append)["use_gpu"]
-    assert len(notes) == 1
+    assert notes[1:] == [Noted("device auto: on 1 of the cluster's 1 GPUs")] * 2
     with pytest.raises(RefusedError, match="2 processes want a GPU each, and the cluster has 1") as caught:
         offer.offer_of(with_scaling(plan, device="gpu"), notes.append)
     assert caught.value.mend
@@ -79,14 +79,82 @@ def test_what_a_cluster_offers(plan: Plan) -> None:
 
 
 @pytest.mark.usefixtures("_two_nodes")
+def test_of_an_elastic_group_the_fewest_workers_want_a_place(plan: Plan) -> None:
+    from orchestrator.distributed import offer
+
+    notes: list[Event] = []
+    given = offer.offer_of(with_scaling(plan, num_workers=16, min_workers=2, device="cpu"), notes.append)
+    assert (given["threads"], notes) == (2, [])
+    with pytest.raises(RefusedError, match="7 workers need 7 CPUs"):
+        offer.offer_of(with_scaling(plan, num_workers=16, min_workers=7, device="cpu"), notes.append)
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_gpus_are_shared_and_of_one_kind(plan: Plan) -> None:
+    from orchestrator.distributed import offer
+
+    notes: list[Event] = []
+    shared = with_scaling(plan, gpus_per_worker=0.5)
+    assert offer.offer_of(shared, notes.append)["use_gpu"]
+    assert offer.resources_of(shared, 2, use_gpu=True) == {"CPU": 2, "GPU": 0.5}
+    with pytest.raises(RefusedError, match=r"3 processes want 0\.5 of a GPU each, and the cluster has 1"):
+        offer.offer_of(with_scaling(plan, num_workers=3, gpus_per_worker=0.5, device="gpu"), notes.append)
+    assert offer.offer_of(with_scaling(plan, num_workers=1, accelerator_type="L4"), notes.append)["use_gpu"]
+    with pytest.raises(RefusedError, match="the kind H100 are wanted, and the cluster has L4") as caught:
+        offer.offer_of(with_scaling(plan, num_workers=1, accelerator_type="H100"), notes.append)
+    assert "scaling.accelerator_type" in caught.value.mend
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_waiting_is_shown_and_has_an_end(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from orchestrator.distributed import waiting
+
+    notes: list[Event] = []
+    taken = ray.util.placement_group([{"CPU": 2}, {"CPU": 4}])
+    ray.get(taken.ready())
+    wait = waiting.Wait(with_scaling(plan, wait_s=1e-9), 2, False, notes.append)
+    wait.look(waiting=True)
+    wait.look(waiting=True)  # what this job asked for is set aside: it starts, and waits for nobody
+    ray.util.remove_placement_group(taken)
+    wait.look(waiting=False)
+    wait.look(waiting=True)
+    with pytest.raises(RefusedError, match="no place on the cluster for 1e-09 s") as caught:
+        wait.look(waiting=True)
+    assert "scaling.wait_s" in caught.value.mend
+    monkeypatch.setattr(waiting, "_TOLD_EVERY_S", 0.0)
+    wait = waiting.Wait(with_scaling(plan, num_workers=4), 2, False, notes.append)
+    wait.look(waiting=True)
+    assert notes == [Noted("still waiting for a place: 8 CPUs are wanted and 6 are free; 30 min are left")]
+
+
+def test_a_node_that_is_taken_away_is_told_once() -> None:
+    from orchestrator.distributed.events import EventQueue
+
+    queue = EventQueue()
+    assert queue.is_waiting()
+    for rank in (0, 1):
+        queue.began(rank, f"process {rank} on 10.0.0.{rank}")
+    assert not queue.is_waiting()
+    for _ in range(3):  # Ray looks several times until all have ended
+        queue.taken_away([1])
+    text = "worker 1 (process 1 on 10.0.0.1): its node is taken away; going on from the last checkpoint without it"
+    assert queue.take(stop=False) == [Noted(text, is_warning=True)]
+    assert queue.is_waiting()
+
+
+@pytest.mark.usefixtures("_two_nodes")
 def test_what_an_autoscaler_could_give_is_waited_for(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.distributed import offer
 
     monkeypatch.setattr(offer, "most_resources", lambda: {"CPU": 64, "GPU": 8})
     notes: list[Event] = []
     assert offer.offer_of(plan, notes.append)["use_gpu"]
-    (note,) = notes
+    note = notes[-1]
     assert note == Noted("the job waits for its place on the cluster: 2 GPUs are wanted and 1 are free")
+    monkeypatch.setattr(offer, "_node_types", lambda: [{"CPU": 16, "GPU": 1}] * 2)
+    assert offer.offer_of(plan, notes.append)["threads"] == 16  # a machine's cores, which is not there yet
 
 
 @pytest.mark.usefixtures("_two_nodes")

@@ -1,0 +1,116 @@
+"""An elastic group on machines that come and go: it shrinks, grows, and learns what a fixed one learns."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orchestrator
+from cluster.local import LocalCluster, namespaces_allowed
+from tests.whole.test_train import silent, weights_of
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not namespaces_allowed(), reason="machines of their own want root, on Linux"),
+]
+TRAINING = {"epochs": 60, "batch_size": 16, "num_microbatches": 2, "checkpoint_every_s": 600, "precision": "fp32"}
+
+
+class Driver:
+    """`orchestrator finetune` on the head, and what it says."""
+
+    def __init__(self, cluster: LocalCluster, folder: Path, job: dict[str, Any]) -> None:
+        (folder / "job.yaml").write_text(json.dumps(job))
+        self._log = folder / "log"
+        self._metrics = folder / "runs/run/metrics.jsonl"
+        self._cluster = cluster
+        words = [cluster.python, "-m", "orchestrator.terminal.cli", "finetune", str(folder / "job.yaml")]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                cluster.command("node0", words), env=cluster.node_environment("node0"), stdout=log, stderr=log
+            )
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def epoch(self) -> int:
+        """The last one that has ended."""
+        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
+        return int(json.loads(lines[-1])["epoch"]) if lines else 0
+
+    def wait_for(self, words: str) -> str:
+        """What it has said, once that is in it."""
+        while not re.search(words, self.said):
+            assert self.process.poll() is None, self.said
+            time.sleep(0.2)
+        return self.said
+
+    def wait_for_epoch(self, epoch: int) -> None:
+        while self.epoch() < epoch:
+            assert self.process.poll() is None, self.said
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(num_nodes=2, cpus=1) as started:
+        yield started
+
+
+def test_a_notice_costs_no_step_and_nodes_join(
+    cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    """One worker a node. The second node is taken away with notice, and another one joins; there is no other checkpoint
+    than those of the notice and of the end."""
+    job = {
+        "backbone": str(tiny_resnet), "data": {"path": str(digits)}, "method": "full", "training": TRAINING,
+    }  # fmt: skip
+    one = orchestrator.finetune(**job, storage=str(tmp_path / "one"), scaling={"threads_per_worker": 1}, report=silent)
+    scaling = {"num_workers": 2, "min_workers": 1, "threads_per_worker": 1, "address": cluster.address}
+    driver = Driver(cluster, tmp_path, {**job, "storage": str(tmp_path / "runs"), "name": "run", "scaling": scaling})
+    driver.wait_for_epoch(3)
+    before = driver.epoch()
+    cluster.drain("node1", 60)
+    said = driver.wait_for("going on from step")
+    assert "its node is taken away" in said
+    cluster.kill_node("node1")
+    (going_on,) = re.findall(r"going on from step (\d+) of", said)
+    assert driver.process.wait(600) == 0, driver.said
+    assert "restart 1 of" not in driver.said
+    run = orchestrator.open_run(tmp_path / "runs/run")
+    assert int(going_on) >= before * run.plan.recipe.steps_per_epoch, "no other checkpoint was due"
+    assert [line["epoch"] for line in run.metrics] == list(range(1, 61))
+    for name, tensor in weights_of(one).items():
+        assert (tensor - weights_of(run)[name]).abs().max() < 1e-3, name
+
+
+def test_a_node_that_is_lost_is_gone_on_without_within_40_s(
+    cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    job = {
+        "backbone": str(tiny_resnet), "data": {"path": str(digits)}, "method": "full", "name": "run",
+        "training": {**TRAINING, "epochs": 2000, "checkpoint_every_s": 5}, "storage": str(tmp_path / "runs"),
+        "scaling": {"num_workers": 2, "min_workers": 1, "threads_per_worker": 1, "address": cluster.address},
+    }  # fmt: skip
+    driver = Driver(cluster, tmp_path, job)
+    driver.wait_for_epoch(3)
+    driver.wait_for("loading the backbone")
+    cluster.kill_node("node1")
+    driver.wait_for("restart 1 of 2")
+    driver.wait_for("going on from step")
+    driver.wait_for_epoch(driver.epoch() + 2)
+    cluster.add_node()
+    driver.wait_for(r"(?s)going on from step.*going on from step")  # it has grown: begun again, with both
+    driver.wait_for_epoch(driver.epoch() + 2)
+    assert any("RayTrainWorker" in line or "_RayTrainWorker" in line for line in cluster.processes("node2").values())
+    driver.process.terminate()
+    driver.process.wait(120)
