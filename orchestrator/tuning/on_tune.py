@@ -70,6 +70,8 @@ class TuneTrials:
     """Asked all the time: once it is true, all trials end where they are, and none is recorded."""
     heard: Callable[[Key, Mapping[str, Any]], None]
     ended: Callable[[Trial], None]
+    began_one: Callable[[], None]
+    """Called when a trial begins."""
     next: Callable[[], Task | None]
     """The next trial, None once there is none."""
     running: set[Key] = field(default_factory=set)
@@ -140,6 +142,7 @@ class TuneTrials:
         """A trial has begun."""
         self.running.add(key)
         self._started.setdefault(key, time.monotonic())
+        self.began_one()
 
     def epoch(self, key: Key, result: Mapping[str, Any]) -> None:
         """A trial tells of an epoch."""
