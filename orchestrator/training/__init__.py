@@ -22,6 +22,8 @@ The same in one process and on many; knows nothing of Ray.
 
 from orchestrator.training.assembly import WorkerSpec as WorkerSpec, assembled as assembled
 from orchestrator.training.batches import epoch_batches as epoch_batches
+from orchestrator.training.checkpoint import checkpoint_name as checkpoint_name
+from orchestrator.training.finish import FINAL_FIGURES as FINAL_FIGURES
 from orchestrator.training.intervals import wilson as wilson
 from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as load_run
 from orchestrator.training.loop import run_worker as run_worker

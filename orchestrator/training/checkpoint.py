@@ -44,7 +44,7 @@ class Checkpoint:
 
 def save(run: HeldRun, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint to the run, and then prune: it is on the storage before an older one is removed."""
-    with run.committing(_name_of(checkpoint.step)) as folder:
+    with run.committing(checkpoint_name(checkpoint.step)) as folder:
         for name in _TENSOR_FILES:
             tensors = {key: value.detach().contiguous().cpu() for key, value in getattr(checkpoint, name).items()}
             safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
@@ -81,7 +81,7 @@ def newest_step(run: HeldRun) -> int | None:
             )  # fmt: skip
     for step in reversed(_committed_steps(run)):
         try:
-            with run.opened(_name_of(step)):
+            with run.opened(checkpoint_name(step)):
                 return step
         except RefusedError as error:
             problems.append(error.message)
@@ -97,7 +97,7 @@ def newest_step(run: HeldRun) -> int | None:
 def load(run: HeldRun, step: int) -> Checkpoint:
     """The checkpoint of that step. Raises `CheckpointError` where it is not there, or not whole."""
     try:
-        with run.opened(_name_of(step)) as folder:
+        with run.opened(checkpoint_name(step)) as folder:
             state = json.loads((folder / "state.json").read_text())
             tensors = {name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in _TENSOR_FILES}
     except RefusedError as error:
@@ -109,7 +109,8 @@ def load(run: HeldRun, step: int) -> Checkpoint:
     return Checkpoint(step, state=state, **tensors)
 
 
-def _name_of(step: int) -> str:
+def checkpoint_name(step: int) -> str:
+    """Of the commit, in a run."""
     return f"{CHECKPOINTS}/{_PREFIX}{step:08d}"
 
 

@@ -13,6 +13,7 @@ from orchestrator.gate import ResolvedBackbone, plan_on, read_data, resolve_back
 from orchestrator.job import Draft, HeldRun, Job, PhaseBegan, Plan, Report, Run, hold
 from orchestrator.rehearsal import rehearsed
 from orchestrator.train import texts_of
+from orchestrator.tuning.probes import begin_behind_probe
 from orchestrator.tuning.space import Config, draft_with
 from orchestrator.tuning.trials import Key
 
@@ -74,6 +75,7 @@ class Layout:
             texts = texts_of(job, plan, data.prepared)
             held.clear()
             TableStore(held.folder.parent).refer(data.table, held)
+            begin_behind_probe(held, plan, self.search.name)
             for name, text in texts.items():  # plan.json, written last, says that the run is there
                 held.write(name, text)
         return run

@@ -28,14 +28,16 @@ from orchestrator.gate import num_cores
 from orchestrator.job import EpochEnded, Event, PhaseBegan, Plan, Report, Run, Stop
 from orchestrator.modality import Modality, registry
 from orchestrator.train import train_as_planned
+from orchestrator.training import FINAL_FIGURES
 from orchestrator.tuning.layout import Layout
+from orchestrator.tuning.probes import FOLDER, keep_probe
 from orchestrator.tuning.stacks import Task
 from orchestrator.tuning.stopping import Stopping
 from orchestrator.tuning.trials import Key, Metric, State, Trial
 
 _MOST_HERE = 8
 """Trials side by side on this machine, unless more are asked for: each holds a network and its samples in memory."""
-_RUN, _NUMBER, _REPEAT = "run", "number", "repeat"
+_RUN, _NUMBER, _REPEAT, _PROBES = "run", "number", "repeat", "probes"
 _DRIVER_BYTES = 2**20
 """What a trial asks for that has workers of its own: a place, and no core."""
 _ENVIRONMENT = {
@@ -136,7 +138,10 @@ class TuneTrials:
         })  # fmt: skip
         run = self.layout.lay_out(task.key, task.config, plan)
         self._tasks[task.key] = task
-        return {_RUN: str(run.path), _NUMBER: task.key[0], _REPEAT: task.key[1], **task.config}
+        probes = self.layout.search.folder / FOLDER
+        probes.mkdir(exist_ok=True)
+        own = {_RUN: str(run.path), _NUMBER: task.key[0], _REPEAT: task.key[1], _PROBES: str(probes)}
+        return {**own, **task.config}
 
     def began(self, key: Key) -> None:
         """A trial has begun."""
@@ -207,17 +212,22 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
     """Train the run of a trial up to its final figures, and tell Tune of each epoch."""
     if modality is not None and not registry.is_registered(modality.name):
         registry.register(modality)
-    trained = False
+    run = Run(Path(config[_RUN]))
+    plan = run.plan
+    trained = probed = False
 
     def report(event: Event) -> None:
-        nonlocal trained
+        nonlocal trained, probed
+        if isinstance(event, PhaseBegan):
+            trained = event.text == FINAL_FIGURES
+            if probed:
+                keep_probe(run, Path(config[_PROBES]))
         if isinstance(event, EpochEnded):
-            trained = event.figures["epoch"] == event.num_epochs
+            epoch = event.figures["epoch"]
+            probed = epoch == plan.recipe.phases[0].epochs
             figures = {name: event.figures[name] for name in _FIGURES if name in event.figures}
-            tune.report({**figures, "epoch": event.figures["epoch"], "training_iteration": event.figures["epoch"]})
+            tune.report({**figures, "epoch": epoch, "training_iteration": epoch})
 
-    run = Run(Path(config[_RUN]))
-    trained = bool(lines_of(run)) and lines_of(run)[-1]["epoch"] == run.plan.recipe.num_epochs
     with contextlib.suppress(InterruptedRunError):
         train_as_planned(run, report, lambda: trained)
 
