@@ -32,7 +32,7 @@ from orchestrator.training import FINAL_FIGURES
 from orchestrator.tuning.layout import Layout
 from orchestrator.tuning.probes import FOLDER, keep_probe
 from orchestrator.tuning.stacks import Task
-from orchestrator.tuning.stopping import Stopping
+from orchestrator.tuning.stopping import LAST_EPOCH, Stopping
 from orchestrator.tuning.trials import Key, Metric, State, Trial
 
 _MOST_HERE = 8
@@ -79,6 +79,7 @@ class TuneTrials:
     running: set[Key] = field(default_factory=set)
     _tasks: dict[Key, Task] = field(default_factory=dict)
     _started: dict[Key, float] = field(default_factory=dict)
+    _lines: dict[Key, list[dict[str, Any]]] = field(default_factory=dict)
     _stopping: bool = False
     _room: Room = field(default_factory=lambda: Room(1, 1, False))
 
@@ -91,7 +92,7 @@ class TuneTrials:
         """
         os.environ.update(_ENVIRONMENT)
         self.report(PhaseBegan("starting Ray"))
-        with joined(first, num_cpus=num_cores(), dashboard=True):
+        with joined(first, num_cpus=num_cores(), dashboard=None):
             self._room = room_for(first, most, num_trials)
             modality = first.job.modality
             own = registry.get(modality) if registry.is_registered(modality) else None
@@ -151,14 +152,20 @@ class TuneTrials:
 
     def epoch(self, key: Key, result: Mapping[str, Any]) -> None:
         """A trial tells of an epoch."""
-        self.heard(key, {name: result[name] for name in (*_FIGURES, "epoch") if name in result})
+        line = {name: result[name] for name in ("epoch", *_FIGURES) if name in result}
+        # Those of earlier processes the run itself has; it writes down those of this one when it finds the time.
+        known = self._lines.get(key) or [
+            one for one in lines_of(self.layout.run_of(key)) if one["epoch"] < line["epoch"]
+        ]
+        self._lines[key] = [*known, line]
+        self.heard(key, line)
 
     def over(self, key: Key, error: str = "") -> None:
         """A trial has ended; where all are stopped, it goes on another time."""
         self.running.discard(key)
         if self._stopping:
             return
-        task, lines = self._tasks[key], lines_of(self.layout.run_of(key))
+        task, lines = self._tasks[key], self._lines.get(key) or lines_of(self.layout.run_of(key))
         epochs = task.plan.recipe.num_epochs
         finished = bool(lines) and lines[-1]["epoch"] == epochs
         state: State = "failed" if error else "finished" if finished else "stopped"
@@ -226,7 +233,7 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
             epoch = event.figures["epoch"]
             probed = epoch == plan.recipe.phases[0].epochs
             figures = {name: event.figures[name] for name in _FIGURES if name in event.figures}
-            tune.report({**figures, "epoch": epoch, "training_iteration": epoch})
+            tune.report({**figures, "epoch": epoch, "training_iteration": epoch, LAST_EPOCH: event.num_epochs})
 
     with contextlib.suppress(InterruptedRunError):
         train_as_planned(run, report, lambda: trained)
