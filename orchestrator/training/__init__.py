@@ -40,6 +40,8 @@ The same in one process and on many; knows nothing of Ray.
 from orchestrator.training.assembly import WorkerSpec as WorkerSpec, assembled as assembled
 from orchestrator.training.audit import Taken as Taken, read_audit as read_audit
 from orchestrator.training.batches import epoch_batches as epoch_batches
+from orchestrator.training.checkpoint import checkpoint_name as checkpoint_name
+from orchestrator.training.finish import FINAL_FIGURES as FINAL_FIGURES
 from orchestrator.training.folds import assign_folds as assign_folds
 from orchestrator.training.intervals import wilson as wilson
 from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as load_run

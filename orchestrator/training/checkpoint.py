@@ -47,7 +47,7 @@ class Checkpoint:
 
 def save(run: HeldRun, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint to the run, and then prune: it is on the storage before an older one is removed."""
-    with run.committing(_name_of(checkpoint.step)) as folder:
+    with run.committing(checkpoint_name(checkpoint.step)) as folder:
         for name in (*_TENSOR_FILES, *([_AVERAGE] if checkpoint.average else [])):
             tensors = {key: value.detach().contiguous().cpu() for key, value in getattr(checkpoint, name).items()}
             safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
@@ -93,7 +93,7 @@ def newest_step(run: HeldRun, note: Callable[[str], None] | None = None) -> int 
             )  # fmt: skip
     for step in reversed(_committed_steps(run)):
         try:
-            with run.opened(_name_of(step)):
+            with run.opened(checkpoint_name(step)):
                 if note is not None:
                     for problem in problems:
                         note(f"a checkpoint is passed over: {problem}")
@@ -114,7 +114,7 @@ def newest_step(run: HeldRun, note: Callable[[str], None] | None = None) -> int 
 def load(run: HeldRun, step: int) -> Checkpoint:
     """The checkpoint of that step. Raises `CheckpointError` where it is not there, or not whole."""
     try:
-        with run.opened(_name_of(step)) as folder:
+        with run.opened(checkpoint_name(step)) as folder:
             state = json.loads((folder / "state.json").read_text())
             names = (*_TENSOR_FILES, *([_AVERAGE] if (folder / f"{_AVERAGE}.safetensors").is_file() else []))
             tensors = {name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in names}
@@ -127,7 +127,8 @@ def load(run: HeldRun, step: int) -> Checkpoint:
     return Checkpoint(step, state=state, **tensors)
 
 
-def _name_of(step: int) -> str:
+def checkpoint_name(step: int) -> str:
+    """Of the commit, in a run."""
     return f"{CHECKPOINTS}/{_PREFIX}{step:08d}"
 
 

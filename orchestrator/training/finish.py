@@ -21,6 +21,8 @@ from orchestrator.training.record import write_skipped
 from orchestrator.training.state import Session, TrainState
 
 _COMPARED = 16
+FINAL_FIGURES = "final figures"
+"""What is told when all is trained, and the test split not read yet; who stops a run here has its last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def evaluate_splits(session: Session) -> Evaluated:
 
     Called by all workers; raises `InterruptedRunError` on all if asked to stop.
     """
-    session.report(PhaseBegan("final figures"))
+    session.report(PhaseBegan(FINAL_FIGURES))
     predictions: dict[str, Predictions] = {}
     for split in ("validation", "test"):
         one = predict_split(session, split)

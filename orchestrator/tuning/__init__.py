@@ -13,6 +13,7 @@ share is done once: the data is read, a frozen body runs, and heads are trained 
     stacks      trials of a frozen body: features once, heads side by side
     heads       many heads on the same features, trained at once
     arithmetic  their losses and optimizers
+    probes      the first phase of lp-ft, which trials share
     on_tune     trials as Ray Tune's, each a run in a process of its own
     stopping    Tune's schedulers that stop trials early
     result      what a search gives: trials in order, tables

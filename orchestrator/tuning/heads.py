@@ -129,10 +129,10 @@ class HeadStack:
             yield [orders[seed][number] for seed in (seeds if len(orders) > 1 else seeds[:1])]
 
     def _step(self, rows: Sequence[Ints], step: int) -> Tensor:
-        """One step of all heads; float32 [heads]: its loss."""
+        """One step of all heads; float32 [2, heads]: the sum of its losses, and what to divide it by."""
         batch = _batch(self._inputs, rows)
         if batch is None:  # of samples that nobody could read there is nothing to learn
-            return torch.zeros(len(self._alive), device=self._inputs.device)
+            return torch.zeros(2, len(self._alive), device=self._inputs.device)
         features, targets, counts = batch
         outputs = self._outputs(features, shared=len(rows) == 1)
         each, weight = losses_of_heads(self._inputs.objective, outputs, targets, self._of_heads)
@@ -140,7 +140,7 @@ class HeadStack:
         losses: Tensor = sums / weights
         gradients = torch.autograd.grad(losses.sum(), list(self._weights.values()))
         self._move(dict(zip(self._weights, gradients, strict=True)), step)
-        return losses.detach()
+        return torch.stack([sums, weights]).detach()
 
     def _outputs(self, features: Tensor, shared: bool) -> Tensor:
         """float32 [heads, batch, classes]. features: `shared` [batch, ...], or [heads, batch, ...]"""
@@ -173,16 +173,17 @@ class HeadStack:
 
     @torch.no_grad()
     def _end_epoch(self, epoch: int, losses: Sequence[Tensor], decide: Decide) -> None:
-        by_step = torch.stack(list(losses)).cpu()
+        by_step = torch.stack(list(losses)).cpu().double()
         figures = self._validate()
         staying = []
         for place, head in enumerate(self._alive):
-            outcome, own = self.outcomes[head], by_step[:, place]
-            odd = (~own.isfinite()).nonzero()
+            outcome, own = self.outcomes[head], by_step[:, :, place]
+            odd = (~own[:, 0].isfinite()).nonzero()
             if len(odd):
                 outcome.failed_at = (epoch - 1) * len(losses) + int(odd[0])
                 continue
-            line = {"epoch": epoch, "train_loss": float(own.mean()), **{k: v[place] for k, v in figures.items()}}
+            sums, weights = own.sum(dim=0).tolist()
+            line = {"epoch": epoch, "train_loss": sums / (weights or 1.0), **{k: v[place] for k, v in figures.items()}}
             outcome.lines.append(line)
             if epoch == self._phase.epochs or decide(head, line):
                 staying.append(place)

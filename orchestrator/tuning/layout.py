@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -13,8 +14,12 @@ from orchestrator.gate import ResolvedBackbone, plan_on, read_data, resolve_back
 from orchestrator.job import Draft, HeldRun, Job, PhaseBegan, Plan, Report, Run, hold
 from orchestrator.rehearsal import rehearsed
 from orchestrator.train import texts_of
+from orchestrator.tuning.probes import begin_behind_probe
 from orchestrator.tuning.space import Config, draft_with
 from orchestrator.tuning.trials import Key
+
+_LEFT_S, _LOOKED_AT_S = 60.0, 0.2
+"""How long the processes of a search that was killed are waited for."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ class Layout:
     def lay_out(self, key: Key, config: Config, plan: Plan) -> Run:
         """The run of a trial, as `train_as_planned` goes on with it; one that was begun before is as it was."""
         run, job = self.run_of(key), self.job_of(key, config)
+        ended_by = time.monotonic() + _LEFT_S
+        while run.busy and time.monotonic() < ended_by:  # by a process of a search that was killed just now
+            time.sleep(_LOOKED_AT_S)
         data = self._data_of(job)
         with hold(run.storage, run.name) as held:
             if held.read("plan.json") is not None and run.plan.job.digest() == plan.job.digest():
@@ -74,6 +82,7 @@ class Layout:
             texts = texts_of(job, plan, data.prepared)
             held.clear()
             TableStore(held.folder.parent).refer(data.table, held)
+            begin_behind_probe(held, plan, self.search.name)
             for name, text in texts.items():  # plan.json, written last, says that the run is there
                 held.write(name, text)
         return run

@@ -28,14 +28,16 @@ from orchestrator.gate import num_cores
 from orchestrator.job import EpochEnded, Event, PhaseBegan, Plan, Report, Run, Stop
 from orchestrator.modality import Modality, registry
 from orchestrator.train import train_as_planned
+from orchestrator.training import FINAL_FIGURES
 from orchestrator.tuning.layout import Layout
+from orchestrator.tuning.probes import FOLDER, keep_probe
 from orchestrator.tuning.stacks import Task
-from orchestrator.tuning.stopping import Stopping
+from orchestrator.tuning.stopping import LAST_EPOCH, Stopping
 from orchestrator.tuning.trials import Key, Metric, State, Trial
 
 _MOST_HERE = 8
 """Trials side by side on this machine, unless more are asked for: each holds a network and its samples in memory."""
-_RUN, _NUMBER, _REPEAT = "run", "number", "repeat"
+_RUN, _NUMBER, _REPEAT, _PROBES = "run", "number", "repeat", "probes"
 _DRIVER_BYTES = 2**20
 """What a trial asks for that has workers of its own: a place, and no core."""
 _ENVIRONMENT = {
@@ -70,11 +72,14 @@ class TuneTrials:
     """Asked all the time: once it is true, all trials end where they are, and none is recorded."""
     heard: Callable[[Key, Mapping[str, Any]], None]
     ended: Callable[[Trial], None]
+    began_one: Callable[[], None]
+    """Called when a trial begins."""
     next: Callable[[], Task | None]
     """The next trial, None once there is none."""
     running: set[Key] = field(default_factory=set)
     _tasks: dict[Key, Task] = field(default_factory=dict)
     _started: dict[Key, float] = field(default_factory=dict)
+    _lines: dict[Key, list[dict[str, Any]]] = field(default_factory=dict)
     _stopping: bool = False
     _room: Room = field(default_factory=lambda: Room(1, 1, False))
 
@@ -87,7 +92,7 @@ class TuneTrials:
         """
         os.environ.update(_ENVIRONMENT)
         self.report(PhaseBegan("starting Ray"))
-        with joined(first, num_cpus=num_cores(), dashboard=True):
+        with joined(first, num_cpus=num_cores(), dashboard=None):
             self._room = room_for(first, most, num_trials)
             modality = first.job.modality
             own = registry.get(modality) if registry.is_registered(modality) else None
@@ -134,23 +139,33 @@ class TuneTrials:
         })  # fmt: skip
         run = self.layout.lay_out(task.key, task.config, plan)
         self._tasks[task.key] = task
-        return {_RUN: str(run.path), _NUMBER: task.key[0], _REPEAT: task.key[1], **task.config}
+        probes = self.layout.search.folder / FOLDER
+        probes.mkdir(exist_ok=True)
+        own = {_RUN: str(run.path), _NUMBER: task.key[0], _REPEAT: task.key[1], _PROBES: str(probes)}
+        return {**own, **task.config}
 
     def began(self, key: Key) -> None:
         """A trial has begun."""
         self.running.add(key)
         self._started.setdefault(key, time.monotonic())
+        self.began_one()
 
     def epoch(self, key: Key, result: Mapping[str, Any]) -> None:
         """A trial tells of an epoch."""
-        self.heard(key, {name: result[name] for name in (*_FIGURES, "epoch") if name in result})
+        line = {name: result[name] for name in ("epoch", *_FIGURES) if name in result}
+        # Those of earlier processes the run itself has; it writes down those of this one when it finds the time.
+        known = self._lines.get(key) or [
+            one for one in lines_of(self.layout.run_of(key)) if one["epoch"] < line["epoch"]
+        ]
+        self._lines[key] = [*known, line]
+        self.heard(key, line)
 
     def over(self, key: Key, error: str = "") -> None:
         """A trial has ended; where all are stopped, it goes on another time."""
         self.running.discard(key)
         if self._stopping:
             return
-        task, lines = self._tasks[key], lines_of(self.layout.run_of(key))
+        task, lines = self._tasks[key], self._lines.get(key) or lines_of(self.layout.run_of(key))
         epochs = task.plan.recipe.num_epochs
         finished = bool(lines) and lines[-1]["epoch"] == epochs
         state: State = "failed" if error else "finished" if finished else "stopped"
@@ -204,17 +219,22 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
     """Train the run of a trial up to its final figures, and tell Tune of each epoch."""
     if modality is not None and not registry.is_registered(modality.name):
         registry.register(modality)
-    trained = False
+    run = Run(Path(config[_RUN]))
+    plan = run.plan
+    trained = probed = False
 
     def report(event: Event) -> None:
-        nonlocal trained
+        nonlocal trained, probed
+        if isinstance(event, PhaseBegan):
+            trained = event.text == FINAL_FIGURES
+            if probed:
+                keep_probe(run, Path(config[_PROBES]))
         if isinstance(event, EpochEnded):
-            trained = event.figures["epoch"] == event.num_epochs
+            epoch = event.figures["epoch"]
+            probed = epoch == plan.recipe.phases[0].epochs
             figures = {name: event.figures[name] for name in _FIGURES if name in event.figures}
-            tune.report({**figures, "epoch": event.figures["epoch"], "training_iteration": event.figures["epoch"]})
+            tune.report({**figures, "epoch": epoch, "training_iteration": epoch, LAST_EPOCH: event.num_epochs})
 
-    run = Run(Path(config[_RUN]))
-    trained = bool(lines_of(run)) and lines_of(run)[-1]["epoch"] == run.plan.recipe.num_epochs
     with contextlib.suppress(InterruptedRunError):
         train_as_planned(run, report, lambda: trained)
 

@@ -34,6 +34,7 @@ from orchestrator.train import train_as_planned
 from orchestrator.tuning.directory import directory_of
 from orchestrator.tuning.layout import Layout, refuse_changed
 from orchestrator.tuning.pictures import draw_pictures
+from orchestrator.tuning.probes import FOLDER
 from orchestrator.tuning.proposals import make_algorithm
 from orchestrator.tuning.result import CSV_FILE, SearchResult, as_csv, open_search
 from orchestrator.tuning.settings import SearchSettings, settings_and_space
@@ -229,6 +230,7 @@ def _held(storage: DirectoryStorage, name: str, fresh: bool) -> Iterator[HeldRun
 
 def _prune(layout: Layout, kept: list[tuple[int, int]], book: Book) -> None:
     """Remove the checkpoints of trials that have ended, but of the best; their plans and epochs stay."""
+    layout.search.delete(FOLDER)
     for key in book.trials:
         run = layout.run_of(key)
         if key in kept or not run.storage.children(f"{run.name}/checkpoints"):

@@ -17,6 +17,8 @@ from orchestrator.tuning.trials import Key, Metric, Trial
 
 _BY_NAME = {"fifo": FIFOScheduler, "asha": AsyncHyperBandScheduler, "median": MedianStoppingRule}
 _TIMES = ("epoch", "training_iteration")
+LAST_EPOCH = "num_epochs"
+"""What a trial of Tune's tells beside its epoch."""
 
 
 def make_stopping(asked: Any, metric: Metric, num_epochs: int) -> Stopping:
@@ -92,7 +94,7 @@ class Stopping(FIFOScheduler):  # type: ignore[misc]  # Ray has no types
 
     def __init__(self, inner: TrialScheduler, metric: Metric) -> None:
         super().__init__()
-        self._inner, self._metric = inner, metric
+        self._inner = inner
         if isinstance(inner, MedianStoppingRule) and inner._time_attr == "time_total_s":  # its default
             inner._time_attr = "epoch"
         own = (getattr(inner, "_metric", None), getattr(inner, "_mode", None))
@@ -136,8 +138,10 @@ class Stopping(FIFOScheduler):  # type: ignore[misc]  # Ray has no types
         self._inner.on_trial_add(controller, trial)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """What comes next: one that could be paused goes on, for its place waits for nobody."""
+        """What comes next: one that could be paused goes on, and one that is at its last epoch comes to its end."""
         action = self._inner.on_trial_result(controller, trial, result)
+        if result.get("epoch", 0) == result.get(LAST_EPOCH):
+            return str(TrialScheduler.CONTINUE)
         return str(TrialScheduler.STOP if action == TrialScheduler.STOP else TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:

@@ -148,7 +148,7 @@ class Work:
         most = len(waiting) + (self.num_trials - len(self.book.proposed) if proposals is not None else 0)
         tune = TuneTrials(
             self.layout, self.metric, self._stopping, self.report, self._is_over, self._heard,
-            lambda trial: self._ended([trial]), following, self._running,
+            lambda trial: self._ended([trial]), self._tell, following, self._running,
         )  # fmt: skip
         return tune.run(waiting[0].plan, most, self.settings.max_concurrent)
 

@@ -1,8 +1,8 @@
 """Trials of full fine-tuning on Ray Tune: make bench NAME=search-ray
 
-8 trials of the method `full`, 400 MNIST digits, EfficientNet-Lite0, 48 px, 6 epochs at most, ASHA with epochs 1, 2 and 4
-as rungs, on all cores; against the same trials by hand, one after the other in one process, each for as many epochs as
-ASHA gave it. Both begin with imports done; ours starts Ray. Goal: at most 1.3 times as long.
+8 trials of the method `full`, 400 MNIST digits, EfficientNet-Lite0, 48 px, 6 epochs at most, ASHA with the epochs 1, 2
+and 4 as rungs, on all cores; against the same trials by hand, one after the other in one process, each for as many
+epochs as ASHA gave it. Both begin with imports done; ours starts Ray. Goal: at most 1.3 times as long.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def job(storage: str) -> dict[str, Any]:
     """What both sides train."""
     return {
         "backbone": str(DIGITS / "backbone"), "data": {"path": str(DIGITS / "data"), "num_train": 400},
-        "method": "full", "training": {"epochs": EPOCHS, "batch_size": 16}, "settings": {"size": 48}, "storage": storage,
+        "method": "full", "training": {"epochs": EPOCHS, "batch_size": 16}, "settings": {"size": 48},
+        "storage": storage,
     }  # fmt: skip
 
 
