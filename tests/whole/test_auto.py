@@ -178,7 +178,7 @@ def test_of_few_labels_none_is_held_back(tiny_resnet: Path, digits: Path, tmp_pa
     assert any("no validation split" in note for note in run.plan.data.notes)
     assert run.results["best_epoch"] == 4  # the last
     assert "none held back" in run.results["why"]
-    asked = orchestrator.plan(**{**job, "data": {**data, "validation_fraction": 0.1}, "report": None} | {"name": "b"})
+    asked = orchestrator.plan(backbone=str(tiny_resnet), data={**data, "validation_fraction": 0.2})
     assert asked.data.num_samples["validation"] > 0
     head = orchestrator.plan(backbone=str(tiny_resnet), data=data, method="head")
     assert head.data.num_samples["validation"] > 0
