@@ -6,6 +6,7 @@ are used, with their targets and splits. So nothing that is large is copied or h
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -156,6 +157,12 @@ class Samples:
     def rows(self, split: str) -> Ints:
         """The numbers of a split's samples, int64, ascending. `split` is one of `SPLITS`."""
         return np.flatnonzero(self._split == SPLITS.index(split))
+
+    def all_in_training(self) -> Samples:
+        """The same samples, those of the validation split among the training samples."""
+        other = copy.copy(self)
+        other._split = np.where(self._split == SPLITS.index("validation"), SPLITS.index("train"), self._split)
+        return other
 
     def order_by_length(self, rows: Ints) -> Ints:
         """The rows with the shortest samples first, by their size in bytes."""

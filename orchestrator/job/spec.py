@@ -185,6 +185,9 @@ class Training(_Part):
         None, ge=1, le=1000, description="method head with augmentation: so many random views of each sample are kept; "
         "default: the body runs in every step"
     )  # fmt: skip
+    refit: bool = Field(
+        False, description="in the end train again, on training and validation samples, for as many epochs as were best"
+    )
     budget_min: float | None = Field(
         None, gt=0, description="minutes that the job may take: the epochs in which everything is trained are made to "
         "fit, by its first steps; default: 60 with method auto, unless epochs are given; else none"

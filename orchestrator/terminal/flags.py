@@ -84,6 +84,7 @@ FLAGS = (
     Flag("--learning-rate", "training.learning_rate", _TRAINING, None, float),
     Flag("--budget", "training.budget_min", _TRAINING,
          "minutes; fewer epochs where everything takes longer [default: 60 with method auto]", float),
+    Flag("--refit", "training.refit", _TRAINING, None, bool),
     Flag("--seed", "training.seed", _TRAINING, None, int),
     Flag("--size", "settings.size", _TRAINING, "input size, where the modality has one", int),
     Flag("--workers", "scaling.num_workers", _WHERE, "more than one: processes on Ray", int),

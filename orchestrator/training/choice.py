@@ -61,7 +61,7 @@ def what_was_chosen(
     `best_epoch` of all phases, from 1; `candidates`: the figures of each phase's best epoch; `comparison`: the fields
     of the last phase's `Comparison`.
     """
-    phases = plan.recipe.phases
+    phases = [phase for phase in plan.recipe.phases if not phase.refits]
     if not phases[-1].must_win:
         return None
     name = "the probe" if phases[0].solver == "probe" else "the new last layer"
