@@ -4,6 +4,7 @@ In: what a person wrote in Python, YAML or flags. Out: a checked, frozen `Job`; 
 plain data that travels to workers as JSON. Imports neither torch nor Ray.
 
     spec      the Job and its parts; Python, YAML and flags become the same object
+    data_spec  its part that says where the samples are
     drafts    what a person wrote -> a Job, each fault with its place
     keys      every key of a job, and what a name without its group stands for
     reference  what each key takes, its default and its meaning, out of the models
@@ -20,6 +21,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     figures   which figures of a task are shown, and how they are written
 """
 
+from orchestrator.job.data_spec import VALIDATION_FRACTION as VALIDATION_FRACTION, Data as Data
 from orchestrator.job.directories import DirectoryStorage as DirectoryStorage
 from orchestrator.job.drafts import (
     Draft as Draft,
@@ -104,8 +106,6 @@ from orchestrator.job.runs import (
 from orchestrator.job.spec import (
     IN_A_STORE as IN_A_STORE,
     NOT_LEARNT as NOT_LEARNT,
-    VALIDATION_FRACTION as VALIDATION_FRACTION,
-    Data as Data,
     Job as Job,
     Method as Method,
     TaskName as TaskName,
