@@ -61,7 +61,7 @@ FLAGS = (
     Flag("--method", "method", _JOB,
          "auto: a probe, then everything, if validation prefers it; head: new last layer only; full: everything; "
          "lp-ft: first the one, then the other; lora: head and small matrices beside a frozen transformer's; scratch: "
-         "random weights"),
+         "random weights", metavar="METHOD"),
     Flag("--modality", "modality", _JOB, "image, or another that `plugins` lists"),
     Flag("--task", "task", _JOB, "one class a sample, any number of them, or numbers"),
     Flag("--name", "name", _JOB, "of the run; made from the job by default"),
