@@ -71,7 +71,7 @@ def test_the_command_lists_a_group_or_a_modality(cli: Cli) -> None:
 
 def test_the_help_of_a_flag_shows_choices_and_defaults(cli: Cli) -> None:
     shown = " ".join(cli("finetune", "--help").stdout.replace("│", " ").split())
-    for choices in ("head|full|lp-ft|lora|scratch", "fail|skip"):
+    for choices in ("head|full|lp-ft|lora", "fail|skip"):
         assert choices in shown
     for default in ("[default: head]", "[default: fail]", "[default: runs]", "[default: 1]", "[default: label]"):
         assert default in shown
