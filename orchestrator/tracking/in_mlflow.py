@@ -17,7 +17,7 @@ from orchestrator.tracking.trackers import Begun, End, Line, settings_of
 
 _EXPERIMENT = "orchestrator"
 _STATES: Mapping[End, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-_IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+_IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
 """By default the client tries for minutes, and training would wait for it."""
 _AT_ONCE = 900
 """Metrics in a request, of which a server takes 1,000."""

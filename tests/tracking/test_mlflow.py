@@ -36,7 +36,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Return once it answers."""
+        """Return once it answers, its tables made."""
         program = (
             "import os, sys; from mlflow.server import app\n"
             "from werkzeug.serving import run_simple\n"
@@ -54,7 +54,7 @@ class Server:
         while True:
             assert self._process.poll() is None, (self._folder / "log.txt").read_text()[-2000:]
             try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                with urllib.request.urlopen(f"{self.url}/api/2.0/mlflow/experiments/search?max_results=1"):
                     return
             except OSError:
                 time.sleep(0.1)
