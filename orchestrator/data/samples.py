@@ -166,6 +166,12 @@ class Samples:
         some._split[rows] = self._split[rows]
         return some
 
+    def all_in_training(self) -> Samples:
+        """The same samples, those of the validation split among the training samples."""
+        other = copy.copy(self)
+        other._split = np.where(self._split == SPLITS.index("validation"), SPLITS.index("train"), self._split)
+        return other
+
     def order_by_length(self, rows: Ints) -> Ints:
         """The rows with the shortest samples first, by their size in bytes."""
         return rows[np.argsort(self.num_bytes[rows], kind="stable")]

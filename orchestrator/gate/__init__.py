@@ -6,6 +6,8 @@ the mend. Reads metadata and data, never a weight; imports neither torch nor Ray
     decide    pure: does the backbone fit the modality and the data, or why not
     own_code  is the network the one that its type names
     recipes   a method -> phases, with every default
+    adapters  whether method lora can add to the backbone's matrices, and how much that is
+    combinations  settings of the training that mean nothing beside others
     resolve   pure: (modality, card, profile, job) -> Plan
     resume    a plan against the one that an unfinished run began with
     given_rows  rows that a program holds, on the storage of its runs

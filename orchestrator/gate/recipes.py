@@ -141,7 +141,9 @@ def kind_of(tensors: Tensors | None) -> Kind:
     return "transformer" if attends and _KERNELS * num_kernels < matrices.total() else "other"
 
 
-def make_recipe(job: Job, num_train: int, keeps_features: bool, kind: Kind = "unknown") -> Recipe:
+def make_recipe(
+    job: Job, num_train: int, keeps_features: bool, kind: Kind = "unknown", num_validation: int = 0
+) -> Recipe:
     """The recipe of the job's method with every default resolved. Raises `JobError`.
 
     `keeps_features`: a frozen body gives the same for a sample in every epoch, so that it has to run once alone.
@@ -167,10 +169,17 @@ def make_recipe(job: Job, num_train: int, keeps_features: bool, kind: Kind = "un
             expected="2 samples a microbatch for BatchNorm in train mode, 1 otherwise",
             mend="raise training.batch_size, or lower training.num_microbatches or scaling.num_workers",
         )
+    if training.refit and num_validation:
+        phases += tuple(_refitted(phase, math.ceil((num_train + num_validation) / batch_size)) for phase in phases)
     return Recipe(
         phases=phases, batch_size=batch_size, num_microbatches=num_microbatches, steps_per_epoch=steps_per_epoch,
         budget_s=_budget_s(job, method),
     )  # fmt: skip
+
+
+def _refitted(phase: Phase, steps_per_epoch: int) -> Phase:
+    num_steps = phase.num_steps if phase.solver == "probe" else phase.epochs * steps_per_epoch
+    return phase.model_copy(update={"refits": True, "must_win": False, "num_steps": num_steps})
 
 
 def _budget_s(job: Job, method: _MethodRow) -> float | None:

@@ -51,9 +51,14 @@ def make_plan(
     threads = _threads(job, job.scaling.num_workers, "workers", num_cores)
     adapted = fit(card, row, modality, job.settings, profile)
     views = num_views(job, adapted)
+    if views and job.training.refit:
+        raise JobError(
+            "training.refit trains on validation samples too, of which there are no random views (training.views)",
+            mend="leave one of the two out",
+        )
     recipe = make_recipe(
         job, data.num_samples["train"], keeps_features=may_keep_features(job) and (views > 0 or not adapted.augmented),
-        kind=kind_of(tensors),
+        kind=kind_of(tensors), num_validation=data.num_samples["validation"],
     )  # fmt: skip
     refuse_senseless(job, modality, data, recipe)
     num_extractors = (job.scaling.num_extractors or 0) if recipe.needs_features else 0
@@ -114,6 +119,10 @@ def _unused(job: Job, recipe: Recipe) -> list[str]:
         f"{name} is not used: no features are kept where the body runs in every step"
         for name, value in asked.items() if value is not None and not recipe.needs_features
     ]  # fmt: skip
+    if job.training.refit and not any(phase.refits for phase in recipe.phases):
+        lines.append(
+            "training.refit is not used: there is no validation split, so that all samples are trained on anyway"
+        )
     if recipe.adapter is None and {"lora_rank", "lora_alpha"} & job.training.model_fields_set:
         lines.append(f"training.lora_rank and training.lora_alpha are not used: the method is {job.method}")
     return lines

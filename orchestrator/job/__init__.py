@@ -3,9 +3,9 @@
 In: what a person wrote in Python, YAML or flags. Out: a checked, frozen `Job`; the `Plan` that the gate makes of it is
 plain data that travels to workers as JSON. Imports neither torch nor Ray.
 
-    part      what every group of settings has in common
-    scaling   where a job runs
-    spec      the Job and its other parts; Python, YAML and flags become the same object
+    spec      the Job: Python, YAML and flags become the same object
+    part      what every group of its settings has in common
+    data_spec, training_spec, scaling_spec  the groups: where the samples are, how weights move, where it runs
     drafts    what a person wrote -> a Job, each fault with its place
     keys      every key of a job, and what a name without its group stands for
     reference  what each key takes, its default and its meaning, out of the models
@@ -25,6 +25,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     figures   which figures of a task are shown, and how they are written
 """
 
+from orchestrator.job.data_spec import VALIDATION_FRACTION as VALIDATION_FRACTION, Data as Data
 from orchestrator.job.directories import DirectoryStorage as DirectoryStorage
 from orchestrator.job.drafts import (
     Draft as Draft,
@@ -122,8 +123,6 @@ from orchestrator.job.runs import (
 from orchestrator.job.spec import (
     IN_A_STORE as IN_A_STORE,
     NOT_LEARNT as NOT_LEARNT,
-    VALIDATION_FRACTION as VALIDATION_FRACTION,
-    Data as Data,
     Job as Job,
     Method as Method,
     TaskName as TaskName,

@@ -115,3 +115,10 @@ def dataset_id(place: str) -> tuple[str, str | None]:
     """(org/name, revision) of a place that `is_dataset`."""
     name, _, revision = place.removeprefix(_DATASETS).rstrip("/").partition("@")
     return name, revision or None
+
+
+def without_secret(place: str) -> str:
+    """The place. Raises `ValueError`, which does not show it, where credentials stand in it: a job is written down."""
+    if holds_secret(place):
+        raise ValueError(SECRET)
+    return place

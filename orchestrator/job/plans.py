@@ -142,6 +142,8 @@ class Phase(_Plain):
     """Of a probe, where the network turns out to have no such head, or no features: then so many epochs of steps."""
     must_win: bool = False
     """Whether it has to beat the phases before it on validation: else what these gave is kept."""
+    refits: bool = False
+    """Whether it begins anew, on training and validation samples, for as many epochs as turned out best."""
     adapter: Adapter | None = None
     """Where the phase trains one."""
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator
 from pydantic_core import to_jsonable_python
 
+from orchestrator.job.data_spec import Data
 from orchestrator.job.part import Part
-from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path, whole
-from orchestrator.job.scaling import Scaling as Scaling
+from orchestrator.job.places import is_uri, local_path, plain_path, whole, without_secret
+from orchestrator.job.scaling_spec import Scaling as Scaling
+from orchestrator.job.training_spec import Training as Training
 
 TaskName = Literal["single-label", "multi-label", "regression"]
 Method = Literal["auto", "head", "full", "lp-ft", "lora", "scratch"]
@@ -29,172 +31,7 @@ METHODS: dict[str, str] = {
 }
 
 
-VALIDATION_FRACTION = 0.1
-"""Of the training samples, where a job leaves it open."""
 _UNICODE_BREAKS = "\x85\u2028\u2029"
-
-
-def _without_secret(place: str) -> str:
-    """The place. Raises `ValueError`, which does not show it, where credentials stand in it: a job is written down."""
-    if holds_secret(place):
-        raise ValueError(SECRET)
-    return place
-
-
-class Data(Part):
-    """Where the labelled samples are, and how they are split."""
-
-    path: str = Field(
-        min_length=1,
-        description="a folder of class folders, a .csv, .parquet or .jsonl table, a data set of the Hub (org/name) or "
-        "one that was saved to disk; a path or a URI such as s3://bucket/table.parquet",
-    )
-    subset: str | None = Field(None, description="of a data set of the Hub that has several")
-    validation: str | None = Field(None, description="the validation split, where it stands on its own")
-    test: str | None = Field(None, description="the test split, where it stands on its own")
-    root: str | None = Field(None, description="what a table's paths are relative to; default: its folder")
-    rows_root: str | None = Field(
-        None, description="the same for rows of a program, where other splits are places; default: as it runs"
-    )
-    input_column: str | tuple[str, ...] | None = Field(
-        None, description="a table's column of paths, bytes or texts; two columns for pairs of texts"
-    )
-    label_column: str | tuple[str, ...] = Field(
-        "label", description="a table's column of labels; several columns for multi-label (0 or 1) or regression"
-    )
-    label_separator: str | None = Field(
-        None, min_length=1, description="multi-label: what stands between the labels of one cell"
-    )
-    separator: str | None = Field(
-        None, description="of a CSV or TSV table: what separates its cells, a character or tab; default: by the suffix "
-        "and the first line"
-    )  # fmt: skip
-    encoding: str | None = Field(
-        None, description="of a CSV, TSV or JSON lines table: cp1252 for example; default: by its mark, else UTF-8"
-    )
-    split_column: str | None = Field(None, description="a table's column that says train, validation or test")
-    group_column: str | None = Field(None, description="samples of one group stay on one side of every split")
-    validation_fraction: float | None = Field(
-        None, ge=0, lt=1, description="held back to choose the best epoch; default: 0.1, with method auto 0 where that "
-        "would be fewer than 50 samples"
-    )  # fmt: skip
-    test_fraction: float = Field(0.1, ge=0, lt=1, description="held back for the final figures")
-    num_train: int | None = Field(None, ge=2, description="train on so many samples only, classes balanced")
-    seed: int = Field(0, ge=0, description="of the split")
-    on_bad_sample: Literal["fail", "skip"] = Field("fail", description="what a broken sample does")
-
-    @field_validator("path", "validation", "test", "root", "rows_root")
-    @classmethod
-    def _plain_paths(cls, place: str | None) -> str | None:
-        """A file:// URI is the path: so that links and runs inside the data are looked at as everywhere here."""
-        return place if place is None else _without_secret(plain_path(place))
-
-    @field_validator("separator")
-    @classmethod
-    def _one_character(cls, separator: str | None) -> str | None:
-        """A tabulator by its name too: it is hard to type."""
-        separator = "\t" if separator in ("tab", "\\t") else separator
-        if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
-            raise ValueError("is one character, no quotation mark and no line break; or tab")
-        return separator
-
-    @field_validator("encoding")
-    @classmethod
-    def _is_encoding(cls, encoding: str | None) -> str | None:
-        if encoding is not None:
-            try:
-                "a".encode(encoding)
-            except (LookupError, ValueError):
-                raise ValueError("is no encoding of text that is known; utf-8, utf-16 and cp1252 are") from None
-        return encoding
-
-    @model_validator(mode="after")
-    def _fractions(self) -> Data:
-        validation = VALIDATION_FRACTION if self.validation_fraction is None else self.validation_fraction
-        if validation + self.test_fraction >= 1:
-            raise ValueError("validation_fraction and test_fraction leave nothing to train on")
-        return self
-
-
-class Training(Part):
-    """How the weights are moved. `None` means: by the method's default, which the plan shows."""
-
-    epochs: int | None = Field(
-        None, ge=1, le=100_000, description="passes over the training samples; default: by method, head 40, full 20, "
-        "auto 20 and lp-ft 20 (behind the head's), lora 20, scratch 40; a transformer whose body is trained: 6, or "
-        "what 200 steps take"
-    )  # fmt: skip
-    batch_size: int | None = Field(None, ge=1, description="samples a step, over all workers; default: 32")
-    num_microbatches: int | None = Field(
-        None,
-        ge=1,
-        description="parts that a step's batch is computed in, whatever the number of workers; more than "
-        "there are workers is gradient accumulation; default: one for each worker, as the run begins",
-    )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum")
-    learning_rate: float | None = Field(
-        None, gt=0, description="of the body, and of the head unless given; default: by method, head 0.003, full "
-        "0.001, auto 0.0003, lp-ft 0.0003, lora 0.001, scratch 0.001, less for transformers (docs/methods.md); ten "
-        "times that for sgd"
-    )  # fmt: skip
-    head_learning_rate: float | None = Field(None, gt=0, description="of the new head; default: learning_rate")
-    weight_decay: float = Field(0.01, ge=0, description="of all weights but vectors: biases, norms")
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
-    schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="of the learning rate after its warm-up: down to 0, or as it is"
-    )
-    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="of all steps, linear from 0")
-    clip_norm: float | None = Field(1.0, gt=0, description="of the gradient over all parameters; null: none")
-    class_weights: Literal["none", "auto"] = Field(
-        "none", description="auto: rare classes count more, in inverse proportion to their training samples"
-    )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="so much of each target is spread evenly over the classes"
-    )
-    mix: str = Field(
-        "none", description="training samples are mixed with others of their batch, and so are their labels: images by "
-        "mixup, cutmix, or both, each in half of the batches"
-    )  # fmt: skip
-    patience: int | None = Field(
-        None, ge=1, description="epochs without a better validation after which training ends; default: all epochs"
-    )
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of a moving average of the weights, 0.99 or 0.999: validated beside them "
-        "in each epoch, and exported where it is better; default: none"
-    )  # fmt: skip
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 where a GPU has it; of a frozen body's features where it is faster and as good"
-    )
-    batch_norm: Literal["auto", "train", "frozen"] = Field(
-        "auto", description="frozen: the pretrained statistics; auto: by the number of samples"
-    )
-    lora_rank: int = Field(
-        16, ge=1, le=4096, description="method lora: the rank of what is added to each of the body's matrices"
-    )  # fmt: skip
-    lora_alpha: float | None = Field(
-        None, gt=0, description="method lora: what is added counts alpha / rank times; default: twice the rank"
-    )
-    features: Literal["once", "every step"] = Field(
-        "once", description="method head: the frozen body runs once for each sample, and what it gives is kept on the "
-        "storage; or it runs in every step"
-    )  # fmt: skip
-    views: int | None = Field(
-        None, ge=1, le=1000, description="method head with augmentation: so many random views of each sample are kept; "
-        "default: the body runs in every step"
-    )  # fmt: skip
-    budget_min: float | None = Field(
-        None, gt=0, description="minutes that the job may take: the epochs in which everything is trained are made to "
-        "fit, by its first steps; default: 60 with method auto, unless epochs are given; else none"
-    )  # fmt: skip
-    seed: int = Field(0, ge=0, description="of new weights, the order of samples, augmentation and dropout")
-    deterministic: bool = Field(
-        False, description="on a GPU: algorithms that give the same to the bit each time, where there are some; slower"
-    )
-    checkpoint_every_s: float = Field(60.0, gt=0, description="seconds from one checkpoint to the next")
-    checkpoint_every_steps: int | None = Field(None, ge=1, description="steps instead of seconds")
-    audit: bool = Field(
-        False, description="write down in the run which samples each step took, on which worker: audit/"
-    )  # fmt: skip
 
 
 IN_A_STORE = r"[a-zA-Z][\w+.-]*://.*[^/].*"
@@ -268,12 +105,12 @@ class Job(Part):
     @field_validator("backbone")
     @classmethod
     def _plain_backbone(cls, backbone: str) -> str:
-        return _without_secret(plain_path(backbone)).rstrip("/") if is_uri(backbone) else backbone
+        return without_secret(plain_path(backbone)).rstrip("/") if is_uri(backbone) else backbone
 
     @field_validator("storage")
     @classmethod
     def _holds_runs(cls, storage: str) -> str:
-        storage = _without_secret(plain_path(storage))
+        storage = without_secret(plain_path(storage))
         if is_uri(storage):
             if not re.fullmatch(IN_A_STORE, storage) or "?" in storage or storage.startswith("hf://"):
                 raise ValueError(
@@ -290,7 +127,7 @@ class Job(Part):
     def _in_a_store(cls, place: str | None) -> str | None:
         if place is not None and not re.fullmatch(IN_A_STORE, place):
             raise ValueError("is no place in a store, as s3://bucket/features is; for a directory there is storage")
-        return place if place is None else _without_secret(place)
+        return place if place is None else without_secret(place)
 
     @field_validator("log", mode="before")
     @classmethod

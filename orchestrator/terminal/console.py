@@ -86,7 +86,10 @@ def show_plan(plan: Plan) -> None:
     if plan.parameters is not None:
         rows += _size(plan.parameters)
     for phase in plan.recipe.phases:
-        rows += _phase(plan, phase)
+        if not phase.refits:
+            rows += _phase(plan, phase)
+    if any(phase.refits for phase in plan.recipe.phases):
+        rows.append(("refit", "all of that again on training and validation samples, up to the best epoch"))
     threads = f"{plan.threads_per_worker}" if plan.threads_per_worker else "the node's"
     scaling = plan.job.scaling
     workers = f"{scaling.min_workers} to {plan.num_workers}" if scaling.is_elastic else f"{plan.num_workers}"
@@ -233,5 +236,7 @@ def show_results(results: Mapping[str, Any]) -> None:
         out.print("no sample was held back, so there are no figures")
     if "chosen" in results:
         out.print(pairs([("chosen", results["chosen"]), ("why", results["why"])]))
+    if "refitted" in results:
+        out.print(pairs([("refitted", results["refitted"])]))
     if results.get("num_skipped"):
         out.print(f"left out: {counted(results['num_skipped'], 'sample')}; skipped.jsonl in the run says why")

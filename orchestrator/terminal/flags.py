@@ -61,7 +61,7 @@ FLAGS = (
     Flag("--method", "method", _JOB,
          "auto: a probe, then everything, if validation prefers it; head: new last layer only; full: everything; "
          "lp-ft: first the one, then the other; lora: head and small matrices beside a frozen transformer's; scratch: "
-         "random weights"),
+         "random weights", metavar="METHOD"),
     Flag("--modality", "modality", _JOB, "image, or another that `plugins` lists"),
     Flag("--task", "task", _JOB, "one class a sample, any number of them, or numbers"),
     Flag("--name", "name", _JOB, "of the run; made from the job by default"),
@@ -84,6 +84,7 @@ FLAGS = (
     Flag("--learning-rate", "training.learning_rate", _TRAINING, None, float),
     Flag("--budget", "training.budget_min", _TRAINING,
          "minutes; fewer epochs where everything takes longer [default: 60 with method auto]", float),
+    Flag("--refit", "training.refit", _TRAINING, None, bool),
     Flag("--seed", "training.seed", _TRAINING, None, int),
     Flag("--size", "settings.size", _TRAINING, "input size, where the modality has one", int),
     Flag("--workers", "scaling.num_workers", _WHERE, "more than one: processes on Ray", int),

@@ -10,6 +10,7 @@ The same in one process and on many; knows nothing of Ray.
     choice      two networks on the same validation samples, and why the one is kept
     budget      how many epochs fit into what a job may take
     fitted      a head that is fitted to stored features at once, by the probe
+    refit       training anew on training and validation samples
     rates       the schedule of the learning rate
     batches     which samples a step takes, and how they get onto the device
     evaluate    what a network says of a split

@@ -61,7 +61,7 @@ def what_was_chosen(
     `best_epoch` of all phases, from 1; `candidates`: the figures of each phase's best epoch; `comparison`: the fields
     of the last phase's `Comparison`.
     """
-    phases = plan.recipe.phases
+    phases = [phase for phase in plan.recipe.phases if not phase.refits]
     if not phases[-1].must_win:
         return None
     name = "the probe" if phases[0].solver == "probe" else "the new last layer"
@@ -78,7 +78,9 @@ def what_was_chosen(
 
 
 def _without_validation(plan: Plan, name: str, candidates: Sequence[Mapping[str, Any]]) -> str:
-    score = candidates[0].get("cross_validation") if candidates else None
+    score = candidates[0].get("cross_validation")
+    if min(plan.data.per_class.get("train", (2,)), default=2) < 2:  # which no fold can hold out and be taught
+        score = None
     known = f" ({name} alone: {figure(score)} in cross-validation)" if score is not None else ""
     return (
         f"{counted(plan.data.num_samples['train'], 'sample')} and none held back to choose by{known}; in runs on real "

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.errors import InterruptedRunError, OrchestratorError
+from orchestrator.errors import InterruptedRunError, OrchestratorError, counted
 from orchestrator.job import METRICS_FILE, Noted, PhaseBegan, read_lines
 from orchestrator.network import merge
 from orchestrator.training.choice import what_was_chosen
@@ -66,6 +66,7 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
     if state_dict is None:
         return
     lines = read_lines(run.read(METRICS_FILE))
+    in_steps = [line for line in lines if "learning_rate" in line]  # a probe's loss is as low as it gets at once
     places = {session.samples.place(row): why for row, why in evaluated.skipped.items()}
     write_skipped(run, places)
     results: dict[str, Any] = {
@@ -81,15 +82,24 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
         "num_skipped": plan.data.num_skipped + len(evaluated.skipped),
         "seconds": round(session.seconds(), 3),
         **evaluated.figures,
-        "warnings": [str(one) for one in find_problems(plan, lines, evaluated.figures, lambda: _are_alike(session))],
+        "warnings": [str(one) for one in find_problems(plan, in_steps, evaluated.figures, lambda: _are_alike(session))],
     }
-    candidates = [trained.candidates[number] for number in sorted(trained.candidates, key=int)]
-    chosen = what_was_chosen(plan, trained.best_epoch, candidates, trained.comparison)
+    first = [phase for phase in plan.recipe.phases if not phase.refits]
+    candidates = [one for i in range(len(first)) if (one := trained.candidates.get(str(i))) is not None]
+    best = trained.chosen_epoch if trained.chosen_epoch > 0 else trained.best_epoch
+    chosen = what_was_chosen(plan, best, candidates, trained.comparison)
     if chosen is not None:
         results["chosen"], results["why"] = chosen
+    if trained.chosen_epoch > 0:
+        results["refitted"] = (
+            f"after {counted(best, 'epoch')} again on {len(session.samples.rows('train')):,} samples, "
+        )
+        results["refitted"] += "those of the validation among them"
     session.report(PhaseBegan("writing the model"))
     lineage = json.loads(run.read("lineage.json") or "{}")
     lineage |= {"candidates": candidates, "comparison": trained.comparison, "decided": trained.decided}
+    if trained.chosen_epoch > 0:
+        lineage["chosen_epoch"] = trained.chosen_epoch
     run.write("lineage.json", json.dumps(lineage, indent=1, ensure_ascii=False))
     export(session.network, state_dict, plan, results, lineage, run)
     run.delete("features")  # those that were kept for this run alone

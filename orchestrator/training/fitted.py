@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch.nn import functional
 from orchestrator.data import Ints, Samples
 from orchestrator.features import Batch
 from orchestrator.network import TOLERANCE, Head
-from orchestrator.training.probe import fit_probe
+from orchestrator.training.probe import STRENGTHS, fit_probe
 from orchestrator.training.state import Session
 
 _NUM_TRIED = 16
 _MOST_FLOATS = 2**28
 """Of features that are in memory at once: a gigabyte."""
+_UNTOLD = (0.1,)
 _AROUND = (nn.Flatten, nn.Identity, nn.Dropout)
 """What may stand beside the layer in its module, and changes no sample in eval mode."""
 
@@ -109,6 +111,7 @@ def _fitted(session: Session) -> tuple[Tensor, Tensor, Fitted]:
     probe = fit_probe(
         features, targets, plan.job.task, num_classes=len(plan.classes),
         groups=_groups(samples, batch.rows), class_weights=plan.class_weights, seed=plan.job.training.seed,
+        strengths=_strengths(batch.targets, len(plan.classes)),
     )  # fmt: skip
     device = session.worker.device
     outputs = functional.linear(features, probe.weight, probe.bias).to(device)
@@ -118,6 +121,12 @@ def _fitted(session: Session) -> tuple[Tensor, Tensor, Fitted]:
         float(objective.num_right(outputs, batch.targets.to(device))),
     )  # fmt: skip
     return probe.weight, probe.bias, fitted
+
+
+def _strengths(targets: Tensor, num_classes: int) -> Sequence[float]:
+    """All, where folds can tell; of classes with one sample each a fold would choose the one that says the least."""
+    is_told = targets.ndim > 1 or int(torch.bincount(targets, minlength=num_classes).min()) > 1
+    return STRENGTHS if is_told else _UNTOLD
 
 
 def _groups(samples: Samples, rows: Ints) -> Ints | None:

@@ -26,6 +26,7 @@ from orchestrator.training.objective import make_objective
 from orchestrator.training.outbox import Outbox
 from orchestrator.training.phase import PhaseLoop
 from orchestrator.training.record import Record, write_lineage
+from orchestrator.training.refit import begin_refit, first_weights
 from orchestrator.training.state import Session, TrainState
 
 
@@ -112,10 +113,13 @@ def train(session: Session) -> TrainState:
     if session.plan.job.training.audit:
         session.audit = Audit(session.run, session.worker, session.state.steps_done(session.plan.recipe))
     session.saved_at = time.monotonic()
+    initial = first_weights(session)
     try:
         for number in range(session.state.phase, len(session.plan.recipe.phases)):
             if number > session.state.phase:
                 session.state.phase, session.state.step, session.state.epochs_ended = number, 0, 0
+            if session.phase.refits and begin_refit(session, initial):
+                best = {}
             if session.phase.solver == "probe" and not can_be_fitted(session):
                 num = session.phase.epochs_in_steps
                 session.report(Noted(f"the head is not one linear layer on stored features: trained in {num} epochs"))

@@ -51,6 +51,8 @@ class TrainState:
     """Number of a phase -> its fields that only the running job could decide; they stay so when it goes on."""
     candidates: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Number of a phase -> the figures of its best epoch, and what else is known of it."""
+    chosen_epoch: int = -1
+    """The best one of those before the run began to refit, from 1."""
     comparison: dict[str, Any] | None = None
     """Of the phase that has to win, as `choice.Comparison`: of its best epoch."""
 

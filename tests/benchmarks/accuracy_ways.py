@@ -75,7 +75,10 @@ def ours(
         **{"training.seed": seed, **dict(parse_setting(one) for one in settings)},
     )  # fmt: skip
     kept = ("best_epoch", "num_epochs", "chosen", "why")
-    return {"accuracy": run.accuracy, **{name: run.results[name] for name in kept if name in run.results}}
+    probe = {
+        name: one[name] for one in run.lineage["candidates"] for name in ("strength", "cross_validation") if name in one
+    }
+    return {"accuracy": run.accuracy, **{name: run.results[name] for name in kept if name in run.results}, **probe}
 
 
 def hf(modality: str, data: Data, seed: int, folder: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def test_a_new_setting_changes_no_job_that_does_not_use_it(fields: dict[str, obj
 
 
 def test_a_default_that_is_said_is_the_same_job() -> None:
-    said = make_job(backbone="a/b", data="x", method="head", training={"seed": 0, "schedule": "cosine"})
+    said = make_job(backbone="a/b", data="x", method="auto", training={"seed": 0, "schedule": "cosine"})
     assert said.digest() == make_job(backbone="a/b", data="x").digest()
 
 

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from subprocess import CompletedProcess
+from typing import get_args
 
 import pytest
 
 from orchestrator.gate import recipes
-from orchestrator.job import Job, job_reference, setting_of, settings_of
+from orchestrator.job import Job, Method, job_reference, setting_of, settings_of
 from orchestrator.job.keys import all_keys
 from orchestrator.modality import registry
 from tests.conftest import REPOSITORY
@@ -71,8 +72,9 @@ def test_the_command_lists_a_group_or_a_modality(cli: Cli) -> None:
 
 def test_the_help_of_a_flag_shows_choices_and_defaults(cli: Cli) -> None:
     shown = " ".join(cli("finetune", "--help").stdout.replace("│", " ").split())
-    for choices in ("auto|head|full|lp-ft|lora|scratch", "fail|skip"):
-        assert choices in shown
+    assert "fail|skip" in shown
+    for method in get_args(Method):  # each with a word of what it is, which has more room than a list of choices
+        assert f"{method}: " in shown
     for default in ("[default: auto]", "[default: fail]", "[default: runs]", "[default: 1]", "[default: label]"):
         assert default in shown
     assert Job.model_fields["method"].default == "auto"

@@ -122,7 +122,7 @@ def test_where_a_run_is_put_does_not_change_its_digest() -> None:
         ),
         (
             "backbone: a/b\ndata: x\nmethod: magic\n",
-            "job.yaml:3: method = 'magic': input should be 'head'",
+            "job.yaml:3: method = 'magic': input should be 'auto', 'head'",
             "",
             "",
         ),

@@ -85,7 +85,7 @@ def client(server: Server, monkeypatch: pytest.MonkeyPatch) -> Any:
 def job_of(backbone: Path, data: Path, **fields: Any) -> dict[str, Any]:
     return {
         "backbone": str(backbone), "data": {"path": str(data), "num_train": 80}, "log": "mlflow",
-        "training": {"epochs": 4, "batch_size": 40, "checkpoint_every_steps": 1},
+        "method": "head", "training": {"epochs": 4, "batch_size": 40, "checkpoint_every_steps": 1},
         "scaling": {"threads_per_worker": 1}, "report": lambda _: None, **fields,
     }  # fmt: skip
 

@@ -96,6 +96,7 @@ def test_a_run_that_moved_nothing_says_so_everywhere(tiny_resnet: Path, digits: 
     heard: list[Event] = []
     job: dict[str, Any] = {
         "backbone": str(tiny_resnet), "data": str(digits), "name": "still", "report": heard.append,
+        "method": "head",
         "training": {"epochs": 4, "learning_rate": 1e-9}, "scaling": {"threads_per_worker": 1},
     }  # fmt: skip
     run = orchestrator.finetune(**job)
@@ -134,7 +135,7 @@ def test_inputs_that_have_become_alike_are_told(tiny_resnet: Path, digits: Path,
         Image.fromarray(np.asarray(Image.open(file)).astype(np.uint16)).save(folder / file.name)
     run = orchestrator.finetune(
         backbone=str(tiny_resnet), data={"path": str(tmp_path / "dark"), "validation_fraction": 0.2},
-        report=lambda _: None, training={"epochs": 3}, scaling={"threads_per_worker": 1},
+        method="head", report=lambda _: None, training={"epochs": 3}, scaling={"threads_per_worker": 1},
     )  # fmt: skip
     (warning,) = run.results["warnings"]
     assert "the preprocessing: samples that differ are all the same to the network (channels" in warning

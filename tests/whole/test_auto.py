@@ -178,7 +178,7 @@ def test_of_few_labels_none_is_held_back(tiny_resnet: Path, digits: Path, tmp_pa
     assert any("no validation split" in note for note in run.plan.data.notes)
     assert run.results["best_epoch"] == 4  # the last
     assert "none held back" in run.results["why"]
-    asked = orchestrator.plan(**{**job, "data": {**data, "validation_fraction": 0.1}, "report": None} | {"name": "b"})
+    asked = orchestrator.plan(backbone=str(tiny_resnet), data={**data, "validation_fraction": 0.2})
     assert asked.data.num_samples["validation"] > 0
     head = orchestrator.plan(backbone=str(tiny_resnet), data=data, method="head")
     assert head.data.num_samples["validation"] > 0
@@ -274,3 +274,63 @@ def test_groups_stay_together_in_the_folds(tiny_resnet: Path, digits: Path, tmp_
     }  # fmt: skip
     torn, kept = (orchestrator.finetune(**job, **more) for more in ({}, {"data.group_column": "writer"}))
     assert torn.lineage["candidates"][0]["cross_validation"] > kept.lineage["candidates"][0]["cross_validation"] + 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["auto", "full"])
+def test_refitting_is_training_on_all_with_what_was_chosen(tiny_resnet: Path, digits: Path, method: str) -> None:
+    job = {"method": method, "training": {**JOB["training"], "epochs": 4, "refit": True, "precision": "fp32"}}
+    whole = train(tiny_resnet, digits, name="whole", **job)
+    best = whole.lineage["chosen_epoch"]
+    first = {"auto": 5, "full": 4}[method]
+    assert [line["epoch"] for line in whole.metrics] == list(range(1, first + best + 1))
+    assert all("validation_loss" in line for line in whole.metrics[:first])
+    assert not any("validation_loss" in line for line in whole.metrics[first:])
+    assert "validation" not in whole.results  # they were trained on
+    counts = whole.plan.data.num_samples
+    assert f"{counts['train'] + counts['validation']} samples" in whole.results["refitted"]
+    # The same as a job that held nothing back and knew how long to train, but for the order of its samples.
+    for number in (8, 20, 30):
+        for stop in (at_call(number), None):
+            try:
+                cut = train(tiny_resnet, digits, name=f"cut-{number}", stop=stop, **job)
+            except InterruptedRunError:
+                assert stop is not None
+        assert same(weights_of(whole), weights_of(cut)), number
+        assert without_clock(cut.metrics) == without_clock(whole.metrics)
+
+
+def test_refitting_begins_from_the_pretrained_weights(
+    tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    from orchestrator.training import loop
+
+    begin, seen = loop.begin_refit, dict[str, torch.Tensor]()
+
+    def looking(session: Any, initial: Any) -> bool:
+        before = {name: one.clone() for name, one in session.network.module.state_dict().items()}
+        begun = begin(session, initial)
+        after = {name: one.clone() for name, one in session.network.module.state_dict().items()}
+        seen.update({name: after[name] for name in after if not torch.equal(before[name], after[name])})
+        return begun
+
+    monkeypatch.setattr(loop, "begin_refit", looking)
+    train(tiny_resnet, digits, method="full", training={**JOB["training"], "epochs": 1, "refit": True})
+    pretrained = load_file(tiny_resnet / "model.safetensors")
+    body = [name for name in seen if not name.startswith("classifier")]
+    assert len(body) > 10
+    assert all(torch.equal(seen[name], pretrained[name]) for name in body)
+
+
+def test_refitting_wants_something_held_back(tiny_resnet: Path, flat_digits: Path) -> None:
+    nothing = orchestrator.plan(
+        backbone=str(tiny_resnet), data=str(flat_digits), refit=True, **{"data.validation_fraction": 0}
+    )
+    assert any("training.refit is not used" in line for line in nothing.warnings)
+    with pytest.raises(JobError, match=r"no random views \(training\.views\)"):
+        orchestrator.plan(
+            backbone=str(tiny_resnet), data=str(flat_digits), method="head", settings={"augment": "light"},
+            training={"refit": True, "views": 2}, **{"data.validation_fraction": 0.2},
+        )  # fmt: skip
