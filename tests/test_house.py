@@ -30,6 +30,7 @@ BESIDE_THE_DOOR = {
     "orchestrator.distributed.cluster": "its wing hands on nothing: Ray's event queue would load torch with it",
     "orchestrator.distributed.address": "likewise: nor does a laptop have Ray",
     "orchestrator.distributed.fetching": "likewise",
+    "orchestrator.distributed.following": "likewise",
     "orchestrator.distributed.head": "likewise",
     "orchestrator.distributed.preflight": "likewise",
     "orchestrator.distributed.request": "likewise",

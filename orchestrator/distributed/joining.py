@@ -58,12 +58,13 @@ def joined(plan: Plan) -> Iterator[None]:
     }
     try:
         if here:
-            ray.init(
-                address="local",
-                num_cpus=_num_cpus(plan),
-                include_dashboard=False,
-                **quiet,
-            )
+            with _for_us_alone(Path("~/.ray/auth_token").expanduser()):
+                ray.init(
+                    address="local",
+                    num_cpus=_num_cpus(plan),
+                    include_dashboard=False,
+                    **quiet,
+                )
             _started[:] = [_num_cpus(plan)]
         else:
             assert address is not None
@@ -76,6 +77,15 @@ def joined(plan: Plan) -> Iterator[None]:
     finally:
         if not here:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _for_us_alone(token: Path) -> Iterator[None]:
+    """Ray makes a token for a cluster of this machine, and a file of it that every user can read."""
+    before = token.exists()
+    yield
+    if not before and token.exists():
+        token.chmod(0o600)
 
 
 def _of_the_job() -> list[str]:
