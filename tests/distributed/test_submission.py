@@ -223,7 +223,7 @@ def test_a_storage_that_not_all_nodes_see_is_refused_with_the_node(
     assert caught.value.reason == "cluster"
     assert caught.value.message.startswith(f"{cluster.nodes[second_node].address}: ")
     assert "s3://" in caught.value.mend
-    assert sorted(row[2] for row in tables[0].rows) == ["no", "seen by all"]
+    assert sorted(row[4] for row in tables[0].rows) == ["no", "seen"]
     assert [job.id for _, job in remote_runs(address=cluster.dashboard, report=Heard())] == before
 
 
