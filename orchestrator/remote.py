@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.distributed.fetching import Arrival, What, beside, copy_run, request_of, settle
-from orchestrator.distributed.head import AwayError, ClusterJob, Head, open_head, wait_until_over
-from orchestrator.distributed.request import pack_request
-from orchestrator.distributed.telling import Ended, Piece, error_of, parse_line
-from orchestrator.distributed.wheels import own_delivery
+from orchestrator.distributed.fetching import What, beside, copy_run, fetch_through_cluster, settle
+from orchestrator.distributed.following import lines_of
+from orchestrator.distributed.head import ClusterJob, Head, open_head, wait_until_over
+from orchestrator.distributed.telling import Ended, error_of, parse_line
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, TrainingError, did_you_mean
 from orchestrator.job import (
     Advanced,
@@ -34,12 +30,9 @@ from orchestrator.progress import progress
 
 PREFIX = "orchestrator-"
 """Of the ids of our jobs, among others' on the same cluster."""
-_POLL_S = 0.5
-_PATIENCE_S = 1800.0
 _STOP_TIMEOUT_S = 600.0
 _SEEN_WITHIN_S = 10.0
 """A store that does not answer this machine for so long is asked through the cluster."""
-_FETCH = "exec python -m orchestrator.distributed.fetching"
 
 
 @dataclass(frozen=True)
@@ -86,41 +79,14 @@ class RemoteRun:
 
     def lines_so_far(self) -> list[str]:
         """The lines of its output until now."""
-        return [] if self._job().state == "waiting" else self._text().splitlines()
+        return [] if self._job().state == "waiting" else self._head.lines(self.id)
 
     def lines(self, report: Report | None = None) -> Iterator[str]:
         """The lines of its output from the first one on, until it is over.
 
         That the cluster does not answer is reported, and it is asked again for half an hour.
         """
-        num, away_since = 0, 0.0
-        while True:
-            try:
-                job = self._head.job(self.id) if num else self._job()
-                if job is None:
-                    raise OrchestratorError(
-                        f"the cluster at {self.address} knows {self.name} no more: it was made again",
-                        mend="submit it again: its run goes on from its storage",
-                    )
-                if job.is_over:
-                    yield from self._text().splitlines()[num:]
-                    return
-                if job.state == "running":
-                    for i, line in enumerate(self._head.stream(self.id)):
-                        if i < num:
-                            continue
-                        num += 1
-                        yield line
-                        if isinstance(parse_line(line), Ended):
-                            break
-                away_since = 0.0
-            except AwayError as error:
-                if not away_since and report is not None:
-                    report(Noted(f"{error.message}; it is asked again", is_warning=True))
-                away_since = away_since or time.monotonic()
-                if time.monotonic() - away_since > _PATIENCE_S:
-                    raise
-            time.sleep(_POLL_S)
+        return lines_of(self._head, self.id, report)
 
     def follow(self, report: Report | None = None) -> dict[str, Any]:
         """Its results, once it is over; until then what happens is shown, from the first epoch on.
@@ -191,7 +157,7 @@ class RemoteRun:
             if self._sees_storage():
                 copy_run(open_storage(self.storage), self.name, partial, what)
             else:
-                self._through_the_cluster(partial, what)
+                fetch_through_cluster(self._head, self.storage, self.name, partial, what)
             settle(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -212,30 +178,6 @@ class RemoteRun:
             return False
         return self._job().metadata.get("orchestrator_began", "") in ("", began.digest())
 
-    def _through_the_cluster(self, partial: Path, what: What) -> None:
-        id = f"{PREFIX}fetch-{secrets.token_hex(6)}"
-        with tempfile.TemporaryDirectory(prefix="orchestrator-fetch-") as scratch:
-            # Once a job is over, the cluster forgets what was delivered with it.
-            packages = [self._head.upload(own_delivery().write(Path(scratch)))]
-            request = pack_request(request_of(self.storage, self.name, what), Path(scratch) / "request.zip")
-            packages.append(self._head.upload(request))
-        self._head.submit(id, _FETCH, packages, {"orchestrator_kind": "fetch"}, {})
-        sending = RemoteRun(id, self.name, self.storage, 1, "fetch", self._head)
-        arrival, ended = Arrival(partial), None
-        try:
-            for told in map(parse_line, sending.lines()):
-                if isinstance(told, Piece):
-                    arrival.take(told)
-                elif isinstance(told, Ended):
-                    ended = told
-                    break
-        finally:
-            self._head.stop(id)
-        files = sending._results(ended)["files"]
-        arrival.compare(files)
-        wait_until_over(self._head, id, 30.0)
-        self._head.forget(id)
-
     # --- asking ---
 
     def _job(self) -> ClusterJob:
@@ -247,9 +189,6 @@ class RemoteRun:
                 mend="if that was made again, submit the job again: its run goes on from its storage",
             )  # fmt: skip
         return job
-
-    def _text(self) -> str:
-        return self._head.text(self.id)
 
 
 def remote_run(head: Head, job: ClusterJob) -> RemoteRun:

@@ -199,8 +199,8 @@ class _Submission:
         id = f"{PREFIX}preflight-{token[:12]}"
         self._head.submit(id, _PREFLIGHT, packages, {"orchestrator_kind": "preflight"}, {})
         over = wait_until_over(self._head, id, _PREFLIGHT_TIMEOUT_S)
-        said = self._head.text(id) if over is not None and over.is_over else ""
-        told = [one for line in said.splitlines() if isinstance(one := parse_line(line), Found)]
+        said = self._head.lines(id) if over is not None and over.is_over else []
+        told = [one for line in said if isinstance(one := parse_line(line), Found)]
         if over is not None and not over.is_over:
             self._head.stop(id)
         elif told:
@@ -213,8 +213,8 @@ class _Submission:
         preflight.require()
 
 
-def _no_preflight(job: ClusterJob | None, said: str) -> OrchestratorError:
-    last = [line for line in (said or (job.message if job else "")).splitlines() if line.strip()]
+def _no_preflight(job: ClusterJob | None, said: list[str]) -> OrchestratorError:
+    last = [line for line in said or (job.message if job else "").splitlines() if line.strip()]
     why = last[-1].strip()[:300] if last else "the cluster has no room for it, or its head has lost it"
     if "No module named" in why or "not found" in why:
         return RefusedError(

@@ -31,6 +31,7 @@ BESIDE_THE_DOOR = {
     "orchestrator.distributed.joining": "likewise",
     "orchestrator.distributed.address": "likewise: nor does a laptop have Ray",
     "orchestrator.distributed.fetching": "likewise",
+    "orchestrator.distributed.following": "likewise",
     "orchestrator.distributed.head": "likewise",
     "orchestrator.distributed.preflight": "likewise",
     "orchestrator.distributed.request": "likewise",

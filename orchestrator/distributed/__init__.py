@@ -19,10 +19,12 @@ Beside a cluster, from a laptop, without Ray:
     wheels      the code of a job, as it travels
     request     what a job is asked for, delivered with it
     telling     events as lines of a job's output, and back
+    following   the lines of a job from the first one to the last
     preflight   what the nodes must have, and which lacks what
     preflight_job  asking them, on the cluster
     nodes       what a node has
     fetching    a run brought home, through its storage or through the cluster
+    fetch_job   sending it, on the cluster
 """
 
 import os

@@ -7,26 +7,24 @@ it in pieces, and the job's output is emptied once they have arrived.
 from __future__ import annotations
 
 import base64
-import os
+import secrets
 import shutil
-import signal
-import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
-from orchestrator.data import open_storage
-from orchestrator.distributed.request import read_request
-from orchestrator.distributed.telling import Ended, Piece, Told, as_line
-from orchestrator.errors import OrchestratorError, RefusedError, first_line
+from orchestrator.distributed.following import lines_of
+from orchestrator.distributed.head import Head, wait_until_over
+from orchestrator.distributed.request import pack_request
+from orchestrator.distributed.telling import Ended, Piece, error_of, parse_line
+from orchestrator.distributed.wheels import own_delivery
+from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.job import MODEL, Storage, file_sha256
 
 What = Literal["all", "model", "results"]
-_PIECE_BYTES = 384 * 1024
-_WAIT_S = 600
-"""How long the cluster's side waits for the laptop to say that it has everything."""
+_FETCH = "exec python -m orchestrator.distributed.fetch_job"
 
 
 def copy_run(storage: Storage, name: str, folder: Path, what: What) -> None:
@@ -104,51 +102,6 @@ class Arrival:
                 )  # fmt: skip
 
 
-def main() -> int:
-    """On the cluster: send a run, then wait to be told that it has arrived, and leave no copy in the output."""
-    request = read_request()
-    try:
-        with tempfile.TemporaryDirectory(prefix="orchestrator-fetch-") as scratch:
-            folder = Path(scratch) / "run"
-            copy_run(open_storage(request["storage"]), request["name"], folder, request["what"])
-            digests = {}
-            for file, pieces in _files(folder):
-                digests[file] = file_sha256(folder / file)
-                _send(pieces)
-            _send([Ended(0, results={"files": digests})])
-    except OrchestratorError as error:
-        _send([Ended(error.exit_code, error=error.as_dict())])
-        return error.exit_code
-    except OSError as error:
-        known = OrchestratorError(f"the head cannot copy the run: {first_line(error)}", mend="make room on its disk")
-        _send([Ended(1, error=known.as_dict())])
-        return 1
-    signal.sigtimedwait({signal.SIGTERM, signal.SIGINT}, _WAIT_S)
-    os.ftruncate(sys.stdout.fileno(), 0)
-    return 0
-
-
-def _files(folder: Path) -> Iterator[tuple[str, Iterator[Piece]]]:
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            name = file.relative_to(folder).as_posix()
-            yield name, _pieces(file, name)
-
-
-def _pieces(file: Path, name: str) -> Iterator[Piece]:
-    with file.open("rb") as content:
-        first = True
-        while (part := content.read(_PIECE_BYTES)) or first:
-            first = False
-            yield Piece(name, base64.b64encode(part).decode())
-
-
-def _send(several: Iterable[Told]) -> None:
-    for one in several:
-        sys.stdout.write(as_line(one) + "\n")
-    sys.stdout.flush()
-
-
 def beside(folder: Path) -> Path:
     """A new name for what becomes this folder once it is whole."""
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -167,11 +120,31 @@ def settle(partial: Path, folder: Path) -> None:
     partial.rmdir()
 
 
-def request_of(storage: str, name: str, what: What) -> dict[str, Any]:
-    """What the cluster's side reads."""
-    return {"storage": storage, "name": name, "what": what}
-
-
-if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    sys.exit(main())
+def fetch_through_cluster(head: Head, storage: str, name: str, folder: Path, what: What) -> None:
+    """Have the cluster send a run into a folder that is not there yet; digests of all files were compared."""
+    id = f"orchestrator-fetch-{secrets.token_hex(6)}"
+    with tempfile.TemporaryDirectory(prefix="orchestrator-fetch-") as scratch:
+        # Once a job is over, the cluster forgets what was delivered with it.
+        packages = [head.upload(own_delivery().write(Path(scratch)))]
+        request = {"storage": storage, "name": name, "what": what}
+        packages.append(head.upload(pack_request(request, Path(scratch) / "request.zip")))
+    head.submit(id, _FETCH, packages, {"orchestrator_kind": "fetch"}, {})
+    arrival, ended = Arrival(folder), None
+    try:
+        for told in map(parse_line, lines_of(head, id)):
+            if isinstance(told, Piece):
+                arrival.take(told)
+            elif isinstance(told, Ended):
+                ended = told
+                break
+    finally:
+        head.stop(id)
+    if ended is not None and ended.exit_code:
+        raise error_of(ended)
+    if ended is None or ended.results is None:
+        job = head.job(id)
+        said = (job.message.strip().splitlines() if job else []) or ["without a word"]
+        raise OrchestratorError(f"the cluster ended while it sent {name}: {said[-1]}", mend="the same command again")
+    arrival.compare(ended.results["files"])
+    wait_until_over(head, id, 30.0)
+    head.forget(id)

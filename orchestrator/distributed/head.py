@@ -97,9 +97,10 @@ class Head:
 
     # --- what a job says ---
 
-    def text(self, id: str) -> str:
-        """All that a job has written. Raises `OrchestratorError`."""
-        return str(self._ask("GET", f"/api/jobs/{id}/logs").json()["logs"])
+    def lines(self, id: str) -> list[str]:
+        """All that a job has written until now. Raises `OrchestratorError`."""
+        text = str(self._ask("GET", f"/api/jobs/{id}/logs").json()["logs"])
+        return text.removesuffix("\n").split("\n") if text else []  # at no other character, as `stream` does
 
     def stream(self, id: str) -> Iterator[str]:
         """The lines of a running job from the first one on, as they are written; it ends when nothing more comes.

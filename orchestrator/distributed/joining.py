@@ -61,6 +61,7 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
     }
     try:
         if here:
+<<<<<<< HEAD
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -68,6 +69,16 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
                 **quiet,
             )
             _started[:] = [num_cpus]
+=======
+            with _for_us_alone(Path("~/.ray/auth_token").expanduser()):
+                ray.init(
+                    address="local",
+                    num_cpus=_num_cpus(plan),
+                    include_dashboard=False,
+                    **quiet,
+                )
+            _started[:] = [_num_cpus(plan)]
+>>>>>>> helper-submit
         else:
             assert address is not None
             _refuse_unknown(address)
@@ -79,6 +90,15 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
     finally:
         if not here:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _for_us_alone(token: Path) -> Iterator[None]:
+    """Ray makes a token for a cluster of this machine, and a file of it that every user can read."""
+    before = token.exists()
+    yield
+    if not before and token.exists():
+        token.chmod(0o600)
 
 
 def _of_the_job() -> list[str]:

@@ -11,6 +11,7 @@ from orchestrator.distributed.nodes import describe
 from orchestrator.errors import RefusedError
 from orchestrator.job import BackboneCard, Plan, is_dataset, is_uri, local_path
 
+TITLES = ("node", "Python", "Ray", "torch", "storage", "free", "CPUs", "GPUs")
 _SHOWN = 4
 _LEAST_ROOM_BYTES = 256 * 2**20
 _COPIES = 3
@@ -46,7 +47,7 @@ class Preflight:
 
     @property
     def rows(self) -> list[list[str]]:
-        """A line a node: what it is, its software, its storage, its room, its hardware."""
+        """A line a node, under `TITLES`."""
         return [_row(node) for node in self.nodes]
 
     def require(self) -> None:
@@ -165,13 +166,14 @@ def _storage(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
 def _row(node: Mapping[str, Any]) -> list[str]:
     facts, cpus, gpus = node["facts"], node["resources"]["CPU"], node["resources"]["GPU"]
     name = f"{node['node']}{' (head)' if node['is_head'] else ''}"
-    hardware = f"{cpus:g} CPUs" + (f", {gpus:g} GPUs" if gpus else "")
     if "error" in facts:
-        return [name, "no answer", "", "", hardware]
-    software = f"Python {_shown(facts['python'])}, Ray {_shown(facts['ray'])}, torch {_shown(facts['torch'])}"
-    storage = "no" if _error(facts["storage"]) or node["echo"] or node["storage_trouble"] else "seen by all"
+        return [name, *["-"] * 5, f"{cpus:g}", f"{gpus:g}"]
+    seen = "no" if _error(facts["storage"]) or node["echo"] or node["storage_trouble"] else "seen"
     room = facts["free_bytes"]
-    return [name, software, storage, _size(room) if isinstance(room, int) else "?", hardware]
+    return [
+        name, *(_shown(facts[one]) for one in ("python", "ray", "torch")), seen,
+        _size(room) if isinstance(room, int) else "-", f"{cpus:g}", f"{gpus:g}",
+    ]  # fmt: skip
 
 
 def _error(fact: object) -> str:

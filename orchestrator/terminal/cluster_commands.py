@@ -139,9 +139,10 @@ def fetch(
 
 
 def _show_preflight(preflight: Preflight) -> None:
+    from orchestrator.distributed.preflight import TITLES
     from orchestrator.progress import err
 
-    err.print(table(["node", "software", "storage", "free", "hardware"], preflight.rows, right=(3,)))
+    err.print(table(TITLES, preflight.rows, right=(5, 6, 7)))
 
 
 def _show_job(remote: RemoteRun, known: Mapping[str, Any], as_json: bool) -> None:

@@ -83,6 +83,36 @@ def test_a_cluster_that_refuses_the_token_is_said_at_once(
     assert "RAY_AUTH_TOKEN_PATH" in caught.value.mend
 
 
+JOIN = """
+from types import SimpleNamespace
+from orchestrator.distributed.joining import joined
+scaling = SimpleNamespace(address="local")
+plan = SimpleNamespace(job=SimpleNamespace(scaling=scaling), num_workers=1, threads_per_worker=1, num_extractors=0,
+                       extractor_threads=1)
+with joined(plan):
+    pass
+"""
+
+
+@pytest.mark.usefixtures("_nothing_given")
+def test_the_token_of_a_cluster_of_this_machine_is_for_its_user_alone(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", JOIN], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.usefixtures("_nothing_given")
+def test_a_variable_that_the_job_has_set_is_not_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes each of one place alone, and refuses to start where two give it."""
+    from orchestrator.distributed import joining
+
+    job = {"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "ACTIVE"}}, "metadata": {}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert joining._of_the_job() == ["OMP_WAIT_POLICY"]
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    assert joining._of_the_job() == []
+
+
 @pytest.mark.usefixtures("_nothing_given")
 def test_where_nothing_listens_it_is_said_at_once() -> None:
     from orchestrator.distributed import joining

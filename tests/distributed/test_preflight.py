@@ -45,7 +45,7 @@ def test_a_machine_that_has_everything(asked: dict[str, Any], this_machine: dict
     assert preflight.faults == []
     preflight.require()
     assert preflight.rows[0][0] == "10.0.0.1 (head)"
-    assert preflight.rows[0][2] == "seen by all"
+    assert preflight.rows[0][4] == "seen"
 
 
 def error(text: str) -> dict[str, str]:

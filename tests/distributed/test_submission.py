@@ -23,6 +23,7 @@ from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan
 from orchestrator.remote import remote_runs
 from tests.conftest import REPOSITORY
 from tests.distributed.bare import bare_python
+from tests.distributed.wire import Wire
 from tests.whole.test_third_party import SOURCE
 
 pytest.importorskip("aiohttp", reason="the head of a cluster takes jobs with ray[default] alone")
@@ -141,6 +142,30 @@ def test_it_trains_there_and_comes_home(
     assert done.stdout.strip() in "0123456789", done.stderr
 
 
+def test_following_outlives_the_connection(
+    cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    """Each event once, in its order, although the wire is cut after the second epoch."""
+    job = {"backbone": str(tiny_resnet), "data": str(digits), "storage": str(tmp_path / "runs"), "name": "wire",
+           **SMALL, "training": {"epochs": 30, "batch_size": 40}}  # fmt: skip
+    host, port = cluster.dashboard.removeprefix("http://").split(":")
+    with Wire(host, int(port)) as wire:
+        run = orchestrator.submit(address=wire.address, report=Heard(), **job)
+        heard = Heard()
+
+        def hear(event: Event) -> None:
+            heard(event)
+            if isinstance(event, EpochEnded) and event.figures["epoch"] == 2:
+                wire.cut()
+            if isinstance(event, Noted) and "it is asked again" in event.text:
+                wire.mend()
+
+        run.follow(hear)
+        assert wire.num_cut
+    assert heard.said("does not answer")
+    assert heard.epochs == list(range(1, 31))
+
+
 def test_a_stopped_job_goes_on_as_its_next_attempt(
     cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path
 ) -> None:
@@ -198,7 +223,7 @@ def test_a_storage_that_not_all_nodes_see_is_refused_with_the_node(
     assert caught.value.reason == "cluster"
     assert caught.value.message.startswith(f"{cluster.nodes[second_node].address}: ")
     assert "s3://" in caught.value.mend
-    assert sorted(row[2] for row in tables[0].rows) == ["no", "seen by all"]
+    assert sorted(row[4] for row in tables[0].rows) == ["no", "seen"]
     assert [job.id for _, job in remote_runs(address=cluster.dashboard, report=Heard())] == before
 
 

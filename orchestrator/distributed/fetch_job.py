@@ -1,0 +1,72 @@
+"""A run on its way home, on the cluster: its files go into the job's output, which is emptied when they are there."""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from orchestrator.data import open_storage
+from orchestrator.distributed.fetching import copy_run
+from orchestrator.distributed.request import read_request
+from orchestrator.distributed.telling import Ended, Piece, Told, as_line
+from orchestrator.errors import OrchestratorError, first_line
+from orchestrator.job import file_sha256
+
+_PIECE_BYTES = 384 * 1024
+_WAIT_S = 600
+"""How long it waits for the laptop to say that it has everything."""
+
+
+def main() -> int:
+    """On the cluster: send a run, then wait to be told that it has arrived, and leave no copy in the output."""
+    request = read_request()
+    try:
+        with tempfile.TemporaryDirectory(prefix="orchestrator-fetch-") as scratch:
+            folder = Path(scratch) / "run"
+            copy_run(open_storage(request["storage"]), request["name"], folder, request["what"])
+            digests = {}
+            for file, pieces in _files(folder):
+                digests[file] = file_sha256(folder / file)
+                _send(pieces)
+            _send([Ended(0, results={"files": digests})])
+    except OrchestratorError as error:
+        _send([Ended(error.exit_code, error=error.as_dict())])
+        return error.exit_code
+    except OSError as error:
+        known = OrchestratorError(f"the head cannot copy the run: {first_line(error)}", mend="make room on its disk")
+        _send([Ended(1, error=known.as_dict())])
+        return 1
+    signal.sigtimedwait({signal.SIGTERM, signal.SIGINT}, _WAIT_S)
+    os.ftruncate(sys.stdout.fileno(), 0)
+    return 0
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Iterator[Piece]]]:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            name = file.relative_to(folder).as_posix()
+            yield name, _pieces(file, name)
+
+
+def _pieces(file: Path, name: str) -> Iterator[Piece]:
+    with file.open("rb") as content:
+        first = True
+        while (part := content.read(_PIECE_BYTES)) or first:
+            first = False
+            yield Piece(name, base64.b64encode(part).decode())
+
+
+def _send(several: Iterable[Told]) -> None:
+    for one in several:
+        sys.stdout.write(as_line(one) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    sys.exit(main())

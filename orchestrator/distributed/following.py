@@ -1,0 +1,51 @@
+"""The lines of a job from the first one to the last, whatever breaks on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from orchestrator.distributed.head import AwayError, Head
+from orchestrator.distributed.telling import Ended, parse_line
+from orchestrator.errors import OrchestratorError
+from orchestrator.job import Noted, Report
+
+_POLL_S = 0.5
+_PATIENCE_S = 1800.0
+"""How long a head may be away."""
+
+
+def lines_of(head: Head, id: str, report: Report | None = None) -> Iterator[str]:
+    """What a job writes, line by line, until its state is the last one: the end of a stream is not the end of a job.
+
+    That the cluster does not answer is reported, and it is asked again. Raises `OrchestratorError` after half an hour,
+    and where the cluster knows no such job any more.
+    """
+    num, away_since = 0, 0.0
+    while True:
+        try:
+            job = head.job(id)
+            if job is None:
+                raise OrchestratorError(
+                    f"the cluster at {head.address} knows {id} no more: it was made again",
+                    mend="submit it again: its run goes on from its storage",
+                )
+            if job.is_over:
+                yield from head.lines(id)[num:]
+                return
+            if job.state == "running":
+                for i, line in enumerate(head.stream(id)):
+                    if i < num:
+                        continue
+                    num += 1
+                    yield line
+                    if isinstance(parse_line(line), Ended):
+                        break
+            away_since = 0.0
+        except AwayError as error:
+            if not away_since and report is not None:
+                report(Noted(f"{error.message}; it is asked again", is_warning=True))
+            away_since = away_since or time.monotonic()
+            if time.monotonic() - away_since > _PATIENCE_S:
+                raise
+        time.sleep(_POLL_S)
