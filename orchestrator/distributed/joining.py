@@ -61,24 +61,14 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
     }
     try:
         if here:
-<<<<<<< HEAD
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=dashboard,
-                **quiet,
-            )
-            _started[:] = [num_cpus]
-=======
             with _for_us_alone(Path("~/.ray/auth_token").expanduser()):
                 ray.init(
                     address="local",
-                    num_cpus=_num_cpus(plan),
-                    include_dashboard=False,
+                    num_cpus=num_cpus,
+                    include_dashboard=dashboard,
                     **quiet,
                 )
-            _started[:] = [_num_cpus(plan)]
->>>>>>> helper-submit
+            _started[:] = [num_cpus]
         else:
             assert address is not None
             _refuse_unknown(address)
