@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,8 +31,6 @@ from orchestrator.terminal.console import out, pairs, show_results, table
 from orchestrator.terminal.flags import Json, takes_flags
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from orchestrator.tuning import SearchResult, Trial
 
 _NUM_SHOWN = 10
@@ -216,8 +215,6 @@ def _table(result: SearchResult, trials: Sequence[Trial]) -> Table:
 
 
 def _relative(result: SearchResult) -> str:
-    from pathlib import Path
-
     try:
         return str(result.path.relative_to(Path.cwd()))
     except ValueError:
