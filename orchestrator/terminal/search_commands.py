@@ -215,8 +215,6 @@ def _table(result: SearchResult, trials: Sequence[Trial]) -> Table:
 
 
 def _relative(result: SearchResult) -> str:
-    from pathlib import Path
-
     try:
         return str(result.path.relative_to(Path.cwd()))
     except ValueError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +78,10 @@ def importance(result: SearchResult, space: Space, trials: Sequence[Trial]) -> d
             key: columns[key][number] if _are_numbers(columns[key]) else _text(columns[key][number]) for key in keys
         }
         study.add_trial(optuna.trial.create_trial(params=given, distributions=kinds, value=one.score))
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    with warnings.catch_warnings():  # where all trials score alike, all settings matter alike
+        warnings.simplefilter("ignore")
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {key: value for key, value in found.items() if math.isfinite(value)}
 
 

@@ -48,6 +48,13 @@ class Work:
     _stopping: Stopping = field(init=False)
     _proposals: Proposals = field(init=False)
 
+    def __post_init__(self) -> None:
+        """Raises `JobError` for a scheduler or an algorithm that cannot be used."""
+        self._stopping = make_stopping(self.settings.scheduler, self.metric, self.num_epochs)
+        self._proposals = Proposals(
+            self.space, self.algorithm, self.num_trials, self.settings.seed, self.metric, self.book
+        )
+
     def run(self) -> Any:
         """Do all trials, and repetitions of the best; Tune's `ResultGrid` of those that it ran, None without any.
 
@@ -55,16 +62,13 @@ class Work:
         its time it returns.
         """
         self._num_before = len(self.book.trials)
-        self._stopping = make_stopping(self.settings.scheduler, self.metric, self.num_epochs)
-        proposals = Proposals(self.space, self.algorithm, self.num_trials, self.settings.seed, self.metric, self.book)
-        self._proposals = proposals
         for trial in self.book.trials.values():
             self._stopping.hear_again(trial)
         if self._num_before:
             self.report(Noted(f"{counted(self._num_before, 'trial')} ended before, and are not done again"))
         grid = None
         try:
-            grid = self._all_trials(proposals)
+            grid = self._all_trials(self._proposals)
             grid = self._repetitions() or grid
         except InterruptedRunError:
             if self._only_failed is not None:

@@ -188,3 +188,23 @@ def test_stopped_it_goes_on_from_the_checkpoints(base: dict[str, Any]) -> None:
     assert not (Path("runs/one") / "trials.jsonl").exists()
     result = orchestrator.search(base, SPACE, num_trials=2, name="one", report=silent, **more)
     assert [line["epoch"] for line in result.trials[0].lines] == list(range(1, 31))
+
+
+def test_the_example_of_rays_documentation(base: dict[str, Any]) -> None:
+    """Of "Getting Started with Ray Tune"; what differs is in docs/search.md."""
+    import numpy as np
+
+    search_space = {
+        "learning_rate": tune.sample_from(lambda spec: 10 ** (-10 * np.random.rand())),  # noqa: ARG005  # as it is there
+        "momentum": tune.uniform(0.1, 0.9),
+    }
+    results = orchestrator.search(
+        base, search_space, optimizer="sgd", num_trials=3, report=silent,
+        scheduler=ASHAScheduler(metric="validation_accuracy", mode="max"),
+    ).ray  # fmt: skip
+    dfs = {result.path: result.metrics_dataframe for result in results}
+    assert len(dfs) == 3
+    assert all(len(df.validation_accuracy) >= 1 for df in dfs.values())
+    best = results.get_best_result("validation_accuracy", mode="max")
+    assert best.config["training.momentum"] < 0.9
+    assert best.path in dfs

@@ -198,8 +198,6 @@ def test_an_algorithm_of_ray_as_it_is(base: dict[str, Any]) -> None:
 def test_what_cannot_be_is_refused_before_anything_starts(
     base: dict[str, Any], given: dict[str, Any], words: str
 ) -> None:
-    if "data.validation_fraction" in given:
-        (Path(base["data"]) / "validation").exists()
     phases: list[Event] = []
     with pytest.raises(RefusedError) as refused:
         orchestrator.search(base, **{"space": SPACE, **given}, report=phases.append)
@@ -256,7 +254,7 @@ def test_the_winners_score_comes_with_a_corrected_interval(base: dict[str, Any])
 
 
 def test_cells_of_the_table_are_no_formulas(base: dict[str, Any]) -> None:
-    evil = Path("=cmd|' /C calc'!A0")
+    evil = Path("=1+1")
     evil.symlink_to(base["backbone"])
     result = orchestrator.search(
         base, {"backbone": {"grid": [str(evil)]}, "learning_rate": {"grid": [0.1]}}, report=silent
