@@ -12,6 +12,7 @@ driver holds it, its workers write with it (`held.py`).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shutil
 import uuid
@@ -21,7 +22,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from orchestrator.errors import RefusedError, first_line
 from orchestrator.job.files import file_sha256
@@ -67,6 +68,8 @@ class Manifest(BaseModel):
     version: str
     files: dict[str, StoredFile]
     """By their paths below the folder."""
+    digest: str | None = None
+    """Of the two, so that a bit that has flipped is seen; an earlier version wrote none."""
 
     @field_validator("version")
     @classmethod
@@ -83,6 +86,12 @@ class Manifest(BaseModel):
             if path.is_absolute() or ".." in path.parts or str(path) != name or name == MANIFEST_FILE:
                 raise ValueError(f"{name!r} is no path of a file in a folder")
         return files
+
+    @model_validator(mode="after")
+    def _is_as_written(self) -> Manifest:
+        if self.digest not in (None, _digest(self.version, self.files)):
+            raise ValueError("it is not as it was written")
+        return self
 
     @property
     def number(self) -> int:
@@ -104,6 +113,11 @@ class Manifest(BaseModel):
             if sizes[name] != file.size:
                 return f"{name} has {sizes[name]} bytes, not {file.size}"
         return ""
+
+
+def _digest(version: str, files: Mapping[str, StoredFile]) -> str:
+    text = "\n".join([version, *(f"{file.sha256} {file.size} {name}" for name, file in sorted(files.items()))])
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def number_of(version: str) -> int:
@@ -131,7 +145,7 @@ def make_manifest(folder: Path, version: str) -> Manifest:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST_FILE:
             files[name] = StoredFile(size=path.stat().st_size, sha256=file_sha256(path))
-    return Manifest(version=version, files=files)
+    return Manifest(version=version, files=files, digest=_digest(version, files))
 
 
 def run_is_busy(place: str, owner: str) -> RefusedError:

@@ -54,7 +54,7 @@ def test_a_refusal_asks_for_no_weight_byte(hub: Hub, tiny_resnet: Path, flat_dig
 
 def test_a_plan_reads_the_header_by_range_and_no_more(hub: Hub, flat_digits: Path, efficientnet: Path) -> None:
     hub.repositories["org/planned"] = Repository(files_of(efficientnet))
-    plan = orchestrator.plan(backbone="org/planned", data=str(flat_digits), settings={"size": 32})
+    plan = orchestrator.plan(backbone="org/planned", data=str(flat_digits), settings={"size": 32}, method="head")
     assert plan.parameters is not None
     assert plan.parameters.frozen > 3_000_000
     asked = [one for one in hub.requests if one[1].startswith("/large")]

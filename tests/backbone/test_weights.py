@@ -87,7 +87,7 @@ def test_weights_of_other_names_are_loaded(
     files, weights = forms(form, original)
     backbone = repository(hub, tiny_resnet, files)
     few = {"path": str(flat_digits), "num_train": 60}
-    plan = orchestrator.plan(backbone=backbone, data=few)
+    plan = orchestrator.plan(backbone=backbone, data=few, method="head")
     assert plan.parameters is not None
     assert plan.parameters.frozen == sum(
         one.numel() for name, one in original.items()

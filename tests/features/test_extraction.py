@@ -35,7 +35,7 @@ def slowly(*what):
 body_pass.compute = slowly
 def job(name, report):
     return orchestrator.finetune(
-        backbone=backbone, data=data, name=name, report=report, scaling={"threads_per_worker": 1},
+        backbone=backbone, data=data, name=name, report=report, method="head", scaling={"threads_per_worker": 1},
         training={"epochs": 3, "learning_rate": 3e-3, "precision": precision},
     )
 """

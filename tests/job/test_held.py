@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,19 @@ def test_a_run_travels_to_the_workers(storage: Storage) -> None:
         assert run.read("lineage.json") == "{}"
 
 
-def test_a_run_reads_its_own_table_wherever_its_storage_is(storage: Storage) -> None:
+def test_a_run_reads_its_own_table_wherever_its_storage_is(storage: Any, tmp_path: Path) -> None:
     with hold(storage, "run") as run:
         run.write("samples.json", '{"table": "%s"}' % ("0" * 32))
-        table = run.folder.parent / ".data" / ("0" * 32)
-        table.mkdir(parents=True)
-        assert table_of(run) == table
+        table = tmp_path / "table"
+        table.mkdir()
+        (table / "rows").write_text("some")
+        if isinstance(storage, DirectoryStorage):
+            shutil.copytree(table, run.folder.parent / ".data" / ("0" * 32))
+        else:
+            storage.share(table, f".data/{'0' * 32}")
+        found = table_of(run)
+        assert found is not None
+        assert (found / "rows").read_text() == "some"
 
 
 # --- in a directory ---

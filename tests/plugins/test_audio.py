@@ -325,7 +325,7 @@ def test_a_wrong_suffix_is_no_matter(tones: Path, backbones: Callable[[str], Pat
         target = tmp_path / "data" / file.parent.name / f"{i}.mp3"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
-    assert plan(backbones("hubert"), tmp_path / "data").data.num_samples["train"] == 32
+    assert plan(backbones("hubert"), tmp_path / "data", method="head").data.num_samples["train"] == 32
     (tmp_path / "data" / "low" / "photo.wav").write_bytes(b"\x89PNG")
     with pytest.raises(DataError, match=r"photo\.wav: is no audio"):
         plan(backbones("hubert"), tmp_path / "data")

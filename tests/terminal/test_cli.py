@@ -37,7 +37,7 @@ def test_every_flag_sets_its_setting(screen: Screen) -> None:
         if flag.setting:
             words = {"--method": "head", "--task": "regression", "--feature-store": "s3://bucket/features",
                      "--separator": ";", "--encoding": "cp1252"}  # fmt: skip
-            value: object = {int: 4, float: 0.5}.get(flag.kind, words.get(flag.option, "skip"))
+            value: object = {int: 4, float: 0.5, bool: True}.get(flag.kind, words.get(flag.option, "skip"))
             fields = {"backbone": "b", "data": "d", flag.setting: value}
             assert make_job(**fields) != make_job(backbone="b", data="e"), flag  # a setting that the job knows
 

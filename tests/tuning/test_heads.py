@@ -38,6 +38,7 @@ def test_scores_are_those_of_separate_runs(backbone: str, digits: Path, request:
     base: dict[str, Any] = {
         "backbone": str(request.getfixturevalue(backbone)),
         "data": str(digits),
+        "method": "head",
         "epochs": 3,
         **EXACT,
     }
@@ -55,7 +56,14 @@ def test_scores_are_those_of_separate_runs(backbone: str, digits: Path, request:
 
 
 def test_sgd_with_momenta_of_their_own(tiny_resnet: Path, digits: Path) -> None:
-    base = {"backbone": str(tiny_resnet), "data": str(digits), "epochs": 2, "optimizer": "sgd", **EXACT}
+    base = {
+        "backbone": str(tiny_resnet),
+        "data": str(digits),
+        "method": "head",
+        "epochs": 2,
+        "optimizer": "sgd",
+        **EXACT,
+    }
     space = {"momentum": [0.0, 0.9], "weight_decay": [0.0, 0.1], "learning_rate": [0.01, 0.1]}
     compare(orchestrator.search(base, space, num_trials=4, report=silent), base, [1, 2])
 
@@ -72,14 +80,15 @@ def test_other_tasks(task: str, tiny_resnet: Path, tmp_path: Path) -> None:
         **columns,
     }
     more = {} if task == "regression" else {"class_weights": ["none", "auto"], "label_smoothing": [0.0, 0.2]}
-    base = {"backbone": str(tiny_resnet), "data": data, "task": task, "epochs": 3, **EXACT}
+    base = {"backbone": str(tiny_resnet), "data": data, "task": task, "method": "head", "epochs": 3, **EXACT}
     result = orchestrator.search(base, {"learning_rate": [1e-3, 1e-2], **more}, num_trials=3, report=silent)
     assert (result.metric.key, result.metric.mode) == ("validation_loss", "min")
     compare(result, base, [1, 2])
 
 
 def test_a_loss_that_is_no_number_is_the_row_of_that_trial_alone(tiny_resnet: Path, digits: Path) -> None:
-    base = {"backbone": str(tiny_resnet), "data": str(digits), "epochs": 2, "clip_norm": None, "optimizer": "sgd"}
+    base = {"backbone": str(tiny_resnet), "data": str(digits), "method": "head", "epochs": 2, "clip_norm": None,
+            "optimizer": "sgd"}  # fmt: skip
     result = orchestrator.search(base, {"learning_rate": {"grid": [1e-2, 1e38, 1e-1]}}, report=silent)
     assert [one.state for one in result.trials] == ["finished", "failed", "finished"]
     assert "is not finite" in result.trials[1].error

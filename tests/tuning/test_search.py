@@ -30,7 +30,7 @@ def silent(_event: Event) -> None:
 
 @pytest.fixture
 def base(tiny_resnet: Path, digits: Path) -> dict[str, Any]:
-    return {"backbone": str(tiny_resnet), "data": str(digits), "epochs": 3}
+    return {"backbone": str(tiny_resnet), "data": str(digits), "method": "head", "epochs": 3}
 
 
 def table_of(result: SearchResult) -> list[Any]:
@@ -271,7 +271,7 @@ def test_cells_of_the_table_are_no_formulas(base: dict[str, Any]) -> None:
 def test_the_command(cli: Cli, base: dict[str, Any], digits: Path) -> None:
     job = Path("job.yaml")
     job.write_text(
-        f"backbone: {base['backbone']}\ndata: {base['data']}\ntraining: {{epochs: 3}}\nname: rates\n"
+        f"backbone: {base['backbone']}\ndata: {base['data']}\nmethod: head\ntraining: {{epochs: 3}}\nname: rates\n"
         "search:\n  num_trials: 3\n  learning_rate: {loguniform: [1e-3, 1e-1]}\n  weight_decay: [0, 0.1]\n"
     )
     said = cli("search", job)

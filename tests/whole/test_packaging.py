@@ -96,8 +96,9 @@ def test_a_missing_extra_names_the_install_command(
 
 def test_the_public_names_are_these() -> None:
     assert orchestrator.__all__ == [
-        "BackboneCard", "Job", "Modality", "OrchestratorError", "Plan", "RefusedError", "Run", "check", "evaluate",
-        "finetune", "open_run", "plan", "predict", "pretrain", "register",
+        "BackboneCard", "Job", "Modality", "OrchestratorError", "Plan", "RankTable", "RefusedError", "RemoteRun", "Run",
+        "attach", "check", "evaluate", "finetune", "open_run", "plan", "predict", "pretrain", "rank", "register",
+        "search", "submit",
     ]  # fmt: skip
     for name in orchestrator.__all__:
         assert callable(getattr(orchestrator, name))
