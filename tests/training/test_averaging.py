@@ -53,14 +53,13 @@ def test_the_average_is_exported_where_it_is_better_and_survives_an_interruption
     assert max(b for _, b in pairs) > max(a for a, _ in pairs)
     assert whole.results["averaged"] is True
     assert whole.results["validation"]["accuracy"] == max(max(pair) for pair in pairs)
-    for number in (5, 99):
-        with pytest.raises(InterruptedRunError):
-            train(tiny_resnet, digits, name=f"cut-{number}", stop=at_call(number), **job)
-        run = train(tiny_resnet, digits, name=f"cut-{number}", **job)
-        assert same(weights_of(whole), weights_of(run)), number
-        assert [line["average_validation_loss"] for line in run.metrics] == [
-            line["average_validation_loss"] for line in whole.metrics
-        ]
+    with pytest.raises(InterruptedRunError):
+        train(tiny_resnet, digits, name="cut", stop=at_call(99), **job)
+    run = train(tiny_resnet, digits, name="cut", **job)
+    assert same(weights_of(whole), weights_of(run))
+    assert [line["average_validation_loss"] for line in run.metrics] == [
+        line["average_validation_loss"] for line in whole.metrics
+    ]
     plain = train(tiny_resnet, digits, **{**job, "training": {**job["training"], "ema": None}})
     assert [line["validation_loss"] for line in plain.metrics] == [line["validation_loss"] for line in whole.metrics]
 
