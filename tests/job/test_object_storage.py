@@ -493,10 +493,10 @@ def test_what_waiting_does_not_mend_is_said_at_once(proxy: s3_proxy.Proxy) -> No
     with storage.acquire("run", "me") as lease:
         began = time.monotonic()
         proxy.fail("PUT", "403", 5)
-        with refused("offline", "s3://bucket/runs/run/plan.json", "ACCESS_DENIED"):
+        with refused("unauthorised", "s3://bucket/runs/run/plan.json", "ACCESS_DENIED"):
             storage.write("run/plan.json", b"{}", lease)
         proxy.faults.clear()
-        with refused("offline", "NO_SUCH_BUCKET"), open_storage("s3://nothing/runs").acquire("run", "me"):
+        with refused("not_found", "NO_SUCH_BUCKET"), open_storage("s3://nothing/runs").acquire("run", "me"):
             pass
         assert time.monotonic() - began < 10
 
