@@ -177,7 +177,9 @@ class ObjectStorage(Storage):
     def find(self, name: str) -> Manifest | None:
         for _ in range(_REPLACED):
             versions = self._versions(name)
-            text = self.read(f"{name}/{versions[-1]}.json") if versions else None
+            if not versions:
+                return None
+            text = self.read(f"{name}/{versions[-1]}.json")
             if text is not None:
                 return self._parsed(name, text)
         return None

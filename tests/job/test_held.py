@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data import open_storage, table_of
+from orchestrator.data import table_of
 from orchestrator.errors import CheckpointError, OrchestratorError, RefusedError
-from orchestrator.job import DirectoryStorage, HeldRun, Run, Storage, hold
+from orchestrator.job import DirectoryStorage, HeldRun, Run, Storage, hold, open_storage
+from orchestrator.job.object_storage import ObjectStorage
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.record import Record
 from tests.held import held
@@ -114,19 +115,25 @@ def test_a_run_travels_to_the_workers(storage: Storage) -> None:
         assert run.read("lineage.json") == "{}"
 
 
-def test_a_run_reads_its_own_table_wherever_its_storage_is(storage: Any, tmp_path: Path) -> None:
+def test_a_run_reads_its_own_table_wherever_its_storage_is(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "rows.arrow").write_text("rows")
     with hold(storage, "run") as run:
         run.write("samples.json", '{"table": "%s"}' % ("0" * 32))
-        table = tmp_path / "table"
-        table.mkdir()
-        (table / "rows").write_text("some")
-        if isinstance(storage, DirectoryStorage):
-            shutil.copytree(table, run.folder.parent / ".data" / ("0" * 32))
+        assert table_of(run) is None
+        if isinstance(storage, ObjectStorage):
+            put = storage.share(made, f".data/{'0' * 32}")
+            assert table_of(run) == put
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
         else:
-            storage.share(table, f".data/{'0' * 32}")
-        found = table_of(run)
-        assert found is not None
-        assert (found / "rows").read_text() == "some"
+            (run.folder.parent / ".data").mkdir()
+            made.rename(run.folder.parent / ".data" / ("0" * 32))
+        table = table_of(run)
+        assert table is not None
+        assert (table / "rows.arrow").read_text() == "rows"
 
 
 # --- in a directory ---
