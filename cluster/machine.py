@@ -111,14 +111,21 @@ def answers(host: str, port: int) -> bool:
 def processes(mark: str, sessions: set[int] | None = None) -> Iterator[tuple[int, str]]:
     """(id, command line) of the living that bear the mark, NODE or FOLDER/, or whose session is one of these.
 
-    Ray gives its workers titles, and these may overwrite where their environment was.
+    Ray gives its workers titles, and these may overwrite where their environment was: so all are taken that live in
+    the same namespace as one that bears it.
     """
     wanted = f"\0{MARK}={mark}".encode() + (b"" if mark.endswith("/") else b"\0")
+    marked, spaces = set(), {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            marked = wanted in b"\0" + (folder / "environ").read_bytes()
+            spaces[folder] = os.readlink(folder / "ns" / "pid")
+            if wanted in b"\0" + (folder / "environ").read_bytes():
+                marked.add(folder)
+    own = {spaces[folder] for folder in marked} - {os.readlink("/proc/self/ns/pid")}
+    for folder, space in spaces.items():
+        with contextlib.suppress(OSError):
             state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-            if (marked or int(session) in (sessions or ())) and state != "Z":
+            if (folder in marked or space in own or int(session) in (sessions or ())) and state != "Z":
                 yield int(folder.name), (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
 
 

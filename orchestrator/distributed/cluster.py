@@ -21,7 +21,7 @@ with warnings.catch_warnings():
 
 from orchestrator.distributed.events import DriverChannel, watch_driver
 from orchestrator.distributed.joining import event_queue, joined, shut_down
-from orchestrator.distributed.leaving import Notice, is_taken_away, leave
+from orchestrator.distributed.leaving import Notice, wait_for_the_end
 from orchestrator.distributed.offer import offer_of, resources_of
 from orchestrator.distributed.shared_storage import refuse_apart
 from orchestrator.distributed.waiting import Wait
@@ -154,9 +154,6 @@ class _Failures(UserCallback):  # type: ignore[misc]  # Ray has no types
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """`worker_exceptions`: {rank: error}."""
-        if ranks := [rank for rank, error in worker_exceptions.items() if is_taken_away(error)]:
-            self._queue.taken_away.remote(sorted(ranks))  # told each time that Ray looks, until all have ended
-            return
         self._queue.failed.remote(failures_of(worker_exceptions), self._max_failures)
 
 
@@ -216,11 +213,10 @@ def _worker(config: dict[str, Any]) -> None:
         with start_worker(config["threads"], device, local_rank, deterministic) as worker:
             run_worker(config["spec"], worker, channel.tell, should_stop, extractors)
     except InterruptedRunError as error:  # all workers stop at the same step, so none is left waiting
-        if channel.wait_whether_to_stop():
-            channel.tell_for_sure(Failed(error))
-        else:
-            channel.flush()
-            leave(context.get_world_rank())
+        channel.flush()
+        if not channel.wait_whether_to_stop():
+            wait_for_the_end(channel, context.get_world_rank())
+        channel.tell_for_sure(Failed(error))
     except OrchestratorError as error:
         if isinstance(error, PluginError):  # a node lacks it
             error.message = f"the worker {place}: {error.message}"

@@ -32,7 +32,6 @@ class EventQueue:
         self._asked_at: dict[str, float] = {}
         self._places: dict[int, str] = {}
         self._num_failures = 0
-        self._taken_away: set[str] = set()
         self._waiting = True
 
     def began(self, rank: int, place: str) -> None:
@@ -45,14 +44,11 @@ class EventQueue:
         return self._waiting
 
     def taken_away(self, ranks: list[int]) -> None:
-        """The nodes of these workers were taken away: it is told, once of each process, and is no failure."""
+        """The nodes of these workers are taken away: all have written a checkpoint, and it is no failure."""
         self._waiting = True
-        who = {rank: self._places.get(rank, "") for rank in ranks}
-        new = sorted(f"worker {rank} ({place})" for rank, place in who.items() if place not in self._taken_away)
-        self._taken_away.update(who.values())
-        if new:
-            text = f"{', '.join(new)}: its node is taken away; going on from the last checkpoint without it"
-            self._events.append(Noted(text, is_warning=True))
+        who = ", ".join(f"worker {rank} ({self._places[rank]})" for rank in ranks if rank in self._places)
+        text = f"{who}: its node is taken away; a checkpoint is written, and it goes on without it"
+        self._events.append(Noted(text, is_warning=True))
 
     def failed(self, why: dict[int, str], max_failures: int) -> None:
         """Workers have died or failed, {rank: why}: it is told which, where, and what comes of it."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from typing import Any
 
-import ray
+from orchestrator.distributed.events import DriverChannel
 
+_FOR_THE_CHECKPOINT_S = 30.0
+"""Before the node's end; of a shorter notice, half."""
 _NOTICE_GRACE_S = 15.0
 """How long after one worker has heard of it another one may."""
+_END_GRACE_S = 120.0
+"""How long after the node's end Ray may take to end the group."""
 
 
 class Notice:
@@ -21,47 +24,43 @@ class Notice:
     """
 
     def __init__(self) -> None:
-        self._leave_at: float | None = None
         self._deadline_ms: int | None = None
+        self._stop_at = 0.0
 
     def is_due(self) -> bool:
-        """Whether it is time to write the checkpoint and leave: half of the time that is given is left for that.
-
-        Until then it goes on: Ray counts on the node as long as it lives, and starts no group without it before.
-        """
+        """Whether it is time to write the checkpoint and to stop. Until then it goes on: nothing is won by less, since
+        Ray counts on the node as long as it lives, and starts no group without it before."""
         info = _info()
         if info is None:
             return False
-        if not info.deadline_ms:
-            return True
-        if self._leave_at is None or info.deadline_ms != self._deadline_ms:  # a second node may have less
-            left_s = info.deadline_ms / 1000 - time.time()
-            self._deadline_ms, self._leave_at = info.deadline_ms, time.monotonic() + left_s / 2
-        return time.monotonic() >= self._leave_at
+        if info.deadline_ms != self._deadline_ms or self._deadline_ms is None:  # a second node may have less
+            self._deadline_ms = info.deadline_ms
+            left_s = (info.deadline_ms or 0) / 1000 - time.time()
+            self._stop_at = time.monotonic() + left_s - min(_FOR_THE_CHECKPOINT_S, left_s / 2)
+        return not info.deadline_ms or time.monotonic() >= self._stop_at
 
 
-def leave(rank: int) -> None:
-    """End this worker's part after the checkpoint, so that Ray starts the group again without that node.
+def wait_for_the_end(channel: DriverChannel, rank: int) -> None:
+    """Stay, after the checkpoint, until Ray ends this process with its group; return where the driver wants to stop.
 
-    A death on a node that is taken away is what Ray does not count as a failure; those on other nodes return, since
-    what they raised would count. Raises `RuntimeError` where this worker was never told: then Ray starts it again too.
+    Ray does so at the node's end, and counts no failure then. A worker that ended by itself would count as one, and if
+    all returned, the training would count as done. Raises `RuntimeError` where Ray does nothing of the kind.
     """
     until = time.monotonic() + _NOTICE_GRACE_S
-    while (info := _info()) is None:
+    info = _info()
+    while info is None:
         if time.monotonic() > until:
             raise RuntimeError("the other workers stopped for a node that is taken away, and this one knows of none")
         time.sleep(0.1)
-    if rank in info.preempted_ranks:
-        os._exit(1)
-
-
-def is_taken_away(error: BaseException | None) -> bool:
-    """Whether a worker ended because its node was taken away, as Ray saw it."""
-    while error is not None:
-        if isinstance(error, ray.exceptions.RayActorError):
-            return bool(error.preempted)
-        error = getattr(error, "health_check_failure", None) or error.__cause__
-    return False
+        info = _info()
+    if rank == 0:
+        channel.queue.taken_away.remote(list(info.preempted_ranks))
+    left_s = max(0.0, (info.deadline_ms or 0) / 1000 - time.time())
+    until = time.monotonic() + left_s + _END_GRACE_S
+    while not channel.wait_whether_to_stop():
+        if time.monotonic() > until:
+            raise RuntimeError("a node was taken away, and Ray has not started the workers again")
+        time.sleep(0.5)
 
 
 def _info() -> Any:

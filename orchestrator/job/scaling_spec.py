@@ -33,7 +33,7 @@ class Scaling(Part):
         "auto", description="auto: GPUs where there is one for each process, else CPUs"
     )
     gpus_per_worker: float = Field(
-        1.0, gt=0, le=1, description="less than 1: so many processes share a GPU, as 0.5 two"
+        1.0, gt=0, le=1, description="less than 1: several processes share a GPU, two where it is 0.5"
     )
     accelerator_type: str | None = Field(
         None, min_length=1, description="GPUs of this kind alone, by Ray's name for it: L4, A100, H100"

@@ -14,14 +14,17 @@ import pytest
 
 import orchestrator
 from cluster.local import LocalCluster, namespaces_allowed
-from tests.whole.test_train import silent, weights_of
+from tests.whole.test_train import silent
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not namespaces_allowed(), reason="machines of their own want root, on Linux"),
 ]
-TRAINING = {"epochs": 60, "batch_size": 16, "num_microbatches": 2, "checkpoint_every_s": 600, "precision": "fp32"}
+TRAINING = {
+    "epochs": 60, "batch_size": 16, "num_microbatches": 2, "checkpoint_every_s": 600, "precision": "fp32",
+    "optimizer": "sgd", "learning_rate": 0.01,
+}  # fmt: skip
 
 
 class Driver:
@@ -60,17 +63,19 @@ class Driver:
             time.sleep(0.2)
 
 
+def train_workers(cluster: LocalCluster, node: str) -> list[str]:
+    """The processes of Ray Train on a node."""
+    return [line for line in cluster.processes(node).values() if "RayTrainWorker" in line]
+
+
 @pytest.fixture
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(num_nodes=2, cpus=1) as started:
         yield started
 
 
-def test_a_notice_costs_no_step_and_nodes_join(
-    cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path
-) -> None:
-    """One worker a node. The second node is taken away with notice, and another one joins; there is no other checkpoint
-    than those of the notice and of the end."""
+def test_a_notice_costs_no_step(cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path) -> None:
+    """One worker a node, and one node is taken away. No other checkpoint than that of the notice is due."""
     job = {
         "backbone": str(tiny_resnet), "data": {"path": str(digits)}, "method": "full", "training": TRAINING,
     }  # fmt: skip
@@ -79,21 +84,23 @@ def test_a_notice_costs_no_step_and_nodes_join(
     driver = Driver(cluster, tmp_path, {**job, "storage": str(tmp_path / "runs"), "name": "run", "scaling": scaling})
     driver.wait_for_epoch(3)
     before = driver.epoch()
-    cluster.drain("node1", 60)
-    said = driver.wait_for("going on from step")
-    assert "its node is taken away" in said
+    cluster.drain("node1", 30)
+    driver.wait_for("its node is taken away; a checkpoint is written")
+    while train_workers(cluster, "node1"):  # Ray ends them when the time is over, and so does a cloud
+        time.sleep(0.2)
     cluster.kill_node("node1")
+    said = driver.wait_for("going on from step")
     (going_on,) = re.findall(r"going on from step (\d+) of", said)
     assert driver.process.wait(600) == 0, driver.said
     assert "restart 1 of" not in driver.said
     run = orchestrator.open_run(tmp_path / "runs/run")
     assert int(going_on) >= before * run.plan.recipe.steps_per_epoch, "no other checkpoint was due"
     assert [line["epoch"] for line in run.metrics] == list(range(1, 61))
-    for name, tensor in weights_of(one).items():
-        assert (tensor - weights_of(run)[name]).abs().max() < 1e-3, name
+    for alone, elastic in zip(one.metrics, run.metrics, strict=True):
+        assert abs(alone["train_loss"] - elastic["train_loss"]) < 1e-3
 
 
-def test_a_node_that_is_lost_is_gone_on_without_within_40_s(
+def test_a_node_is_lost_and_another_one_joins(
     cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path
 ) -> None:
     job = {
@@ -111,6 +118,6 @@ def test_a_node_that_is_lost_is_gone_on_without_within_40_s(
     cluster.add_node()
     driver.wait_for(r"(?s)going on from step.*going on from step")  # it has grown: begun again, with both
     driver.wait_for_epoch(driver.epoch() + 2)
-    assert any("RayTrainWorker" in line or "_RayTrainWorker" in line for line in cluster.processes("node2").values())
+    assert train_workers(cluster, "node2")
     driver.process.terminate()
     driver.process.wait(120)

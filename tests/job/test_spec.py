@@ -67,6 +67,18 @@ def test_of_a_key_that_is_not_known_all_keys_are_named() -> None:
     assert "orchestrator settings" in refusal(backbone="a/b", data="x", zzz=1).mend
 
 
+def test_the_fewest_workers_are_no_more_than_all() -> None:
+    error = refusal(backbone="a/b", data="x", num_workers=2, min_workers=3)
+    assert error.message == "scaling: min_workers = 3 is more than num_workers = 2"
+    scaling = make_job(backbone="a/b", data="x", num_workers=16, min_workers=2).scaling
+    assert (scaling.is_elastic, scaling.fewest_workers) == (True, 2)
+    fixed = make_job(backbone="a/b", data="x", num_workers=2).scaling
+    assert (fixed.is_elastic, fixed.fewest_workers) == (False, 2)
+    # Where it runs is no part of what is learnt: the run has the same name.
+    digests = {make_job(backbone="a/b", data="x", num_workers=4, min_workers=n).digest() for n in (None, 1, 4)}
+    assert len(digests) == 1
+
+
 def test_fields_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(GOOD + "  seed: 5\n")
