@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-most test-ray test-fast fuzz lint bench rows picture settings clean
+.PHONY: install demo test test-most test-ray test-types test-fast fuzz chaos lint bench rows picture settings clean
 
 install: $(STAMP)
 
@@ -28,10 +28,14 @@ test: $(STAMP)
 	@$(MAKE) --no-print-directory --keep-going --jobs=1 lint test-most test-ray
 
 test-most: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason --ignore tests/distributed
+	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason --ignore tests/distributed -m "not types"
 
 test-ray: $(STAMP)  # wants all cores for itself
 	$(BIN)/python -m pytest -q --durations=5 tests/distributed
+
+# Every model type of transformers and timm, built and run: after a row of a plugin or a library changed.
+test-types: $(STAMP)
+	$(BIN)/python -m pytest -q --durations=5 -n auto --maxprocesses 4 -m types tests
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -40,6 +44,11 @@ test-fast: $(STAMP)
 fuzz: $(STAMP)
 	FUZZ_NUM=2000 $(BIN)/python -m pytest -q -n auto tests/data/test_fuzz.py tests/data/test_fuzz_tables.py \
 	  tests/whole/test_predictor_fuzz.py tests/gate/test_fuzz_backbones.py
+
+# Real processes hurt at random moments, ROUNDS of each row; ROWS=worker,driver for some of them.
+ROUNDS ?= 5
+chaos: $(STAMP)
+	@$(BIN)/python -m tests.chaos --rounds $(ROUNDS) $(if $(ROWS),--rows $(ROWS))
 
 # What the benchmarks hold us against is installed only for them; RUN="--repeats 1" for a quick look.
 bench: $(STAMP)

@@ -21,8 +21,7 @@ import pytest
 import orchestrator
 from tests.hub_server import Hub, serve
 from tests.refusals import Recorder
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.tiny import REPOSITORY, make_digits, make_resnet, save_backbone
 
 # Of several processes of tests each keeps to a core of its own, and so does all that it starts: threads beyond the
 # cores make everything many times slower.
@@ -84,18 +83,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 real digits as class folders of PNG: train/ (400) and test/ (200)."""
-    import numpy as np
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    root = tmp_path_factory.mktemp("digits")
-    data = load_digits()
-    for row in range(600):
-        folder = root / ("train" if row < 400 else "test") / str(data.target[row])
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.minimum(data.images[row] * 16, 255).astype("uint8")
-        Image.fromarray(pixels).save(folder / f"{row:04}.png")
-    return root
+    return make_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")
@@ -110,28 +98,10 @@ def flat_digits(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     return root
 
 
-def save_backbone(directory: Path, config: object, processor: object | None = None, model_class: str = "") -> Path:
-    """A transformers model with random weights, in Hub layout."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    chosen = getattr(transformers, model_class) if model_class else transformers.AutoModelForImageClassification
-    model = chosen(config) if model_class else chosen.from_config(config)
-    model.save_pretrained(directory)
-    if processor is not None:
-        processor.save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture(scope="session")
 def tiny_resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet with BatchNorm and 7 classes, some 20,000 parameters, 32 x 32 pixels."""
-    from transformers import ConvNextImageProcessor, ResNetConfig
-
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=7)
-    processor = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0)
-    return save_backbone(tmp_path_factory.mktemp("tiny-resnet"), config, processor)
+    return make_resnet(tmp_path_factory.mktemp("tiny-resnet"))
 
 
 @pytest.fixture(scope="session")

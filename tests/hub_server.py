@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,12 @@ class Hub:
     """(method, path, Range header)"""
     failures: int = 0
     """So many of the next requests get status 503."""
+    faults: list[str] = field(default_factory=list)
+    """What happens to each of the next requests: '', a status, `cut` (half of the body) or `slow`."""
+
+    def fail(self, fault: str, after: int = 0, times: int = 1) -> None:
+        """So happens to some requests, after so many that are answered as they should be."""
+        self.faults += [""] * after + [fault] * times
 
     def asked_for(self, suffix: str) -> list[tuple[str, str, str]]:
         return [one for one in self.requests if one[1].split("?")[0].endswith(suffix)]
@@ -96,6 +103,11 @@ def serve() -> Iterator[Hub]:
             if hub.failures:
                 hub.failures -= 1
                 return self._send(503, b"try again", with_body)
+            self._fault = hub.faults.pop(0) if hub.faults else ""
+            if self._fault == "slow":
+                time.sleep(2)
+            if self._fault.isdigit():
+                return self._send(int(self._fault), b"try again", with_body)
             parts = path.strip("/").split("/")
             if parts == ["api", "models"]:
                 return self._search(parse_qs(urlsplit(self.path).query), with_body)
@@ -226,6 +238,8 @@ def serve() -> Iterator[Hub]:
             for key, value in (headers or {}).items():
                 self.send_header(key, value)
             self.end_headers()
+            if getattr(self, "_fault", "") == "cut":
+                body, self.close_connection = body[: len(body) // 2], True
             if with_body:
                 self.wfile.write(body)
 

@@ -1,13 +1,50 @@
-"""Backbones of audio and text with random weights, a few thousand parameters each."""
+"""Backbones with random weights, a few thousand parameters each; and real digits."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import save_backbone
-
+REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = "the rain falls on hills bread with butter soup snow fog sun day cold wind a of and hot rice sweet apple cake"
+
+
+def save_backbone(directory: Path, config: object, processor: object | None = None, model_class: str = "") -> Path:
+    """A transformers model with random weights, in Hub layout."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    chosen = getattr(transformers, model_class) if model_class else transformers.AutoModelForImageClassification
+    model = chosen(config) if model_class else chosen.from_config(config)
+    model.save_pretrained(directory)
+    if processor is not None:
+        processor.save_pretrained(directory)
+    return directory
+
+
+def make_digits(root: Path) -> Path:
+    """600 real digits as class folders of PNG: train/ (400) and test/ (200)."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    for row in range(600):
+        folder = root / ("train" if row < 400 else "test") / str(data.target[row])
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.minimum(data.images[row] * 16, 255).astype("uint8")
+        Image.fromarray(pixels).save(folder / f"{row:04}.png")
+    return root
+
+
+def make_resnet(directory: Path) -> Path:
+    """A ResNet with BatchNorm and 7 classes, some 20,000 parameters, 32 x 32 pixels."""
+    from transformers import ConvNextImageProcessor, ResNetConfig
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=7)
+    processor = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0)
+    return save_backbone(directory, config, processor)
 
 
 def make_wav2vec2(directory: Path) -> Path:

@@ -59,7 +59,8 @@ def write(
     """Write a table of predictions for inputs as `predict` takes them; an earlier one of that name is replaced.
 
     Its columns are `input`, `path`, `table`, `row`, `label`, `score`, `problem`, and of every class `score_CLASS` (of
-    every target `value_TARGET`); what there is not is empty. It is there whole or not at all.
+    every target `value_TARGET`); what there is not is empty. Multi-label: in Parquet and JSON lines also the list
+    `labels`. It is there whole or not at all.
     """
     given: list[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
     place, num_rows, num_problems = require_output(output, given), 0, 0
@@ -87,6 +88,7 @@ def write(
 def _names(task: str, classes: Sequence[str]) -> dict[str, pa.DataType]:
     first = {"input": pa.string(), "path": pa.string(), "table": pa.string(), "row": pa.int64()}
     label = {} if task == "regression" else {"label": pa.string(), "score": pa.float32()}
+    label |= {"labels": pa.list_(pa.string())} if task == "multi-label" else {}
     of_each = "value" if task == "regression" else "score"
     return {**first, **label, "problem": pa.string(), **{f"{of_each}_{name}": pa.float32() for name in classes}}
 
@@ -99,7 +101,8 @@ def _row(one: Prediction, task: str, names: Iterable[str]) -> dict[str, Any]:
         return row
     if task == "regression":
         return row | {f"value_{name}": value for name, value in one.top}
-    return row | {"label": one.label, "score": one.score} | {f"score_{name}": value for name, value in one.top}
+    row |= {"label": one.label, "score": one.score} | {f"score_{name}": value for name, value in one.top}
+    return row if one.labels is None else row | {"labels": list(one.labels)}
 
 
 def _written(text: str) -> str | None:
@@ -110,7 +113,8 @@ def _written(text: str) -> str | None:
 @contextmanager
 def _csv(file: Path, names: dict[str, pa.DataType]) -> Iterator[_Write]:
     with open(file, "w", encoding="utf-8", newline="") as out:
-        writer = csv.DictWriter(out, list(names), lineterminator="\n")
+        plain = [name for name, kind in names.items() if not pa.types.is_list(kind)]
+        writer = csv.DictWriter(out, plain, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         yield writer.writerows
 

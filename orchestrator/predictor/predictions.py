@@ -35,6 +35,8 @@ class Prediction:
     """The probability of the first of `top`; regression: the value of the first target."""
     top: tuple[tuple[str, float], ...]
     """The most probable classes, in falling order; regression: every target with its value."""
+    labels: tuple[str, ...] | None = None
+    """Multi-label: the classes above one half, in the model's order; None for other tasks."""
     problem: str = ""
     """Why there is no prediction."""
     path: str = ""
@@ -51,7 +53,8 @@ class Prediction:
         found |= {"table": self.table, "row": self.row} if self.table else {}
         if self.problem:
             return found | {"problem": self.problem}
-        return found | {"label": self.label, "score": self.score, "top": [list(one) for one in self.top]}
+        said = {"label": self.label, "score": self.score, "top": [list(one) for one in self.top]}
+        return found | said | ({} if self.labels is None else {"labels": list(self.labels)})
 
 
 class Tables:
@@ -146,17 +149,18 @@ def _outcomes(loaded: LoadedRun, asked: Sequence[Asked]) -> dict[int, Tensor | s
 def _prediction(one: Asked, outcome: Tensor | str, plan: Plan, top: int) -> Prediction:
     where = {"path": one.path, "table": one.table, "row": one.row}
     if isinstance(outcome, str):
-        return Prediction(one.name, "", 0.0, (), outcome, **where)  # type: ignore[arg-type]
-    label, ranked = _said(outcome, plan, top)
-    return Prediction(one.name, label, ranked[0][1], ranked, **where)  # type: ignore[arg-type]
+        return Prediction(one.name, "", 0.0, (), None, outcome, **where)  # type: ignore[arg-type]
+    label, ranked, labels = _said(outcome, plan, top)
+    return Prediction(one.name, label, ranked[0][1], ranked, labels, **where)  # type: ignore[arg-type]
 
 
-def _said(scores: Tensor, plan: Plan, top: int) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """(label, top) of a Prediction."""
+def _said(scores: Tensor, plan: Plan, top: int) -> tuple[str, tuple[tuple[str, float], ...], tuple[str, ...] | None]:
+    """(label, top, labels) of a Prediction."""
     if plan.job.task == "regression":
-        return "", tuple(zip(plan.classes, scores.tolist(), strict=True))
+        return "", tuple(zip(plan.classes, scores.tolist(), strict=True)), None
     best = scores.topk(max(1, min(top, len(plan.classes))))
     ranked = tuple((plan.classes[k], v) for k, v in zip(best.indices.tolist(), best.values.tolist(), strict=True))
     if plan.job.task == "multi-label":
-        return " + ".join(plan.classes[k] for k in (scores > 0.5).nonzero().flatten().tolist()), ranked
-    return ranked[0][0], ranked
+        labels = tuple(plan.classes[k] for k in (scores > 0.5).nonzero().flatten().tolist())
+        return " + ".join(labels), ranked, labels
+    return ranked[0][0], ranked, None

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import transformers
 
 import orchestrator
 from orchestrator.job.spec import Data
 from orchestrator.modality import registry
+from orchestrator.predictor import output
 from tests.conftest import save_backbone
 from tests.plugins.test_audio import RATE, WAVE, encoded, tone
 
@@ -60,7 +62,24 @@ def test_several_labels_an_image(tiny_resnet: Path, kinds: Path, digits: Path) -
     for one, theirs in zip(ours, pipe([str(file) for file in files]), strict=True):
         scores = {row["label"]: row["score"] for row in theirs}
         assert {k: pytest.approx(v, abs=1e-5) for k, v in one.top} == scores  # probabilities of their own, not of one
+        assert one.labels == tuple(kind for kind in run.plan.classes if scores[kind] > 0.5)
+        assert one.as_dict()["labels"] == list(one.labels)
+    written_as_lists(run, files, [list(one.labels or ()) for one in ours])
     assert {kind for kind in KINDS if files[0].parent.name in KINDS[kind]} == {"even", "loop"}
+
+
+def written_as_lists(run: orchestrator.Run, files: list[Path], labels: list[list[str]]) -> None:
+    """Classes may hold any text, so that no joined one could be taken apart again."""
+    pictures = [str(file) for file in files]
+    output.write(run, pictures, "said.jsonl")
+    lines = Path("said.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["labels"] for line in lines] == labels
+    output.write(run, pictures, "said.parquet")
+    assert pyarrow.parquet.read_table("said.parquet")["labels"].to_pylist() == labels
+    output.write(run, pictures, "said.csv")
+    header, first, *_ = Path("said.csv").read_text(encoding="utf-8").splitlines()
+    assert "labels" not in header.split(",")
+    assert " + ".join(labels[0]) in first
 
 
 @pytest.mark.slow

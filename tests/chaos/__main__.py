@@ -1,0 +1,134 @@
+"""make chaos [ROUNDS=5] [ROWS=worker,driver]: each row so many rounds, at random moments; one JSON line at the end.
+
+`{"tried": N, "survived": N, "rows": {row: [{"faults": [...], "starts": N, "sha256": ..., "survived": true}, ...]}}`.
+A round survives if the run ends, after the same command again where its driver was hurt, with the weights of one that
+was left alone, bit for bit, no trace in what it said, and no process left. Exit code 1 where one did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.rows import ROWS, SKIPPED, Row
+from tests.chaos.work import NotSurvivedError, Work, environment
+from tests.hub_server import Hub, Repository, serve
+from tests.tiny import make_digits, make_resnet
+
+LONG = (
+    "--method", "full", "--epochs", "15", "--batch-size", "16", "--set", "training.checkpoint_every_steps=5",
+    "--set", "scaling.threads_per_worker=1",
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="make chaos", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of each row (5)")
+    parser.add_argument("--rows", default=",".join(ROWS), help="some of: " + ", ".join(ROWS))
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the moments; default: the time")
+    parser.add_argument("--minutes", type=float, default=45, help="no round begins after so many (45)")
+    asked = parser.parse_args()
+    names = [name for name in asked.rows.split(",") if name]
+    if unknown := set(names) - set(ROWS):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
+    print(f"seed {asked.seed}", file=sys.stderr)
+    until = time.monotonic() + 60 * asked.minutes
+    with tempfile.TemporaryDirectory(prefix="orc-", ignore_cleanup_errors=True) as folder, serve() as hub:
+        found = Rounds(Path(folder), hub, asked.seed).run(names, asked.rounds, until)
+    tried = [one for rounds in found.values() for one in rounds if "skipped" not in one]
+    survived = sum(one["survived"] for one in tried)
+    print(json.dumps({"tried": len(tried), "survived": survived, "rows": found}))
+    return 0 if tried and survived == len(tried) else 1
+
+
+class Rounds:
+    """The rows, a round of each after the other, over the same backbone and digits."""
+
+    def __init__(self, folder: Path, hub: Hub, seed: int) -> None:
+        self.folder, self.hub, self.seed = folder, hub, seed
+        self.backbone, self.digits = make_resnet(folder / "backbone"), make_digits(folder / "digits")
+        self.references: dict[tuple[str, bool], str] = {}
+
+    def run(self, names: list[str], rounds: int, until: float) -> dict[str, list[dict[str, Any]]]:
+        """Row -> its rounds, as many as there was time for."""
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for number in range(rounds):
+            for name in names:
+                if time.monotonic() > until:
+                    found[name].append({"skipped": "no time was left"})
+                    continue
+                started = time.monotonic()
+                one = self.round(name, ROWS[name], number)
+                found[name].append(one | {"seconds": round(time.monotonic() - started, 1)})
+                why = one.get("skipped") or one.get("why") or ", ".join(fault["kind"] for fault in one["faults"])
+                verdict = "skipped" if "skipped" in one else "survived" if one["survived"] else "NOT SURVIVED"
+                print(f"{name} {number + 1}/{rounds}: {verdict}: {why}", file=sys.stderr, flush=True)
+        return found
+
+    def round(self, name: str, row: Row, number: int) -> dict[str, Any]:
+        """One job, hurt and brought to its end."""
+        if why := row.needs():
+            return {"skipped": why}
+        expected = self.reference(row)
+        folder = self.folder / f"{name}-{number}"
+        work = self.work(folder, row, random.Random(f"{self.seed} {name} {number}"))
+        one: dict[str, Any] = {"faults": work.faults, "survived": False}
+        try:
+            row.hurt(work)
+            one["sha256"] = work.finish()
+            work.leaves_nothing()
+            if not work.faults:
+                raise NotSurvivedError("nothing was done to it")
+            if one["sha256"] != expected:
+                raise NotSurvivedError(f"other weights than {expected}")
+            one["survived"] = True
+        except NotSurvivedError as error:
+            if str(error).startswith(SKIPPED):
+                return {"skipped": str(error).removeprefix(SKIPPED)}
+            one["why"] = str(error)
+        finally:
+            self.hub.faults.clear()
+            clear(work)
+        return one | {"starts": work.num_starts}
+
+    def work(self, folder: Path, row: Row, chance: random.Random) -> Work:
+        folder.mkdir(parents=True)
+        backbone = "org/tiny" if row.on_hub else str(self.backbone)
+        if row.on_hub:
+            files = {file.name: file.read_bytes() for file in self.backbone.iterdir()}
+            self.hub.repositories["org/tiny"] = Repository(files)
+        job = ("--backbone", backbone, "--data", str(self.digits), *LONG, *row.arguments)
+        return Work(folder, job, environment(folder, HF_ENDPOINT=self.hub.url), chance, self.hub)
+
+    def reference(self, row: Row) -> str:
+        """The hash of the weights of the same job, left alone."""
+        key = (row.reference, row.on_hub)
+        if key not in self.references:
+            work = self.work(self.folder / f"left-alone-{row.reference}-{row.on_hub}", row, random.Random(0))
+            self.references[key] = work.finish(attempts=1)
+        return self.references[key]
+
+
+def clear(work: Work) -> None:
+    """End what is left of a job, and remove it."""
+    if work.process is not None and work.process.poll() is None:
+        work.process.kill()
+        work.process.wait()
+    runs = work.folder / "runs"
+    if runs.is_mount():
+        subprocess.run(["umount", "-l", runs], check=False)
+    shutil.rmtree(work.folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

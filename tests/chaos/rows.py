@@ -1,0 +1,224 @@
+"""The table: each row is how a job runs and what it must survive, so that its weights are those of one left alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.chaos.work import NotSurvivedError, Work, title_of
+
+SKIPPED = "skipped: "
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is tried in a round; `hurt` returns, and the job is then started until it is done."""
+
+    hurt: Callable[[Work], None]
+    reference: str = "here"
+    """Which run that was left alone it is held against: in this process, or on Ray."""
+    arguments: tuple[str, ...] = ()
+    on_hub: bool = False
+    needs: Callable[[], str] = lambda: ""
+    """Why it cannot be tried here, '' where it can."""
+
+
+def several(work: Work, title: str, kind: str, times: int = 2) -> None:
+    """Kill a process of the job on Ray at random moments, as often as the job is not done before."""
+    for _ in range(times):
+        if not work.wait_for_random_moment():
+            return
+        if found := work.on_ray(title):
+            work.kill(kind, work.random.choice(found))
+
+
+def _worker(work: Work) -> None:
+    work.start()
+    several(work, "TrainWorker", "kill -9 of a worker")
+
+
+def _controller(work: Work) -> None:
+    work.start()
+    several(work, "TrainController", "kill -9 of the controller", 1)
+
+
+def _events(work: Work) -> None:
+    work.start()
+    several(work, "EventQueue", "kill -9 of the event actor")
+
+
+def _raylet(work: Work) -> None:
+    work.start()
+    several(work, "raylet/raylet", "kill -9 of the raylet", 1)
+
+
+def _driver(work: Work) -> None:
+    for _ in range(3):
+        process = work.start()
+        if not work.wait_for_random_moment():
+            return
+        work.kill("kill -9 of the driver", process.pid)
+        process.wait()
+
+
+def _extractor(work: Work) -> None:
+    work.start()
+    for _ in range(2):
+        shards = len(list(work.run.parent.rglob(".features/**/*.json")))
+        if not work.wait(lambda at=shards: len(list(work.run.parent.rglob(".features/**/*.json"))) > at):  # type: ignore[misc]
+            return
+        time.sleep(work.random.random() * 0.2)
+        if found := work.on_ray("Extractor"):
+            work.kill("kill -9 of an extractor", work.random.choice(found))
+
+
+def _worker_and_driver(work: Work) -> None:
+    process = work.start()
+    several(work, "TrainWorker", "kill -9 of a worker", 1)
+    if work.wait_for_random_moment():
+        work.kill("kill -9 of the driver", process.pid)
+        process.wait()
+
+
+# --- checkpoints and storage ---
+
+
+def _damaged(work: Work, kind: str, damage: Callable[[Path], None]) -> None:
+    for _ in range(2):
+        process = work.start()
+        if not work.wait_for_random_moment(first=10):
+            return
+        work.kill("kill -9 of the driver", process.pid)
+        process.wait()
+        newest = work.checkpoints()[-1]
+        file = work.random.choice([one for one in sorted(newest.iterdir()) if one.suffix == ".safetensors"])
+        damage(file)
+        work.note(f"{kind} {file.name} of {newest.name}")
+
+
+def _truncated(work: Work) -> None:
+    _damaged(work, "truncated", lambda file: os.truncate(file, work.random.randint(0, file.stat().st_size - 1)))
+
+
+def _flipped(work: Work) -> None:
+    def flip(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[work.random.randrange(len(content))] ^= 1 << work.random.randrange(8)
+        file.write_bytes(content)
+
+    _damaged(work, "one bit flipped in", flip)
+
+
+def _can_mount() -> str:
+    return "" if os.geteuid() == 0 and shutil.which("mount") else "needs root, to mount a small disk"
+
+
+def _disk_full(work: Work) -> None:
+    """A disk of its own for the runs, filled at a random moment."""
+    runs = work.folder / "runs"
+    runs.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", runs], capture_output=True, check=False)
+    if done.returncode:
+        raise NotSurvivedError(f"{SKIPPED}no disk can be mounted here: {done.stderr.decode().strip()}")
+    process = work.start()
+    if not work.wait_for_random_moment():
+        return
+    ballast = runs / "ballast"
+    with ballast.open("wb", buffering=0) as out:
+        try:
+            while True:
+                out.write(b"\0" * 4096)
+        except OSError:
+            pass
+    before = work.step()
+    work.note("the disk is full")
+    code = process.wait(60)
+    said = work.said()
+    if work.is_done():
+        raise NotSurvivedError("it was done before the disk was full")
+    if code != 1 or "No space left" not in said or "Traceback" in said:
+        raise NotSurvivedError(f"exit {code}: {said[-800:]}")
+    if work.step() < before:
+        raise NotSurvivedError(f"the checkpoint of step {before} is gone: {work.step()}")
+    ballast.unlink()
+    work.note("the disk has room again")
+
+
+# --- the Hub ---
+
+
+def _hub(work: Work) -> None:
+    """Everything that a Hub does wrong, some of it a few times, before and while the backbone is fetched."""
+    for _ in range(work.random.randint(1, 3)):
+        fault = work.random.choice(["500", "503", "429", "cut", "slow"])
+        work.hub.fail(fault, after=work.random.randint(0, 6), times=work.random.randint(1, 2))
+        work.note(f"the Hub: {fault}")
+    process = work.start()
+    work.wait(lambda: False)
+    said = work.said()
+    if process.returncode not in (0, 1, 2) or "Traceback" in said:
+        raise NotSurvivedError(f"exit {process.returncode}: {said[-1500:]}")
+    work.hub.faults.clear()
+
+
+# --- two at once, and signals ---
+
+
+def _two_drivers(work: Work) -> None:
+    first = work.start()
+    if not work.wait_for_random_moment():
+        return
+    second = work.start()
+    code = second.wait(120)
+    said = work.said()
+    work.note("a second driver", second.pid)
+    if first.poll() is None and (code != 2 or "busy" not in said):
+        raise NotSurvivedError(f"the second driver ended with {code}: {said[-800:]}")
+    work.process = first
+
+
+def _signals(work: Work) -> None:
+    for number, times in ((signal.SIGTERM, 1), (signal.SIGINT, 2)):
+        process = work.start()
+        if not work.wait_for_random_moment():
+            return
+        for _ in range(times):
+            work.kill(f"signal {number.name}", process.pid, number)
+            time.sleep(0.05)
+        code = process.wait(120)
+        if code != 130 and not work.is_done():
+            raise NotSurvivedError(f"exit {code} after {number.name}: {work.said()[-800:]}")
+        left = [pid for pid in work.pids if title_of(pid)]
+        if left and times == 1:
+            time.sleep(5)
+            left = [title_of(pid)[:80] for pid in work.pids if title_of(pid)]
+            if left:
+                raise NotSurvivedError(f"processes are left after {number.name}: {left}")
+
+
+ON_RAY = ("--address", "local")
+TWO = ("--address", "local", "--workers", "2", "--set", "training.num_microbatches=2")
+HEAD = ("--method", "head", "--address", "local", "--set", "scaling.num_extractors=1", "--set", "settings.size=128")
+
+ROWS: dict[str, Row] = {
+    "driver": Row(_driver),
+    "signals": Row(_signals),
+    "truncated": Row(_truncated),
+    "flipped": Row(_flipped),
+    "two-drivers": Row(_two_drivers),
+    "hub": Row(_hub, on_hub=True),
+    "disk-full": Row(_disk_full, needs=_can_mount),
+    "worker": Row(_worker, "two", TWO),
+    "controller": Row(_controller, "here", ON_RAY),
+    "event-actor": Row(_events, "here", ON_RAY),
+    "raylet": Row(_raylet, "here", ON_RAY),
+    "worker-and-driver": Row(_worker_and_driver, "two", TWO),
+    "driver-on-ray": Row(_driver, "here", ON_RAY),
+    "extractor": Row(_extractor, "head", HEAD),
+}
