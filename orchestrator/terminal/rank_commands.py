@@ -82,9 +82,7 @@ def _cost(row: RankRow) -> str:
         _number(row.parameters),
         "" if row.samples_per_s is None else f"{row.samples_per_s:,.0f}/s",
         f"{row.seconds:,.0f} s",
-        ""
-        if row.full_minutes is None
-        else f"full {'' if row.full_is_measured else '~'}{_minutes(row.full_minutes)} min",
+        "" if row.full_minutes is None else f"full {about}{_minutes(row.full_minutes)} min",
     ]
     return ", ".join(part for part in parts if part)
 
