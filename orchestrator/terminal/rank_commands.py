@@ -16,7 +16,7 @@ from orchestrator.terminal.flags import FLAGS, Json, takes_flags
 if TYPE_CHECKING:
     from orchestrator.tuning import RankRow, RankTable
 
-_WIDEST_NAME = 36
+_WIDEST_NAME = 32
 _UNITS = ((10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 
@@ -61,15 +61,15 @@ def _show(ranked: RankTable, fields: dict[str, Any]) -> None:
     cells = [
         [
             f"{number} {cut_middle(row.name, _WIDEST_NAME)}\n  {_cost(row)}",
-            figure(row.score), interval({"x_95": row.interval}, "x"), figure(row.neighbours), _behind(row, ranked),
+            f"{figure(row.score)}\n{interval({'x_95': row.interval}, 'x')}",
+            figure(row.neighbours),
+            _behind(row, ranked),
         ]
         for number, row in enumerate(measured, 1)
     ]  # fmt: skip
-    out.print(table(["backbone", title, "95 % interval", "kNN", "behind"], cells, right=(1, 3), whole=(0, 1, 2, 3)))
-    for row in ranked.rows:
-        if row.problem is not None:
-            _show_problem(row)
-    lines: list[tuple[str, object]] = [("compared", _compared(ranked, measured)), *_largest(ranked)]
+    out.print(table(["backbone", f"{title}, 95 %", "kNN", "behind"], cells, right=(1, 2), whole=(0, 1, 2, 3)))
+    lines = [line for row in ranked.rows for line in _problem(row)]
+    lines += [("compared", _compared(ranked, measured)), *_largest(ranked)]
     lines.append(("full", f"minutes of full fine-tuning{_how(measured)}"))
     lines.append(("next", _next(ranked, fields)))
     out.print(pairs(lines))
@@ -77,11 +77,12 @@ def _show(ranked: RankTable, fields: dict[str, Any]) -> None:
 
 def _cost(row: RankRow) -> str:
     """`4.7M, 350/s, 12 s, full 6.2 min`."""
+    about = "" if row.full_is_measured else "~"
     parts = [
         _number(row.parameters),
         "" if row.samples_per_s is None else f"{row.samples_per_s:,.0f}/s",
         f"{row.seconds:,.0f} s",
-        "" if row.full_minutes is None else f"full {'' if row.full_is_measured else '~'}{figure(row.full_minutes)} min",
+        "" if row.full_minutes is None else f"full {about}{_minutes(row.full_minutes)} min",
     ]
     return ", ".join(part for part in parts if part)
 
@@ -95,13 +96,18 @@ def _number(value: int | None) -> str:
     return str(value)
 
 
+def _minutes(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def _behind(row: RankRow, ranked: RankTable) -> str:
+    """`0.005 chance?`, and on how many samples, where it left before the last ones."""
     if row is ranked.best:
         return ""
     if row.behind is None:
         return "not defined"
-    of = "" if row.num_samples == ranked.num_samples else f"\non {row.num_samples:,}"
-    return f"{figure(row.behind)}{'' if row.is_beyond_noise else ', chance?'}{of}"
+    of = "" if row.num_samples == ranked.num_samples else f"\non {row.num_samples:,} samples"
+    return f"{figure(row.behind)}{'' if row.is_beyond_noise else ' chance?'}{of}"
 
 
 def _compared(ranked: RankTable, measured: Sequence[RankRow]) -> str:
@@ -136,13 +142,14 @@ def _how(measured: Sequence[RankRow]) -> str:
     return ", by steps that were timed here; ~ by three times the frozen body's pass"
 
 
-def _show_problem(row: RankRow) -> None:
-    problem = row.problem or {}
+def _problem(row: RankRow) -> list[tuple[str, object]]:
+    """Why it was refused, or what it failed of."""
+    problem = row.problem
+    if problem is None:
+        return []
     word = "refused" if row.state == "refused" else "failed"
     lines: list[tuple[str, object]] = [(word, f"{row.backbone} ({problem['reason']}): {problem['message']}")]
-    if problem.get("mend"):
-        lines.append(("mend", problem["mend"]))
-    out.print(pairs(lines))
+    return [*lines, ("mend", problem["mend"])] if problem.get("mend") else lines
 
 
 def _next(ranked: RankTable, fields: dict[str, Any]) -> str:
