@@ -130,6 +130,13 @@ class TuneTrials:
             return tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES}])
         return tune.PlacementGroupFactory([{"CPU": self._room.threads, **({"GPU": 1} if self._room.use_gpu else {})}])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its parts into a folder that nobody reads."""
+        return {}
+
+    def __deepcopy__(self, _memo: Any) -> TuneTrials:
+        return self
+
     # --- what Tune's parts call ---
 
     def propose(self) -> dict[str, Any] | None:
