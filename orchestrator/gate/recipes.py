@@ -186,9 +186,9 @@ def _budget_s(job: Job, method: _MethodRow) -> float | None:
     asked = job.training.budget_min
     if asked is not None and all(phase.trains == "head" for phase in method.phases):
         raise JobError(
-            f"training.budget_min = {asked:g} makes the epochs fit in which everything is trained, and method "
+            f"training.budget_min = {asked:g} makes the epochs fit in which the body is trained, and method "
             f"{job.method} has none",
-            expected="a method that trains everything: auto, full, lp-ft, scratch",
+            expected="a method that moves the body: auto, full, lp-ft, lora, scratch",
             mend="leave training.budget_min (--budget) out: a head on stored features takes seconds",
         )
     minutes = asked or (None if job.training.epochs else method.budget_min)

@@ -118,7 +118,7 @@ def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
         if phase.batch_norm != "none":
             unknown = ", where the network has it" if plan.weights == "random" else ""
             rows.append(("BatchNorm", f"{phase.batch_norm}{unknown}"))
-    if phase.trains == "everything" and recipe.budget_s is not None:
+    if phase.trains != "head" and recipe.budget_s is not None:
         rows.append(("budget", f"{recipe.budget_s / 60:g} minutes: fewer epochs where the first steps are too slow"))
     rows += [*_asked_for(plan.job.training, phase), ("body runs", _body_runs(plan, phase))]
     if phase.must_win:

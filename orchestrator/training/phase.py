@@ -162,7 +162,7 @@ class PhaseLoop:
             session.report(Advanced(1))
 
     def _epoch_batches(self, rows: Ints, epoch: int) -> list[Ints]:
-        session, recipe = self.session, self.session.plan.recipe
+        session, num = self.session, self.phase.steps_per_epoch
         train = session.source("train")
         if isinstance(train, FeatureSource):
             train.epoch = epoch
@@ -170,7 +170,7 @@ class PhaseLoop:
         # trained on the same batches with and without them.
         bucketing = session.length_bucketing and self.phase.trains != "head"
         seed = session.plan.job.training.seed
-        return epoch_batches(session.samples, rows, seed, self._epoch_number(epoch), recipe.steps_per_epoch, bucketing)
+        return epoch_batches(session.samples, rows, seed, self._epoch_number(epoch), num, bucketing)
 
     def _epoch_number(self, epoch: int) -> int:
         """Of all phases, from 0."""

@@ -125,7 +125,8 @@ def train(backbone: Path, data: Path, **more: Any) -> orchestrator.Run:
 
 
 def plan(backbone: Path, data: Path, **more: Any) -> Any:
-    return orchestrator.plan(modality="audio", backbone=str(backbone), data=str(data), **more)
+    fields = {"method": "head", **more}
+    return orchestrator.plan(modality="audio", backbone=str(backbone), data=str(data), **fields)
 
 
 def test_the_types_here_are_those_that_are_accepted() -> None:

@@ -87,7 +87,8 @@ def train(backbone: Path, data: Path, **more: Any) -> orchestrator.Run:
 
 
 def plan(backbone: Path, data: Path, **more: Any) -> Any:
-    return orchestrator.plan(modality="text", backbone=str(backbone), data=str(data), **more)
+    fields = {"method": "head", **more}
+    return orchestrator.plan(modality="text", backbone=str(backbone), data=str(data), **fields)
 
 
 def test_its_own_head_is_served_by_the_pipeline(minilm: Path, tmp_path: Path) -> None:
