@@ -203,8 +203,6 @@ class _Submission:
         told = [one for line in said if isinstance(one := parse_line(line), Found)]
         if over is not None and not over.is_over:
             self._head.stop(id)
-        elif told:
-            self._head.forget(id)
         if not told:
             raise _no_preflight(over, said)
         preflight = Preflight(told[-1].nodes, wanted)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from orchestrator.distributed.following import lines_of
-from orchestrator.distributed.head import Head, wait_until_over
+from orchestrator.distributed.head import Head
 from orchestrator.distributed.request import pack_request
 from orchestrator.distributed.telling import Ended, Piece, error_of, parse_line
 from orchestrator.distributed.wheels import own_delivery
@@ -146,5 +146,3 @@ def fetch_through_cluster(head: Head, storage: str, name: str, folder: Path, wha
         said = (job.message.strip().splitlines() if job else []) or ["without a word"]
         raise OrchestratorError(f"the cluster ended while it sent {name}: {said[-1]}", mend="the same command again")
     arrival.compare(ended.results["files"])
-    wait_until_over(head, id, 30.0)
-    head.forget(id)

@@ -33,8 +33,8 @@ def lines_of(head: Head, id: str, report: Report | None = None) -> Iterator[str]
             if job.is_over:
                 yield from head.lines(id)[num:]
                 return
-            if job.state == "running":
-                for i, line in enumerate(head.stream(id)):
+            if job.node_id:
+                for i, line in enumerate(head.stream(job)):
                     if i < num:
                         continue
                     num += 1

@@ -6,7 +6,6 @@ refused token is told at once, and no variable of the environment sends a job to
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
@@ -41,6 +40,8 @@ class ClusterJob:
     started: float
     """Seconds since 1970, 0 where it is not known."""
     ended: float
+    node_id: str
+    """Of the node that its driver runs on, '' as long as none does."""
 
     @property
     def is_over(self) -> bool:
@@ -90,11 +91,6 @@ class Head:
         """Ask a job to stop; one that is over stays as it is."""
         self._ask("POST", f"/api/jobs/{id}/stop", but=(404,))
 
-    def forget(self, id: str) -> None:
-        """Remove a job that is over from the list."""
-        with contextlib.suppress(OrchestratorError):
-            self._ask("DELETE", f"/api/jobs/{id}", but=(404, 500))
-
     # --- what a job says ---
 
     def lines(self, id: str) -> list[str]:
@@ -102,12 +98,12 @@ class Head:
         text = str(self._ask("GET", f"/api/jobs/{id}/logs").json()["logs"])
         return text.removesuffix("\n").split("\n") if text else []  # at no other character, as `stream` does
 
-    def stream(self, id: str) -> Iterator[str]:
+    def stream(self, job: ClusterJob) -> Iterator[str]:
         """The lines of a running job from the first one on, as they are written; it ends when nothing more comes.
 
         That is not the end of the job: who follows asks for its state, and opens the stream again.
         """
-        params = {"submission_id": id, "lines": "-1"}
+        params = {"node_id": job.node_id, "filename": f"job-driver-{job.id}.log", "lines": "-1"}
         timeout = httpx2.Timeout(_QUIET_S, connect=10.0)
         rest = ""
         try:
@@ -229,6 +225,7 @@ def _job(tree: Mapping[str, Any]) -> ClusterJob:
         metadata={str(key): str(value) for key, value in (tree.get("metadata") or {}).items()},
         started=(tree.get("start_time") or 0) / 1000,
         ended=(tree.get("end_time") or 0) / 1000,
+        node_id=str(tree.get("driver_node_id") or ""),
     )
 
 

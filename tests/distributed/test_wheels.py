@@ -74,12 +74,13 @@ def test_a_plugin_of_somebody_else(how: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "secret.txt").write_text("not in the wheel")
+    words = ["--prefix", site, "--editable", source] if how == "in place" else ["--target", site, source]
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-         "--disable-pip-version-check", "--target", site, *(["--editable"] if how == "in place" else []), source],
+         "--ignore-installed", "--disable-pip-version-check", *words],
         check=True, capture_output=True,
     )  # fmt: skip
-    path = [site, *([source] if how == "in place" else [])]  # a folder on PYTHONPATH has no .pth
+    path = [*site.glob("lib/python*/site-packages"), source] if how == "in place" else [site]  # no .pth is read there
     answer = delivered(path, tmp_path)
     assert answer["names"] == ["orchestrator", "orchestrator-sensor"]
     assert "orchestrator_sensor" in answer["modules"]
