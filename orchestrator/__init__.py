@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.submission import submit as submit
     from orchestrator.train import finetune as finetune, pretrain as pretrain
     from orchestrator.tuning import RankTable as RankTable, rank as rank
-    from orchestrator.tuning.search import search as search
+    from orchestrator.tuning.study import search as search
 
 # No module may have the name of a public function: importing `orchestrator.x` would replace `orchestrator.x()`.
 _HOMES = {

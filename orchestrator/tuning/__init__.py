@@ -3,7 +3,7 @@
 In: a job, and what its settings are drawn from. Out: trials in an order, the best one as a finished run. What trials
 share is done once: the data is read, a frozen body runs, and heads are trained side by side.
 
-    search      the driver: a space -> trials -> a SearchResult
+    study       the driver: a space -> trials -> a SearchResult
     settings    what a search is asked for beside its job and space
     space       keys of a job and what their values are drawn from
     proposals   which configurations come next
@@ -34,6 +34,6 @@ from orchestrator.tuning.result import (
     open_search as open_search,
     shown_config as shown_config,
 )
-from orchestrator.tuning.search import search as search
 from orchestrator.tuning.standings import RankRow as RankRow, RankTable as RankTable
+from orchestrator.tuning.study import search as search
 from orchestrator.tuning.trials import Trial as Trial

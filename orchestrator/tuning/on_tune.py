@@ -83,10 +83,6 @@ class TuneTrials:
     _stopping: bool = False
     _room: Room = field(default_factory=lambda: Room(1, 1, False))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Tune writes its parts down, to go on with them another time; a search goes on by its own record instead."""
-        return type(None), ()
-
     def run(self, first: Plan, most: int, num_trials: int | None) -> Any:
         """Run all trials that come; Tune's own `ResultGrid`.
 
