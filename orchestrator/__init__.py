@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.remote import RemoteRun as RemoteRun, attach as attach
     from orchestrator.submission import submit as submit
     from orchestrator.train import finetune as finetune, pretrain as pretrain
-    from orchestrator.tuning import RankTable as RankTable, rank as rank
-    from orchestrator.tuning.study import search as search
+    from orchestrator.tuning import RankTable as RankTable, rank as rank, search as search
 
 # No module may have the name of a public function: importing `orchestrator.x` would replace `orchestrator.x()`.
 _HOMES = {
