@@ -46,7 +46,6 @@ def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str =
 
 @pytest.fixture
 def proxy(bucket: Any, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_proxy.Proxy]:  # noqa: ARG001
-    monkeypatch.setattr(object_storage, "REQUEST_TIMEOUT_S", 1.0)
     with s3_proxy.serve(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         locations.cached.cache_clear()
