@@ -16,6 +16,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     storage   one interface for runs in a directory and in an object store, with leases
     directories  the same for a directory
     object_storage, leases  the same for an object store, and who works on what lies there; need pyarrow
+    asking    a store that fails is asked again for a while; needs pyarrow
     locations  URIs -> stores (S3 and what else pyarrow and fsspec open); needs pyarrow
     files     files of this machine, written whole and compared
     events    what happens while a job runs

@@ -171,7 +171,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({"name": "../up"}, "without slashes"),
         ({"training.learning_rate": float("inf")}, "finite number"),
         ({"training.epochs": True}, "true and false mean nothing here"),
-        ({"storage": "s3://bucket/runs"}, "storage is a directory"),
+        ({"storage": "s3://me:secret@bucket/runs"}, "holds a password"),
         ({"storage": "~nobody-of-this-name/runs"}, "there is no user of this name"),
         ({"backbone.path": 3}, "backbone is no group"),
         ({"scaling.num_workers": 0}, "scaling.num_workers = 0"),
