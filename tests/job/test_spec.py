@@ -299,7 +299,7 @@ def values(field: FieldInfo) -> st.SearchStrategy[Any]:
         "int": st.integers(bound.get("ge"), bound.get("le")),
         "float": st.floats(
             bound.get("ge", bound.get("gt", 0)),
-            bound.get("lt", 1e300),
+            bound.get("lt", bound.get("le", 1e300)),
             exclude_min="gt" in bound,
             exclude_max="lt" in bound,
         ),
@@ -309,6 +309,12 @@ def values(field: FieldInfo) -> st.SearchStrategy[Any]:
     }
     named = [kind for kind in kinds if re.search(rf"\b{kind}\b", str(field.annotation))]
     return st.one_of([kinds[kind] for kind in named if named[0] != "Literal" or kind == "Literal"])
+
+
+def in_order(scaling: dict[str, Any]) -> dict[str, Any]:
+    """With the numbers of workers, where both are given, in their order."""
+    few, all_of_them = scaling.get("min_workers"), scaling.get("num_workers", 1)
+    return scaling if few is None else {**scaling, "min_workers": min(few, all_of_them)}
 
 
 JOBS = part(
@@ -322,7 +328,7 @@ JOBS = part(
         encoding=st.sampled_from(["cp1252", "utf-16", "UTF8"]),
     ),
     training=part(Training),
-    scaling=part(Scaling),
+    scaling=part(Scaling).map(in_order),
     settings=SETTINGS,
     storage=TEXTS.filter(lambda text: "://" not in text and not text.startswith("~")),
     feature_store=st.none() | st.just("s3://bucket/features"),
