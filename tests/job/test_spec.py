@@ -311,6 +311,12 @@ def values(field: FieldInfo) -> st.SearchStrategy[Any]:
     return st.one_of([kinds[kind] for kind in named if named[0] != "Literal" or kind == "Literal"])
 
 
+def in_order(scaling: dict[str, Any]) -> dict[str, Any]:
+    """With the numbers of workers, where both are given, in their order."""
+    few, all_of_them = scaling.get("min_workers"), scaling.get("num_workers", 1)
+    return scaling if few is None else {**scaling, "min_workers": min(few, all_of_them)}
+
+
 JOBS = part(
     Job,
     method=st.sampled_from(sorted(METHODS)),
@@ -322,7 +328,7 @@ JOBS = part(
         encoding=st.sampled_from(["cp1252", "utf-16", "UTF8"]),
     ),
     training=part(Training),
-    scaling=part(Scaling, min_workers=st.none() | st.just(1)),
+    scaling=part(Scaling).map(in_order),
     settings=SETTINGS,
     storage=TEXTS.filter(lambda text: "://" not in text and not text.startswith("~")),
     feature_store=st.none() | st.just("s3://bucket/features"),
