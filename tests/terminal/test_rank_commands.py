@@ -30,7 +30,7 @@ def test_the_table_on_a_screen(
     assert "full" in lines[first + 1]
     flat = " ".join(out.split())
     assert "(wrong_modality)" in flat
-    assert "efficientnet-lite0, which is the best" in flat
+    assert f"{efficientnet.name}, which is the best" in flat
     code, as_json, _ = screen(
         "rank", tiny_resnet, efficientnet, random_bert, "--data", flat_digits, "--size", 32, "--json"
     )  # fmt: skip
