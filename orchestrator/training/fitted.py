@@ -74,7 +74,7 @@ def fit_head(session: Session) -> Fitted:
 def calm(session: Session) -> None:
     """Shrink a fitted head to the size of a new one, before the body moves; what is predicted for a class stays first.
 
-    A fit leaves large weights where features hardly differ. An optimizer that moves each weight of the body by its rate,
+    A fit leaves large weights where features hardly differ. An optimizer that moves each weight by its rate,
     as AdamW does, throws such logits about, and what was fitted is lost in some steps (docs/methods.md).
     """
     layer = _layer(session)
