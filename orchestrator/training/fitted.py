@@ -21,6 +21,8 @@ _NUM_TRIED = 16
 _MOST_FLOATS = 2**28
 """Of features that are in memory at once: a gigabyte."""
 _UNTOLD = (0.1,)
+_NEW_NORM = 3**-0.5
+"""Of the weights of each class in a new linear layer, as torch draws them."""
 _AROUND = (nn.Flatten, nn.Identity, nn.Dropout)
 """What may stand beside the layer in its module, and changes no sample in eval mode."""
 
@@ -67,6 +69,22 @@ def fit_head(session: Session) -> Fitted:
         layer.bias.copy_(bias)
     answer: Fitted = fitted
     return answer
+
+
+def calm(session: Session) -> None:
+    """Shrink a fitted head to the size of a new one, before the body moves; what is predicted for a class stays first.
+
+    A fit leaves large weights where features hardly differ. An optimizer that moves each weight by its rate,
+    as AdamW does, throws such logits about, and what was fitted is lost in some steps (docs/methods.md).
+    """
+    layer = _layer(session)
+    if layer is None or session.plan.job.task == "regression":  # whose outputs have a size that counts
+        return
+    with torch.no_grad():
+        factor = (_NEW_NORM / layer.weight.norm(dim=1).mean()).clamp(max=1.0)
+        layer.weight.mul_(factor)
+        if layer.bias is not None:
+            layer.bias.mul_(factor)
 
 
 def facts_of(fitted: Fitted) -> dict[str, Any]:
