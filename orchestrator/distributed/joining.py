@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +63,7 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
     }
     try:
         if here:
-            with _for_us_alone(Path("~/.ray/auth_token").expanduser()):
+            with _for_us_alone(Path("~/.ray/auth_token").expanduser()), _own_signals():
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -72,7 +74,8 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
         else:
             assert address is not None
             _refuse_unknown(address)
-            ray.init(address=address, **quiet)
+            with _own_signals():
+                ray.init(address=address, **quiet)
     except (ConnectionError, ValueError) as error:
         raise _no_cluster(address, first_line(error)) from None
     try:
@@ -89,6 +92,17 @@ def _for_us_alone(token: Path) -> Iterator[None]:
     yield
     if not before and token.exists():
         token.chmod(0o600)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, in Python and below it: who has a handler keeps it, and stops behind a step."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in before.items():
+            if callable(handler):
+                signal.signal(number, handler)
 
 
 def _of_the_job() -> list[str]:
