@@ -8,6 +8,7 @@ compute instead, and the worker of rank 0 hands out the work (distributed/extrac
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -68,7 +69,7 @@ class Extraction:
         ids = self._known(rows)
         written: list[str] = []
         counted = False
-        fetches = worker.rank == 0 or (self.apart and worker.local_rank == 0)
+        fetches = self._fetches(features)
         if fetches:
             features.fetch_missing(ids)
         for _ in range(_MOST_ROUNDS):
@@ -108,6 +109,15 @@ class Extraction:
             expected="storage that keeps its bytes, and nobody who prunes it meanwhile",
             mend="look at that storage; the same command goes on",
         )
+
+    def _fetches(self, features: FeatureSet) -> bool:
+        """Whether this worker brings here what the store has: one of those that share a folder does."""
+        worker = self.body_pass.worker
+        if not self.apart:
+            return worker.rank == 0
+        status = features.folder.stat()
+        own = (socket.gethostname(), status.st_dev, status.st_ino)
+        return worker.gather(own).index(own) == worker.rank
 
     def _agreed(self, features: FeatureSet, rows: Ints, ids: Ids) -> StoredRows:
         """Where the features lie: in the shards that rank 0 reads, where another worker would find a row in two."""

@@ -381,18 +381,15 @@ def test_a_checkpoint_that_was_damaged_is_passed_over_and_said(
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("num_extractors", [None, 2])
-def test_nodes_that_share_no_disk_work_on_one_run(
-    num_extractors: int | None, tiny_resnet: Path, flat_digits: Path, tmp_path: Path
-) -> None:
+def test_nodes_that_share_no_disk_work_on_one_run(tiny_resnet: Path, flat_digits: Path, tmp_path: Path) -> None:
     """Tables and features reach each node through the store. In a process of its own, since Ray is shut down."""
     training = {"epochs": 2, "batch_size": 16, "num_microbatches": 2}
     job = {**job_of(tiny_resnet, flat_digits, training=training), "method": "head"}
     alone = orchestrator.finetune({**job, "storage": "runs"}, report=silent)
-    scaling = {"num_workers": 2, "address": "auto", "num_extractors": num_extractors}
+    scaling = {"num_workers": 2, "address": "auto"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(ON_TWO_NODES), json.dumps({**job, "scaling": scaling}),
-         str(tmp_path / "disk of second"), "2" if num_extractors else "1"],
+         str(tmp_path / "disk of second")],
         capture_output=True, text=True, timeout=280, check=False,
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'plugins'}"},
     )  # fmt: skip
@@ -411,9 +408,8 @@ ON_TWO_NODES = """
     import ray
     from ray.cluster_utils import Cluster
     import orchestrator
-    cpus = int(sys.argv[3])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
-    cluster.add_node(num_cpus=cpus, env_vars={"XDG_CACHE_HOME": sys.argv[2]})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1, env_vars={"XDG_CACHE_HOME": sys.argv[2]})
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     orchestrator.finetune(json.loads(sys.argv[1]), report=lambda event: None)
     ray.shutdown()
