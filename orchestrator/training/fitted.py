@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,15 +13,12 @@ from torch.nn import functional
 from orchestrator.data import Ints, Samples
 from orchestrator.features import Batch
 from orchestrator.network import TOLERANCE, Head
-from orchestrator.training.probe import STRENGTHS, fit_probe
+from orchestrator.training.probe import fit_probe
 from orchestrator.training.state import Session
 
 _NUM_TRIED = 16
 _MOST_FLOATS = 2**28
 """Of features that are in memory at once: a gigabyte."""
-_UNTOLD = (0.1,)
-_NEW_NORM = 3**-0.5
-"""Of the weights of each class in a new linear layer, as torch draws them."""
 _AROUND = (nn.Flatten, nn.Identity, nn.Dropout)
 """What may stand beside the layer in its module, and changes no sample in eval mode."""
 
@@ -71,22 +67,6 @@ def fit_head(session: Session) -> Fitted:
     return answer
 
 
-def calm(session: Session) -> None:
-    """Shrink a fitted head to the size of a new one, before the body moves; what is predicted for a class stays first.
-
-    A fit leaves large weights where features hardly differ. An optimizer that moves each weight by its rate,
-    as AdamW does, throws such logits about, and what was fitted is lost in some steps (docs/methods.md).
-    """
-    layer = _layer(session)
-    if layer is None or session.plan.job.task == "regression":  # whose outputs have a size that counts
-        return
-    with torch.no_grad():
-        factor = (_NEW_NORM / layer.weight.norm(dim=1).mean()).clamp(max=1.0)
-        layer.weight.mul_(factor)
-        if layer.bias is not None:
-            layer.bias.mul_(factor)
-
-
 def facts_of(fitted: Fitted) -> dict[str, Any]:
     """For lineage.json."""
     kept = asdict(fitted)
@@ -129,7 +109,6 @@ def _fitted(session: Session) -> tuple[Tensor, Tensor, Fitted]:
     probe = fit_probe(
         features, targets, plan.job.task, num_classes=len(plan.classes),
         groups=_groups(samples, batch.rows), class_weights=plan.class_weights, seed=plan.job.training.seed,
-        strengths=_strengths(batch.targets, len(plan.classes)),
     )  # fmt: skip
     device = session.worker.device
     outputs = functional.linear(features, probe.weight, probe.bias).to(device)
@@ -139,12 +118,6 @@ def _fitted(session: Session) -> tuple[Tensor, Tensor, Fitted]:
         float(objective.num_right(outputs, batch.targets.to(device))),
     )  # fmt: skip
     return probe.weight, probe.bias, fitted
-
-
-def _strengths(targets: Tensor, num_classes: int) -> Sequence[float]:
-    """All, where folds can tell; of classes with one sample each a fold would choose the one that says the least."""
-    is_told = targets.ndim > 1 or int(torch.bincount(targets, minlength=num_classes).min()) > 1
-    return STRENGTHS if is_told else _UNTOLD
 
 
 def _groups(samples: Samples, rows: Ints) -> Ints | None:

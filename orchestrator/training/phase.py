@@ -37,7 +37,7 @@ from orchestrator.training.batches import epoch_batches
 from orchestrator.training.best import BestEpoch
 from orchestrator.training.budget import fit_epochs, is_to_be_fitted, seconds_of
 from orchestrator.training.evaluate import epoch_figures, predict_split
-from orchestrator.training.fitted import calm, facts_of, fit_head
+from orchestrator.training.fitted import facts_of, fit_head
 from orchestrator.training.nonfinite import Own, blame
 from orchestrator.training.patience import is_over
 from orchestrator.training.rates import rate_factor
@@ -74,8 +74,6 @@ class PhaseLoop:
             if best:
                 ckpt.load_into(best, session.strategy.state(best))
             self.best = ckpt.copy_of(self.tensors) if best else {}
-            if self.phase.trains != "head" and session.follows_probe:
-                calm(session)
         session.loader.mix = session.mix if self.phase.source == "samples" else None
         self.average = self._average(resumed.average if resumed else {})
 

@@ -134,11 +134,6 @@ class Session:
         self.state.candidates[str(number)] = {**self.state.candidates.get(str(number), {}), **finite(facts)}
 
     @property
-    def follows_probe(self) -> bool:
-        """Whether the phase before this one fitted the head at once."""
-        return self.state.phase > 0 and self.plan.recipe.phases[self.state.phase - 1].solver == "probe"
-
-    @property
     def source_name(self) -> str:
         """What the phase trains on; samples where no cut of the network holds, so that there are no features."""
         return self.phase.source if self.phase.source in self.sources else "samples"
