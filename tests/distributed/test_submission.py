@@ -27,7 +27,7 @@ from tests.distributed.wire import Wire
 from tests.whole.test_third_party import SOURCE
 
 pytest.importorskip("aiohttp", reason="the head of a cluster takes jobs with ray[default] alone")
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1200)]
 SMALL: dict[str, Any] = {
     "method": "full", "training": {"epochs": 3, "batch_size": 40}, "scaling": {"threads_per_worker": 1},
 }  # fmt: skip
