@@ -75,7 +75,7 @@ _METHODS: Mapping[Method, _MethodRow] = {
             _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 1e-4, 1e-3), least_steps=100, must_win=True),
         ),
         budget_min=60.0,
-        fewest_validation=50,
+        fewest_validation=10,
     ),
     # Kumar et al. 2022 (arXiv 2202.10054): a converged head spares the body the large gradients of a random one.
     "lp-ft": _MethodRow(

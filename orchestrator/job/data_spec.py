@@ -48,7 +48,7 @@ class Data(Part):
     group_column: str | None = Field(None, description="samples of one group stay on one side of every split")
     validation_fraction: float | None = Field(
         None, ge=0, lt=1, description="held back to choose the best epoch; default: 0.1, with method auto 0 where that "
-        "would be fewer than 50 samples"
+        "would be fewer than 10 samples"
     )  # fmt: skip
     test_fraction: float = Field(0.1, ge=0, lt=1, description="held back for the final figures")
     num_train: int | None = Field(None, ge=2, description="train on so many samples only, classes balanced")

@@ -83,8 +83,8 @@ def _without_validation(plan: Plan, name: str, candidates: Sequence[Mapping[str,
         score = None
     known = f" ({name} alone: {figure(score)} in cross-validation)" if score is not None else ""
     return (
-        f"{counted(plan.data.num_samples['train'], 'sample')} and none held back to choose by{known}; in runs on real "
-        "data of this size training everything gave more."
+        f"{counted(plan.data.num_samples['train'], 'sample')} and none held back to choose by{known}; in the runs of "
+        "docs/methods.md on so few, training everything gave more."
     )
 
 

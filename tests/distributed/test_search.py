@@ -22,7 +22,7 @@ from orchestrator.errors import InterruptedRunError, RefusedError, TrainingError
 from orchestrator.job import Event, Noted, TrialsAdvanced
 from orchestrator.tuning import SearchResult
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
 SPACE: dict[str, Any] = {"learning_rate": tune.loguniform(1e-4, 1e-2), "batch_size": tune.choice([32, 64])}
 
 
