@@ -35,8 +35,8 @@ test-most: $(STAMP)
 test-ray: $(STAMP)  # wants all cores for itself
 	$(BIN)/python -m pytest -q --durations=5 -m "not cluster" tests/distributed
 
-# What needs several machines, made of this one, or Ray for minutes: as root, each has a network of its own (cluster/local.py). At most 40
-# minutes. KUBERAY_CRDS names a folder with KubeRay's ray.io_rayclusters.yaml and ray.io_rayjobs.yaml, for the manifests.
+# What needs several machines, made of this one, or Ray for minutes: as root, each has a network of its own (cluster/local.py).
+# At most 40 minutes. KUBERAY_CRDS names a folder with KubeRay's ray.io_rayclusters.yaml and ray.io_rayjobs.yaml, for the manifests.
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=15 -m cluster
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,10 +36,12 @@ def test_every_flag_sets_its_setting(screen: Screen) -> None:
         )
     for flag in FLAGS:
         if flag.setting:
-            words = {"--method": "head", "--task": "regression", "--feature-store": "s3://bucket/features",
-                     "--separator": ";", "--encoding": "cp1252"}  # fmt: skip
+            words: dict[str, Any] = {"--method": "head", "--task": "regression", "--feature-store": "s3://bucket/features",
+                     "--separator": ";", "--encoding": "cp1252", "--log": ["mlflow"]}  # fmt: skip
             value: object = {int: 4, float: 0.5, bool: True}.get(flag.kind, words.get(flag.option, "skip"))
-            fields = {"backbone": "b", "data": "d", flag.setting: value}
+            fields: dict[str, Any] = {"backbone": "b", "data": "d", flag.setting: value}
+            if flag.option == "--min-workers":  # no more than there are workers
+                fields["scaling.num_workers"] = 4
             assert make_job(**fields) != make_job(backbone="b", data="e"), flag  # a setting that the job knows
 
 
