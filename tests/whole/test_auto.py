@@ -270,7 +270,7 @@ def test_groups_stay_together_in_the_folds(tiny_resnet: Path, digits: Path, tmp_
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     job: dict[str, Any] = {
         "backbone": str(tiny_resnet), "report": silent, "scaling": {"threads_per_worker": 1}, "epochs": 1,
-        "data": {"path": str(table), "root": str(digits), "test_fraction": 0.2},
+        "data": {"path": str(table), "root": str(digits), "test_fraction": 0.2, "validation_fraction": 0.0},
     }  # fmt: skip
     torn, kept = (orchestrator.finetune(**job, **more) for more in ({}, {"data.group_column": "writer"}))
     assert torn.lineage["candidates"][0]["cross_validation"] > kept.lineage["candidates"][0]["cross_validation"] + 0.2
