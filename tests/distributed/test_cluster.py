@@ -118,6 +118,8 @@ def test_waiting_is_shown_and_has_an_end(plan: Plan, monkeypatch: pytest.MonkeyP
     wait.look(waiting=True)
     wait.look(waiting=True)  # what this job asked for is set aside: it starts, and waits for nobody
     ray.util.remove_placement_group(taken)
+    while ray.available_resources().get("CPU") != 6:  # the nodes tell a moment later
+        time.sleep(0.05)
     wait.look(waiting=False)
     wait.look(waiting=True)
     with pytest.raises(RefusedError, match="no place on the cluster for 1e-09 s") as caught:
