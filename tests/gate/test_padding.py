@@ -67,7 +67,9 @@ def differences(cls: Any, folder: Path, lengths: tuple[int, ...]) -> dict[str, f
     model.save_pretrained(directory)
     save_tokenizer(directory)
     settings = {"max_tokens": max(lengths) + 1}
-    plan = orchestrator.plan(modality="text", backbone=str(directory), data=str(data(folder)), settings=settings)
+    plan = orchestrator.plan(
+        modality="text", backbone=str(directory), data=str(data(folder)), settings=settings, method="head"
+    )
     plan = plan.model_copy(update={"weights": "trained"})
     text = registry.get("text")
     assert text.build is not None
