@@ -121,6 +121,7 @@ def _scatter(axes: Axes, trials: Sequence[Trial], key: str, logarithmic: bool, t
         axes.set_xlim(-0.5, len(labels) - 0.5)
     elif logarithmic and min(places) > 0:
         axes.set_xscale("log")
+        axes.tick_params(axis="x", which="minor", labelbottom=False)  # they lie over each other
 
 
 def _parallel(axes: Axes, trials: Sequence[Trial], keys: Sequence[str], space: Space, title: str) -> None:
