@@ -50,6 +50,10 @@ class Audit:
         """A microbatch went through the network."""
         self._taken.append(Taken(epoch, step, microbatch, self._worker.rank, tuple(int(row) for row in rows)))
 
+    def forget(self) -> None:
+        """What was taken since the newest checkpoint is taken back, and comes again."""
+        self._taken = []
+
     def publish(self, step: int, outbox: Outbox | None) -> None:
         """Have it written, before a checkpoint of that many steps. All workers call this; rank 0 has an outbox."""
         taken = [one for part in self._worker.gather(self._taken) for one in part]

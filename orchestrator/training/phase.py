@@ -130,6 +130,8 @@ class PhaseLoop:
         ckpt.load_into(kept, self.tensors)
         self.optimizer, self.named = make_optimizer(session.network, session.plan.job.training, self.phase)
         self.average = self._average({})
+        if session.audit is not None:
+            session.audit.forget()
         fit_epochs(session, seconds)
         self.phase = session.phase
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0

@@ -53,6 +53,15 @@ def test_each_sample_is_taken_once_an_epoch_also_by_a_run_that_went_back_a_check
     assert {one.worker for one in taken} == {0}
 
 
+def test_steps_that_are_only_measured_for_a_budget_are_not_taken(tiny_resnet: Path, digits: Path) -> None:
+    run = orchestrator.finetune(
+        backbone=str(tiny_resnet), data=str(digits), method="full", report=lambda _: None,
+        training={"epochs": 2, "batch_size": 32, "budget_min": 60, "audit": True},
+    )  # fmt: skip
+    taken = taken_of(run, run.plan.data.num_samples["train"])
+    assert len(taken) == run.plan.recipe.num_steps
+
+
 def test_without_being_asked_for_none_is_written(tiny_resnet: Path, digits: Path) -> None:
     run = orchestrator.finetune(backbone=str(tiny_resnet), data=str(digits), training={"epochs": 1}, method="head",
                                 report=lambda _: None)  # fmt: skip
