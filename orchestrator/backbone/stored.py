@@ -32,11 +32,6 @@ def small_files(run: Run) -> Path:
     return run.storage.copy_of(f"{run.name}/{MODEL}", but=_WEIGHTS)
 
 
-def all_files(run: Run) -> Path:
-    """A folder of this machine with its model."""
-    return run.model
-
-
 def commit_of(manifest: Manifest) -> str:
     """The digest that a model is known by, whatever it was committed as."""
     digest = hashlib.sha256()
@@ -53,7 +48,7 @@ def fetch_stored(card: BackboneCard, with_weights: bool) -> Path:
             "changed", f"the model of the run {card.source} is another one than when the plan was made",
             expected=f"{card.short_commit}, as in the plan", mend="start over: --fresh",
         )  # fmt: skip
-    return all_files(run) if with_weights else small_files(run)
+    return run.model if with_weights else small_files(run)
 
 
 def beginning_of(card: BackboneCard, name: str, num_bytes: int) -> bytes:

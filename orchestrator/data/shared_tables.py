@@ -11,7 +11,7 @@ import json
 import time
 from pathlib import Path
 
-from orchestrator.data.table_store import REFERENCE_FILE, StoredTable, TableStore, key_of, table_key
+from orchestrator.data.table_store import REFERENCE_FILE, StoredTable, TableStore, key_of, table_key, used_by
 from orchestrator.errors import RefusedError
 from orchestrator.job import DATA_FOLDER, SAMPLES, DirectoryStorage, HeldRun, Run, Storage, run_in
 from orchestrator.job.object_storage import ObjectStorage
@@ -50,12 +50,7 @@ class SharedTables:
 
     def in_use(self) -> dict[str, list[str]]:
         """{key of a table: names of the runs that use it}. Raises `RefusedError` where a run does not tell."""
-        runs: dict[str, list[str]] = {}
-        for name in self._storage.children():
-            key = key_of(run_in(self._storage, name))
-            if key is not None:
-                runs.setdefault(key, []).append(name)
-        return runs
+        return used_by(run_in(self._storage, name) for name in self._storage.children())
 
     def prune(self, dry_run: bool = False) -> list[StoredTable]:
         """Remove the tables that no run uses and that are a day old; which these were. `dry_run`: only tell."""

@@ -16,7 +16,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,13 +81,7 @@ class TableStore:
 
     def in_use(self) -> dict[str, list[str]]:
         """{key of a table: names of the runs that use it}. Raises `RefusedError` where a run does not tell."""
-        runs: dict[str, list[str]] = {}
-        for path in sorted(self._storage.iterdir()) if self._storage.is_dir() else ():
-            run = Run(path)
-            key = key_of(run)
-            if key is not None:
-                runs.setdefault(key, []).append(run.name)
-        return runs
+        return used_by(Run(path) for path in (sorted(self._storage.iterdir()) if self._storage.is_dir() else ()))
 
     def prune(self, dry_run: bool = False) -> list[StoredTable]:
         """Remove the tables that no run uses, and what was left of some that were cut off; which tables these were.
@@ -160,6 +154,16 @@ def table_key(folder: Path) -> str:
         for number in range(reader.num_record_batches):
             digest.update(reader.get_batch(number).select(names).serialize())
     return digest.hexdigest()[:32]
+
+
+def used_by(runs: Iterable[Run]) -> dict[str, list[str]]:
+    """{key of a table: names of the runs that use it}. Raises `RefusedError` where a run does not tell."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        key = key_of(run)
+        if key is not None:
+            names.setdefault(key, []).append(run.name)
+    return names
 
 
 def key_of(run: Run | HeldRun) -> str | None:

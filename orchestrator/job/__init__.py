@@ -70,8 +70,9 @@ from orchestrator.job.held import (
     TRACKING_FILE as TRACKING_FILE,
     HeldRun as HeldRun,
     hold as hold,
+    this_process as this_process,
 )
-from orchestrator.job.keys import all_keys as all_keys, groups as groups, homes as homes, meant as meant
+from orchestrator.job.keys import all_keys as all_keys, groups as groups, meant as meant, only_home as only_home
 from orchestrator.job.places import (
     DATA_FOLDER as DATA_FOLDER,
     SPLIT_KEYS as SPLIT_KEYS,

@@ -139,6 +139,11 @@ class HeldRun:
         return f"{self.name}/{name}".rstrip("/")
 
 
+def this_process() -> str:
+    """Who holds a lease, as others are told."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
 @contextlib.contextmanager
 def hold(storage: Storage, name: str) -> Iterator[HeldRun]:
     """The run of that name, for this process alone as long as the context lasts; it is made if there is none.
@@ -146,7 +151,7 @@ def hold(storage: Storage, name: str) -> Iterator[HeldRun]:
     Raises `RefusedError`: `busy` where another one works on it, `usage` where what has its place is no run of ours.
     """
     _refuse_foreign(storage, name)
-    with storage.acquire(name, f"process {os.getpid()} on {socket.gethostname()}") as lease:
+    with storage.acquire(name, this_process()) as lease:
         run = HeldRun(storage, lease)
         run.collect_orphans()
         try:

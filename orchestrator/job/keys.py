@@ -31,6 +31,20 @@ def homes(name: str) -> list[str]:
     return [key for key in all_keys() if key.partition(".")[2] == name]
 
 
+def only_home(name: str, said: str) -> str | None:
+    """The one dotted key that ends in the name, None where there is none. Raises `JobError` where there are several.
+
+    `said`: what a message calls the name.
+    """
+    found = homes(name)
+    if len(found) > 1:
+        raise JobError(
+            f"{said} may be {' or '.join(found)}", expected="its name with the group",
+            mend=f"did you mean {found[-1]}?",
+        )  # fmt: skip
+    return found[0] if found else None
+
+
 def at_home(tree: Mapping[str, Any], where: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """(the tree, with top-level names that stand for one setting of a group put there; name -> the key it became).
 
@@ -40,18 +54,13 @@ def at_home(tree: Mapping[str, Any], where: Mapping[str, str]) -> tuple[dict[str
     moved: dict[str, str] = {}
     kept = dict(tree)
     for name in [name for name in tree if name not in Job.model_fields]:
-        found = homes(name)
-        if len(found) > 1:
-            raise JobError(
-                f"{where.get(name, '')}{name} may be {' or '.join(found)}", expected="its name with the group",
-                mend=f"did you mean {found[-1]}?",
-            )  # fmt: skip
-        if found:
-            group, _, inner = found[0].partition(".")
+        home = only_home(name, f"{where.get(name, '')}{name}")
+        if home is not None:
+            group, _, inner = home.partition(".")
             there = tree.get(group)
             if isinstance(there, Mapping) and inner in there:
-                raise JobError(f"{where.get(name, '')}{name} is {found[0]}, and both are set", mend=f"leave out {name}")
-            moved[name] = found[0]
+                raise JobError(f"{where.get(name, '')}{name} is {home}, and both are set", mend=f"leave out {name}")
+            moved[name] = home
             del kept[name]
     return kept, moved
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from orchestrator.features import split_evenly
+from orchestrator.job import Phase
 from orchestrator.network import Inputs, autocast, channels_last, set_mode
 from orchestrator.training.metrics import Predictions
+from orchestrator.training.rates import rate_factor
 from orchestrator.training.state import Session
 
 
@@ -62,3 +64,22 @@ def epoch_figures(task: str, predictions: Predictions) -> dict[str, float]:
         right = predictions.predicted == predictions.targets
         figures["validation_accuracy"] = float((right if right.ndim == 1 else right.all(axis=1)).mean())
     return figures
+
+
+def epoch_line(session: Session, phase: Phase, predictions: Predictions, samples_per_s: float) -> dict[str, Any]:
+    """What metrics.jsonl has of the epoch that ends; `predictions`: of the validation split."""
+    state, plan = session.state, session.plan
+    line: dict[str, Any] = {
+        "epoch": state.num_epochs_ended(plan.recipe) + 1,
+        "step": state.steps_done(plan.recipe),
+        "train_loss": state.epoch_loss / (state.epoch_weight or 1.0),
+        "train_accuracy": state.epoch_correct / max(1.0, state.epoch_samples),
+        "learning_rate": phase.head_learning_rate * rate_factor(plan, phase.num_steps, state.step - 1),
+        "seconds": round(session.seconds(), 3),
+        "samples_per_s": round(samples_per_s, 1),
+    }
+    if plan.job.task == "regression":
+        del line["train_accuracy"]
+    if phase.solver == "probe":
+        del line["learning_rate"]
+    return line | epoch_figures(plan.job.task, predictions)

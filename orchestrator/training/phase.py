@@ -13,7 +13,7 @@ import copy
 import math
 import time
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from orchestrator.training.averaging import Average
 from orchestrator.training.batches import epoch_batches
 from orchestrator.training.best import BestEpoch
 from orchestrator.training.budget import fit_epochs, is_to_be_fitted, seconds_of
-from orchestrator.training.evaluate import epoch_figures, predict_split
+from orchestrator.training.evaluate import epoch_figures, epoch_line, predict_split
 from orchestrator.training.fitted import facts_of, fit_head
 from orchestrator.training.nonfinite import Own, blame
 from orchestrator.training.patience import is_over
@@ -270,22 +270,7 @@ class PhaseLoop:
         if predictions is None:
             self._save()
             self._interrupt()
-        num_samples = max(1.0, state.epoch_samples)
-        recipe = plan.recipe
-        line: dict[str, Any] = {
-            "epoch": state.num_epochs_ended(recipe) + 1,
-            "step": state.steps_done(recipe),
-            "train_loss": state.epoch_loss / (state.epoch_weight or 1.0),
-            "train_accuracy": state.epoch_correct / num_samples,
-            "learning_rate": self.phase.head_learning_rate * rate_factor(plan, self.phase.num_steps, state.step - 1),
-            "seconds": round(session.seconds(), 3),
-            "samples_per_s": round(self._epoch_samples / max(seconds, 1e-9), 1),
-        }
-        if plan.job.task == "regression":
-            del line["train_accuracy"]
-        line |= epoch_figures(plan.job.task, predictions)
-        if self.phase.solver == "probe":
-            del line["learning_rate"]
+        line = epoch_line(session, self.phase, predictions, self._epoch_samples / max(seconds, 1e-9))
         if self._best_epoch.is_found(line, predictions):
             state.best_epoch, state.best_is_average = line["epoch"], False
             self.best = ckpt.copy_of(self.tensors)
@@ -295,7 +280,7 @@ class PhaseLoop:
         state.epochs_ended += 1
         if session.record is not None:
             session.record.add(line)
-        session.report(EpochEnded(line, recipe.num_epochs, plan.job.task))
+        session.report(EpochEnded(line, plan.recipe.num_epochs, plan.job.task))
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
 
     def _end_epoch_of(self, average: Average, epoch: int) -> dict[str, float]:

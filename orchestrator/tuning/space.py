@@ -19,7 +19,7 @@ from ray.tune.search.variant_generator import generate_variants
 
 from orchestrator.errors import JobError, did_you_mean, first_line
 from orchestrator.gate import drafted, parse_settings
-from orchestrator.job import Draft, Job, all_keys, groups, homes, meant
+from orchestrator.job import Draft, Job, all_keys, groups, meant, only_home
 from orchestrator.modality import registry
 
 Config = dict[str, Any]
@@ -163,14 +163,9 @@ def _flat(given: Mapping[str, Any]) -> dict[str, Any]:
 def _key_of(name: str, modality: str) -> str:
     """The dotted key that a name of the space stands for. Raises `JobError`."""
     own = list(registry.get(modality).settings.model_fields) if modality in registry.names() else []
-    found = homes(name)
-    if len(found) > 1:
-        raise JobError(
-            f"{name} of the space may be {' or '.join(found)}", expected="its name with the group",
-            mend=f"did you mean {found[-1]}?",
-        )  # fmt: skip
+    home = only_home(name, f"{name} of the space")
     keys = [*all_keys(), *(f"settings.{one}" for one in own)]
-    key = name if name in keys and name != "settings" else found[0] if found else f"settings.{name}"
+    key = name if name in keys and name != "settings" else home or f"settings.{name}"
     if key not in keys:
         group, _, last = name.rpartition(".")
         mend = did_you_mean(last, own) or meant(last, group) or "orchestrator settings lists them"

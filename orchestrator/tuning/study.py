@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from orchestrator.job import (
     Stop,
     is_trial_of,
     stop_on_signal,
+    this_process,
 )
 from orchestrator.progress import progress
 from orchestrator.train import train_as_planned
@@ -208,7 +207,7 @@ def _held(storage: DirectoryStorage, name: str, fresh: bool) -> Iterator[HeldRun
             "usage", f"{storage.place_of(name)} is {what}, and no search", expected="a free name, or a search's",
             mend="give the search another name (--name)",
         )  # fmt: skip
-    with storage.acquire(name, f"process {os.getpid()} on {socket.gethostname()}") as lease:
+    with storage.acquire(name, this_process()) as lease:
         run = HeldRun(storage, lease)
         if fresh:
             for child in [one for one in storage.children() if is_trial_of(Run(storage.path / name), one)]:

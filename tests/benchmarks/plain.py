@@ -110,6 +110,18 @@ def classifier() -> nn.Module:
     return model.train().to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
 
+def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> None:
+    """Forward, backward and the optimizer's step on a batch of images, with the loss read as a loop would show it."""
+    import torch
+
+    pixels = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+    loss = torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, batch["labels"])
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    loss.item()
+
+
 def steps(files: Sequence[File], size: int, batch_size: int, rate: float = 1e-3) -> Iterator[int]:
     """Train everything, for ever: AdamW, cross-entropy, the files in another order each epoch. Samples a step."""
     import torch
@@ -119,13 +131,7 @@ def steps(files: Sequence[File], size: int, batch_size: int, rate: float = 1e-3)
     while True:
         order = torch.randperm(len(files)).tolist()
         for places in pieces(order, batch_size):
-            batch = collate([files[place] for place in places])
-            pixels = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-            loss = torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, batch["labels"])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()
+            train_step(model, optimizer, collate([files[place] for place in places]))
             yield len(places)
 
 

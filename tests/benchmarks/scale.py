@@ -96,12 +96,7 @@ def _ddp_process(rank: int, num_workers: int, port: int, data: str, answer: str)
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(epoch)).tolist()
         shares = [batch[rank::num_workers] for batch in plain.pieces(order, BATCH_SIZE)]
         for batch in plain.ahead(lambda share: collate([files[place] for place in share]), shares):
-            pixels = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-            loss = torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, batch["labels"])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()
+            plain.train_step(model, optimizer, batch)
         speeds.append(len(files) / (time.monotonic() - started))
     if rank == 0:
         Path(answer).write_text(json.dumps({"samples_per_s": statistics.median(speeds[1:])}))

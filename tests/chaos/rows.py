@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.work import NotSurvivedError, Work, title_of
+from tests.chaos.work import NotSurvivedError, Work
 
 SKIPPED = "skipped: "
 
@@ -222,12 +222,8 @@ def _signals(work: Work) -> None:
         code = process.wait(120)
         if code != 130 and not work.is_done():
             raise NotSurvivedError(f"exit {code} after {number.name}: {work.said()[-800:]}")
-        left = [pid for pid in work.pids if title_of(pid)]
-        if left and times == 1:
-            time.sleep(5)
-            left = [title_of(pid)[:80] for pid in work.pids if title_of(pid)]
-            if left:
-                raise NotSurvivedError(f"processes are left after {number.name}: {left}")
+        if times == 1:
+            work.leaves_nothing(within_s=5)
 
 
 ON_RAY = ("--address", "local")

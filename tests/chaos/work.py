@@ -152,9 +152,9 @@ class Work:
         weights = run_in(self.storage, self.name).model / "model.safetensors"
         return hashlib.sha256(weights.read_bytes()).hexdigest()
 
-    def leaves_nothing(self) -> None:
+    def leaves_nothing(self, within_s: float = GONE_S) -> None:
         """Wait until no process is left that was started for it. Raises `NotSurvivedError`."""
-        until = time.monotonic() + GONE_S
+        until = time.monotonic() + within_s
         while time.monotonic() < until:
             left = [pid for pid in self.pids if title_of(pid)]
             if not left:

@@ -72,6 +72,15 @@ def job_of(backbone: Path | str, data: Path, **fields: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def stopped_after_an_epoch(job: dict[str, Any]) -> None:
+    ended: list[Event] = []
+    with pytest.raises(InterruptedRunError):
+        orchestrator.finetune(
+            job, stop=lambda: bool(ended),
+            report=lambda event: ended.append(event) if isinstance(event, EpochEnded) else None,
+        )  # fmt: skip
+
+
 def weights_of(run: orchestrator.Run) -> dict[str, torch.Tensor]:
     return load_file(run.model / "model.safetensors")
 
@@ -190,12 +199,7 @@ def test_rows_of_a_program_lie_in_the_store(
 def test_a_run_goes_on_on_another_machine(
     whole: orchestrator.Run, tiny_resnet: Path, flat_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended: list[Event] = []
-    with pytest.raises(InterruptedRunError):
-        orchestrator.finetune(
-            job_of(tiny_resnet, flat_digits), stop=lambda: bool(ended),
-            report=lambda event: ended.append(event) if isinstance(event, EpochEnded) else None,
-        )  # fmt: skip
+    stopped_after_an_epoch(job_of(tiny_resnet, flat_digits))
     assert list_runs(STORAGE)[0].state == "unfinished"
     another_machine(tmp_path, monkeypatch)
     notes: list[Event] = []
@@ -354,12 +358,7 @@ def test_a_store_that_stays_away_ends_the_job_which_goes_on_later(
 def test_a_checkpoint_that_was_damaged_is_passed_over_and_said(
     bucket: Any, whole: orchestrator.Run, tiny_resnet: Path, flat_digits: Path
 ) -> None:
-    ended: list[Event] = []
-    with pytest.raises(InterruptedRunError):
-        orchestrator.finetune(
-            job_of(tiny_resnet, flat_digits), stop=lambda: bool(ended),
-            report=lambda event: ended.append(event) if isinstance(event, EpochEnded) else None,
-        )  # fmt: skip
+    stopped_after_an_epoch(job_of(tiny_resnet, flat_digits))
     stored = {name: content for name, content in objects(bucket).items() if name.endswith("weights.safetensors")}
     assert len(stored) == 2
     newest = max(stored)
