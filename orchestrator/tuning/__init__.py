@@ -10,6 +10,7 @@ share is done once: the data is read, a frozen body runs, and heads are trained 
     trials      what came of each trial, and the record of it
     layout      a trial's job -> its plan and its run, on data that was read once
     work        which trials are trained how, and what is told of them
+    tasks       a trial that is to be done, and what it is done with
     stacks      trials of a frozen body: features once, heads side by side
     heads       many heads on the same features, trained at once
     arithmetic  their losses and optimizers
