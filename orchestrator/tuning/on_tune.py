@@ -91,7 +91,9 @@ class TuneTrials:
             self._room = room_for(first, most, num_trials)
             modality = first.job.modality
             own = registry.get(modality) if registry.is_registered(modality) else None
-            folder = Path(tempfile.mkdtemp(prefix="orchestrator-tune-"))
+            # Beside what Tune writes there itself, so that a search that is killed leaves nothing anywhere else.
+            session = ray._private.worker._global_node.get_session_dir_path()
+            folder = Path(tempfile.mkdtemp(prefix="orchestrator-tune-", dir=session))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)  # until then its grid can be looked at
             return self._fit(first, most, own, folder)
 
