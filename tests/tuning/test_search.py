@@ -310,7 +310,8 @@ def test_the_command(cli: Cli, base: dict[str, Any], digits: Path) -> None:
 
 def test_flags_make_a_space(cli: Cli, base: dict[str, Any]) -> None:
     said = cli(
-        "search", "--backbone", base["backbone"], "--data", base["data"], "--epochs", 2, "--num-trials", 2,
+        "search", "--backbone", base["backbone"], "--data", base["data"], "--method", "head", "--epochs", 2,
+        "--num-trials", 2,
         "--space", "learning_rate={loguniform: [1e-3, 1e-1]}", "--space", "weight_decay=[0, 0.1]", "--json",
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
