@@ -69,6 +69,7 @@ def test_a_run_is_worked_on_by_one_at_a_time(tmp_path: Path) -> None:
     assert caught.value.mend
 
 
+@pytest.mark.long
 def test_a_reason_that_no_test_gives_is_told(tmp_path: Path) -> None:
     """`pytest --every-reason`, which `make test` runs: of one test that is refused once, in a process of xdist's."""
     test = tmp_path / "test_refused.py"

@@ -78,6 +78,7 @@ HEADS: dict[str, tuple[str, Callable[[Path], Path], dict[str, Any]]] = {
     "texts in pairs": ("text", make_bert, {"head": "native"}),
     "texts in pairs, pooled": ("text", make_bert, {"head": "pooled"}),
 }
+SOME = ("image", "audio", "text, pooled")  # in `make test`
 
 
 def trained(head: str, backbone: Path, modality: str, settings: dict[str, Any], task: str) -> orchestrator.Run:
@@ -151,7 +152,9 @@ def run_alone(cards: list[tuple[str, str]]) -> list[tuple[dict[str, float], str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["image", *HEADS])
+@pytest.mark.parametrize(
+    "head", [pytest.param(one, marks=() if one in SOME else pytest.mark.long) for one in ("image", *HEADS)]
+)
 def test_the_cards_code_says_what_predict_says(head: str, tiny_vit: Path, tmp_path: Path) -> None:
     modality, make, settings = HEADS.get(head, ("image", lambda _: tiny_vit, {}))
     backbone = make(tmp_path / "backbone")
@@ -173,7 +176,7 @@ def test_the_cards_code_says_what_predict_says(head: str, tiny_vit: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", [None, 4000])
+@pytest.mark.parametrize("level", [pytest.param(None, marks=pytest.mark.long), 4000])
 def test_the_cards_code_reads_16_bits_as_predict_does(level: int | None, tiny_vit: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for i in range(24):

@@ -229,7 +229,7 @@ KILLED = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["step-00000008/", "/model/"])
+@pytest.mark.parametrize("where", ["step-00000008/", pytest.param("/model/", marks=pytest.mark.long)])
 def test_a_driver_that_is_killed_at_an_upload_goes_on_bit_for_bit(
     where: str, proxy: s3_proxy.Proxy, whole: orchestrator.Run, tiny_resnet: Path, flat_digits: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -333,6 +333,7 @@ def test_a_store_that_is_away_for_a_while_holds_nothing_up(
     assert any(f"{STORAGE} answers again" in note for note in notes)
 
 
+@pytest.mark.long
 def test_a_store_that_stays_away_ends_the_job_which_goes_on_later(
     proxy: s3_proxy.Proxy, whole: orchestrator.Run, tiny_resnet: Path, flat_digits: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
