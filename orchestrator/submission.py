@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.distributed.address import shows_secret, without_secrets
 from orchestrator.distributed.head import ClusterJob, Head, open_head, wait_until_over
 from orchestrator.distributed.preflight import Preflight, wanted_of
 from orchestrator.distributed.request import pack_request
@@ -32,8 +31,10 @@ from orchestrator.job import (
     Plan,
     Report,
     holds_rows,
+    holds_secret,
     is_uri,
     local_path,
+    redacted,
 )
 from orchestrator.progress import progress
 from orchestrator.rehearsal import rehearsed
@@ -92,9 +93,9 @@ def _checked(draft: Draft) -> Draft:
             mend="write them into a table there, such as a Parquet file, and give its path",
         )  # fmt: skip
     for place in _texts(draft.tree):
-        if shows_secret(place):
+        if holds_secret(place):
             raise RefusedError(
-                "usage", f"{without_secrets(place)} holds a user, a password or a key, and a job is no secret",
+                "usage", f"{redacted(place)} holds a password or a key, and a job is no secret",
                 expected="a place alone",
                 mend="take it out: the nodes' own environment has credentials (AWS_PROFILE, a Kubernetes Secret)",
             )  # fmt: skip

@@ -80,6 +80,7 @@ from orchestrator.job.places import (
     as_settings as as_settings,
     dataset_id as dataset_id,
     holds_rows as holds_rows,
+    holds_secret as holds_secret,
     is_dataset as is_dataset,
     is_materialised as is_materialised,
     is_rows as is_rows,
@@ -87,6 +88,7 @@ from orchestrator.job.places import (
     library_of as library_of,
     local_path as local_path,
     plain_path as plain_path,
+    redacted as redacted,
     shown as shown,
     whole as whole,
 )
