@@ -40,9 +40,9 @@ class RemoteRun:
     """A run that a job on a cluster works on, or has worked on."""
 
     id: str
-    """The job's."""
+    """Ray's id of the job."""
     name: str
-    """The run's."""
+    """The run's name."""
     storage: str
     """Where the run lies, as the cluster sees it."""
     attempt: int

@@ -84,11 +84,12 @@ def finetune(
     is taken to be the same.
 
     `report` is called with what happens (`orchestrator.job.Event`); by default a progress bar shows it. `stop` is asked
-    often; once it returns true the run stops, resumable. By default Ctrl-C and SIGTERM do that; who gives a
-    `stop` owns the signals.
+    often; once it returns true the run stops, resumable. By default Ctrl-C and SIGTERM do that; a caller that gives
+    a `stop` handles signals itself.
 
-    Raises `RefusedError` before anything is downloaded or scheduled, `TrainingError` when it failed, and
-    `InterruptedRunError` after it was stopped, when the same call goes on.
+    Raises `RefusedError` (with `JobError`, `DataError`, `PluginError` and `ChangedError`) before anything is downloaded
+    or scheduled, `TrainingError` when it failed, and `InterruptedRunError` after it was stopped: the same call again
+    resumes.
     """
     return _start(job, fields, fresh, verify_content, report, stop)
 

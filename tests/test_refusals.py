@@ -13,7 +13,7 @@ import pytest
 
 import orchestrator
 from orchestrator.distributed.preflight import Preflight
-from orchestrator.errors import REASONS, MissingExtraError, RefusedError
+from orchestrator.errors import REASONS, MissingExtraError, RefusedError, missing_extra
 from orchestrator.modality import registry
 from tests.conftest import REPOSITORY
 from tests.held import held
@@ -53,6 +53,14 @@ def test_a_library_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPat
     with pytest.raises(MissingExtraError) as caught:
         decode({"audio": b"RIFF"})
     assert caught.value.mend == "pip install 'orchestrator[audio]'"
+
+
+def test_a_library_names_the_extra_that_brings_it() -> None:
+    extras = {"soundfile": "audio", "sentencepiece": "text", "timm": "image", "torch": "image"}
+    for library, extra in extras.items():
+        refusal = missing_extra(ImportError(name=f"{library}.part"))
+        assert refusal is not None
+        assert refusal.mend == f"pip install 'orchestrator[{extra}]'"
 
 
 def test_a_cluster_without_nodes() -> None:

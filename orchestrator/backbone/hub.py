@@ -85,6 +85,7 @@ def _asked_wait_s(headers: Mapping[str, str]) -> float:
 
 
 def offline(source: str, error: Exception) -> RefusedError:
+    """The refusal for a Hub that cannot be reached, with the client's error."""
     return RefusedError(
         "offline",
         f"there is no directory {source}, and the Hub cannot be asked about it: "

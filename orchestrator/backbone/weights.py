@@ -213,7 +213,10 @@ def _small_files(card: BackboneCard) -> list[str]:
 
 
 def fetch(card: BackboneCard, with_weights: bool = True) -> Path:
-    """The directory that holds the backbone's files, downloaded if need be (at the pinned commit)."""
+    """The directory that holds the backbone's files, downloaded if need be (at the pinned commit).
+
+    Raises `RefusedError` where the Hub or the store cannot give them.
+    """
     if card.path:
         return Path(card.path)
     if is_stored(card):

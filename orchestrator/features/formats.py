@@ -1,7 +1,8 @@
 """The number format that features are computed and kept in: float32, or bfloat16 where that is faster and as good.
 
-As good means that on 256 samples no feature vector turns by more than a cosine of .998: images measured .9987 to .9992,
-texts .9999. The answer is kept with the features, so that later jobs read those that are there.
+As good means that on 256 samples the cosine similarity of a sample's features in float32 and in bfloat16 is never below
+.998: measured .9987 to .9992 on images, .9999 on texts. The answer is kept with the features, so that later jobs read
+those that are there.
 """
 
 from __future__ import annotations

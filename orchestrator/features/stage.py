@@ -52,14 +52,14 @@ class FeatureRef:
 class NoCut:
     """No cut into body and head holds for the network: the body has to run in every step."""
 
-    split_error: float
+    cut_error: float
     """The least that a cut was off, relative to the largest logit."""
 
     @property
     def lineage(self) -> Mapping[str, Any]:
         """What is noted of it in lineage.json."""
         return {
-            "features": "every step", "split_error": self.split_error if math.isfinite(self.split_error) else None
+            "features": "every step", "cut_error": self.cut_error if math.isfinite(self.cut_error) else None
         }  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def compute_features(
             shards = {part.set: part.shards for parts in splits.values() for part in parts}
             run.write(_USED, json.dumps({"format": choice.format, "shards": shards}))
     lineage = {
-        "features": "once", "cut": cut.point, "split_error": error, "format": choice.format,
+        "features": "once", "cut": cut.point, "cut_error": error, "format": choice.format,
         "features_s": time.monotonic() - started, "num_computed": sum(worker.gather(extraction.num_computed)),
     }  # fmt: skip
     if choice.cosine is not None:

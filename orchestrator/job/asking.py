@@ -23,8 +23,9 @@ _SAID_S = 2.0
 _REFUSED = (
     "ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "INVALID_CLIENT_TOKEN_ID",
 )  # fmt: skip
-_NO_BUCKET = "NO_SUCH_BUCKET"
 """Errors as pyarrow's S3 names them, which no waiting mends."""
+_NO_BUCKET = "NO_SUCH_BUCKET"
+"""Likewise, of a bucket that is not there."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Answer = TypeVar("Answer")

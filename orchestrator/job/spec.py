@@ -22,13 +22,6 @@ from orchestrator.job.training_spec import Training as Training
 
 TaskName = Literal["single-label", "multi-label", "regression"]
 Method = Literal["auto", "head", "full", "lp-ft", "lora", "scratch"]
-METHODS: dict[str, str] = {
-    "auto": "the head by a cross-validated probe, then everything from there; what validation prefers is kept",
-    "head": "the body is frozen, the new last layer is trained",
-    "full": "everything is trained, from the pretrained weights",
-    "lora": "the body is frozen, and small matrices beside its own are trained with the head; merged in the end",
-    "scratch": "everything is trained, from random weights (supervised pretraining)",
-}
 
 
 _UNICODE_BREAKS = "\x85\u2028\u2029"

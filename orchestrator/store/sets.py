@@ -1,6 +1,6 @@
 """The sets of a feature store: the key of each, and the locks of the jobs of one machine that use, fill or prune it.
 
-A file system without locks gives all of them.
+On a file system without locks (flock) each counts as had.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A body in several threads, and as machine code."""
+"""A body in several threads, and compiled."""
 
 from __future__ import annotations
 

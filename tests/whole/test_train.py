@@ -63,7 +63,7 @@ def test_frozen_is_frozen(backbone: str, request: pytest.FixtureRequest, digits:
         else:
             assert torch.equal(after[name], tensor), name
     assert run.lineage["features"] == "once"
-    assert run.lineage["split_error"] <= 1e-4
+    assert run.lineage["cut_error"] <= 1e-4
     assert all(name.startswith("classifier") for name in run.lineage["new_tensors"])
 
 
