@@ -81,7 +81,7 @@ def choose(
     `asked` is the job's precision: fp32, bf16 or auto. `num_missing` tells how many features a set lacks.
     """
     choice = _choose(asked, body, source, rows, worker, cache_group, num_missing) if worker.rank == 0 else None
-    chosen: Choice = worker.gather(choice)[0]
+    chosen: Choice = worker.all_gather(choice)[0]
     return chosen
 
 

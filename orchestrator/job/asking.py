@@ -13,7 +13,7 @@ from typing import TypeVar
 import pyarrow as pa
 
 from orchestrator.errors import OrchestratorError, RefusedError, first_line
-from orchestrator.job.locations import asking
+from orchestrator.job.locations import store_errors
 
 PATIENCE_S = 60.0
 """A store that does not answer is asked again for so long."""
@@ -57,7 +57,7 @@ class Asker:
                 _raise_hopeless(place, error)
                 away_s = time.monotonic() - began_s
                 if away_s + wait_s > self.patience_s:
-                    with asking(place):
+                    with store_errors(place):
                         raise
                 if self.note is not None and not said and away_s >= _SAID_S:
                     said = True

@@ -224,7 +224,7 @@ class Collate(Protocol):
         """
 
 
-class Batch(Protocol):
+class MakeCollate(Protocol):
     def __call__(self, plan: Plan, directory: Path) -> Collate:
         """The collate function, built once a worker, and before the start to try a few samples.
 
@@ -275,7 +275,7 @@ class Modality:
     measure: Measure | None
     fit: FitFunction | None
     build: Build | None
-    batch: Batch | None
+    batch: MakeCollate | None
     toy: Toy | None
     mixes: Mapping[str, Mix] = field(default_factory=dict)
     """Ways to mix samples of a batch with each other that `training.mix` may name: {"mixup": ..., "cutmix": ...}."""

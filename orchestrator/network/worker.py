@@ -39,7 +39,7 @@ class Worker:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Each worker's value, by rank, on all of them; all have to call it (all_gather_object)."""
         if self.num_workers == 1:
             return [value]

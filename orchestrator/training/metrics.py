@@ -38,7 +38,7 @@ class Predictions:
     of the training targets' variance."""
 
 
-def measure(task: str, predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
+def compute_metrics(task: str, predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
     """The figures that suit the task; `x_95` is the 95 % interval of `x`, and holds it. Plain JSON.
 
     A figure that is not defined on these samples is None, and so is its interval. {"num_samples": 0} without samples.

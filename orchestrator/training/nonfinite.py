@@ -65,7 +65,7 @@ def blame(session: Session, moving: ckpt.Tensors, own: Own, number: int, loss: f
     if earlier is not None:
         for batch in batches:
             seen.with_earlier += _fails(session, batch)
-    all_seen = session.worker.gather(seen)
+    all_seen = session.worker.all_gather(seen)
     whole = _Seen(*([place for one in all_seen for place in getattr(one, name)] for name in vars(seen)))
     cause, mend = _judge(session, whole, broken, frozen, earlier, number)
     named = "" if any(place in cause for place in whole.batch) else f"; its batch: {_named(whole.batch)}"
@@ -167,7 +167,7 @@ def _places(session: Session, batch: Batch, tensors: Iterable[Tensor]) -> list[s
 def _step_of_checkpoint(session: Session, moving: ckpt.Tensors) -> int | None:
     """The step of the newest checkpoint, whose weights the network has then; None without one, on all workers alike."""
     worker, run = session.worker, session.run
-    step: int | None = worker.gather(ckpt.newest_step(run) if worker.rank == 0 else None)[0]
+    step: int | None = worker.all_gather(ckpt.newest_step(run) if worker.rank == 0 else None)[0]
     if step is None:
         return None
     try:

@@ -316,7 +316,7 @@ class PhaseLoop:
         if where == self._saved:
             return
         self._saved = where
-        for skipped in session.worker.gather(session.raw.skipped):
+        for skipped in session.worker.all_gather(session.raw.skipped):
             session.raw.skipped.update(skipped)
         state.skipped = {str(row): why for row, why in sorted(session.raw.skipped.items())}
         if session.audit is not None:
