@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.distributed.fetching import What, beside, copy_run, fetch_through_cluster, settle
+from orchestrator.distributed.fetching import What, copy_run, fetch_through_cluster, settle
 from orchestrator.distributed.following import lines_of
 from orchestrator.distributed.head import ClusterJob, Head, open_head, wait_until_over
 from orchestrator.distributed.telling import Ended, error_of, parse_line
@@ -21,6 +21,7 @@ from orchestrator.job import (
     PhaseBegan,
     Report,
     Run,
+    beside,
     is_uri,
     local_path,
     open_run,

@@ -21,8 +21,9 @@ from torch import Tensor
 from orchestrator.data import Ints
 from orchestrator.features.bodies import Compiled
 from orchestrator.features.sources import SampleSource, as_float32
+from orchestrator.job import write_file
 from orchestrator.network import Body, Inputs, Worker, channels_last
-from orchestrator.store import FORMAT_FILE, Format, Values, write_first, write_shared
+from orchestrator.store import FORMAT_FILE, Format, Values, write_first
 
 LEAST_COSINE = 0.998
 _NUM_SAMPLES = 256
@@ -114,7 +115,7 @@ def _published(choice: Choice, asked: str, cache_group: Path) -> Choice:
     write_first(file, json.dumps(asdict(choice)))
     first = _remembered(cache_group)
     if first is None:  # what was there is no answer
-        write_shared(file, json.dumps(asdict(choice)))
+        write_file(file, json.dumps(asdict(choice)).encode())
     return first if first is not None and asked == "auto" else choice
 
 

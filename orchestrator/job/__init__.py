@@ -55,9 +55,11 @@ from orchestrator.job.figures import (
 )
 from orchestrator.job.files import (
     POINTER as POINTER,
+    beside as beside,
     file_sha256 as file_sha256,
     still_there as still_there,
     sync as sync,
+    write_file as write_file,
     written_whole as written_whole,
 )
 from orchestrator.job.held import (

@@ -17,8 +17,8 @@ from typing import Any
 
 from orchestrator.data import Found, Location, feature_store, store_errors
 from orchestrator.errors import JobError
-from orchestrator.job import IN_A_STORE, is_uri, local_path, open_storage
-from orchestrator.store.sets import FOLDER, FORMAT_FILE, KEY_FILE, USED, USED_HERE, pruning, write_shared
+from orchestrator.job import IN_A_STORE, is_uri, local_path, open_storage, write_file
+from orchestrator.store.sets import FOLDER, FORMAT_FILE, KEY_FILE, USED, USED_HERE, pruning
 from orchestrator.store.shards import NUM_READERS, FeatureSet, Shard
 
 Root = Path | Location
@@ -178,7 +178,7 @@ def _remove_empty(cache_group: Path) -> None:
         cache_group.rmdir()
     except OSError:
         for file, text in notes.items():
-            write_shared(file, text)
+            write_file(file, text.encode())
 
 
 # --- in an object store ---
