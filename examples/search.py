@@ -38,8 +38,8 @@ def main() -> None:
     make_data(HERE / "data")
     with live() as report:
         result = orchestrator.search(
-            data={"path": str(HERE / "data"), "num_train": 500, "validation_fraction": 0.1},
-            epochs=10, size=48, storage=given.storage, name="digits", report=report,
+            data=str(HERE / "data"), num_train=500, size=48, epochs=10, storage=given.storage, name="digits",
+            report=report,
             space={
                 "backbone": tune.choice(backbones), "method": tune.choice(["head", "full"]),
                 "learning_rate": tune.loguniform(1e-4, 3e-2),

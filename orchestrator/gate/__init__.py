@@ -24,6 +24,7 @@ from orchestrator.gate.planning import (
     drafted as drafted,
     inspect as inspect,
     materialised as materialised,
+    measures_alike as measures_alike,
     num_cores as num_cores,
     plan_on as plan_on,
     planned as planned,

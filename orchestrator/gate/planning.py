@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.backbone import Tensors, read_card, read_tensors, require_harmless, require_weights, with_digest
-from orchestrator.errors import JobError, RefusedError, missing_extra
+from orchestrator.errors import BadSampleError, JobError, RefusedError, missing_extra
 from orchestrator.gate import decide
 from orchestrator.gate.own_code import refuse_own_code
 from orchestrator.gate.recipes import fewest_validation, first_weights, may_keep_features
@@ -147,6 +147,21 @@ def read_data(
     Where nobody asked for a validation split, one of fewer samples than `fewest_validation` is not made.
     """
     return _prepare(job.data, resolved.plugin, resolved.card, job.task, directory, fewest_validation)
+
+
+def measures_alike(prepared: Prepared, card: BackboneCard, resolved: ResolvedBackbone) -> bool:
+    """Whether data that was read for the backbone of that card is the same to another one, by a few of its samples.
+
+    What is measured depends on the backbone for texts alone, whose tokens it counts.
+    """
+    decode, measure = resolved.plugin.decode, resolved.plugin.measure
+    assert decode is not None
+    assert measure is not None
+    try:
+        decoded = [decode(example.sample) for example in prepared.examples]
+        return all(measure(one, card) == measure(one, resolved.card) for one in decoded)
+    except BadSampleError:
+        return False
 
 
 def plan_on(job: Job, resolved: ResolvedBackbone, prepared: Prepared) -> Plan:

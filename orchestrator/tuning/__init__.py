@@ -10,6 +10,7 @@ share is done once: the data is read, a frozen body runs, and heads are trained 
     trials      what came of each trial, and the record of it
     layout      a trial's job -> its plan and its run, on data that was read once
     work        which trials are trained how, and what is told of them
+    tasks       a trial that is to be done, and what it is done with
     stacks      trials of a frozen body: features once, heads side by side
     heads       many heads on the same features, trained at once
     arithmetic  their losses and optimizers
@@ -27,13 +28,37 @@ share is done once: the data is read, a frozen body runs, and heads are trained 
     steps       how long full fine-tuning would take: a few steps are measured
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import orchestrator.distributed  # noqa: F401  # it sets what Ray reads when it is imported
-from orchestrator.tuning.ranking import rank as rank
-from orchestrator.tuning.result import (
-    SearchResult as SearchResult,
-    open_search as open_search,
-    shown_config as shown_config,
-)
-from orchestrator.tuning.standings import RankRow as RankRow, RankTable as RankTable
-from orchestrator.tuning.study import search as search
-from orchestrator.tuning.trials import Trial as Trial
+
+if TYPE_CHECKING:
+    from orchestrator.tuning.ranking import rank as rank
+    from orchestrator.tuning.result import (
+        SearchResult as SearchResult,
+        open_search as open_search,
+        shown_config as shown_config,
+    )
+    from orchestrator.tuning.standings import RankRow as RankRow, RankTable as RankTable
+    from orchestrator.tuning.study import search as search
+    from orchestrator.tuning.trials import Trial as Trial
+
+# Loaded when they are first used: a ranking needs nothing of Ray, which takes a second or two to import.
+_HOMES = {
+    "RankRow": "standings",
+    "RankTable": "standings",
+    "SearchResult": "result",
+    "Trial": "trials",
+    "open_search": "result",
+    "rank": "ranking",
+    "search": "study",
+    "shown_config": "result",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'orchestrator.tuning' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"orchestrator.tuning.{_HOMES[name]}"), name)
+    return value

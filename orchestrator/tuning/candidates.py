@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.data import Prepared, TableStore
-from orchestrator.errors import BadSampleError, RefusedError
-from orchestrator.gate import ResolvedBackbone, parse_settings, plan_on, read_data, resolve_backbone
+from orchestrator.errors import RefusedError
+from orchestrator.gate import ResolvedBackbone, measures_alike, parse_settings, plan_on, read_data, resolve_backbone
 from orchestrator.job import BackboneCard, HeldRun, Job, PhaseBegan, Plan, Report
 from orchestrator.modality import registry
 from orchestrator.rehearsal import rehearsed
@@ -74,12 +74,9 @@ class Gate:
         return self.job.model_copy(update={"backbone": source})
 
     def _data_for(self, job: Job, resolved: ResolvedBackbone) -> Prepared:
-        """What the data is to this backbone: where a few samples measure as they do for an earlier one, that of it.
-
-        What is measured depends on the backbone for texts alone, whose tokens it counts. Raises `DataError`.
-        """
+        """What the data is to this backbone: where that is the same as to an earlier one, that. Raises `DataError`."""
         for card, prepared in self._data:
-            if _measure_alike(resolved, card, prepared):
+            if measures_alike(prepared, card, resolved):
                 return prepared
         self.report(PhaseBegan("reading the data"))
         with self.held.scratch() as folder:
@@ -88,17 +85,6 @@ class Gate:
                 TableStore(self.held.folder.parent).put(folder, self.held)
         self._data.append((resolved.card, prepared))
         return prepared
-
-
-def _measure_alike(resolved: ResolvedBackbone, card: BackboneCard, prepared: Prepared) -> bool:
-    decode, measure = resolved.plugin.decode, resolved.plugin.measure
-    assert decode is not None
-    assert measure is not None
-    try:
-        decoded = [decode(example.sample) for example in prepared.examples]
-        return all(measure(one, card) == measure(one, resolved.card) for one in decoded)
-    except BadSampleError:
-        return False
 
 
 def require_meant(job: Job) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from orchestrator.backbone import with_digest
 from orchestrator.data import Prepared, TableStore
 from orchestrator.errors import ChangedError, DataError
-from orchestrator.gate import ResolvedBackbone, plan_on, read_data, resolve_backbone
-from orchestrator.job import Draft, HeldRun, Job, PhaseBegan, Plan, Report, Run, hold
+from orchestrator.gate import ResolvedBackbone, measures_alike, plan_on, read_data, resolve_backbone
+from orchestrator.job import BackboneCard, Draft, HeldRun, Job, PhaseBegan, Plan, Report, Run, hold
 from orchestrator.rehearsal import rehearsed
 from orchestrator.train import texts_of
 from orchestrator.tuning.probes import begin_behind_probe
@@ -25,6 +25,8 @@ _LEFT_S, _LOOKED_AT_S = 60.0, 0.2
 @dataclass(frozen=True)
 class _Data:
     prepared: Prepared
+    card: BackboneCard
+    """Of the backbone that it was read for."""
     table: str
     """Its key in the storage's table store."""
 
@@ -38,7 +40,7 @@ class Layout:
     search: HeldRun
     report: Report
     _backbones: dict[str, ResolvedBackbone] = field(default_factory=dict)
-    _data: dict[str, _Data] = field(default_factory=dict)
+    _data: dict[tuple[str, str], _Data] = field(default_factory=dict)
     _tried: set[str] = field(default_factory=set)
 
     def run_of(self, key: Key) -> Run:
@@ -93,7 +95,7 @@ class Layout:
 
     def seen(self) -> dict[str, str]:
         """What data and backbones were looked at, and their digests."""
-        data = {f"data {key}": one.prepared.summary.fingerprint for key, one in self._data.items()}
+        data = {f"data {' for '.join(key)}": one.prepared.summary.fingerprint for key, one in self._data.items()}
         return data | {f"backbone {key}": str(one.card.commit) for key, one in self._backbones.items()}
 
     def _backbone(self, job: Job) -> ResolvedBackbone:
@@ -105,16 +107,25 @@ class Layout:
         return self._backbones[name]
 
     def _data_of(self, job: Job) -> _Data:
-        """What is measured of samples depends on the backbone, where that is a text's: its tokens."""
+        """What the job's data is to its backbone: read once for all to which it is the same."""
         whole = job.at_whole_paths()
-        key = json.dumps([whole.data.model_dump(mode="json", exclude_defaults=True), whole.backbone], sort_keys=True)
+        data = json.dumps(whole.data.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        key = (data, whole.backbone)
         if key not in self._data:
-            self.report(PhaseBegan("reading the data"))
-            with self.search.scratch() as folder:
-                prepared = read_data(job, self._backbone(job), folder)
-                table = TableStore(self.search.folder.parent).put(folder, self.search)
-            self._data[key] = _Data(prepared, table.name)
+            resolved = self._backbone(job)
+            alike = (
+                one for (of, _), one in self._data.items()
+                if of == data and measures_alike(one.prepared, one.card, resolved)
+            )  # fmt: skip
+            self._data[key] = next(alike, None) or self._read(job, resolved)
         return self._data[key]
+
+    def _read(self, job: Job, resolved: ResolvedBackbone) -> _Data:
+        self.report(PhaseBegan("reading the data"))
+        with self.search.scratch() as folder:
+            prepared = read_data(job, resolved, folder)
+            table = TableStore(self.search.folder.parent).put(folder, self.search)
+        return _Data(prepared, resolved.card, table.name)
 
 
 def refuse_changed(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -8,32 +8,32 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.search import Searcher
 
 from orchestrator.distributed.cluster import failures_of
 from orchestrator.distributed.joining import joined
 from orchestrator.errors import InterruptedRunError, RefusedError
 from orchestrator.gate import num_cores
-from orchestrator.job import EpochEnded, Event, PhaseBegan, Plan, Report, Run, Stop
+from orchestrator.job import EpochEnded, Event, PhaseBegan, Plan, Run
 from orchestrator.modality import Modality, registry
 from orchestrator.train import train_as_planned
 from orchestrator.training import FINAL_FIGURES
-from orchestrator.tuning.layout import Layout
 from orchestrator.tuning.probes import FOLDER, keep_probe
-from orchestrator.tuning.stacks import Task
-from orchestrator.tuning.stopping import LAST_EPOCH, Stopping
-from orchestrator.tuning.trials import Key, Metric, State, Trial
+from orchestrator.tuning.stopping import LAST_EPOCH
+from orchestrator.tuning.tasks import Means, Task
+from orchestrator.tuning.trials import Key, State, Trial
 
 _MOST_HERE = 8
 """Trials side by side on this machine, unless more are asked for: each holds a network and its samples in memory."""
@@ -48,6 +48,8 @@ _ENVIRONMENT = {
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+_LOUD = ("ray.tune.execution.tune_controller", "ray.tune.tune")
+"""Loggers that print the whole trace of a trial that fails, whose row says why in a line."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,7 @@ class Room:
 class TuneTrials:
     """Runs trials with Ray Tune until nothing comes next."""
 
-    layout: Layout
-    metric: Metric
-    stopping: Stopping
-    report: Report
-    should_stop: Stop
-    """Asked all the time: once it is true, all trials end where they are, and none is recorded."""
-    heard: Callable[[Key, Mapping[str, Any]], None]
-    ended: Callable[[Trial], None]
+    means: Means
     began_one: Callable[[], None]
     """Called when a trial begins."""
     next: Callable[[], Task | None]
@@ -91,7 +86,7 @@ class TuneTrials:
         none, and `InterruptedRunError` where `should_stop` says so.
         """
         os.environ.update(_ENVIRONMENT)
-        self.report(PhaseBegan("starting Ray"))
+        self.means.report(PhaseBegan("starting Ray"))
         with joined(first, num_cpus=num_cores(), dashboard=None):
             self._room = room_for(first, most, num_trials)
             modality = first.job.modality
@@ -107,7 +102,7 @@ class TuneTrials:
         tuner = tune.Tuner(
             tune.with_resources(trial, self._resources(first)),
             tune_config=tune.TuneConfig(
-                search_alg=_Feed(self), scheduler=self.stopping, num_samples=most,
+                search_alg=_Feed(self), scheduler=self.means.stopping, num_samples=most,
                 max_concurrent_trials=self._room.num_side_by_side, reuse_actors=True,
                 trial_dirname_creator=lambda one: str(one.trial_id),
             ),
@@ -116,7 +111,8 @@ class TuneTrials:
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )  # fmt: skip
-        grid = tuner.fit()
+        with _silent(_LOUD):
+            grid = tuner.fit()
         if self._stopping:
             raise InterruptedRunError("stopped while trials ran", mend="the same command goes on")
         return grid
@@ -144,9 +140,9 @@ class TuneTrials:
             "threads_per_worker": self._room.threads,
             "ray": task.plan.num_workers > 1 or task.plan.num_extractors > 0,
         })  # fmt: skip
-        run = self.layout.lay_out(task.key, task.config, plan)
+        run = self.means.layout.lay_out(task.key, task.config, plan)
         self._tasks[task.key] = task
-        probes = self.layout.search.folder / FOLDER
+        probes = self.means.layout.search.folder / FOLDER
         probes.mkdir(exist_ok=True)
         own = {_RUN: str(run.path), _NUMBER: task.key[0], _REPEAT: task.key[1], _PROBES: str(probes)}
         return {**own, **task.config}
@@ -162,30 +158,41 @@ class TuneTrials:
         line = {name: result[name] for name in ("epoch", *_FIGURES) if name in result}
         # Those of earlier processes the run itself has; it writes down those of this one when it finds the time.
         known = self._lines.get(key) or [
-            one for one in lines_of(self.layout.run_of(key)) if one["epoch"] < line["epoch"]
+            one for one in lines_of(self.means.layout.run_of(key)) if one["epoch"] < line["epoch"]
         ]
         self._lines[key] = [*known, line]
-        self.heard(key, line)
+        self.means.heard(key, line)
 
     def over(self, key: Key, error: str = "") -> None:
         """A trial has ended; where all are stopped, it goes on another time."""
         self.running.discard(key)
         if self._stopping:
             return
-        task, lines = self._tasks[key], self._lines.get(key) or lines_of(self.layout.run_of(key))
+        task, lines = self._tasks[key], self._lines.get(key) or lines_of(self.means.layout.run_of(key))
         epochs = task.plan.recipe.num_epochs
         finished = bool(lines) and lines[-1]["epoch"] == epochs
         state: State = "failed" if error else "finished" if finished else "stopped"
-        score = None if error else self.metric.value(lines)
-        self.ended(Trial(
-            key[0], task.config, state, score, epochs, lines,
-            round(time.monotonic() - self._started.get(key, time.monotonic()), 3), error, key[1],
-        ))  # fmt: skip
+        score = None if error else self.means.metric.value(lines)
+        seconds = round(time.monotonic() - self._started.get(key, time.monotonic()), 3)
+        self.means.ended([Trial(key[0], task.config, state, score, epochs, lines, seconds, error, key[1])])
 
     def stops(self) -> bool:
         """Whether all trials are to end."""
-        self._stopping = self._stopping or self.should_stop()
+        self._stopping = self._stopping or self.means.should_stop()
         return self._stopping
+
+
+@contextlib.contextmanager
+def _silent(names: tuple[str, ...]) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 _FIGURES = ("train_loss", "validation_loss", "validation_accuracy")
@@ -289,9 +296,17 @@ class _Hears(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_info: Any) -> None:  # noqa: ARG002
         """It has failed, or its process has died."""
-        error = trial.get_pickled_error()
-        cause = getattr(error, "cause", None) or error
-        self._trials.over(_key_of(trial), failures_of({0: cause})[0] if cause is not None else "it failed")
+        self._trials.over(_key_of(trial), _why_failed(trial))
+
+
+def _why_failed(trial: Any) -> str:
+    """In a few words. Tune has written the error into this process's own folder, and not yet where it keeps trials."""
+    pickled, text = trial.pickled_error_file, trial.error_file
+    if pickled is not None and Path(pickled).exists():
+        error = cloudpickle.loads(Path(pickled).read_bytes())
+        return failures_of({0: getattr(error, "cause", None) or error})[0]
+    lines = Path(text).read_text().split("\n") if text is not None and Path(text).exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it failed")
 
 
 def _key_of(trial: Any) -> Key:

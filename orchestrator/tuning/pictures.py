@@ -13,7 +13,7 @@ import numpy as np
 from orchestrator.job import Noted, Report
 from orchestrator.tuning.result import SearchResult, short
 from orchestrator.tuning.space import Space, is_logarithmic
-from orchestrator.tuning.trials import Trial
+from orchestrator.tuning.trials import Metric, Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,11 @@ PICTURE_FILE = "search.png"
 _COLUMNS, _MOST_SETTINGS = 3, 10
 _WIDEST = 18
 """Characters of a value beside an axis."""
-_COLOURS = "viridis"
+_WIDE = 36
+"""Characters of all values below an axis that stand side by side."""
+_SPREAD = 0.12
+"""Of the height of an axis: trials of one value stand beside one another, the best one on top."""
+_DPI = 80
 _LEAST_IMPORTANCE = 4  # trials: of fewer nothing can be said
 
 
@@ -51,9 +55,9 @@ def draw_pictures(result: SearchResult, space: Space, report: Report) -> dict[st
     for key in keys:
         _scatter(figure.add_subplot(grid[next(places)]), trials, key, is_logarithmic(space.domains[key]), title)
     if len(keys) > 1:
-        _parallel(figure.add_subplot(grid[rows, :]), trials, keys, space, title)
+        _parallel(figure.add_subplot(grid[rows, :]), trials, keys, space, result.metric)
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=100, metadata={"Software": None})
+    figure.savefig(out, format="png", dpi=_DPI, metadata={"Software": None})
     return {PICTURE_FILE: out.getvalue()}
 
 
@@ -102,7 +106,8 @@ def _history(axes: Axes, trials: Sequence[Trial], result: SearchResult, title: s
     axes.scatter(numbers, scores, s=14, c="0.6", label="trial")
     axes.step(numbers, best, where="post", color="C0", label="best so far")
     axes.set(title="history", xlabel="trial", ylabel=title)
-    axes.legend(frameon=False, loc="lower right" if result.metric.mode == "max" else "upper right")
+    axes.locator_params(axis="x", integer=True)
+    axes.legend(loc="best")
 
 
 def _bars(axes: Axes, matters: dict[str, float]) -> None:
@@ -113,37 +118,42 @@ def _bars(axes: Axes, matters: dict[str, float]) -> None:
 def _scatter(axes: Axes, trials: Sequence[Trial], key: str, logarithmic: bool, title: str) -> None:
     values = [one.config.get(key) for one in trials]
     places, labels = _places(values)
-    colours = [one.number for one in trials]
-    axes.scatter(places, [one.score or 0.0 for one in trials], s=18, c=colours, cmap=_COLOURS, alpha=0.8)
+    axes.scatter(places, [one.score or 0.0 for one in trials], s=18, c="C0", alpha=0.6)
     axes.set(title=short(key), ylabel=title)
     if labels is not None:
-        axes.set_xticks(range(len(labels)), labels, rotation=20 if max(map(len, labels)) > 8 else 0)
+        axes.set_xticks(range(len(labels)), labels, rotation=20 if sum(map(len, labels)) > _WIDE else 0)
         axes.set_xlim(-0.5, len(labels) - 0.5)
     elif logarithmic and min(places) > 0:
         axes.set_xscale("log")
         axes.tick_params(axis="x", which="minor", labelbottom=False)  # they lie over each other
 
 
-def _parallel(axes: Axes, trials: Sequence[Trial], keys: Sequence[str], space: Space, title: str) -> None:
+def _parallel(axes: Axes, trials: Sequence[Trial], keys: Sequence[str], space: Space, metric: Metric) -> None:
     """A line a trial through its values, from the lowest at the bottom; the best trials are the darkest."""
     from matplotlib import colormaps  # noqa: PLC0415
 
     columns = [
         (short(key), [one.config.get(key) for one in trials], is_logarithmic(space.domains[key])) for key in keys
     ]
-    columns.append((title, [one.score for one in trials], False))
+    columns.append((metric.key.replace("_", " "), [one.score for one in trials], False))
+    sign = 1 if metric.mode == "max" else -1
+    order = np.argsort(np.argsort([sign * (one.score or 0.0) for one in trials])) / max(1, len(trials) - 1)
     heights = np.zeros((len(columns), len(trials)))
     for i, (_, values, logarithmic) in enumerate(columns):
         places, labels = _places(values)
         at = np.log(places) if logarithmic and min(places) > 0 else np.asarray(places, float)
         low, high = (0.0, max(1.0, len(labels) - 1.0)) if labels is not None else (at.min(), at.max())
         heights[i] = (at - low) / (high - low) if high > low else 0.5
+        if labels is not None:
+            heights[i] += _SPREAD * (order - 0.5)
         ends = [(0.0, _number(min(places))), (1.0, _number(max(places)))] if labels is None else [
             (j / max(1, len(labels) - 1), label) for j, label in enumerate(labels)
         ]  # fmt: skip
         for height, text in ends:
-            axes.text(i, height, f" {text}", fontsize=7, va="center", ha="left")
-    order = np.argsort(np.argsort([one.score or 0.0 for one in trials])) / max(1, len(trials) - 1)
+            axes.text(
+                i + 0.02, height, text, fontsize=8, va="center", ha="left", zorder=3,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
+            )  # fmt: skip
     colours = colormaps["Blues"](0.15 + 0.8 * order)
     for number in np.argsort(order):
         axes.plot(range(len(columns)), heights[:, number], color=colours[number], linewidth=1)

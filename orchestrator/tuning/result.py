@@ -140,9 +140,12 @@ def cell(value: Any) -> Any:
 
 
 def shown_config(config: Config, keys: Sequence[str]) -> dict[str, str]:
-    """Short name of each key -> its value, as a person reads it."""
-    return {short(key): f"{value:.3g}" if isinstance(value, float) else str(value) for key in keys
-            if (value := config.get(key)) is not None}  # fmt: skip
+    """Short name of each key -> its value, as a person reads it: of a path its last two parts."""
+    return {short(key): _shown(value) for key in keys if (value := config.get(key)) is not None}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "/".join(str(value).rstrip("/").split("/")[-2:])
 
 
 def short(key: str) -> str:

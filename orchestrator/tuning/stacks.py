@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,86 +12,45 @@ from orchestrator.backbone import fetch
 from orchestrator.errors import InterruptedRunError
 from orchestrator.features import NoCut, compute_features, open_features
 from orchestrator.gate import num_cores
-from orchestrator.job import Advanced, Noted, PhaseBegan, Plan, Report, Stop
+from orchestrator.job import Advanced, Noted, PhaseBegan, Plan
 from orchestrator.modality import Modality, registry
 from orchestrator.network import Cut, Network, autocast, find_device, start_worker
 from orchestrator.training import assembled, make_objective
 from orchestrator.tuning.heads import HeadInputs, HeadStack, Outcome, Weights, can_be_stacked, head_weights, in_pieces
-from orchestrator.tuning.layout import Layout
-from orchestrator.tuning.space import Config
-from orchestrator.tuning.stopping import Stopping
-from orchestrator.tuning.trials import Key, Metric, Trial
+from orchestrator.tuning.tasks import Means, Task
+from orchestrator.tuning.trials import Trial
 
 _FEATURES_FILE = "features.json"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A trial that is to be done."""
-
-    key: Key
-    config: Config
-    plan: Plan
-
-
-def is_stackable(plan: Plan) -> bool:
-    """Whether the plan trains a head on features of its samples as they are, in one process."""
-    phases = plan.recipe.phases
-    one = len(phases) == 1 and phases[0].source == "features" and plan.recipe.num_microbatches == 1
-    return one and not plan.views and plan.num_workers == 1 and not plan.num_extractors
-
-
-def grouped(tasks: Sequence[Task]) -> list[list[Task]]:
-    """The tasks whose heads have the same features, batch size, number of steps and optimizer."""
-    groups: dict[str, list[Task]] = {}
-    for task in tasks:
-        plan, recipe = task.plan, task.plan.recipe
-        training = plan.job.training
-        alike = [
-            plan.backbone.source, plan.input, plan.job.settings, plan.data.fingerprint, training.precision,
-            training.optimizer, recipe.batch_size, recipe.num_steps,
-        ]  # fmt: skip
-        groups.setdefault(json.dumps(alike, sort_keys=True), []).append(task)
-    return list(groups.values())
 
 
 @dataclass
 class Stacks:
     """Trains groups of heads in this process."""
 
-    layout: Layout
-    metric: Metric
-    stopping: Stopping
-    report: Report
-    should_stop: Stop
-    """Asked after each epoch and each batch of the body; what was computed by then is kept."""
-    heard: Callable[[Key, Mapping[str, Any]], None]
-    """Called with the line of each head's epoch."""
-    ended: Callable[[Sequence[Trial]], None]
-    """Called with the trials that have ended, some at once."""
+    means: Means
 
     def train(self, tasks: Sequence[Task]) -> list[Task]:
         """Train the heads of one group; the tasks whose network does not allow it, which need a run of their own.
 
         Raises `InterruptedRunError` where `should_stop` says so.
         """
-        plan = tasks[0].plan
+        plan, report, layout = tasks[0].plan, self.means.report, self.means.layout
         modality = registry.get(plan.job.modality)
         device = find_device(plan.job.scaling.device)
         threads = plan.threads_per_worker or num_cores()
         with start_worker(threads, device) as worker, ExitStack() as resources:
-            self.report(PhaseBegan("loading the backbone"))
-            self.layout.use_table_of(plan)
-            run = self.layout.search
+            report(PhaseBegan("loading the backbone"))
+            layout.use_table_of(plan)
+            run = layout.search
             network, raw = assembled(plan, run, worker, modality, resources)
             run.delete(_FEATURES_FILE)  # of another backbone, perhaps
-            ref = compute_features(plan, run, network, modality, raw, worker, self.report, self.should_stop, resources)
+            ref = compute_features(plan, run, network, modality, raw, worker, report, self.means.should_stop, resources)
             run.delete(_FEATURES_FILE)
             if isinstance(ref, NoCut) or not can_be_stacked(network, ref.cache.cut):
                 why = "no cut holds" if isinstance(ref, NoCut) else "the head has dropout or statistics of its own"
-                self.report(Noted(f"{plan.backbone.name}: {why}, so each of its trials is a run of its own"))
+                report(Noted(f"{plan.backbone.name}: {why}, so each of its trials is a run of its own"))
                 return list(tasks)
-            sources = open_features(ref, raw.samples, resources, lambda text: self.report(Noted(text)), verified=True)
+            sources = open_features(ref, raw.samples, resources, lambda text: report(Noted(text)), verified=True)
             neutral = plan.model_copy(update={"class_weights": ()})
             inputs = HeadInputs(
                 raw.samples, sources["train"], sources["validation"], make_objective(neutral, network), device,
@@ -105,22 +63,22 @@ class Stacks:
         first = _FirstWeights(network, cut, tasks[0].plan, modality)
         pieces = in_pieces(len(tasks), sum(one.numel() for one in head_weights(network, cut).values()))
         epochs = tasks[0].plan.recipe.num_epochs
-        self.report(PhaseBegan(f"training {len(tasks)} heads side by side", len(tasks) * epochs))
+        self.means.report(PhaseBegan(f"training {len(tasks)} heads side by side", len(tasks) * epochs))
         for piece in pieces:
             some = [tasks[i] for i in piece]
             started = time.monotonic()
             stack = HeadStack(network, cut, [one.plan for one in some], [first.of(one.plan) for one in some], inputs)
 
             def goes_on(head: int, line: Mapping[str, Any], some: Sequence[Task] = some) -> bool:
-                self.heard(some[head].key, line)
-                return self.stopping.goes_on(some[head].key, line)
+                self.means.heard(some[head].key, line)
+                return self.means.stopping.goes_on(some[head].key, line)
 
             stopped = False
 
             def tick(num: int) -> bool:
                 nonlocal stopped
-                self.report(Advanced(num))
-                stopped = self.should_stop()
+                self.means.report(Advanced(num))
+                stopped = self.means.should_stop()
                 return stopped
 
             outcomes = stack.train(goes_on, tick)
@@ -130,7 +88,7 @@ class Stacks:
                 over = outcome.failed_at is not None or not stopped or len(outcome.lines) == epochs
                 if over:
                     trials.append(self._trial(task, outcome, seconds, len(some)))
-            self.ended(trials)
+            self.means.ended(trials)
             if stopped:
                 raise InterruptedRunError(
                     "stopped while heads were trained", mend="the same command goes on; these heads begin anew"
@@ -141,11 +99,11 @@ class Stacks:
         number, repeat = task.key
         failed = outcome.failed_at is not None
         if not failed:
-            self.stopping.ended(task.key, outcome.lines[-1])
+            self.means.stopping.ended(task.key, outcome.lines[-1])
         return Trial(
             number, task.config,
             "failed" if failed else "finished" if len(outcome.lines) == epochs else "stopped",
-            None if failed else self.metric.value(outcome.lines), epochs, outcome.lines, round(seconds, 3),
+            None if failed else self.means.metric.value(outcome.lines), epochs, outcome.lines, round(seconds, 3),
             f"the loss at step {outcome.failed_at} is not finite" if failed else "", repeat, together,
         )  # fmt: skip
 

@@ -17,8 +17,9 @@ from orchestrator.tuning.proposals import NUM_AT_ONCE, Proposals
 from orchestrator.tuning.result import ranked, shown_config
 from orchestrator.tuning.settings import SearchSettings
 from orchestrator.tuning.space import Config, Space
-from orchestrator.tuning.stacks import Stacks, Task, grouped, is_stackable
-from orchestrator.tuning.stopping import Stopping, make_stopping
+from orchestrator.tuning.stacks import Stacks
+from orchestrator.tuning.stopping import make_stopping
+from orchestrator.tuning.tasks import Means, Task, grouped, is_stackable
 from orchestrator.tuning.trials import Book, Key, Metric, Trial
 
 _NUM_SHOWN = 3
@@ -45,12 +46,13 @@ class Work:
     _only_failed: TrainingError | None = None
     _num_before: int = 0
     _running: set[Key] = field(default_factory=set)
-    _stopping: Stopping = field(init=False)
+    _means: Means = field(init=False)
     _proposals: Proposals = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises `JobError` for a scheduler or an algorithm that cannot be used."""
-        self._stopping = make_stopping(self.settings.scheduler, self.metric, self.num_epochs)
+        stopping = make_stopping(self.settings.scheduler, self.metric, self.num_epochs)
+        self._means = Means(self.layout, self.metric, stopping, self.report, self._is_over, self._heard, self._ended)
         self._proposals = Proposals(
             self.space, self.algorithm, self.num_trials, self.settings.seed, self.metric, self.book
         )
@@ -63,7 +65,7 @@ class Work:
         """
         self._num_before = len(self.book.trials)
         for trial in self.book.trials.values():
-            self._stopping.hear_again(trial)
+            self._means.stopping.hear_again(trial)
         if self._num_before:
             self.report(Noted(f"{counted(self._num_before, 'trial')} ended before, and are not done again"))
         grid = None
@@ -128,7 +130,7 @@ class Work:
 
     def _stacked(self, tasks: Sequence[Task]) -> list[Task]:
         """Train heads side by side; those whose network does not allow it."""
-        stacks = Stacks(self.layout, self.metric, self._stopping, self.report, self._is_over, self._heard, self._ended)
+        stacks = Stacks(self._means)
         left: list[Task] = []
         for group in grouped(tasks):
             if self._is_over():
@@ -150,10 +152,7 @@ class Work:
             return waiting.popleft()
 
         most = len(waiting) + (self.num_trials - len(self.book.proposed) if proposals is not None else 0)
-        tune = TuneTrials(
-            self.layout, self.metric, self._stopping, self.report, self._is_over, self._heard,
-            lambda trial: self._ended([trial]), self._tell, following, self._running,
-        )  # fmt: skip
+        tune = TuneTrials(self._means, self._tell, following, self._running)
         return tune.run(waiting[0].plan, most, self.settings.max_concurrent)
 
     # --- what is heard of them ---

@@ -6,6 +6,8 @@ import json
 import math
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +253,16 @@ def test_what_is_told_while_it_runs(tiny_resnet: Path, tiny_vit: Path, flat_digi
     for row in table.rows:
         (body,) = [event for event in phases if event.text == f"{row.name}: running the frozen body once"][:1]
         assert body.total == 270
+
+
+def test_a_ranking_needs_nothing_of_ray(tiny_resnet: Path, tiny_vit: Path, flat_digits: Path) -> None:
+    program = (
+        "import sys, orchestrator\n"
+        "orchestrator.rank(sys.argv[1:3], data=sys.argv[3], report=lambda _: None)\n"
+        "print([name for name in sys.modules if name.split('.')[0] == 'ray'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tiny_resnet), str(tiny_vit), str(flat_digits)],
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.stdout == "[]\n", done.stderr

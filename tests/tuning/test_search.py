@@ -19,6 +19,7 @@ import orchestrator
 from orchestrator.errors import ChangedError, InterruptedRunError, RefusedError, TrainingError
 from orchestrator.job import Event, PhaseBegan
 from orchestrator.tuning import SearchResult
+from tests.tiny import make_resnet
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 SPACE: dict[str, Any] = {"learning_rate": {"loguniform": [1e-3, 1e-1]}, "weight_decay": {"uniform": [0, 0.2]}}
@@ -62,6 +63,21 @@ def test_data_is_read_once_and_the_body_runs_once(base: dict[str, Any]) -> None:
     assert [one.name for one in Path("runs").iterdir() if (one / "plan.json").exists()] == [best.name]
     assert len(list(Path("runs/.data").glob("[0-9a-f]*"))) == 1
     assert best.results["test"]["num_samples"] == 200
+
+
+def test_data_is_read_once_for_several_backbones(base: dict[str, Any], tmp_path: Path) -> None:
+    phases: list[str] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, PhaseBegan):
+            phases.append(event.text)
+
+    space = {"backbone": {"grid": [base["backbone"], str(make_resnet(tmp_path / "other"))]}, **SPACE}
+    result = orchestrator.search(base, space, num_trials=4, report=report)
+    assert [one.together for one in result.trials] == [2, 2, 2, 2]
+    assert phases.count("reading the data") == 1
+    assert [one.lineage["num_computed"] for one in [result.best_run] if one is not None] == [0]
+    assert len(list(Path("runs/.data").glob("[0-9a-f]*"))) == 1
 
 
 def test_the_same_search_again_does_nothing_and_more_trials_go_on(base: dict[str, Any]) -> None:
