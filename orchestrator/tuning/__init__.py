@@ -24,7 +24,8 @@ share is done once: the data is read, a frozen body runs, and heads are trained 
     race        features and probes on a sample that grows for those still in it
     standings   what came of a candidate, and whether two differ by more than the noise
     neighbours  nearest neighbours on features, over the same folds
-    sending     a search or a ranking as a job for a cluster
+    sent_search a search as a job for a cluster
+    sent_ranking  a ranking as a job for a cluster
     steps       how long full fine-tuning would take: a few steps are measured
 """
 
@@ -35,12 +36,8 @@ from orchestrator.tuning.result import (
     open_search as open_search,
     shown_config as shown_config,
 )
-from orchestrator.tuning.sending import (
-    rank_to_send as rank_to_send,
-    run_rank as run_rank,
-    run_search as run_search,
-    search_to_send as search_to_send,
-)
+from orchestrator.tuning.sent_ranking import rank_to_send as rank_to_send, run_rank as run_rank
+from orchestrator.tuning.sent_search import run_search as run_search, search_to_send as search_to_send
 from orchestrator.tuning.standings import RankRow as RankRow, RankTable as RankTable
 from orchestrator.tuning.study import search as search
 from orchestrator.tuning.trials import Trial as Trial

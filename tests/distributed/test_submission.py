@@ -291,6 +291,32 @@ def test_a_search_is_submitted_and_its_best_run_comes_home(
     assert submit(cluster, **job).id == run.id
 
 
+def test_a_search_of_eight_trials_of_two_workers_each_outlives_a_node(
+    cluster: LocalCluster, second_node: str, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    """Lost amid the third trial; each has its workers on both nodes, so it waits for the one that comes instead."""
+    rates = [0.001 * (k + 1) for k in range(8)]
+    search = {"space": {"learning_rate": {"grid": rates}}}
+    run = submit(
+        cluster, kind="search", search=search, name="eight", backbone=str(tiny_resnet), data=str(digits),
+        storage=str(tmp_path / "runs"), method="full", training={"epochs": 2, "batch_size": 40},
+        scaling={"num_workers": 2, "threads_per_worker": 1},
+    )  # fmt: skip
+    lost: list[str] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, TrialsAdvanced) and event.num_done == 2 and event.num_running and not lost:
+            lost.append(second_node)
+            cluster.kill_node(second_node)
+            cluster.add_node()
+
+    found = run.follow(hear)
+    assert lost == [second_node]
+    assert [row["training.learning_rate"] for row in found["trials"]] == rates
+    assert [row["state"] for row in found["trials"]] == ["finished"] * 8
+    assert found["results"]["test"]["num_samples"] == 200
+
+
 def test_a_ranking_is_submitted(
     cluster: LocalCluster, storage: str, tiny_resnet: Path, digits: Path, tmp_path: Path
 ) -> None:

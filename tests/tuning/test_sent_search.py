@@ -39,20 +39,20 @@ def travelled(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_search_is_the_same_there_from_any_directory(job: dict[str, Any], tmp_path: Path) -> None:
-    asked = {**job, "search.num_trials": 2, "search.space": {**SPACE, "backbone": ["net"]}}
+    asked = {**job, "search.num_trials": 2, "search.space": {**SPACE, "backbone": {"grid": ["net"]}}}
     sent = search_to_send(drafted(None, asked), silent)
     assert sent.storage == str(tmp_path / "runs")
     assert not Path("runs").exists(), "here nothing is written"
     assert "learning_rate" not in sent.tree["training"]
     assert "backbone" not in sent.tree
-    assert sent.tree["search"]["space"]["backbone"] == [str(tmp_path / "net")]
+    assert sent.tree["search"]["space"]["backbone"] == {"grid_search": [str(tmp_path / "net")]}
     Path("elsewhere").mkdir()
     os.chdir("elsewhere")
     place, told = run_search(travelled(sent.tree), False, silent, lambda: False)
     assert place == f"{sent.storage}/{sent.name}"
     assert [row["trial"] for row in told["trials"]] == [1, 2]
     os.chdir("..")
-    block = {"num_trials": 2, "space": {**SPACE, "backbone": [str(tmp_path / "net")]}}
+    block = {"num_trials": 2, "space": {**SPACE, "backbone": {"grid": [str(tmp_path / "net")]}}}
     here = orchestrator.search({**job, "search": block}, report=silent)
     assert str(here.path) == place, "it has another name here"
     assert here.as_dict() == told
