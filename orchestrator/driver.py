@@ -18,10 +18,36 @@ from typing import Any
 from orchestrator.distributed.request import read_request
 from orchestrator.distributed.telling import Ended, Teller
 from orchestrator.errors import InterruptedRunError, OrchestratorError, first_line
-from orchestrator.job import Run
+from orchestrator.job import Report, Run, Stop
 from orchestrator.train import finetune, pretrain
 
-KINDS: Mapping[str, Callable[..., Run]] = {"finetune": finetune, "pretrain": pretrain}
+Ran = tuple[str, Mapping[str, Any]]
+"""(where what came of a job lies, its figures)"""
+
+
+def _training(train: Callable[..., Run]) -> Callable[..., Ran]:
+    def run(tree: Mapping[str, Any], fresh: bool, report: Report, stop: Stop) -> Ran:
+        done = train(tree, fresh=fresh, report=report, stop=stop)
+        return done.place, done.results
+
+    return run
+
+
+def _search(tree: Mapping[str, Any], fresh: bool, report: Report, stop: Stop) -> Ran:
+    from orchestrator.tuning import run_search  # noqa: PLC0415  # it imports Ray
+
+    return run_search(tree, fresh, report, stop)
+
+
+def _rank(tree: Mapping[str, Any], fresh: bool, report: Report, stop: Stop) -> Ran:
+    from orchestrator.tuning import run_rank  # noqa: PLC0415  # it imports Ray
+
+    return run_rank(tree, fresh, report, stop)
+
+
+KINDS: Mapping[str, Callable[..., Ran]] = {
+    "finetune": _training(finetune), "pretrain": _training(pretrain), "search": _search, "rank": _rank,
+}  # fmt: skip
 """What a job can be."""
 
 
@@ -39,8 +65,8 @@ def main() -> int:
 
 def _ended(request: Mapping[str, Any], teller: Teller, stop: threading.Event) -> Ended:
     try:
-        run = KINDS[request["kind"]](request["job"], fresh=request["fresh"], report=teller, stop=stop.is_set)
-        return Ended(0, place=run.place, results=run.results)
+        place, results = KINDS[request["kind"]](request["job"], request["fresh"], teller, stop.is_set)
+        return Ended(0, place=place, results=results)
     except KeyboardInterrupt:
         error: OrchestratorError = InterruptedRunError("stopped at once", mend="the same command goes on")
     except OrchestratorError as known:

@@ -21,6 +21,7 @@ from orchestrator.job import (
     PhaseBegan,
     Report,
     Run,
+    TrialsAdvanced,
     beside,
     is_uri,
     local_path,
@@ -102,7 +103,7 @@ class RemoteRun:
                     told = parse_line(line)
                     if isinstance(told, Ended):
                         ended = told
-                    elif isinstance(told, PhaseBegan | Advanced | EpochEnded | Noted):
+                    elif isinstance(told, PhaseBegan | Advanced | EpochEnded | Noted | TrialsAdvanced):
                         telling(told)
         except KeyboardInterrupt:
             raise InterruptedRunError(
@@ -144,30 +145,40 @@ class RemoteRun:
     def fetch(self, folder: str | Path, what: What = "all") -> Run:
         """The run, or its `model`, or its `results`, copied to a folder of this machine; digests were compared.
 
-        Out of its storage where this machine sees it, else through the cluster. Raises `RefusedError`.
+        Of a search that has ended it is the best trial's run. Out of its storage where this machine sees it, else
+        through the cluster. Raises `RefusedError`.
         """
-        target = local_path(folder).absolute()
-        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not self._is_copy(target))):
+        name, target = self._run_name(), local_path(folder).absolute()
+        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_copy(target, name))):
             raise RefusedError(
-                "usage", f"{folder} is {'not empty' if target.is_dir() else 'a file'}, and no copy of {self.name}",
+                "usage", f"{folder} is {'not empty' if target.is_dir() else 'a file'}, and no copy of {name}",
                 expected="a folder that is new, empty or holds an earlier copy", mend="give another folder: --to",
             )  # fmt: skip
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = beside(target)
         try:
             if self._sees_storage():
-                copy_run(open_storage(self.storage), self.name, partial, what)
+                copy_run(open_storage(self.storage), name, partial, what)
             else:
-                fetch_through_cluster(self._head, self.storage, self.name, partial, what)
+                fetch_through_cluster(self._head, self.storage, name, partial, what)
             settle(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return Run(target)
 
-    def _is_copy(self, folder: Path) -> bool:
-        with contextlib.suppress(OrchestratorError):
-            return open_run(folder).plan.name == self.name
-        return False
+    def _run_name(self) -> str:
+        """Of the run that can be brought home. Raises `RefusedError` where there is none."""
+        if self.kind not in ("search", "rank"):
+            return self.name
+        told = [parse_line(line) for line in self.lines_so_far()] if self.kind == "search" else []
+        best = [one.results.get("run") for one in told if isinstance(one, Ended) and one.results]
+        if not best or not best[-1]:
+            raise RefusedError(
+                "not_found", f"{self.name} is a {'ranking' if self.kind == 'rank' else 'search'}, and has no run"
+                + (" yet" if self.kind == "search" else ""), expected="a search that has ended, or a run",
+                mend="orchestrator attach shows what it has found"
+            )  # fmt: skip
+        return Path(best[-1]).name
 
     def _sees_storage(self) -> bool:
         """Whether the run that lies here under that place is the one that the job works on."""
@@ -190,6 +201,13 @@ class RemoteRun:
                 mend="if that was made again, submit the job again: its run goes on from its storage",
             )  # fmt: skip
         return job
+
+
+def _is_copy(folder: Path, name: str) -> bool:
+    """Whether it holds a run of that name."""
+    with contextlib.suppress(OrchestratorError):
+        return open_run(folder).plan.name == name
+    return False
 
 
 def remote_run(head: Head, job: ClusterJob) -> RemoteRun:

@@ -50,6 +50,7 @@ from orchestrator.job import (
     Run,
     Stop,
     hold,
+    is_uri,
     list_runs,
     open_storage,
     run_in,
@@ -144,6 +145,8 @@ def _start(
 def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
     run = _run_of(job, resolved, options)
     refuse_inside_data(run.place, job)
+    if is_uri(run.storage.place) and run.busy:  # in a directory that is known at once
+        options.report(PhaseBegan("looking whether the one that holds this run is alive: up to a minute"))
     with hold(run.storage, run.name) as held:
         plan = _laid_out(run, held, job, resolved, options)
         if run.finished:

@@ -21,7 +21,17 @@ from safetensors.torch import load_file
 
 import orchestrator
 from orchestrator.errors import InterruptedRunError, JobError, OrchestratorError, RefusedError
-from orchestrator.job import Advanced, EpochEnded, Event, Noted, asking, list_runs, locations, object_storage
+from orchestrator.job import (
+    Advanced,
+    EpochEnded,
+    Event,
+    Noted,
+    PhaseBegan,
+    asking,
+    list_runs,
+    locations,
+    object_storage,
+)
 from orchestrator.training import outbox
 from tests import s3_proxy
 from tests.conftest import REPOSITORY
@@ -249,7 +259,10 @@ def test_a_driver_that_is_killed_at_an_upload_goes_on_bit_for_bit(
     assert child.returncode == -signal.SIGKILL, stderr
     proxy.on_request = None
     another_machine(tmp_path, monkeypatch)
-    run = orchestrator.finetune(job, report=silent)
+    heard: list[Event] = []
+    run = orchestrator.finetune(job, report=heard.append)
+    assert any("whether the one that holds this run is alive" in one.text for one in heard
+               if isinstance(one, PhaseBegan))  # fmt: skip
     assert same(run, whole)
     assert [line["epoch"] for line in run.metrics] == [1, 2, 3]
 
