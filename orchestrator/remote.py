@@ -226,7 +226,7 @@ def attach(name: str, /, *, address: str | None = None, report: Report | None = 
     """
     with contextlib.nullcontext(report) if report is not None else progress() as telling:
         head = open_head(address, telling)
-    ours = _ours(head)
+    ours = [run for run, _job in _ours(head)]
     chosen = [one for one in ours if one.id == name] or [one for one in ours if one.name == name]
     if len({one.storage for one in chosen}) > 1:
         raise RefusedError(
@@ -247,9 +247,8 @@ def remote_runs(*, address: str | None = None, report: Report | None = None) -> 
     """Our jobs on a cluster, the newest first, each with what the cluster says of it."""
     with contextlib.nullcontext(report) if report is not None else progress() as telling:
         head = open_head(address, telling)
-    found = [(remote_run(head, job), job) for job in head.jobs() if "orchestrator_run" in job.metadata]
-    return sorted(found, key=lambda pair: pair[1].started, reverse=True)
+    return sorted(_ours(head), key=lambda pair: pair[1].started, reverse=True)
 
 
-def _ours(head: Head) -> list[RemoteRun]:
-    return [remote_run(head, job) for job in head.jobs() if "orchestrator_run" in job.metadata]
+def _ours(head: Head) -> list[tuple[RemoteRun, ClusterJob]]:
+    return [(remote_run(head, job), job) for job in head.jobs() if "orchestrator_run" in job.metadata]
