@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import orchestrator
+from orchestrator.job import Method
 from orchestrator.modality import registry
 from tests.conftest import save_backbone
 from tests.tiny import make_bert, make_wav2vec2
@@ -25,7 +26,7 @@ from tests.toys import write_toys
 TASKS = ("single-label", "multi-label", "regression")
 ALONE = """
 import contextlib, io, json, os, sys
-sys.modules["orchestrator"] = None  # an import of it fails
+sys.modules["orchestrator"] = sys.modules["peft"] = None  # an import of them fails
 for name in ("image", "audio", "text"):
     sys.modules[f"orchestrator_{name}"] = None
 for place, code in json.load(sys.stdin):
@@ -191,3 +192,19 @@ def test_the_cards_code_reads_16_bits_as_predict_does(level: int | None, tiny_vi
     (said,) = orchestrator.predict(run, file)
     ((scores, _),) = run_alone([(str(run.model), code_of(run, file))])
     assert dict(said.top) == pytest.approx(scores, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_model_of_each_recipe_is_served_where_this_package_is_not(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    backbone, table = make_bert(tmp_path / "backbone"), write_toys(tmp_path, "text")
+    given, ours, cards = "the rain falls", [], []
+    for method in get_args(Method):
+        run = orchestrator.finetune(
+            method=method, modality="text", backbone=str(backbone), data=str(table), settings={"head": "native"},
+            training={"epochs": 2, "batch_size": 8}, scaling={"threads_per_worker": 1}, report=lambda _: None,
+        )  # fmt: skip
+        ours.extend(orchestrator.predict(run, [given], top=10))
+        cards.append((str(run.model), code_of(run, given)))
+    for method, said, (scores, _) in zip(get_args(Method), ours, run_alone(cards), strict=True):
+        assert dict(said.top) == pytest.approx(scores, rel=1e-4, abs=1e-4), method
