@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-most test-ray test-types test-cluster test-fast fuzz chaos lint bench rows picture settings \
+.PHONY: install demo test test-most test-ray test-long test-cluster test-fast fuzz chaos lint bench rows picture settings \
   clean
 
 install: $(STAMP)
@@ -29,7 +29,7 @@ test: $(STAMP)
 	@$(MAKE) --no-print-directory --keep-going --jobs=1 lint test-most test-ray
 
 test-most: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason -m "not cluster and not types" \
+	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason -m "not cluster and not long" \
 	  --ignore tests/distributed
 
 test-ray: $(STAMP)  # wants all cores for itself
@@ -40,12 +40,14 @@ test-ray: $(STAMP)  # wants all cores for itself
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=15 -m cluster
 
-# Every model type of transformers and timm, built and run: after a row of a plugin or a library changed.
-test-types: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=5 -n auto --maxprocesses 4 -m types tests
+# Every model type of transformers and timm (after a row of a plugin or a library changed), and every kind and moment of
+# which `test` takes some.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -q --durations=5 -n auto --maxprocesses 4 -m "long and not cluster" \
+	  --ignore tests/distributed
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not cluster"
+	$(BIN)/python -m pytest -q -m "not slow and not cluster and not long"
 
 # The fuzz tests with many more inputs than `test` gives them; some ten minutes.
 fuzz: $(STAMP)

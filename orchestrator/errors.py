@@ -1,7 +1,7 @@
 """Every error that a user can meet, in one tree.
 
 OrchestratorError                 exit 1: it ran and failed
-├── RefusedError                  exit 2: refused before anything was downloaded or scheduled
+├── RefusedError                  exit 2: refused before training starts, or a place or run that cannot be used
 │   ├── JobError                  the job itself: unknown key, wrong type, impossible value
 │   ├── DataError                 the data: missing, corrupt, contradictory, unusable labels
 │   ├── PluginError               a plugin: missing, broken, two of one name
@@ -11,7 +11,7 @@ OrchestratorError                 exit 1: it ran and failed
 ├── ContractError                 a plugin breaks the contract; raised by `orchestrator.testing`
 ├── WeightsError                  a checkpoint does not fit its own architecture
 ├── CheckpointError               no valid checkpoint where there should be one
-├── TrainingError                 a worker died, or the loss is not finite
+├── TrainingError                 a worker died, the loss is not finite, a sample or a feature cannot be read
 └── InterruptedRunError           exit 130: stopped on request; the same command goes on
 """
 
@@ -250,15 +250,17 @@ EXTRA_LIBRARIES = frozenset(
     )
 )
 """Libraries that a bare installation lacks."""
+_EXTRA_OF = {"soundfile": "audio", "soxr": "audio", "tokenizers": "text", "sentencepiece": "text"}
+"""Of libraries that the extra `image` does not bring."""
 
 
 def missing_extra(error: ImportError, extra: str = "") -> MissingExtraError | None:
     """The refusal for a library of an extra that is not installed, None if the import failed for another reason.
 
-    `extra` is the modality's; without one, that of images, the default modality, which holds all the others need.
+    `extra` is the modality's; without one, the extra that brings the library: `image` for those that all bring.
     """
     library = (error.name or "").split(".")[0]
-    return MissingExtraError(library, extra or "image") if library in EXTRA_LIBRARIES else None
+    return MissingExtraError(library, extra or _EXTRA_OF.get(library, "image")) if library in EXTRA_LIBRARIES else None
 
 
 def storage_failed(error: RefusedError) -> OrchestratorError:

@@ -58,7 +58,7 @@ def rehearsed(plan: Plan, prepared: Prepared, resolved: ResolvedBackbone) -> Pla
         return plan.model_copy(update={"rehearsal": (f"nothing: {refusal or error}",)})
     if plan.recipe.adapter is not None:
         _require_peft()
-    directory = _asking(plan, lambda: fetch(plan.backbone, with_weights=False), "its small files")
+    directory = _or_refused(plan, lambda: fetch(plan.backbone, with_weights=False), "its small files")
     lines = [_try_batch(plan, prepared, plugin, directory)]
     warnings: list[str] = []
     if plan.weights == "pretrained" and _is_known(plan):
@@ -84,7 +84,7 @@ def _require_peft() -> None:
         raise MissingExtraError(error.name or "peft", "lora") from None
 
 
-def _asking(plan: Plan, make: Any, what: str) -> Any:
+def _or_refused(plan: Plan, make: Any, what: str) -> Any:
     """What `make()` gives; what it raises becomes a refusal of the backbone."""
     source = plan.backbone.source
     try:
@@ -112,7 +112,7 @@ def _try_batch(plan: Plan, prepared: Prepared, plugin: Modality, directory: Path
     assert plugin.decode is not None
     assert plugin.batch is not None
     batch = plugin.batch
-    collate: Collate = _asking(plan, lambda: batch(plan, directory), "its tokenizer or processor")
+    collate: Collate = _or_refused(plan, lambda: batch(plan, directory), "its tokenizer or processor")
     decoded, places = [], []
     for example in prepared.examples:
         try:
@@ -120,7 +120,7 @@ def _try_batch(plan: Plan, prepared: Prepared, plugin: Modality, directory: Path
         except BadSampleError as error:  # a plugin whose decoding is not the same each time
             raise DataError(f"{example.place}: {error.message}", mend=f"mend or remove it, or {LEAVE_OUT}") from None
         places.append(example.place)
-    inputs, faults = _asking(plan, lambda: collated(collate, decoded, False), "its tokenizer or processor")
+    inputs, faults = _or_refused(plan, lambda: collated(collate, decoded, False), "its tokenizer or processor")
     if faults:
         place, fault = next(iter(faults.items()))
         if inputs is None:
@@ -173,7 +173,7 @@ def _built(plan: Plan, resolved: ResolvedBackbone, directory: Path) -> Network:
     _require_layers(plan, plan.backbone.config, len(tensors))
     try:
         with from_headers(tensors):
-            network: Network = _asking(plan, lambda: build(plan, directory), "its network")
+            network: Network = _or_refused(plan, lambda: build(plan, directory), "its network")
     except RefusedError as error:
         cause = error.__cause__
         if isinstance(cause, Exception) and any(_INSIDE.search(one.filename) for one in traceback.extract_tb(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.distributed.fetching import What, beside, copy_run, fetch_through_cluster, settle
+from orchestrator.distributed.fetching import What, copy_run, fetch_through_cluster, settle
 from orchestrator.distributed.following import lines_of
 from orchestrator.distributed.head import ClusterJob, Head, open_head, wait_until_over
 from orchestrator.distributed.telling import Ended, error_of, parse_line
@@ -21,6 +21,8 @@ from orchestrator.job import (
     PhaseBegan,
     Report,
     Run,
+    TrialsAdvanced,
+    beside,
     is_uri,
     local_path,
     open_run,
@@ -40,9 +42,9 @@ class RemoteRun:
     """A run that a job on a cluster works on, or has worked on."""
 
     id: str
-    """The job's."""
+    """Ray's id of the job."""
     name: str
-    """The run's."""
+    """The run's name."""
     storage: str
     """Where the run lies, as the cluster sees it."""
     attempt: int
@@ -101,7 +103,7 @@ class RemoteRun:
                     told = parse_line(line)
                     if isinstance(told, Ended):
                         ended = told
-                    elif isinstance(told, PhaseBegan | Advanced | EpochEnded | Noted):
+                    elif isinstance(told, PhaseBegan | Advanced | EpochEnded | Noted | TrialsAdvanced):
                         telling(told)
         except KeyboardInterrupt:
             raise InterruptedRunError(
@@ -143,30 +145,40 @@ class RemoteRun:
     def fetch(self, folder: str | Path, what: What = "all") -> Run:
         """The run, or its `model`, or its `results`, copied to a folder of this machine; digests were compared.
 
-        Out of its storage where this machine sees it, else through the cluster. Raises `RefusedError`.
+        Of a search that has ended it is the best trial's run. Out of its storage where this machine sees it, else
+        through the cluster. Raises `RefusedError`.
         """
-        target = local_path(folder).absolute()
-        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not self._is_copy(target))):
+        name, target = self._run_name(), local_path(folder).absolute()
+        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_copy(target, name))):
             raise RefusedError(
-                "usage", f"{folder} is {'not empty' if target.is_dir() else 'a file'}, and no copy of {self.name}",
+                "usage", f"{folder} is {'not empty' if target.is_dir() else 'a file'}, and no copy of {name}",
                 expected="a folder that is new, empty or holds an earlier copy", mend="give another folder: --to",
             )  # fmt: skip
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = beside(target)
         try:
             if self._sees_storage():
-                copy_run(open_storage(self.storage), self.name, partial, what)
+                copy_run(open_storage(self.storage), name, partial, what)
             else:
-                fetch_through_cluster(self._head, self.storage, self.name, partial, what)
+                fetch_through_cluster(self._head, self.storage, name, partial, what)
             settle(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return Run(target)
 
-    def _is_copy(self, folder: Path) -> bool:
-        with contextlib.suppress(OrchestratorError):
-            return open_run(folder).plan.name == self.name
-        return False
+    def _run_name(self) -> str:
+        """Of the run that can be brought home. Raises `RefusedError` where there is none."""
+        if self.kind not in ("search", "rank"):
+            return self.name
+        told = [parse_line(line) for line in self.lines_so_far()] if self.kind == "search" else []
+        best = [one.results.get("run") for one in told if isinstance(one, Ended) and one.results]
+        if not best or not best[-1]:
+            raise RefusedError(
+                "not_found", f"{self.name} is a {'ranking' if self.kind == 'rank' else 'search'}, and has no run"
+                + (" yet" if self.kind == "search" else ""), expected="a search that has ended, or a run",
+                mend="orchestrator attach shows what it has found"
+            )  # fmt: skip
+        return Path(best[-1]).name
 
     def _sees_storage(self) -> bool:
         """Whether the run that lies here under that place is the one that the job works on."""
@@ -191,6 +203,13 @@ class RemoteRun:
         return job
 
 
+def _is_copy(folder: Path, name: str) -> bool:
+    """Whether it holds a run of that name."""
+    with contextlib.suppress(OrchestratorError):
+        return open_run(folder).plan.name == name
+    return False
+
+
 def remote_run(head: Head, job: ClusterJob) -> RemoteRun:
     """The run of one of our jobs."""
     said = job.metadata
@@ -207,7 +226,7 @@ def attach(name: str, /, *, address: str | None = None, report: Report | None = 
     """
     with contextlib.nullcontext(report) if report is not None else progress() as telling:
         head = open_head(address, telling)
-    ours = _ours(head)
+    ours = [run for run, _job in _ours(head)]
     chosen = [one for one in ours if one.id == name] or [one for one in ours if one.name == name]
     if len({one.storage for one in chosen}) > 1:
         raise RefusedError(
@@ -228,9 +247,8 @@ def remote_runs(*, address: str | None = None, report: Report | None = None) -> 
     """Our jobs on a cluster, the newest first, each with what the cluster says of it."""
     with contextlib.nullcontext(report) if report is not None else progress() as telling:
         head = open_head(address, telling)
-    found = [(remote_run(head, job), job) for job in head.jobs() if "orchestrator_run" in job.metadata]
-    return sorted(found, key=lambda pair: pair[1].started, reverse=True)
+    return sorted(_ours(head), key=lambda pair: pair[1].started, reverse=True)
 
 
-def _ours(head: Head) -> list[RemoteRun]:
-    return [remote_run(head, job) for job in head.jobs() if "orchestrator_run" in job.metadata]
+def _ours(head: Head) -> list[tuple[RemoteRun, ClusterJob]]:
+    return [(remote_run(head, job), job) for job in head.jobs() if "orchestrator_run" in job.metadata]

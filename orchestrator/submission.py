@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.distributed.address import shows_secret, without_secrets
 from orchestrator.distributed.head import ClusterJob, Head, open_head, wait_until_over
 from orchestrator.distributed.preflight import Preflight, wanted_of
-from orchestrator.distributed.request import pack_request
+from orchestrator.distributed.request import Sent, pack_request
 from orchestrator.distributed.telling import Found, parse_line
 from orchestrator.distributed.wheels import Delivery, as_wanted, deliveries
-from orchestrator.errors import DataError, OrchestratorError, RefusedError
+from orchestrator.errors import DataError, OrchestratorError, RefusedError, missing_extra
 from orchestrator.gate import drafted, planned
 from orchestrator.job import (
     Draft,
@@ -32,14 +31,16 @@ from orchestrator.job import (
     Plan,
     Report,
     holds_rows,
+    holds_secret,
     is_uri,
     local_path,
+    redacted,
 )
 from orchestrator.progress import progress
 from orchestrator.rehearsal import rehearsed
 from orchestrator.remote import PREFIX, RemoteRun, remote_run
 
-_KINDS: Mapping[str, Mapping[str, Any]] = {"finetune": {}, "pretrain": {"method": "scratch"}}
+_KINDS: Mapping[str, Mapping[str, Any]] = {"finetune": {}, "pretrain": {"method": "scratch"}, "search": {}, "rank": {}}
 """What can be submitted -> the fields that it sets."""
 _STOP_WAIT_S = 600
 """How long a job may take to stop behind its step before Ray kills it; Ray's own 3 s are too short for a checkpoint."""
@@ -62,10 +63,13 @@ def submit(
 ) -> RemoteRun:
     """Start a job on a cluster, and return once it is accepted there; `RemoteRun.follow` shows it to its end.
 
-    `job` and `fields` are `finetune`'s. `address` is the head's dashboard, http://HOST:8265; by default what
-    RAY_ADDRESS says. Data and backbone are checked here first, and must be seen by the cluster's nodes at the same
-    places; so must the storage, a folder that all nodes share or, of a cluster of one node, any. `found` is called with
-    what the preflight found on each node. A job that runs there already is the one that is returned.
+    `job` and `fields` are `finetune`'s. `kind`: `finetune`, `pretrain`, `search` or `rank`; what a search is asked for
+    stands in the job's block `search`, the backbones of a ranking in `rank`, as in a job file:
+    `search={"num_trials": 8, "space": {...}}`, `rank={"backbones": [...]}`. `address` is the head's dashboard,
+    http://HOST:8265; by default what RAY_ADDRESS says. Data and backbone are checked here first, and must be seen by
+    the cluster's nodes at the same places; so must the storage, a folder that all nodes share or, of a cluster of one
+    node, any. `found` is called with what the preflight found on each node. A job that runs there already is the one
+    that is returned.
 
     Raises `RefusedError` before anything is started.
     """
@@ -75,13 +79,28 @@ def submit(
         if kind not in _KINDS:
             raise RefusedError("usage", f"there is no kind of job {kind!r}", expected="one of " + ", ".join(_KINDS),
                                mend="leave kind out for finetune")  # fmt: skip
-        draft = _checked(drafted(job, {**fields, **_KINDS[kind]}))
+        fields = {**fields, **_KINDS[kind]}
+        draft = _checked(drafted(job, fields))
         telling(PhaseBegan("looking at backbone and data"))
-        plan = rehearsed(*planned(job, {**fields, **_KINDS[kind]}))
-        sent = _for_the_cluster(draft.job(), plan)
-        for line in (*draft.notes, *plan.warnings):
+        sent = _sent(job, fields, draft, kind, telling)
+        for line in (*draft.notes, *sent.plan.warnings):
             telling(Noted(line, is_warning=True))
-        return _Submission(head, sent, plan, kind, fresh, telling, found).run()
+        return _Submission(head, sent, kind, fresh, telling, found).run()
+
+
+def _sent(
+    job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any], draft: Draft, kind: str, report: Report
+) -> Sent:
+    """What travels. Raises `RefusedError`, as it would where it ran here."""
+    if kind in ("search", "rank"):
+        try:
+            from orchestrator.tuning import rank_to_send, search_to_send  # noqa: PLC0415  # it imports Ray
+        except ModuleNotFoundError as error:
+            raise missing_extra(error) or error from None
+        return (search_to_send if kind == "search" else rank_to_send)(draft, report)
+    plan = rehearsed(*planned(job, fields))
+    sent = _for_the_cluster(draft.job(), plan)
+    return Sent(sent.model_dump(mode="json", exclude_defaults=True), plan.name, sent.storage, plan, sent.digest())
 
 
 def _checked(draft: Draft) -> Draft:
@@ -92,9 +111,9 @@ def _checked(draft: Draft) -> Draft:
             mend="write them into a table there, such as a Parquet file, and give its path",
         )  # fmt: skip
     for place in _texts(draft.tree):
-        if shows_secret(place):
+        if holds_secret(place):
             raise RefusedError(
-                "usage", f"{without_secrets(place)} holds a user, a password or a key, and a job is no secret",
+                "usage", f"{redacted(place)} holds a password or a key, and a job is no secret",
                 expected="a place alone",
                 mend="take it out: the nodes' own environment has credentials (AWS_PROFILE, a Kubernetes Secret)",
             )  # fmt: skip
@@ -123,19 +142,17 @@ class _Submission:
     """One job on its way."""
 
     def __init__(
-        self, head: Head, job: Job, plan: Plan, kind: str, fresh: bool, report: Report,
+        self, head: Head, sent: Sent, kind: str, fresh: bool, report: Report,
         found: Callable[[Preflight], None] | None,
     ) -> None:  # fmt: skip
-        self._head, self._job, self._plan, self._kind, self._fresh = head, job, plan, kind, fresh
+        self._head, self._sent, self._kind, self._fresh = head, sent, kind, fresh
         self._report, self._found = report, found
-        self._tree = job.model_dump(mode="json", exclude_defaults=True)
-        told = json.dumps({"kind": kind, "job": self._tree}, sort_keys=True)
+        told = json.dumps({"kind": kind, "job": sent.tree}, sort_keys=True)
         self._digest = hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def run(self) -> RemoteRun:
         """The job on the cluster: one that is there, or a new attempt."""
-        assert self._job.name is not None
-        base = f"{PREFIX}{_slug(self._job.name)}-{_short(self._job.storage, self._job.name)}"
+        base = f"{PREFIX}{_slug(self._sent.name)}-{_short(self._sent.storage, self._sent.name)}"
         while True:
             before = self._attempts(base)
             if before and (there := self._there(before)):
@@ -143,15 +160,15 @@ class _Submission:
             attempt = max(before, default=0) + 1
             with tempfile.TemporaryDirectory(prefix="orchestrator-submit-") as folder:
                 self._report(PhaseBegan("delivering the code"))
-                code = deliveries(self._job.modality)
+                code = deliveries(self._sent.plan.job.modality)
                 packages = [self._head.upload(one.write(Path(folder))) for one in code]
                 self._preflight(code, packages, Path(folder))
-                request = {"kind": self._kind, "job": self._tree, "fresh": self._fresh}
+                request = {"kind": self._kind, "job": self._sent.tree, "fresh": self._fresh}
                 packages.append(self._head.upload(pack_request(request, Path(folder) / "request.zip")))
             metadata = {
-                "orchestrator_run": self._job.name, "orchestrator_storage": self._job.storage,
+                "orchestrator_run": self._sent.name, "orchestrator_storage": self._sent.storage,
                 "orchestrator_kind": self._kind, "orchestrator_attempt": str(attempt),
-                "orchestrator_job": self._digest, "orchestrator_began": self._job.digest(),
+                "orchestrator_job": self._digest, "orchestrator_began": self._sent.began,
             }  # fmt: skip
             environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
             id = f"{base}.{attempt}"
@@ -178,9 +195,10 @@ class _Submission:
             if same and not self._fresh:
                 self._report(Noted(f"this job is on the cluster already, as {last.id}"))
                 return remote_run(self._head, last)
+            name = self._sent.name
             raise RefusedError(
-                "busy", f"{last.id} is working on the run {self._job.name}" + ("" if same else ", with other settings"),
-                mend=f"stop it: orchestrator stop {self._job.name}; or give this one another name: --name",
+                "busy", f"{last.id} is working on the run {name}" + ("" if same else ", with other settings"),
+                mend=f"stop it: orchestrator stop {name}; or give this one another name: --name",
             )  # fmt: skip
         if last.state == "finished" and same and not self._fresh:
             self._report(Noted(f"this job has finished before, as {last.id} (--fresh starts over)"))
@@ -192,7 +210,7 @@ class _Submission:
     def _preflight(self, code: list[Delivery], packages: list[str], folder: Path) -> None:
         """Look at every node. Raises `RefusedError` where one lacks something."""
         self._report(PhaseBegan("preflight: looking at every node"))
-        wanted = wanted_of(self._plan, self._job.storage, as_wanted(code))
+        wanted = wanted_of(self._sent.plan, self._sent.storage, as_wanted(code))
         token = secrets.token_hex(16)
         request = {**wanted, "token": token, "timeout_s": _NODE_TIMEOUT_S}
         packages = [*packages, self._head.upload(pack_request(request, folder / "preflight.zip"))]

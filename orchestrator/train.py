@@ -50,6 +50,7 @@ from orchestrator.job import (
     Run,
     Stop,
     hold,
+    is_uri,
     list_runs,
     open_storage,
     run_in,
@@ -84,11 +85,12 @@ def finetune(
     is taken to be the same.
 
     `report` is called with what happens (`orchestrator.job.Event`); by default a progress bar shows it. `stop` is asked
-    often; once it returns true the run stops, resumable. By default Ctrl-C and SIGTERM do that; who gives a
-    `stop` owns the signals.
+    often; once it returns true the run stops, resumable. By default Ctrl-C and SIGTERM do that; a caller that gives
+    a `stop` handles signals itself.
 
-    Raises `RefusedError` before anything is downloaded or scheduled, `TrainingError` when it failed, and
-    `InterruptedRunError` after it was stopped, when the same call goes on.
+    Raises `RefusedError` (with `JobError`, `DataError`, `PluginError` and `ChangedError`) before anything is downloaded
+    or scheduled, `TrainingError` when it failed, and `InterruptedRunError` after it was stopped: the same call again
+    resumes.
     """
     return _start(job, fields, fresh, verify_content, report, stop)
 
@@ -143,6 +145,8 @@ def _start(
 def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
     run = _run_of(job, resolved, options)
     refuse_inside_data(run.place, job)
+    if is_uri(run.storage.place) and run.busy:  # in a directory that is known at once
+        options.report(PhaseBegan("looking whether the one that holds this run is alive: up to a minute"))
     with hold(run.storage, run.name) as held:
         plan = _laid_out(run, held, job, resolved, options)
         if run.finished:

@@ -29,7 +29,6 @@ WINGS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 BESIDE_THE_DOOR = {
     "orchestrator.distributed.cluster": "its wing hands on nothing: Ray's event queue would load torch with it",
     "orchestrator.distributed.joining": "likewise",
-    "orchestrator.distributed.address": "likewise: nor does a laptop have Ray",
     "orchestrator.distributed.fetching": "likewise",
     "orchestrator.distributed.following": "likewise",
     "orchestrator.distributed.head": "likewise",

@@ -13,7 +13,7 @@ import pytest
 
 import orchestrator
 from orchestrator.distributed.preflight import Preflight
-from orchestrator.errors import REASONS, MissingExtraError, RefusedError
+from orchestrator.errors import REASONS, MissingExtraError, RefusedError, missing_extra
 from orchestrator.modality import registry
 from tests.conftest import REPOSITORY
 from tests.held import held
@@ -55,6 +55,14 @@ def test_a_library_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPat
     assert caught.value.mend == "pip install 'orchestrator[audio]'"
 
 
+def test_a_library_names_the_extra_that_brings_it() -> None:
+    extras = {"soundfile": "audio", "sentencepiece": "text", "timm": "image", "torch": "image"}
+    for library, extra in extras.items():
+        refusal = missing_extra(ImportError(name=f"{library}.part"))
+        assert refusal is not None
+        assert refusal.mend == f"pip install 'orchestrator[{extra}]'"
+
+
 def test_a_cluster_without_nodes() -> None:
     with pytest.raises(RefusedError, match="has no node that is alive") as caught:
         Preflight([], {}).require()
@@ -69,6 +77,7 @@ def test_a_run_is_worked_on_by_one_at_a_time(tmp_path: Path) -> None:
     assert caught.value.mend
 
 
+@pytest.mark.long
 def test_a_reason_that_no_test_gives_is_told(tmp_path: Path) -> None:
     """`pytest --every-reason`, which `make test` runs: of one test that is refused once, in a process of xdist's."""
     test = tmp_path / "test_refused.py"

@@ -17,7 +17,7 @@ from orchestrator.backbone.cards import (
     metadata_file as metadata_file,
     read_card as read_card,
 )
-from orchestrator.backbone.hub import asking as asking, offline as offline
+from orchestrator.backbone.hub import ask_hub as ask_hub, offline as offline
 from orchestrator.backbone.hub_cache import place_for as place_for
 from orchestrator.backbone.hub_search import HubCandidate as HubCandidate, find_on_hub as find_on_hub
 from orchestrator.backbone.untrusted import require_harmless as require_harmless

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.backbone.hub import asking, offline
+from orchestrator.backbone.hub import ask_hub, offline
 from orchestrator.backbone.stored import commit_of, fetch_stored, is_stored, small_files, stored_model
 from orchestrator.backbone.timm_settings import without_sources
 from orchestrator.errors import RefusedError
@@ -117,7 +117,7 @@ def _read_repository(source: str, repo_id: str, revision: str | None) -> Backbon
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        info = asking(source, lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
+        info = ask_hub(source, lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         return _read_cached(source, repo_id, revision, error)
     files = {file.rfilename: -1 if file.size is None else file.size for file in info.siblings or []}
@@ -131,7 +131,7 @@ def _read_repository(source: str, repo_id: str, revision: str | None) -> Backbon
         return file.read_bytes()
 
     try:
-        metadata = {name: asking(source, partial(read, name)) for name in _wanted(files)}
+        metadata = {name: ask_hub(source, partial(read, name)) for name in _wanted(files)}
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise offline(source, error) from error
     return _make_card(source, "hub", repo_id.split("/")[-1], files, metadata, repo_id=repo_id, commit=commit)
@@ -159,7 +159,7 @@ def metadata_file(card: BackboneCard, name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(asking(card.source, lambda: hf_hub_download(str(card.repo_id), name, revision=card.commit)))
+        return Path(ask_hub(card.source, lambda: hf_hub_download(str(card.repo_id), name, revision=card.commit)))
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise offline(card.source, error) from error
 

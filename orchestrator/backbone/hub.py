@@ -16,7 +16,7 @@ _LONGEST_WAIT_S = 30.0
 T = TypeVar("T")
 
 
-def asking(source: str, question: Callable[[], T]) -> T:
+def ask_hub(source: str, question: Callable[[], T]) -> T:
     """The Hub's answer; its refusals become ours, and a connection that fails is tried again."""
     from httpx2 import HTTPError
     from huggingface_hub.errors import (
@@ -85,6 +85,7 @@ def _asked_wait_s(headers: Mapping[str, str]) -> float:
 
 
 def offline(source: str, error: Exception) -> RefusedError:
+    """The refusal for a Hub that cannot be reached, with the client's error."""
     return RefusedError(
         "offline",
         f"there is no directory {source}, and the Hub cannot be asked about it: "

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from orchestrator.backbone.hub import asking, offline
+from orchestrator.backbone.hub import ask_hub, offline
 from orchestrator.backbone.hub_cache import cached_folder
 from orchestrator.backbone.stored import beginning_of, fetch_stored, is_stored
 from orchestrator.errors import RefusedError
@@ -117,7 +117,7 @@ def read_tensors(card: BackboneCard) -> Tensors:
 
     def ask(name: str) -> Tensors:
         try:
-            header = asking(
+            header = ask_hub(
                 card.source, lambda: HfApi().parse_safetensors_file_metadata(repo_id, name, revision=card.commit)
             )
         except (SafetensorsParsingError, RemoteEntryNotFoundError, AttributeError, TypeError) as error:
@@ -213,7 +213,10 @@ def _small_files(card: BackboneCard) -> list[str]:
 
 
 def fetch(card: BackboneCard, with_weights: bool = True) -> Path:
-    """The directory that holds the backbone's files, downloaded if need be (at the pinned commit)."""
+    """The directory that holds the backbone's files, downloaded if need be (at the pinned commit).
+
+    Raises `RefusedError` where the Hub or the store cannot give them.
+    """
     if card.path:
         return Path(card.path)
     if is_stored(card):
@@ -229,7 +232,7 @@ def fetch(card: BackboneCard, with_weights: bool = True) -> Path:
         return cached
     try:
         return Path(
-            asking(
+            ask_hub(
                 card.source,
                 lambda: snapshot_download(str(card.repo_id), revision=card.commit, allow_patterns=names),
             )

@@ -51,7 +51,7 @@ from orchestrator.job import open_storage as open_storage
 from orchestrator.job.locations import (
     Found as Found,
     Location as Location,
-    asking as asking,
     cached as cached,
     feature_store as feature_store,
+    store_errors as store_errors,
 )

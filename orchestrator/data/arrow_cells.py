@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-Batch = dict[str, list[Any]]
+ArrowBatch = dict[str, list[Any]]
 """Column -> its cells."""
 
 
@@ -24,12 +24,12 @@ class ClassName(str):
         return made
 
 
-def cells_of(batch: pa.RecordBatch | pa.Table, names: Mapping[str, list[str]]) -> Batch:
+def cells_of(batch: pa.RecordBatch | pa.Table, names: Mapping[str, list[str]]) -> ArrowBatch:
     """The cells of each column; numbers of the columns in `names`, which stand for classes, as the classes' names.
 
     A float32 is the shortest number that it is the nearest to: 0.1, as CSV has it, and not 0.10000000149011612.
     """
-    cells: Batch = batch.to_pydict()
+    cells: ArrowBatch = batch.to_pydict()
     for name, kind in zip(batch.schema.names, batch.schema.types, strict=True):
         if name in names:
             classes = [ClassName(one, number) for number, one in enumerate(names[name])]

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.backbone import asking, offline
-from orchestrator.data.arrow_cells import Batch, cells_of
+from orchestrator.backbone import ask_hub, offline
+from orchestrator.data.arrow_cells import ArrowBatch, cells_of
 from orchestrator.data.tables import BATCH_ROWS, Table
 from orchestrator.errors import DataError, MissingExtraError, first_line
 from orchestrator.job import choose_splits, dataset_id, name_splits
@@ -56,11 +56,11 @@ def open_repository(place: str, subset: str | None) -> tuple[list[Table], list[s
     library = _library()
     name, revision = dataset_id(place)
     try:
-        commit = asking(place, lambda: HfApi().dataset_info(name, revision=revision)).sha
+        commit = ask_hub(place, lambda: HfApi().dataset_info(name, revision=revision)).sha
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise offline(place, error) from error
     try:
-        data = asking(place, lambda: library.load_dataset(name, subset, revision=commit))
+        data = ask_hub(place, lambda: library.load_dataset(name, subset, revision=commit))
     except (HTTPError, OfflineModeIsEnabled, ConnectionError) as error:
         raise offline(place, error) from error
     except library.exceptions.DatasetsError as error:
@@ -127,7 +127,7 @@ def _tables(data: Any, text: str, root: Path) -> tuple[list[Table], list[str]]:
 def _table(dataset: Any, text: str, root: Path, split: int | None) -> Table:
     features = dataset.features
 
-    def read(wanted: Sequence[str]) -> Iterator[Batch]:
+    def read(wanted: Sequence[str]) -> Iterator[ArrowBatch]:
         columns = list(dict.fromkeys(wanted))
         chosen = dataset.select_columns(columns)
         for name in columns:

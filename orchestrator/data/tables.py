@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet
 
-from orchestrator.data.arrow_cells import Batch, cells_of, class_names
+from orchestrator.data.arrow_cells import ArrowBatch, cells_of, class_names
 from orchestrator.data.arrow_files import AGAIN, arrow_stream, look_at_end, refuse_pointer
 from orchestrator.data.delimited import read_header, read_records
 from orchestrator.data.text_files import BLOCK_BYTES, UnreadableError, open_text
@@ -31,7 +31,7 @@ _SMALL_BYTES = 32 * 2**20
 _PEEKED_LINES = 100
 """Of JSON lines, whose keys are the columns; all of them, where a column that is wanted is not in these."""
 
-Read = Callable[[Sequence[str]], Iterator[Batch]]
+Read = Callable[[Sequence[str]], Iterator[ArrowBatch]]
 """Given columns -> the cells of all rows, in order."""
 
 
@@ -81,7 +81,7 @@ def open_table(place: Path | Location, wanted: Sequence[str] = (), form: TextFor
     if twice:
         raise DataError(f"{text} has two columns named {twice[0]!r}", mend="rename or remove one of them")
 
-    def read(wanted: Sequence[str]) -> Iterator[Batch]:
+    def read(wanted: Sequence[str]) -> Iterator[ArrowBatch]:
         with _readable(text):
             yield from batches(list(dict.fromkeys(wanted)))
 
@@ -114,7 +114,7 @@ def _open_csv(
 ) -> tuple[list[str], Read]:
     names, separator = read_header(place, form.separator, form.encoding, notes)
 
-    def read(wanted: Sequence[str]) -> Iterator[Batch]:
+    def read(wanted: Sequence[str]) -> Iterator[ArrowBatch]:
         at = {name: names.index(name) for name in wanted}
         rows = read_records(place, len(names), separator, form.encoding, notes)
         while some := list(islice(rows, BATCH_ROWS)):
@@ -129,7 +129,7 @@ def _open_csv(
 def _open_parquet(
     place: Path | Location, _wanted: Sequence[str], _form: TextForm, _notes: list[str]
 ) -> tuple[list[str], Read]:
-    def read(wanted: Sequence[str]) -> Iterator[Batch]:
+    def read(wanted: Sequence[str]) -> Iterator[ArrowBatch]:
         with _open(place) as file:
             # pre_buffer, which is on by default, keeps all that was read to the end of the file; without a buffer size
             # a whole column of a row group is read at once, and with one a damaged page may ask for 2 GiB.
@@ -152,7 +152,7 @@ def _open_parquet(
 def _open_arrow(
     place: Path | Location, _wanted: Sequence[str], _form: TextForm, notes: list[str]
 ) -> tuple[list[str], Read]:
-    def read(wanted: Sequence[str]) -> Iterator[Batch]:
+    def read(wanted: Sequence[str]) -> Iterator[ArrowBatch]:
         with _open(place) as file:
             stream, promised = arrow_stream(file)
             classes, num_batches = class_names(stream.schema), 0
@@ -184,7 +184,7 @@ def _open_json(
             break
         names |= dict.fromkeys(row)
 
-    def read(wanted: Sequence[str]) -> Iterator[Batch]:
+    def read(wanted: Sequence[str]) -> Iterator[ArrowBatch]:
         rows = _lines(place, form)
         while some := list(islice(rows, BATCH_ROWS)):
             yield {name: [row.get(name) for row in some] for name in wanted}

@@ -1,7 +1,7 @@
-"""All that is Ray's: joining a cluster, the workers of a job, their events, processes that run a frozen body.
+"""All on Ray but Ray Tune: joining a cluster, the workers of a job, their events, processes that run a frozen body.
 
-In: a Plan and what its workers get. Out: the same run that one process would have made. Nothing outside of this wing
-imports Ray. This file imports none of its modules: the process of the event queue would load torch with them.
+In: a Plan and what its workers get. Out: the same run that one process would have made. Only this wing and
+`tuning` import Ray. This file imports none of its modules: the process of the event queue would load torch with them.
 
     cluster     the trainer with its workers, and following it to its end
     joining     joining a cluster, or starting one here

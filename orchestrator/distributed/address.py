@@ -7,13 +7,13 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from orchestrator.errors import RefusedError
+from orchestrator.job import redacted
 
 _VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """What Ray's own commands look at before the address that they are given."""
-_SECRETS = ("key", "secret", "token", "password", "passwd", "credential", "signature", "sig")
 
 
 def agreed(address: str | None) -> str:
@@ -30,7 +30,7 @@ def agreed(address: str | None) -> str:
     for name, other in said.items():
         if other.rstrip("/") != place:
             raise RefusedError(
-                "usage", f"{name} is {without_secrets(other)}, and the job is for {place}",
+                "usage", f"{name} is {redacted(other)}, and the job is for {place}",
                 expected="one cluster", mend=f"unset {name}, or give it the same address",
             )  # fmt: skip
     return place
@@ -44,7 +44,7 @@ def _checked(address: str) -> str:
         known = False
     if not known:
         raise RefusedError(
-            "usage", f"{without_secrets(address)} is no address that jobs are submitted to",
+            "usage", f"{redacted(address)} is no address that jobs are submitted to",
             expected="the head's dashboard, http://HOST:8265 or https://HOST",
             mend="give that; HOST:6379 and ray:// are for programs that run beside the cluster",
         )  # fmt: skip
@@ -107,20 +107,3 @@ def find_token() -> Token | None:
             expected="mode 0600: whoever has the token can run code on the cluster", mend=f"chmod 600 {file}",
         )  # fmt: skip
     return Token(value) if value else None
-
-
-# --- secrets in places ---
-
-
-def shows_secret(place: str) -> bool:
-    """Whether a URI has a user, a password or a key in it, as in s3://KEY:SECRET@bucket/runs."""
-    if "://" not in place:
-        return False
-    parts = urlsplit(place)
-    names = [name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
-    return "@" in parts.netloc or any(word in name for name in names for word in _SECRETS)
-
-
-def without_secrets(place: str) -> str:
-    """The place as it may be shown."""
-    return f"{place.split('://')[0]}://..." if shows_secret(place) else place

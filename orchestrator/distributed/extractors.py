@@ -54,9 +54,9 @@ class Extractors:
     channel: DriverChannel
     num: int
     threads: int
-    """Of each."""
+    """CPU threads of one extractor."""
     use_gpu: bool
-    """One each."""
+    """Whether each has a GPU."""
 
     def __call__(self, cache: FeatureCacheRef, format: Format) -> _Pool:
         return _Pool(self, cache, format)

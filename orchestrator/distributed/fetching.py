@@ -10,7 +10,6 @@ import base64
 import secrets
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -100,11 +99,6 @@ class Arrival:
                     f"{name} has not arrived as it was sent", expected="the SHA-256 that the cluster told",
                     mend="the same command again",
                 )  # fmt: skip
-
-
-def beside(folder: Path) -> Path:
-    """A new name for what becomes this folder once it is whole."""
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def settle(partial: Path, folder: Path) -> None:

@@ -9,12 +9,32 @@ import json
 import sys
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.job import Plan
 
 _FILE = "orchestrator_request.json"
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 """So that the same content is the same file."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A job as it travels, and what is known of it before it does."""
+
+    tree: dict[str, Any]
+    """The job as plain data that means the same on any machine; a search or ranking has its block in it."""
+    name: str
+    """Of the run, the search or the ranking."""
+    storage: str
+    """Where that lies."""
+    plan: Plan
+    """Of the run, one trial or one backbone: what the nodes must have."""
+    began: str = "-"
+    """Digest of the run's job: it tells the run from another one of the same name. A search's has none."""
 
 
 def write_zip(file: Path, contents: Mapping[str, bytes]) -> None:

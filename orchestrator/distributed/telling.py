@@ -24,7 +24,7 @@ from orchestrator.errors import (
     TrainingError,
     WeightsError,
 )
-from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan
+from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan, TrialsAdvanced
 
 _BEGINS = '{"orchestrator": "'
 _TELL_EVERY_S = 1.0
@@ -66,7 +66,7 @@ class Piece:
 
 Told = Event | Beat | Ended | Found | Piece
 _KINDS: Mapping[str, type] = {
-    one.__name__: one for one in (PhaseBegan, Advanced, EpochEnded, Noted, Beat, Ended, Found, Piece)
+    one.__name__: one for one in (PhaseBegan, Advanced, EpochEnded, Noted, TrialsAdvanced, Beat, Ended, Found, Piece)
 }
 
 

@@ -35,7 +35,8 @@ class Wait:
         self._told = now
         wanted = lacking(self._plan, self._threads, self._use_gpu)
         if left_s > 0:
-            self._report(Noted(f"still waiting for a place: {wanted or 'all is free'}; {left_s / 60:.0f} min are left"))
+            waits = f"still waiting for a place: {wanted}" if wanted else "all is free, and Ray starts the workers"
+            self._report(Noted(f"{waits}; {left_s / 60:.0f} min are left"))
             return
         raise RefusedError(
             "resources",

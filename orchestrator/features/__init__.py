@@ -8,7 +8,7 @@ instead of samples; or the samples themselves, where the body has to run in ever
     key         what features depend on, and the place that it stands for
     extraction  what the store lacks is computed, in rounds that survive whatever dies
     body_pass   one worker's pass: samples into a frozen body, features into shards
-    bodies      a body in several threads, and as machine code
+    bodies      copies of a body for several threads, and torch.compile
     formats     float32 or bfloat16 features
 """
 

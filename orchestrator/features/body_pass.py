@@ -82,7 +82,7 @@ class BodyPass:
     note: Note
     should_stop: Callable[[], bool]
     _compiled: Compiled | None = None
-    """The body as machine code, where that pays back."""
+    """The body compiled, where that pays back."""
     _compile_tried: bool = False
     _started: float = 0.0
 
@@ -134,7 +134,7 @@ class BodyPass:
         return result
 
     def _compile(self, loading: Loading, bodies: Bodies, batches: Sequence[Ints], times: float) -> None:
-        """Make the body machine code, if the samples are so many that it pays back.
+        """Compile the body, if the samples are so many that it pays back.
 
         `times`: so many times these batches are to come.
         """

@@ -76,8 +76,8 @@ class Extraction:
             features.refresh(written)
             # What one worker sees on a shared file system another one may not see yet: rank 0's shards are named, and
             # what any worker misses is missing.
-            features.refresh(worker.gather(features.names if worker.rank == 0 else None)[0])
-            missing = np.unique(np.concatenate(worker.gather(self._missing(features, rows, ids))))
+            features.refresh(worker.all_gather(features.names if worker.rank == 0 else None)[0])
+            missing = np.unique(np.concatenate(worker.all_gather(self._missing(features, rows, ids))))
             if not counted:
                 self.body_pass.advance(len(rows) - len(missing))
                 counted = True
@@ -85,7 +85,7 @@ class Extraction:
                     note(f"features of {len(rows) - len(missing)} of {len(rows)} samples are stored already")
             if len(missing):
                 names = self._fill(features, missing, rows, ids, view)
-                written = [name for part in worker.gather(names) for name in part]
+                written = [name for part in worker.all_gather(names) for name in part]
                 ids = self._with_read(rows, ids)
                 if self.apart:
                     features.flush_uploads(whole=False)
@@ -95,7 +95,7 @@ class Extraction:
                     worker.barrier()
                 continue
             stored = self._agreed(features, rows, ids)
-            in_use = sorted(set().union(*worker.gather(set(stored.shards))))
+            in_use = sorted(set().union(*worker.all_gather(set(stored.shards))))
             broken = self._damaged(features, in_use[worker.rank :: worker.num_workers])
             if not broken:
                 self._remember(rows, ids)
@@ -117,13 +117,13 @@ class Extraction:
             return worker.rank == 0
         status = features.folder.stat()
         own = (socket.gethostname(), status.st_dev, status.st_ino)
-        return worker.gather(own).index(own) == worker.rank
+        return worker.all_gather(own).index(own) == worker.rank
 
     def _agreed(self, features: FeatureSet, rows: Ints, ids: Ids) -> StoredRows:
         """Where the features lie: in the shards that rank 0 reads, where another worker would find a row in two."""
         worker = self.body_pass.worker
         stored = _stored_rows(features, rows, ids)
-        chosen = worker.gather(stored.shards if worker.rank == 0 else None)[0]
+        chosen = worker.all_gather(stored.shards if worker.rank == 0 else None)[0]
         if set(stored.shards) == set(chosen):
             return stored
         features.prefer(chosen)
@@ -133,7 +133,7 @@ class Extraction:
         """Which shards are damaged, each worker looking at those that it names; all of them forget these."""
         of_worker = set(names)
         numbers = [number for number, name in enumerate(features.names) if name in of_worker]
-        broken = [name for part in self.body_pass.worker.gather(features.damaged(numbers)) for name in part]
+        broken = [name for part in self.body_pass.worker.all_gather(features.damaged(numbers)) for name in part]
         features.forget(broken)
         return broken
 
@@ -153,7 +153,7 @@ class Extraction:
         """The ids with those of what any worker has read meanwhile; all workers know of all that was left out."""
         ids = ids.copy()
         skipped = self.body_pass.source.skipped
-        for read, skipped_there in self.body_pass.worker.gather((self._read, skipped)):
+        for read, skipped_there in self.body_pass.worker.all_gather((self._read, skipped)):
             skipped.update(skipped_there)
             for some_rows, their_ids in read:
                 ids[np.searchsorted(rows, some_rows)] = their_ids
@@ -179,7 +179,7 @@ class Extraction:
         # One lock a job: its workers have parts of their own.
         with filling(features.folder) if worker.rank == 0 else contextlib.nullcontext(False) as alone:
             # Where another job is at it this one begins at the other end: so the two meet, and do not do the same.
-            backwards = not worker.gather(alone)[0]
+            backwards = not worker.all_gather(alone)[0]
             results: Iterable[ExtractionResult] = ()
             if self.remote is None or len(missing) < _LEAST_REMOTE:
                 part = split_evenly(missing, worker.rank, worker.num_workers)
@@ -194,7 +194,7 @@ class Extraction:
                 self.num_computed += result.num_computed
                 self.gain = result.gain or self.gain
                 stopped |= result.stopped
-        if any(worker.gather(stopped)):
+        if any(worker.all_gather(stopped)):
             text = "stopped while the body ran; the features that it gave are kept"
             raise InterruptedRunError(text, mend="the same command goes on")
         return names

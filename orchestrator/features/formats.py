@@ -1,7 +1,8 @@
 """The number format that features are computed and kept in: float32, or bfloat16 where that is faster and as good.
 
-As good means that on 256 samples no feature vector turns by more than a cosine of .998: images measured .9987 to .9992,
-texts .9999. The answer is kept with the features, so that later jobs read those that are there.
+As good means that on 256 samples the cosine similarity of a sample's features in float32 and in bfloat16 is never below
+.998: measured .9987 to .9992 on images, .9999 on texts. The answer is kept with the features, so that later jobs read
+those that are there.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor
 from orchestrator.data import Ints
 from orchestrator.features.bodies import Compiled
 from orchestrator.features.sources import SampleSource, as_float32
+from orchestrator.job import write_file
 from orchestrator.network import Body, Inputs, Worker, channels_last
-from orchestrator.store import FORMAT_FILE, Format, Values, write_first, write_shared
+from orchestrator.store import FORMAT_FILE, Format, Values, write_first
 
 LEAST_COSINE = 0.998
 _NUM_SAMPLES = 256
@@ -80,7 +82,7 @@ def choose(
     `asked` is the job's precision: fp32, bf16 or auto. `num_missing` tells how many features a set lacks.
     """
     choice = _choose(asked, body, source, rows, worker, cache_group, num_missing) if worker.rank == 0 else None
-    chosen: Choice = worker.gather(choice)[0]
+    chosen: Choice = worker.all_gather(choice)[0]
     return chosen
 
 
@@ -113,7 +115,7 @@ def _published(choice: Choice, asked: str, cache_group: Path) -> Choice:
     write_first(file, json.dumps(asdict(choice)))
     first = _remembered(cache_group)
     if first is None:  # what was there is no answer
-        write_shared(file, json.dumps(asdict(choice)))
+        write_file(file, json.dumps(asdict(choice)).encode())
     return first if first is not None and asked == "auto" else choice
 
 

@@ -37,10 +37,10 @@ class FeatureCacheRef:
     key: Mapping[str, Any]
     group: Path
     """The cache group's folder on the storage."""
-    store: str | None
+    object_store: str | None
     """A place in an object store that has them too."""
     apart: bool = False
-    """Whether each machine has a folder of its own, so that only the store has what others have computed."""
+    """Whether each machine has a folder of its own, so that only the object store has what others have computed."""
 
     @property
     def contents(self) -> Path:
@@ -64,7 +64,7 @@ class FeatureCacheRef:
         _require_same("this process", feature_key(plan, self.cut, code_digest(modality)), self.key)
 
     def _place(self) -> Location | None:
-        return cached(self.store).join(self.group.name) if self.store else None
+        return cached(self.object_store).join(self.group.name) if self.object_store else None
 
 
 def agreed_cache(plan: Plan, run: HeldRun, cut: Cut, modality: Modality, worker: Worker) -> FeatureCacheRef:
@@ -72,14 +72,14 @@ def agreed_cache(plan: Plan, run: HeldRun, cut: Cut, modality: Modality, worker:
 
     Raises `TrainingError`, on all workers, where one of them would compute other features than rank 0.
     """
-    keys = worker.gather(feature_key(plan, cut, code_digest(modality)))
+    keys = worker.all_gather(feature_key(plan, cut, code_digest(modality)))
     for rank, key in enumerate(keys):
         _require_same(f"the worker of rank {rank}", key, keys[0])
     key = keys[0]
     # What a notebook's cell computes, nobody can tell from what it computed before: kept for this run alone.
     shared = key["code"] is not None
     root = run.folder.parent / FOLDER if shared else run.folder / _OF_RUN
-    # Of a storage that is no directory each machine has a folder of its own, and the store has what all of them need.
+    # Where the storage is no directory each machine has its own folder, and the object store what all of them need.
     apart = is_uri(run.storage.place)
     store = plan.job.feature_store or (run.storage.place_of(FOLDER) if apart else None)
     return FeatureCacheRef(

@@ -123,7 +123,7 @@ class StoredRows:
     set: str
     """Its name in the cache group."""
     shards: tuple[str, ...]
-    """Names."""
+    """File names of the shards, without the suffix."""
     rows: Ints
     """Of the sample table, int64 [samples], ascending. Those without features are not in it."""
     shard: Ints

@@ -52,14 +52,14 @@ class FeatureRef:
 class NoCut:
     """No cut into body and head holds for the network: the body has to run in every step."""
 
-    split_error: float
+    cut_error: float
     """The least that a cut was off, relative to the largest logit."""
 
     @property
     def lineage(self) -> Mapping[str, Any]:
         """What is noted of it in lineage.json."""
         return {
-            "features": "every step", "split_error": self.split_error if math.isfinite(self.split_error) else None
+            "features": "every step", "cut_error": self.cut_error if math.isfinite(self.cut_error) else None
         }  # fmt: skip
 
 
@@ -120,13 +120,13 @@ def compute_features(
     def note(text: str) -> None:
         report(Noted(text))
 
-    if (plan.job.feature_store or is_uri(run.storage.place)) and cache.store is None:
+    if (plan.job.feature_store or is_uri(run.storage.place)) and cache.object_store is None:
         note("the plugin's code has no file that other machines could compare: the features stay in this run")
     body = Body(network, cut)
     catalog = Catalog(cache.contents)
     everything = np.concatenate([rows[name] for name in SPLITS])
     set_of = functools.cache(lambda name: cache.set(name, note))
-    used_before: _Used | None = worker.gather(_Used.of(run) if worker.rank == 0 else None)[0]
+    used_before: _Used | None = worker.all_gather(_Used.of(run) if worker.rank == 0 else None)[0]
     if worker.rank == 0:
         cache.share(KEY_FILE, FORMAT_FILE)  # what another machine has decided holds here too
     if used_before is not None:  # a run that goes on reads what it began with, whatever there is by now
@@ -164,8 +164,8 @@ def compute_features(
             shards = {part.set: part.shards for parts in splits.values() for part in parts}
             run.write(_USED, json.dumps({"format": choice.format, "shards": shards}))
     lineage = {
-        "features": "once", "cut": cut.point, "split_error": error, "format": choice.format,
-        "features_s": time.monotonic() - started, "num_computed": sum(worker.gather(extraction.num_computed)),
+        "features": "once", "cut": cut.point, "cut_error": error, "format": choice.format,
+        "features_s": time.monotonic() - started, "num_computed": sum(worker.all_gather(extraction.num_computed)),
     }  # fmt: skip
     if choice.cosine is not None:
         lineage |= {"format_cosine": choice.cosine, "format_gain": choice.gain}
@@ -231,5 +231,5 @@ def _prove(network: Network, source: SampleSource, samples: Samples, worker: Wor
         batch = source.batch(np.unique(np.concatenate([ordered[:third], ordered[-third:], spread])), train=False)
         if batch is not None:
             proved = find_cut(network, channels_last(batch.to(worker.device).inputs))
-    answer: tuple[Cut | None, float] = worker.gather(proved)[0]
+    answer: tuple[Cut | None, float] = worker.all_gather(proved)[0]
     return answer

@@ -1,4 +1,4 @@
-"""(Modality, BackboneCard, Profile, Job) -> Plan, or a refusal. Pure: it reads nothing and downloads nothing."""
+"""Whether a backbone fits a modality (-> BackboneRow) and its data (-> Fit), or a refusal. Pure: it reads nothing."""
 
 from __future__ import annotations
 

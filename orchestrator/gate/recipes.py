@@ -1,4 +1,4 @@
-"""A method -> its recipe: which phases, at which rates, for how long. The one place that knows methods by name."""
+"""A method -> its recipe: which phases, at which rates, for how long. The one place where a method becomes phases."""
 
 from __future__ import annotations
 

@@ -55,9 +55,11 @@ from orchestrator.job.figures import (
 )
 from orchestrator.job.files import (
     POINTER as POINTER,
+    beside as beside,
     file_sha256 as file_sha256,
     still_there as still_there,
     sync as sync,
+    write_file as write_file,
     written_whole as written_whole,
 )
 from orchestrator.job.held import (
@@ -80,6 +82,7 @@ from orchestrator.job.places import (
     as_settings as as_settings,
     dataset_id as dataset_id,
     holds_rows as holds_rows,
+    holds_secret as holds_secret,
     is_dataset as is_dataset,
     is_materialised as is_materialised,
     is_rows as is_rows,
@@ -87,6 +90,7 @@ from orchestrator.job.places import (
     library_of as library_of,
     local_path as local_path,
     plain_path as plain_path,
+    redacted as redacted,
     shown as shown,
     whole as whole,
 )

@@ -13,7 +13,7 @@ from typing import TypeVar
 import pyarrow as pa
 
 from orchestrator.errors import OrchestratorError, RefusedError, first_line
-from orchestrator.job.locations import asking
+from orchestrator.job.locations import store_errors
 
 PATIENCE_S = 60.0
 """A store that does not answer is asked again for so long."""
@@ -23,8 +23,9 @@ _SAID_S = 2.0
 _REFUSED = (
     "ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "INVALID_CLIENT_TOKEN_ID",
 )  # fmt: skip
-_NO_BUCKET = "NO_SUCH_BUCKET"
 """Errors as pyarrow's S3 names them, which no waiting mends."""
+_NO_BUCKET = "NO_SUCH_BUCKET"
+"""Likewise, of a bucket that is not there."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Answer = TypeVar("Answer")
@@ -56,7 +57,7 @@ class Asker:
                 _raise_hopeless(place, error)
                 away_s = time.monotonic() - began_s
                 if away_s + wait_s > self.patience_s:
-                    with asking(place):
+                    with store_errors(place):
                         raise
                 if self.note is not None and not said and away_s >= _SAID_S:
                     said = True

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from orchestrator.job.part import Part
-from orchestrator.job.places import plain_path, without_secret
+from orchestrator.job.places import plain_path, require_no_secret
 
 VALIDATION_FRACTION = 0.1
 """Of the training samples, where a job leaves it open."""
@@ -59,7 +59,7 @@ class Data(Part):
     @classmethod
     def _plain_paths(cls, place: str | None) -> str | None:
         """A file:// URI is the path: so that links and runs inside the data are looked at as everywhere here."""
-        return place if place is None else without_secret(plain_path(place))
+        return place if place is None else require_no_secret(plain_path(place))
 
     @field_validator("separator")
     @classmethod

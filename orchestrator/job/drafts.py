@@ -18,7 +18,10 @@ from orchestrator.job.spec import Job
 
 _RENAMED: Mapping[str, str] = {"training.num_shards": "training.num_microbatches"}
 """Keys of earlier versions -> what they are called now; understood, and said."""
-_ELSEWHERE: Mapping[str, str] = {"search": "it is for orchestrator search; take it out, or use that command"}
+_ELSEWHERE: Mapping[str, str] = {
+    "search": "it is for orchestrator search; take it out, or use that command",
+    "rank": "it is for orchestrator submit --kind rank; take it out, or use that command",
+}
 """Keys of a job file that another command takes."""
 
 

@@ -50,7 +50,7 @@ class Location:
 
     def kind(self) -> Kind:
         """What is there. Raises `RefusedError` where the store cannot be asked."""
-        with asking(self.text):
+        with store_errors(self.text):
             kind = self.fs.get_file_info(self.path).type
         return {pa.fs.FileType.File: "file", pa.fs.FileType.Directory: "directory"}.get(kind, "missing")  # type: ignore[return-value]
 
@@ -77,7 +77,7 @@ class Location:
 
     def stat(self) -> tuple[int, int] | None:
         """(bytes, time of modification in ns), None where there is no such file."""
-        with asking(self.text):
+        with store_errors(self.text):
             (info,) = self.fs.get_file_info([self.path])
         return (info.size, info.mtime_ns or 0) if info.type == pa.fs.FileType.File else None
 
@@ -163,7 +163,7 @@ class Location:
         return dataclasses.replace(self, fs=make({**settings, **known, "retry_strategy": once}))
 
     def _list(self, recursive: bool) -> Sequence[Any]:
-        with asking(self.text):
+        with store_errors(self.text):
             return self.fs.get_file_info(pa.fs.FileSelector(self.path, recursive=recursive))  # type: ignore[no-any-return]
 
 
@@ -171,7 +171,7 @@ def locate(place: str) -> Location:
     """The location of a URI. Raises `RefusedError` where no installed library opens it."""
     scheme = place.split("://", 1)[0].lower()
     try:
-        with asking(place):
+        with store_errors(place):
             return Location(place, *_open(place))
     except ImportError as error:
         raise RefusedError(
@@ -223,7 +223,7 @@ def feature_store(place: str) -> Location:
 
 
 @contextlib.contextmanager
-def asking(place: str) -> Iterator[None]:
+def store_errors(place: str) -> Iterator[None]:
     """Errors of the store at `place` become `RefusedError`; a `ValueError`, of a place that is wrong, passes."""
     try:
         yield

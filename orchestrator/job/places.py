@@ -19,10 +19,12 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".jsonl", ".
 SPLIT_KEYS = ("path", "validation", "test")
 """The settings of `data` that name a place, one a split."""
 SECRET = (
-    "holds a password, and a job is written down; a store's credentials come from the environment "
+    "holds a password or a key, and a job is written down; a store's credentials come from the environment "
     "(AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
 )
 """What is said of a URI that `holds_secret`; never the URI itself."""
+_KEYS = ("key", "secret", "token", "password", "passwd", "credential", "sig")
+"""What the names of a URI's parameters have in them that hold a secret."""
 DATA_FOLDER = ".data"
 """The folder of the storage that holds rows which came from a program, not from a place."""
 
@@ -43,9 +45,19 @@ def plain_path(place: str) -> str:
 
 
 def holds_secret(place: str) -> bool:
-    """Whether a URI has a password in it: `s3://key:secret@bucket`."""
-    authority = place.partition("://")[2].split("/")[0]
-    return is_uri(place) and ":" in authority.rpartition("@")[0]
+    """Whether a URI has a password or a key in it: `s3://key:secret@bucket`, `https://host/table.csv?sig=...`.
+
+    A name alone is none: `abfss://container@account.dfs.core.windows.net`.
+    """
+    authority, _, rest = place.partition("://")[2].partition("/")
+    names = [one.partition("=")[0].lower() for one in re.split("[?&]", rest)[1:]]
+    is_named = any(word in one for one in names for word in _KEYS)
+    return is_uri(place) and (":" in authority.rpartition("@")[0] or is_named)
+
+
+def redacted(place: str) -> str:
+    """The place as it may be shown: `s3://...` where it `holds_secret`."""
+    return f"{place.split('://')[0]}://..." if holds_secret(place) else place
 
 
 def whole(place: str) -> str:
@@ -117,7 +129,7 @@ def dataset_id(place: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def without_secret(place: str) -> str:
+def require_no_secret(place: str) -> str:
     """The place. Raises `ValueError`, which does not show it, where credentials stand in it: a job is written down."""
     if holds_secret(place):
         raise ValueError(SECRET)

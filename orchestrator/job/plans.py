@@ -137,9 +137,10 @@ class Phase(_Plain):
     batch_norm: Literal["train", "frozen", "none"]
     """none: the weights tell that the network has no such layer."""
     solver: Literal["steps", "probe"] = "steps"
-    """probe: a head of one linear layer is fitted to stored features at once, which counts as one step."""
+    """steps: gradient descent; probe: a head of one linear layer is fitted to stored features at once, which counts as
+    one step."""
     epochs_in_steps: int = 0
-    """Of a probe, where the network turns out to have no such head, or no features: then so many epochs of steps."""
+    """Epochs of gradient descent instead of a probe, where the network has no such head, or no features are stored."""
     must_win: bool = False
     """Whether it has to beat the phases before it on validation: else what these gave is kept."""
     refits: bool = False

@@ -49,7 +49,7 @@ def setting_of(key: str) -> Setting | None:
 
 
 def _setting(key: str, field: FieldInfo) -> Setting:
-    default = "" if field.is_required() or field.default_factory or field.default is None else str(field.default)
+    default = "" if field.is_required() or field.default_factory or field.default in (None, ()) else str(field.default)
     choices = _choices(field.annotation)
     required = "required; " if field.is_required() else ""
     return Setting(key, _takes(field, choices), default, required + (field.description or ""), choices)

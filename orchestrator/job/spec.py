@@ -16,19 +16,12 @@ from pydantic_core import to_jsonable_python
 
 from orchestrator.job.data_spec import Data
 from orchestrator.job.part import Part
-from orchestrator.job.places import is_uri, local_path, plain_path, whole, without_secret
+from orchestrator.job.places import is_uri, local_path, plain_path, require_no_secret, whole
 from orchestrator.job.scaling_spec import Scaling as Scaling
 from orchestrator.job.training_spec import Training as Training
 
 TaskName = Literal["single-label", "multi-label", "regression"]
 Method = Literal["auto", "head", "full", "lp-ft", "lora", "scratch"]
-METHODS: dict[str, str] = {
-    "auto": "the head by a cross-validated probe, then everything from there; what validation prefers is kept",
-    "head": "the body is frozen, the new last layer is trained",
-    "full": "everything is trained, from the pretrained weights",
-    "lora": "the body is frozen, and small matrices beside its own are trained with the head; merged in the end",
-    "scratch": "everything is trained, from random weights (supervised pretraining)",
-}
 
 
 _UNICODE_BREAKS = "\x85\u2028\u2029"
@@ -105,12 +98,12 @@ class Job(Part):
     @field_validator("backbone")
     @classmethod
     def _plain_backbone(cls, backbone: str) -> str:
-        return without_secret(plain_path(backbone)).rstrip("/") if is_uri(backbone) else backbone
+        return require_no_secret(plain_path(backbone)).rstrip("/") if is_uri(backbone) else backbone
 
     @field_validator("storage")
     @classmethod
     def _holds_runs(cls, storage: str) -> str:
-        storage = without_secret(plain_path(storage))
+        storage = require_no_secret(plain_path(storage))
         if is_uri(storage):
             if not re.fullmatch(IN_A_STORE, storage) or "?" in storage or storage.startswith("hf://"):
                 raise ValueError(
@@ -127,7 +120,7 @@ class Job(Part):
     def _in_a_store(cls, place: str | None) -> str | None:
         if place is not None and not re.fullmatch(IN_A_STORE, place):
             raise ValueError("is no place in a store, as s3://bucket/features is; for a directory there is storage")
-        return place if place is None else without_secret(place)
+        return place if place is None else require_no_secret(place)
 
     @field_validator("log", mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from types import FrameType
 
 Stop = Callable[[], bool]
@@ -13,8 +13,8 @@ Stop = Callable[[], bool]
 
 
 @contextlib.contextmanager
-def stop_on_signal(stop: Stop | None) -> Iterator[Stop]:
-    """Whether to stop: `stop()` says so, or a first Ctrl-C or SIGTERM; a second Ctrl-C stops at once.
+def stop_on_signal(stop: Stop | None, at_once: Container[int] = (signal.SIGINT,)) -> Iterator[Stop]:
+    """Whether to stop: `stop()` says so, or a first Ctrl-C or SIGTERM; a second one of `at_once` stops at once.
 
     Who gives a `stop` owns the signals, and so does who calls from another thread than the main one.
     """
@@ -24,7 +24,7 @@ def stop_on_signal(stop: Stop | None) -> Iterator[Stop]:
     asked = threading.Event()
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if asked.is_set() and number == signal.SIGINT:
+        if asked.is_set() and number in at_once:
             raise KeyboardInterrupt
         asked.set()
 

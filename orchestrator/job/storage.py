@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from orchestrator.errors import RefusedError, first_line
-from orchestrator.job.files import file_sha256
+from orchestrator.job.files import beside, file_sha256
 
 MANIFEST_FILE = ".manifest.json"
 """In a committed folder of a directory; what a local folder holds under this name is not committed."""
@@ -274,7 +274,7 @@ class Storage(ABC):
 
         Raises `RefusedError`: `not_found`, or `damaged` where it is not as it was committed.
         """
-        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+        partial = beside(folder)
         tried: Manifest | None = None
         try:
             while True:

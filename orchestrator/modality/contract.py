@@ -35,10 +35,15 @@ class SampleField:
     """One field of a sample, as the model will see it."""
 
     name: str
+    """Its key in a `Sample`, and the column of a table that holds it."""
     kind: Literal["file", "text"]
+    """How the source holds it: as a file's bytes, or as text in a cell."""
     dtype: str
+    """Of the model's input, as torch names it without `torch.`: "float32"."""
     shape: tuple[int | str, ...]
+    """Of one sample's input, without the batch; a str names a size that varies."""
     unit: str
+    """Of the values, for people: "RGB, normalised", "amplitude"."""
     suffixes: tuple[str, ...] = ()
     """Of the files that hold it, lower case: (".png", ".jpg")."""
     optional: bool = False
@@ -89,7 +94,7 @@ class BackboneRules:
 
 
 class _TimmRows(Mapping[str, BackboneRow]):
-    """Some 1,300 rows, built when looked at: {architecture: [classifier, ...]} in the file."""
+    """Some 1,400 rows, built when looked at: {architecture: [classifier, ...]} in the file."""
 
     def __init__(self, heads: Mapping[str, Sequence[str]]) -> None:
         self._heads = heads
@@ -132,7 +137,9 @@ class Profile:
 
     num_measured: int
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    """Fact -> range of its numbers."""
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Fact -> {word: how many samples have it}."""
     facts: Sequence[Facts] = ()
     """One entry a measured sample, for shares of samples."""
 
@@ -170,6 +177,7 @@ class Fit:
     """How the data becomes the backbone's input: the resolved settings, and what that changes."""
 
     input: Mapping[str, Any]
+    """The resolved settings, as JSON gives them back (keys are str, lists and no tuples); becomes `Plan.input`."""
     adaptations: Sequence[Adaptation] = ()
     warnings: Sequence[str] = ()
     augmented: bool = False
@@ -182,12 +190,15 @@ class Fit:
 
 class Decode(Protocol):
     def __call__(self, sample: Sample) -> Any:
-        """The sample in memory, from bytes. Raises `BadSampleError`. Imports no torch."""
+        """The sample in memory, from bytes; called from several threads at once.
+
+        Raises `BadSampleError`, and nothing else, for bytes that are no sample. Imports no torch.
+        """
 
 
 class Measure(Protocol):
     def __call__(self, decoded: Any, card: BackboneCard) -> Facts:
-        """The facts of one decoded sample: rate, size, channels, length. Imports no torch.
+        """The facts of one decoded sample: rate, size, channels, length; str, or finite int or float. Imports no torch.
 
         `card` is for what only the backbone can count, tokens for one; `orchestrator.backbone.metadata_file` has its
         tokenizer.
@@ -196,15 +207,16 @@ class Measure(Protocol):
 
 class FitFunction(Protocol):
     def __call__(self, card: BackboneCard, row: BackboneRow, settings: Any, profile: Profile | None) -> Fit:
-        """Hold the data against what the backbone demands; raise `RefusedError`, naming the mend.
+        """Decide how the data is adapted to the input that the backbone demands; no training.
 
-        Pure, without torch. `profile` is None where there is no data to look at (`check` alone).
+        Raises `RefusedError`, naming the mend, where it cannot be. Pure, without torch. `profile` is None where
+        there is no data to look at (`check` alone).
         """
 
 
 class Collate(Protocol):
     def __call__(self, decoded: Sequence[Any], train: bool) -> dict[str, torch.Tensor]:
-        """Decoded samples -> the model's inputs, first dimension the batch.
+        """Decoded samples -> the model's inputs, first dimension the batch; float32 or integers, finite.
 
         `train` asks for augmentation, whose randomness comes from torch's global generator: the loop seeds
         it by (seed, step, microbatch), so that a sample is changed the same way on any number of workers.
@@ -212,7 +224,7 @@ class Collate(Protocol):
         """
 
 
-class Batch(Protocol):
+class MakeCollate(Protocol):
     def __call__(self, plan: Plan, directory: Path) -> Collate:
         """The collate function, built once a worker, and before the start to try a few samples.
 
@@ -238,7 +250,8 @@ class Build(Protocol):
 
 class Toy(Protocol):
     def __call__(self, n: int) -> Sequence[tuple[Sample, str]]:
-        """`n` small samples with labels, for tests; two classes or more that can be told apart."""
+        """`n` small samples with labels, for tests: the same at each call, two classes or more in turn, which
+        differ visibly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +275,7 @@ class Modality:
     measure: Measure | None
     fit: FitFunction | None
     build: Build | None
-    batch: Batch | None
+    batch: MakeCollate | None
     toy: Toy | None
     mixes: Mapping[str, Mix] = field(default_factory=dict)
     """Ways to mix samples of a batch with each other that `training.mix` may name: {"mixup": ..., "cutmix": ...}."""

@@ -35,7 +35,7 @@ class Strategy(Protocol):
         Names are those of the module's parameters and buffers.
         """
 
-    def gather(self) -> Mapping[str, Tensor] | None:
+    def full_state(self) -> Mapping[str, Tensor] | None:
         """The whole network's tensors by name on rank 0, for `Network.save`; None on the others. All call it."""
 
     def broadcast_new(self) -> None:
@@ -60,7 +60,7 @@ class Replicated:
         tensors = {**{name: one.data for name, one in module.named_parameters()}, **dict(module.named_buffers())}
         return {name: tensors[name] for name in names}
 
-    def gather(self) -> Mapping[str, Tensor] | None:
+    def full_state(self) -> Mapping[str, Tensor] | None:
         return self._network.module.state_dict() if self._worker.rank == 0 else None
 
     def broadcast_new(self) -> None:
@@ -68,7 +68,7 @@ class Replicated:
             return
         new = self.state(self._network.new)
         own = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in new.items()]
-        first, *others = self._worker.gather(own)
+        first, *others = self._worker.all_gather(own)
         for rank, theirs in enumerate(others, 1):
             if theirs != first:
                 odd = next(iter(set(theirs) ^ set(first)), theirs[0])

@@ -24,7 +24,7 @@ _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 
 @dataclass(frozen=True)
 class Worker:
-    """Without torch.distributed (one process) every exchange is the identity."""
+    """This process among the workers: rank, device, and what they exchange. One worker alone exchanges nothing."""
 
     rank: int
     local_rank: int
@@ -39,8 +39,8 @@ class Worker:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: Any) -> list[Any]:
-        """What each worker has, by rank, on all of them."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """Each worker's value, by rank, on all of them; all have to call it (all_gather_object)."""
         if self.num_workers == 1:
             return [value]
         values: list[Any] = [None] * self.num_workers
@@ -96,7 +96,8 @@ def with_threads(num: int | None = None) -> Iterator[None]:
 
 
 def find_device(wanted: Literal["auto", "cpu", "gpu"]) -> torch.device:
-    """The device of a process that Ray has given none. Raises `RefusedError` where a GPU is wanted, and none there."""
+    """The device of a process that Ray has given none. Raises `RefusedError` where a GPU is wanted and
+    there is none."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "gpu" and accelerator is None:
         raise RefusedError(
@@ -197,7 +198,7 @@ def on_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, T
 
 
 def channels_last(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Images in the memory format that convolutions are fastest with."""
+    """Tensors of 4 dimensions in the memory format that convolutions are fastest with; others as they are."""
     return {
         name: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
         for name, tensor in inputs.items()

@@ -26,7 +26,7 @@ from orchestrator.errors import DataError, TrainingError, fault_of_sample
 from orchestrator.features import SampleSource
 from orchestrator.gate import drafted, materialised
 from orchestrator.job import DATA_FOLDER, Data, Plan, Run, shown
-from orchestrator.training import LoadedRun, Predictions, load_run, measure
+from orchestrator.training import LoadedRun, Predictions, compute_metrics, load_run
 
 
 def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
             notes.append("the run has no sample table of this version: nothing tells whether it was trained on these")
         return {
             "task": task,
-            **measure(task, predictions, classes),
+            **compute_metrics(task, predictions, classes),
             "num_seen": num_seen,
             "num_skipped": len(prepared.skipped) + len(source.skipped),
             "notes": [*notes, *prepared.summary.notes],

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from orchestrator.errors import JobError
-from orchestrator.job import Report, Run, local_path
+from orchestrator.job import Report, Run, beside, local_path
 from orchestrator.predictor.inputs import Input
 from orchestrator.predictor.predictions import Prediction, Tables, predictions
 from orchestrator.training import load_run
@@ -65,7 +65,7 @@ def write(
     given: list[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
     place, num_rows, num_problems = require_output(output, given), 0, 0
     tables = Tables(input_column, root, separator, encoding, report)
-    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    partial = beside(place)
     with ExitStack() as resources:
         loaded = load_run(run, resources)
         task, classes = loaded.plan.job.task, loaded.plan.classes

@@ -20,6 +20,5 @@ from orchestrator.store.sets import (
     filling as filling,
     opened as opened,
     write_first as write_first,
-    write_shared as write_shared,
 )
 from orchestrator.store.shards import FeatureSet as FeatureSet, Format as Format, Values as Values

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data import Found, Location, asking, feature_store
+from orchestrator.data import Found, Location, feature_store, store_errors
 from orchestrator.errors import JobError
-from orchestrator.job import IN_A_STORE, is_uri, local_path, open_storage
-from orchestrator.store.sets import FOLDER, FORMAT_FILE, KEY_FILE, USED, USED_HERE, pruning, write_shared
+from orchestrator.job import IN_A_STORE, is_uri, local_path, open_storage, write_file
+from orchestrator.store.sets import FOLDER, FORMAT_FILE, KEY_FILE, USED, USED_HERE, pruning
 from orchestrator.store.shards import NUM_READERS, FeatureSet, Shard
 
 Root = Path | Location
@@ -178,7 +178,7 @@ def _remove_empty(cache_group: Path) -> None:
         cache_group.rmdir()
     except OSError:
         for file, text in notes.items():
-            write_shared(file, text)
+            write_file(file, text.encode())
 
 
 # --- in an object store ---
@@ -232,7 +232,7 @@ def _remove_from_store(place: Location, name: str) -> None:
     notes = [uri for uri in files if uri in (f"{cache_group}/{KEY_FILE}", f"{cache_group}/{FORMAT_FILE}")]
 
     def delete(uri: str) -> None:
-        with asking(place.text), contextlib.suppress(FileNotFoundError):
+        with store_errors(place.text), contextlib.suppress(FileNotFoundError):
             place.join(uri).delete()
 
     with ThreadPoolExecutor(NUM_READERS) as pool:

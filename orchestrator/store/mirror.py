@@ -19,8 +19,8 @@ import numpy as np
 
 from orchestrator.data import Ids, Location, known
 from orchestrator.errors import first_line
-from orchestrator.job import sync
-from orchestrator.store.sets import USED, write_shared
+from orchestrator.job import sync, write_file
+from orchestrator.store.sets import USED
 from orchestrator.store.shards import NUM_READERS, FeatureSet, Format, Shard, Values
 
 _BUFFER_BYTES = 8 * 2**20
@@ -119,7 +119,7 @@ class MirroredSet(FeatureSet):
                 self._remove(name)
                 return
             partial.replace(self._file(name))
-            write_shared(self._manifest(name), manifest.decode())
+            write_file(self._manifest(name), manifest)
             sync(self.folder)
             self._verified.add(name)
             self._stored.add(name)
@@ -202,6 +202,6 @@ def share_note(file: Path, place: Location) -> None:
             if stored.stat() is None:
                 stored.upload(file)
         elif stored.stat() is not None:
-            write_shared(file, stored.read().decode())
+            write_file(file, stored.read())
     except Exception:  # the set of features says that the store does not answer
         return

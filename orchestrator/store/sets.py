@@ -1,6 +1,6 @@
 """The sets of a feature store: the key of each, and the locks of the jobs of one machine that use, fill or prune it.
 
-A file system without locks gives all of them.
+On a file system without locks (flock) each counts as had.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import fcntl
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator.job import still_there
+from orchestrator.job import beside, still_there, write_file
 from orchestrator.store.shards import FeatureSet
 
 FOLDER = ".features"
@@ -39,7 +38,7 @@ def cache_group_folder(root: Path, name: str, key: Mapping[str, Any]) -> Path:
     folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if not (folder / KEY_FILE).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_shared(folder / KEY_FILE, text)
+        write_file(folder / KEY_FILE, text.encode())
     return folder
 
 
@@ -62,30 +61,17 @@ def touch(folder: Path) -> None:
 # --- small files that several jobs write ---
 
 
-def write_shared(file: Path, text: str) -> None:
-    """Write a file whole or not at all, whoever else writes it at this moment: each under a name of its own first."""
-    with _written_beside(file, text) as partial:
-        os.replace(partial, file)
-
-
 def write_first(file: Path, text: str) -> None:
-    """The same, but what is there already stays: of several that write at the same moment one is the first."""
-    with _written_beside(file, text) as partial:
-        try:
-            os.link(partial, file)
-        except FileExistsError:
-            return
-        except OSError:  # a file system without links
-            if not file.exists():
-                os.replace(partial, file)
-
-
-@contextlib.contextmanager
-def _written_beside(file: Path, text: str) -> Iterator[Path]:
-    partial = file.with_name(f"{uuid.uuid4().hex}.partial")
-    partial.write_text(text, encoding="utf-8")
+    """Write a file whole, unless it is there already: of several that write at the same moment one is the first."""
+    partial = beside(file)
     try:
-        yield partial
+        partial.write_text(text, encoding="utf-8")
+        os.link(partial, file)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links
+        if not file.exists():
+            os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -11,6 +11,8 @@ import typer
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.console import out, pairs, show_results, table, when
 from orchestrator.terminal.flags import Json, takes_flags
+from orchestrator.terminal.rank_commands import show_ranking
+from orchestrator.terminal.search_commands import show_trials
 
 if TYPE_CHECKING:
     from orchestrator.distributed.preflight import Preflight
@@ -20,7 +22,7 @@ Address = Annotated[
     str | None, typer.Option("--address", help="the head's dashboard, http://HOST:8265 [default: RAY_ADDRESS]")
 ]
 Name = Annotated[str, typer.Argument(metavar="RUN", help="the run's name, or a job's id")]
-Kind = Literal["finetune", "pretrain"]
+Kind = Literal["finetune", "pretrain", "search", "rank"]
 Part = Literal["all", "model", "results"]
 
 
@@ -40,6 +42,8 @@ def submit(
     orchestrator submit job.yaml --address http://HEAD:8265 --storage /shared/runs
 
     orchestrator submit job.yaml --workers 4 --detach
+
+    orchestrator submit job.yaml --kind search --set search.num_trials=8     (the space is the file's block `search`)
     """
     from orchestrator.submission import submit as submit_job
 
@@ -170,6 +174,12 @@ def _show_end(remote: RemoteRun, results: Mapping[str, Any], as_json: bool, fold
     if as_json:
         print_json({"run": place, "id": remote.id, **({"fetched": folder} if folder else {}), **results})
         return
+    if remote.kind == "rank":
+        show_ranking(results)
+        return
+    if remote.kind == "search":
+        show_trials(results)
+        results = results["results"] or {}
     show_results(results)
     rows = [("run", f"{place}, on the cluster")]
     rows += [("copy", folder)] if folder else [("next", f"orchestrator fetch {remote.name}")]

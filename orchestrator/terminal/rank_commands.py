@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,6 +53,14 @@ def rank(
         print_json(ranked.as_dict(), indent=1)
     else:
         _show(ranked, fields)
+
+
+def show_ranking(table_: Mapping[str, Any]) -> None:
+    """A ranking that comes from a cluster, as `RankTable.as_dict` gives it."""
+    from orchestrator.tuning import RankTable
+
+    ranked = RankTable.from_dict(table_)
+    _show(ranked, {"data": ranked.data, **({} if ranked.modality == "image" else {"modality": ranked.modality})})
 
 
 def _show(ranked: RankTable, fields: dict[str, Any]) -> None:

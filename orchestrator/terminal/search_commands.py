@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -175,11 +175,7 @@ def counts(event: TrialsAdvanced) -> str:
 def show_search(result: SearchResult, as_json: bool) -> None:
     """The trials in order, the best run, and what is to be known of its score."""
     if as_json:
-        best = result.best_run
-        print_json({
-            "search": str(result.path), "metric": result.metric.key, "caveat": result.caveat,
-            "run": str(best.path) if best else None, "results": best.results if best else None, "trials": result.rows(),
-        })  # fmt: skip
+        print_json(result.as_dict())
         return
     order = result.ranked
     out.print(_table(result, order[:_NUM_SHOWN]))
@@ -198,6 +194,27 @@ def show_search(result: SearchResult, as_json: bool) -> None:
         ("model", f"{where.rpartition('/')[0] + '/' if '/' in where else ''}{result.best_run.name}/model"),
         ("next", f"orchestrator predict {where} FILE..."),
     ]))  # fmt: skip
+
+
+def show_trials(tree: Mapping[str, Any]) -> None:
+    """The trials of a search that comes from a cluster, as `SearchResult.as_dict` gives it."""
+    metric, rows = tree["metric"], tree["trials"]
+    scored = [row for row in rows if row[metric] is not None]
+    scored.sort(key=lambda row: float(row[metric]), reverse=not metric.endswith("loss"))
+    known = ("trial", "repeat", "state", metric, "epochs", "of", "seconds", "error")
+    names = [key for key in (rows[0] if rows else {}) if key not in known]
+    cells = [
+        [row["trial"], figure(row[metric]), row["epochs"],
+         *(f"{row[name]:.3g}" if isinstance(row[name], float) else row[name] for name in names)]
+        for row in scored[:_NUM_SHOWN]
+    ]  # fmt: skip
+    titles = [one.rpartition(".")[2].replace("_", " ") for one in names]
+    out.print(table(["trial", metric.replace("_", " "), "epochs", *titles], cells, (0, 1)))
+    if len(scored) > _NUM_SHOWN:
+        out.print(f"and {counted(len(scored) - _NUM_SHOWN, 'trial')} more")
+    for row in [one for one in rows if one[metric] is None][:3]:
+        out.print(f"trial {row['trial']} {row['state']}: {row['error']}", markup=False, soft_wrap=True)
+    out.print(pairs([("note", tree["caveat"])]))
 
 
 def _table(result: SearchResult, trials: Sequence[Trial]) -> Table:

@@ -25,7 +25,11 @@ LONGEST_S = 120.0
 """How long a process of the check may take."""
 _OF_A_CHECK = "ORCHESTRATOR_CHECK_MODALITY"
 """A variable of the environment of such processes, and of those that they start."""
-_CALLED = ("decode", "measure", "fit", "build", "batch", "toy")
+_CALLED = {
+    "decode": "Decode", "measure": "Measure", "fit": "FitFunction", "build": "Build", "batch": "MakeCollate",
+    "toy": "Toy",
+}  # fmt: skip
+"""Fields that are functions -> the name of its signature in `orchestrator.modality`."""
 
 
 def check_declaration(modality: Modality) -> None:
@@ -36,13 +40,12 @@ def check_declaration(modality: Modality) -> None:
         raise ContractError(
             "declaration", error.message, expected=error.expected, mend="correct that field of your Modality"
         ) from None
-    for field in _CALLED:
+    for field, signature in _CALLED.items():
         if getattr(modality, field) is None:
             what = "a modality without toy samples cannot be checked" if field == "toy" else "nothing can be trained"
             raise ContractError(
                 field, f"is None: {what}", expected="a function",
-                mend=f"write it: orchestrator.modality.{'FitFunction' if field == 'fit' else field.capitalize()} "
-                "is its signature",
+                mend=f"write it: orchestrator.modality.{signature} is its signature",
             )  # fmt: skip
     for task in modality.tasks:
         if task.name not in FIGURES:

@@ -47,7 +47,7 @@ from orchestrator.training.folds import assign_folds as assign_folds
 from orchestrator.training.intervals import wilson as wilson
 from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as load_run
 from orchestrator.training.loop import run_worker as run_worker
-from orchestrator.training.metrics import Predictions as Predictions, measure as measure
+from orchestrator.training.metrics import Predictions as Predictions, compute_metrics as compute_metrics
 from orchestrator.training.objective import Objective as Objective, make_objective as make_objective
 from orchestrator.training.probe import SCORES as SCORES, Probe as Probe, fit_probe as fit_probe
 from orchestrator.training.rates import rate_factor as rate_factor

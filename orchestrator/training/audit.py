@@ -56,7 +56,7 @@ class Audit:
 
     def publish(self, step: int, outbox: Outbox | None) -> None:
         """Have it written, before a checkpoint of that many steps. All workers call this; rank 0 has an outbox."""
-        taken = [one for part in self._worker.gather(self._taken) for one in part]
+        taken = [one for part in self._worker.all_gather(self._taken) for one in part]
         begin, self._from, self._taken = self._from, step, []
         if outbox is not None and taken:
             lines = [json.dumps(asdict(one)) for one in sorted(taken, key=lambda one: (one.step, one.microbatch))]

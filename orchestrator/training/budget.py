@@ -48,7 +48,7 @@ def fit_epochs(session: Session, step_s: Sequence[float]) -> None:
     used = session.seconds()
     left = (budget_s - used) / (2 if any(one.refits for one in session.plan.recipe.phases) else 1)
     fit = epochs_that_fit(left, step_s, phase.steps_per_epoch, num_train, num_validation)
-    fitting, epoch_s, used = session.worker.gather((*fit, used))[0]
+    fitting, epoch_s, used = session.worker.all_gather((*fit, used))[0]
     epochs = min(phase.epochs, max(fitting, 0 if phase.must_win else 1))
     if epochs < phase.epochs:
         need = math.ceil((used + epoch_s * phase.epochs) / 60)

@@ -156,11 +156,11 @@ def _why_it_did_not_fall(plan: Plan, curve: Curve, alike: bool) -> tuple[str, st
             return f"{phase.num_steps} steps are too few", f"training.epochs = {_more_epochs(plan)}"
         better = _one_digit(rate * _GOOD_REACH / reach)
         return (
-            f"the rate {rate:g} is too low: in {phase.num_steps} steps it moves a weight by {reach:.1g} at most",
+            f"the learning rate {rate:g} is too low: in {phase.num_steps} steps weights move by {reach:.1g} at most",
             f"training.learning_rate = {better}",
         )
     if training.learning_rate is not None or training.head_learning_rate is not None:
-        return f"the rate {rate:g} that was set does not suit this network", "leave training.learning_rate out"
+        return f"the learning rate {rate:g} that was set does not suit this network", "leave training.learning_rate out"
     return _labels(plan)
 
 
@@ -168,7 +168,7 @@ def _why_at_chance(plan: Plan, curve: Curve, alike: bool) -> tuple[str, str]:
     if alike:
         return _alike(plan)
     if curve.is_learnt:
-        return _by_heart(plan)
+        return _overfits(plan)
     phase = plan.recipe.phases[-1]
     if curve.rose:
         return _too_high(phase.head_learning_rate)
@@ -178,7 +178,7 @@ def _why_at_chance(plan: Plan, curve: Curve, alike: bool) -> tuple[str, str]:
 
 
 def _too_high(rate: float) -> tuple[str, str]:
-    return f"the rate {rate:g} is too high: the loss rose", f"training.learning_rate = {_one_digit(rate / 10)}"
+    return f"the learning rate {rate:g} is too high: the loss rose", f"training.learning_rate = {_one_digit(rate / 10)}"
 
 
 def _alike(plan: Plan) -> tuple[str, str]:
@@ -190,12 +190,12 @@ def _alike(plan: Plan) -> tuple[str, str]:
     )
 
 
-def _by_heart(plan: Plan) -> tuple[str, str]:
-    cause = "the training samples were learnt by heart, and what was learnt tells nothing of others: "
+def _overfits(plan: Plan) -> tuple[str, str]:
+    cause = "the network overfits: it has learnt the training samples by heart, which tells nothing of others: "
     if plan.job.method == "scratch":
         return cause + "random weights want far more samples", "method = full"
     if plan.job.method != "head" and plan.data.num_samples["train"] < 1000:
-        return cause + "they are few for a network that moves as a whole, or labels and inputs do not go together", (
+        return cause + "they are few to train a whole network, or labels and inputs do not go together", (
             "method = head"
         )
     return cause + "labels and inputs do not go together, or the splits differ in kind", _look_at_labels(plan)

@@ -37,7 +37,7 @@ def predict_split(session: Session, split: str) -> Predictions | None:
         outputs = evaluate_batch(session.forward, inputs, autocast(session.plan, worker))
         parts.append(session.objective.columns(batch.rows, outputs, batch.targets, len(rows)))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else None
-    gathered = worker.gather((columns, stopped))
+    gathered = worker.all_gather((columns, stopped))
     if any(stopped for _, stopped in gathered):
         return None
     there = [columns for columns, _ in gathered if columns is not None]

@@ -15,8 +15,8 @@ from orchestrator.training.choice import what_was_chosen
 from orchestrator.training.convergence import find_problems
 from orchestrator.training.evaluate import predict_split
 from orchestrator.training.export import export
-from orchestrator.training.metrics import Predictions, measure
-from orchestrator.training.objective import fold
+from orchestrator.training.metrics import Predictions, compute_metrics
+from orchestrator.training.objective import fold_target_scale
 from orchestrator.training.record import write_skipped
 from orchestrator.training.state import Session, TrainState
 
@@ -49,11 +49,11 @@ def evaluate_splits(session: Session) -> Evaluated:
         if len(one.rows):
             predictions[split] = one
     task, classes = session.plan.job.task, session.plan.classes
-    skipped = dict(skip for part in session.worker.gather(session.raw.skipped) for skip in part.items())
+    skipped = dict(skip for part in session.worker.all_gather(session.raw.skipped) for skip in part.items())
     figures = {}
     if session.worker.rank == 0:
-        figures = {split: measure(task, one, classes) for split, one in predictions.items()}
-    return Evaluated(session.worker.gather(figures)[0], dict(sorted(skipped.items())))
+        figures = {split: compute_metrics(task, one, classes) for split, one in predictions.items()}
+    return Evaluated(session.worker.all_gather(figures)[0], dict(sorted(skipped.items())))
 
 
 def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> None:
@@ -61,8 +61,8 @@ def export_run(session: Session, trained: TrainState, evaluated: Evaluated) -> N
     run, plan = session.run, session.plan
     if plan.recipe.adapter is not None:
         merge(session.network)
-    fold(session.objective, session.network)  # on all workers: what is gathered is what is exported
-    state_dict = session.strategy.gather()
+    fold_target_scale(session.objective, session.network)  # on all workers: what is gathered is what is exported
+    state_dict = session.strategy.full_state()
     if state_dict is None:
         return
     lines = read_lines(run.read(METRICS_FILE))

@@ -44,7 +44,7 @@ class Fitted:
 
 def can_be_fitted(session: Session) -> bool:
     """Whether there are features, and one linear layer alone stands behind the cut: as rank 0 finds, on all workers."""
-    return bool(session.worker.gather(_layer(session) is not None if session.worker.rank == 0 else None)[0])
+    return bool(session.worker.all_gather(_layer(session) is not None if session.worker.rank == 0 else None)[0])
 
 
 def fit_head(session: Session) -> Fitted:
@@ -56,7 +56,7 @@ def fit_head(session: Session) -> Fitted:
     found: tuple[Tensor, Tensor, Fitted] | None = None
     if session.worker.rank == 0:
         found = _fitted(session)
-    weight, bias, fitted = session.worker.gather(found)[0]
+    weight, bias, fitted = session.worker.all_gather(found)[0]
     layer = _layer(session)
     assert layer is not None
     assert layer.bias is not None

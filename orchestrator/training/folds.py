@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.data import Ints
 from orchestrator.errors import TrainingError
-
-Ints = npt.NDArray[np.int64]
 
 
 def assign_folds(

@@ -29,7 +29,7 @@ def backbone_files(plan: Plan, worker: Worker) -> Path:
             fetch(card, with_weights)
         except RefusedError as error:
             problem = error
-    answers: list[tuple[int, RefusedError | None]] = worker.gather((worker.local_rank, problem))
+    answers: list[tuple[int, RefusedError | None]] = worker.all_gather((worker.local_rank, problem))
     problems = {rank: error for rank, (_, error) in enumerate(answers) if error is not None}
     having = [rank for rank, (local_rank, error) in enumerate(answers) if local_rank == 0 and error is None]
     if problems:
@@ -42,7 +42,7 @@ def backbone_files(plan: Plan, worker: Worker) -> Path:
 def _hand_over(card: BackboneCard, names: Sequence[str], worker: Worker, sender: int, receives: bool) -> None:
     """Send files from one worker's node to others, into the folders of the Hub's client. All workers call this."""
     places = [place_for(card, name) for name in names]
-    sizes = worker.gather([place.stat().st_size for place in places] if worker.rank == sender else None)[sender]
+    sizes = worker.all_gather([place.stat().st_size for place in places] if worker.rank == sender else None)[sender]
     for place, size in zip(places, sizes, strict=True):
         with contextlib.ExitStack() as files:
             source = files.enter_context(place.open("rb")) if worker.rank == sender else None

@@ -154,7 +154,7 @@ def _newest_checkpoint(session: Session) -> ckpt.Checkpoint | None:
     def note(text: str) -> None:
         session.report(Noted(text, is_warning=True))
 
-    step: int | None = worker.gather(ckpt.newest_step(run, note) if worker.rank == 0 else None)[0]
+    step: int | None = worker.all_gather(ckpt.newest_step(run, note) if worker.rank == 0 else None)[0]
     checkpoint = None if step is None else ckpt.load(run, step)
     worker.barrier()  # nobody removes what another one is still reading
     if worker.rank == 0:

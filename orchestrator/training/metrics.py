@@ -26,6 +26,7 @@ class Predictions:
     """What the model says of labelled samples; arrays with one entry a sample."""
 
     rows: npt.NDArray[np.int64]
+    """Of the sample table."""
     targets: npt.NDArray[Any]
     """int64 [samples], the class; multi-label, regression: float32 [samples, classes]."""
     predicted: npt.NDArray[Any]
@@ -33,10 +34,11 @@ class Predictions:
     scores: npt.NDArray[np.float32]
     """[samples, classes]: probabilities, or predicted values; [samples, 0] where they were too many to keep."""
     loss: npt.NDArray[np.float32]
-    """Cross entropy in nats; regression: squared error in units of the training targets' variance."""
+    """[samples]: cross entropy in nats (several labels: its mean over the classes); regression: squared error in units
+    of the training targets' variance."""
 
 
-def measure(task: str, predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
+def compute_metrics(task: str, predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
     """The figures that suit the task; `x_95` is the 95 % interval of `x`, and holds it. Plain JSON.
 
     A figure that is not defined on these samples is None, and so is its interval. {"num_samples": 0} without samples.

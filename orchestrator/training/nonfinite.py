@@ -1,4 +1,4 @@
-"""A loss that is no number: which samples of the batch it comes of, and whether an input, the weights or the rate is
+"""A loss that is not finite: which samples of the batch it comes of, and whether an input, the weights or the rate is
 to blame. It is found out, by looking at the inputs and the weights, and by running the batch again.
 """
 
@@ -65,7 +65,7 @@ def blame(session: Session, moving: ckpt.Tensors, own: Own, number: int, loss: f
     if earlier is not None:
         for batch in batches:
             seen.with_earlier += _fails(session, batch)
-    all_seen = session.worker.gather(seen)
+    all_seen = session.worker.all_gather(seen)
     whole = _Seen(*([place for one in all_seen for place in getattr(one, name)] for name in vars(seen)))
     cause, mend = _judge(session, whole, broken, frozen, earlier, number)
     named = "" if any(place in cause for place in whole.batch) else f"; its batch: {_named(whole.batch)}"
@@ -83,7 +83,7 @@ def _judge(
             f"mend or remove such samples{skip}, and start over with --fresh"
         )
     if seen.bad_features:
-        return f"the backbone is to blame: for finite inputs it gives no number, of {_named(seen.bad_features)}", (
+        return f"the backbone is to blame: of finite inputs it makes NaN or infinity: {_named(seen.bad_features)}", (
             "set training.precision = fp32, or choose another backbone"
         )
     if frozen or (broken and number == 0):
@@ -92,12 +92,12 @@ def _judge(
             "fetch or save the backbone again"
         )
     if seen.bad_outputs and not broken and not seen.in_fp32 and session.plan.job.training.precision != "fp32":
-        return f"the precision is to blame: in fp32 the network gives numbers for {_named(seen.bad_outputs)}", (
+        return f"the precision is to blame: in fp32 the network gives finite values for {_named(seen.bad_outputs)}", (
             "set training.precision = fp32, and start over with --fresh"
         )
     if seen.bad_outputs and not broken and (number == 0 or seen.with_earlier):
         which = "its weights as they began" if number == 0 else f"the weights of step {earlier} too"
-        return f"an input is to blame: with {which} the network gives no number for {_named(seen.bad_outputs)}", (
+        return f"an input is to blame: with {which} the network gives NaN or infinity for {_named(seen.bad_outputs)}", (
             "look at these samples: values far beyond those of others overflow; mend or remove them, and start over "
             "with --fresh"
         )
@@ -109,16 +109,16 @@ def _rate(session: Session, seen: _Seen, broken: list[str], earlier: int | None)
     rates = {phase.head_learning_rate, phase.learning_rate if phase.trains != "head" else 0.0} - {0.0}
     shown = " and ".join(f"{rate:g}" for rate in sorted(rates))
     if broken:
-        how = f"the steps before have made {broken[0]} infinite or no number"
+        how = f"the steps before have made {broken[0]} infinite or NaN"
     elif seen.bad_outputs:
-        how = f"the weights have grown until the network gives no number for {_named(seen.bad_outputs)}"
+        how = f"the weights have grown until the network gives NaN or infinity for {_named(seen.bad_outputs)}"
     else:
-        how = "the outputs are numbers, so large that their loss is none"
+        how = "the outputs are finite, and so large that their loss is not"
     if earlier is not None and not seen.with_earlier:
-        how += f", while those of step {earlier} still give numbers"
+        how += f", while those of step {earlier} still give finite values"
     lower = f"{float(f'{phase.head_learning_rate / 10:.0e}'):g}"
     clip = "" if session.plan.job.training.clip_norm is not None else ", set training.clip_norm = 1"
-    return f"the rate of {shown} is to blame: {how}", (
+    return f"the learning rate of {shown} is to blame: {how}", (
         f"lower it: training.learning_rate = {lower}{clip}, and start over with --fresh"
     )
 
@@ -132,7 +132,7 @@ def _named(places: Sequence[str]) -> str:
 
 
 def _not_finite(session: Session) -> list[str]:
-    """Names of the network's parameters and buffers that hold a value which is none."""
+    """Names of the network's parameters and buffers that hold NaN or infinity."""
     module = session.network.module
     named = [*module.named_parameters(), *module.named_buffers()]
     return [name for name, one in named if one.is_floating_point() and not bool(one.isfinite().all())]
@@ -167,7 +167,7 @@ def _places(session: Session, batch: Batch, tensors: Iterable[Tensor]) -> list[s
 def _step_of_checkpoint(session: Session, moving: ckpt.Tensors) -> int | None:
     """The step of the newest checkpoint, whose weights the network has then; None without one, on all workers alike."""
     worker, run = session.worker, session.run
-    step: int | None = worker.gather(ckpt.newest_step(run) if worker.rank == 0 else None)[0]
+    step: int | None = worker.all_gather(ckpt.newest_step(run) if worker.rank == 0 else None)[0]
     if step is None:
         return None
     try:

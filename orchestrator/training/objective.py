@@ -108,7 +108,7 @@ def make_objective(plan: Plan, network: Network) -> Objective:
     return Objective(plan.job.task, weights, smoothing, mean.to(device), std.to(device))
 
 
-def fold(objective: Objective, network: Network) -> None:
+def fold_target_scale(objective: Objective, network: Network) -> None:
     """Let the network itself give targets in their own units, so that it can be served without us."""
     if objective.task != "regression":
         return

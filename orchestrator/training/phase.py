@@ -220,7 +220,7 @@ class PhaseLoop:
         num_samples, stop, due = told.tolist()
         self._unread.append((sums, num_samples, number, own))
         # What a GPU has computed is looked at a step later, when it is there: so nobody waits for it. On a CPU before
-        # the step, so that a loss that is none spoils no weights.
+        # the step, so that a loss that is not finite spoils no weights.
         self._read_sums(keep=0 if worker.device.type == "cpu" else 1)
         # Of a batch that nobody could read there is nothing to learn.
         reduction.finish((1.0 / sums[1]).float() if num_samples else 0.0)
@@ -316,7 +316,7 @@ class PhaseLoop:
         if where == self._saved:
             return
         self._saved = where
-        for skipped in session.worker.gather(session.raw.skipped):
+        for skipped in session.worker.all_gather(session.raw.skipped):
             session.raw.skipped.update(skipped)
         state.skipped = {str(row): why for row, why in sorted(session.raw.skipped.items())}
         if session.audit is not None:

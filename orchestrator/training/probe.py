@@ -16,7 +16,7 @@ from torch.nn import functional
 from orchestrator.errors import TrainingError, counted
 from orchestrator.training.folds import assign_folds
 from orchestrator.training.linear_fits import LinearFits, RidgeFits, SigmoidFits, SoftmaxFits
-from orchestrator.training.metrics import Predictions, measure
+from orchestrator.training.metrics import Predictions, compute_metrics
 from orchestrator.training.objective import Objective
 
 STRENGTHS = (100.0, 10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
@@ -192,7 +192,7 @@ def _some(predictions: Predictions, chosen: npt.NDArray[np.bool_]) -> Prediction
 
 
 def _measured(task: str, predictions: Predictions, num_classes: int) -> dict[str, Any]:
-    return measure(task, predictions, [str(number) for number in range(num_classes)])
+    return compute_metrics(task, predictions, [str(number) for number in range(num_classes)])
 
 
 def _refuse_not_finite(values: Tensor, what: str) -> None:

@@ -25,6 +25,8 @@ share is done once: the data is read, a frozen body runs, and heads are trained 
     race        features and probes on a sample that grows for those still in it
     standings   what came of a candidate, and whether two differ by more than the noise
     neighbours  nearest neighbours on features, over the same folds
+    sent_search  a search as a job for a cluster
+    sent_ranking  a ranking as a job for a cluster
     steps       how long full fine-tuning would take: a few steps are measured
 """
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
         open_search as open_search,
         shown_config as shown_config,
     )
+    from orchestrator.tuning.sent_ranking import rank_to_send as rank_to_send, run_rank as run_rank
+    from orchestrator.tuning.sent_search import run_search as run_search, search_to_send as search_to_send
     from orchestrator.tuning.standings import RankRow as RankRow, RankTable as RankTable
     from orchestrator.tuning.study import search as search
     from orchestrator.tuning.trials import Trial as Trial
@@ -52,7 +56,11 @@ _HOMES = {
     "Trial": "trials",
     "open_search": "result",
     "rank": "ranking",
+    "rank_to_send": "sent_ranking",
+    "run_rank": "sent_ranking",
+    "run_search": "sent_search",
     "search": "study",
+    "search_to_send": "sent_search",
     "shown_config": "result",
 }
 

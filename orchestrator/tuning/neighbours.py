@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestrator.data import Ints
-from orchestrator.training import SCORES, Predictions, measure
+from orchestrator.training import SCORES, Predictions, compute_metrics
 
 NUM_NEIGHBOURS = 10
 _SIMILARITIES_AT_ONCE = 2**24
@@ -39,7 +39,7 @@ def score_of_neighbours(
     found = torch.cat(parts).float().numpy()
     predicted = found.argmax(axis=1) if task == "single-label" else found > 0.5 if task == "multi-label" else found
     nothing = np.zeros((len(found), 0), np.float32)
-    figures = measure(
+    figures = compute_metrics(
         task, Predictions(np.arange(len(found)), targets, predicted, nothing, np.zeros(len(found), np.float32)),
         [str(number) for number in range(num_classes)],
     )  # fmt: skip

@@ -40,6 +40,8 @@ _MOST_HERE = 8
 _RUN, _NUMBER, _REPEAT, _PROBES = "run", "number", "repeat", "probes"
 _DRIVER_BYTES = 2**20
 """What a trial asks for that has workers of its own: a place, and no core."""
+_DRIVER_SHARE = 0.001
+"""Of what stands for its node."""
 _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are ours
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "20",  # a step may take long; after it the process serves the next trial
@@ -121,7 +123,9 @@ class TuneTrials:
 
     def _resources(self, plan: Plan) -> tune.PlacementGroupFactory:
         if plan.num_workers > 1 or plan.num_extractors:
-            return tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES}])
+            # On this node: another one that is lost takes workers with it, which are replaced, and no trial.
+            here = f"node:{ray.util.get_node_ip_address()}"
+            return tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES, here: _DRIVER_SHARE}])
         return tune.PlacementGroupFactory([{"CPU": self._room.threads, **({"GPU": 1} if self._room.use_gpu else {})}])
 
     def __getstate__(self) -> dict[str, Any]:

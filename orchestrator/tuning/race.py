@@ -138,7 +138,7 @@ class Race:
         )  # fmt: skip
         seconds = time.monotonic() - started
         if isinstance(ref, NoCut):
-            finite = "" if math.isfinite(ref.split_error) else "what it gives is not finite, or "
+            finite = "" if math.isfinite(ref.cut_error) else "what it gives is not finite, or "
             raise TrainingError(
                 f"{finite}no cut into body and head holds for this network, so that it has no features to compare",
                 expected="a network whose head reads what its body gives",

@@ -6,12 +6,14 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestrator.backbone import find_on_hub
 from orchestrator.errors import JobError, RefusedError, TrainingError
 from orchestrator.gate import ResolvedBackbone, drafted, materialised, without_rows
-from orchestrator.job import DATA_FOLDER, Job, Report, Stop, hold, shown, stop_on_signal
+from orchestrator.job import DATA_FOLDER, DirectoryStorage, Job, Report, Stop, hold, shown, stop_on_signal
 from orchestrator.modality import registry
 from orchestrator.network import find_device, start_worker
 from orchestrator.progress import progress
@@ -55,8 +57,7 @@ def rank(
         job = _job(names, rows, num_samples, fields)
         storage = directory_of(job.storage)
         # A run of its own that nobody sees: it holds the sample table while features are computed of it.
-        digest = hashlib.sha256(json.dumps([job.identity(), names]).encode()).hexdigest()[:8]
-        run = held.enter_context(hold(storage, f".rank-{digest}"))
+        run = held.enter_context(hold(storage, f".rank-{ranking_digest(job, names)}"))
         held.callback(run.clear)
         gate = Gate(job, run, report)
         known: dict[str, ResolvedBackbone] = {}
@@ -83,6 +84,39 @@ def rank(
         if not ranked:
             raise _all_failed(candidates)
         return _table(ranked, candidates, rows, job)
+
+
+def ranked_job(
+    backbones: Sequence[str], from_hub: str | None, num_from_hub: int, num_samples: int, fields: dict[str, Any]
+) -> tuple[list[str], Job]:
+    """(the candidates, the job that they have in common), as `rank` takes them. Raises `RefusedError`."""
+    names, rows = _names(backbones, from_hub, num_from_hub)
+    _refuse_none(names, rows)
+    return names, _job(names, rows, num_samples, fields)
+
+
+def first_candidate(names: Sequence[str], job: Job, report: Report) -> Candidate:
+    """The first that the gate lets through. Raises `RefusedError` where it lets none."""
+    rows: list[RankRow] = []
+    with (
+        TemporaryDirectory(prefix="orchestrator-rank-") as folder,
+        hold(DirectoryStorage(Path(folder)), "rank") as held,
+    ):
+        gate = Gate(job, held, report)
+        for name in names:
+            try:
+                return gate.admit(name, gate.resolved(name))
+            except RefusedError as error:
+                if error.reason == "data":  # nobody could be trained on it
+                    raise
+                rows.append(refused_row(name, error))
+    _refuse_none((), rows)
+    raise AssertionError("a ranking has a candidate")
+
+
+def ranking_digest(job: Job, names: Sequence[str]) -> str:
+    """Of what is compared: the data and what is made of it, and the backbones."""
+    return hashlib.sha256(json.dumps([job.identity(), list(names)]).encode()).hexdigest()[:8]
 
 
 def _names(backbones: Sequence[str], from_hub: str | None, num_from_hub: int) -> tuple[list[str], list[RankRow]]:

@@ -75,6 +75,14 @@ class SearchResult:
         """The mean over a trial and its repetitions with other seeds."""
         return mean_score(trial, self.trials)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The search as `--json` prints it."""
+        best = self.best_run
+        return {
+            "search": str(self.path), "metric": self.metric.key, "caveat": self.caveat,
+            "run": str(best.path) if best else None, "results": best.results if best else None, "trials": self.rows(),
+        }  # fmt: skip
+
     def rows(self) -> list[dict[str, Any]]:
         """A row a trial, as `search.csv` has them."""
         return [

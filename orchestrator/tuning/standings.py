@@ -83,6 +83,13 @@ class RankTable:
         """The table as `--json` prints it."""
         return {**asdict(self), "best": self.best.backbone, "largest": self.largest.backbone}
 
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> RankTable:
+        """The table that `as_dict` has written, JSON in between or not."""
+        fields = {key: value for key, value in tree.items() if key not in ("best", "largest")}
+        rows = [{**row, "interval": tuple(row["interval"]) if row["interval"] else None} for row in tree["rows"]]
+        return cls(**{**fields, "rows": tuple(RankRow(**row) for row in rows)})
+
 
 @dataclass(frozen=True)
 class Standing:

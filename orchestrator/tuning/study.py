@@ -21,6 +21,7 @@ from orchestrator.job import (
     Job,
     Noted,
     PhaseBegan,
+    Plan,
     Report,
     Run,
     Stop,
@@ -109,13 +110,13 @@ def _search(
     algorithm = make_algorithm(settings.search_alg, space, settings.seed)
     digest = _digest(first, space, settings, metric)
     storage = directory_of(first.storage)
-    name = first.name or f"search-{first.modality}-{digest}"
+    name = first.name or search_name(first, space, settings)
     with _held(storage, name, fresh) as held:
         book = Book(held)
         if book.spec and book.spec.get("digest") != digest:
             raise _changed(held, book.spec, space)
         layout = Layout(draft, held, report)
-        plans = [_first_plan(layout, space, settings, one) for one in _backbones(space, first)]
+        plans = [first_plan(layout, space, settings, one) for one in backbones_of(space, first)]
         refuse_changed(held.place, book.spec.get("seen", {}), layout.seen())
         work = Work(
             space, settings, metric, layout, book, algorithm, report, should_stop,
@@ -174,11 +175,18 @@ def _num_trials(space: Space, settings: SearchSettings) -> int:
     return settings.num_trials or max(_NUM_TRIALS, space.num_grid_points)
 
 
-def _backbones(space: Space, first: Job) -> list[str]:
+def search_name(first: Job, space: Space, settings: SearchSettings) -> str:
+    """Of a search that is given none; `first`: the job of its first trial."""
+    digest = _digest(first, space, settings, make_metric(first.task, settings.metric))
+    return f"search-{first.modality}-{digest}"
+
+
+def backbones_of(space: Space, first: Job) -> list[str]:
+    """All that its trials begin with."""
     return values_of(space.domains.get("backbone")) or [first.backbone]
 
 
-def _first_plan(layout: Layout, space: Space, settings: SearchSettings, backbone: str) -> Any:
+def first_plan(layout: Layout, space: Space, settings: SearchSettings, backbone: str) -> Plan:
     """The plan of a trial of that backbone. Raises `RefusedError` where none of the first draws can be."""
     problem: RefusedError | None = None
     draws = space.draws(settings.seed)

@@ -13,7 +13,7 @@ _TIMM_CHANNELS = 3  # of `in_chans`, where model_args do not say
 
 
 def channels_of(card: BackboneCard) -> int:
-    """Of the network's input."""
+    """How many channels the network's input has."""
     if card.library == "timm":
         return int((card.config.get("model_args") or {}).get("in_chans") or _timm_input(card))
     nested = card.config.get("vision_config") or {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import shutil
@@ -23,6 +24,7 @@ from typing import Any
 import pyarrow.fs
 from moto.server import ThreadedMotoServer
 
+from cluster.local import LocalCluster
 from orchestrator.job import open_storage
 from tests.chaos.rows import ROWS, SKIPPED, Row
 from tests.chaos.work import NotSurvivedError, Work, environment
@@ -96,6 +98,8 @@ class Rounds:
         work = self.work(folder, row, random.Random(f"{self.seed} {name} {number}"))
         one: dict[str, Any] = {"faults": work.faults, "survived": False}
         try:
+            if row.on_nodes:
+                work.cluster = LocalCluster(num_nodes=row.on_nodes, cpus=1).up()
             row.hurt(work)
             one["sha256"] = work.finish()
             work.leaves_nothing()
@@ -133,6 +137,7 @@ class Rounds:
     def proxy(self) -> Proxy:
         """In front of an object store, which begins with the first row that wants it."""
         if self._proxy is None:
+            logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
             server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
             server.start()
             self.resources.callback(server.stop)
@@ -155,10 +160,12 @@ class Rounds:
 
 
 def clear(work: Work) -> None:
-    """End what is left of a job, and remove it."""
+    """End what is left of a job, and of its machines, and remove it."""
     if work.process is not None and work.process.poll() is None:
         work.process.kill()
         work.process.wait()
+    if work.cluster is not None:
+        work.cluster.down()
     if work.runs.is_mount():
         subprocess.run(["umount", "-l", work.runs], check=False)
     shutil.rmtree(work.folder, ignore_errors=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.local import namespaces_allowed
 from tests.chaos.work import NotSurvivedError, Work
 
 SKIPPED = "skipped: "
@@ -26,6 +27,8 @@ class Row:
     arguments: tuple[str, ...] = ()
     on_hub: bool = False
     in_store: bool = False
+    on_nodes: int = 0
+    """On how many machines of its own, which this one is divided into."""
     needs: Callable[[], str] = lambda: ""
     """Why it cannot be tried here, '' where it can."""
 
@@ -120,6 +123,10 @@ def _can_mount() -> str:
     return "" if os.geteuid() == 0 and shutil.which("mount") else "needs root, to mount a small disk"
 
 
+def _can_divide() -> str:
+    return "" if namespaces_allowed() else "needs root on Linux, for machines with networks of their own"
+
+
 def _disk_full(work: Work) -> None:
     """A disk of its own for the runs, filled at a random moment."""
     runs = work.runs
@@ -195,6 +202,59 @@ def _hub(work: Work) -> None:
     work.hub.faults.clear()
 
 
+# --- machines that go ---
+
+
+def _node_killed(work: Work) -> None:
+    """All that runs on the second machine, at once; another one takes its place."""
+    assert work.cluster is not None
+    work.start()
+    if work.wait_for_random_moment():
+        work.note("a node's end")
+        work.cluster.kill_node("node1")
+        work.cluster.add_node()
+
+
+def _node_cut(work: Work) -> None:
+    """Off the network for 20 s, then for ever; what runs on it runs on."""
+    assert work.cluster is not None
+    work.start()
+    if not work.wait_for_random_moment():
+        return
+    work.note("a node's network is cut for 20 s")
+    work.cluster.cut("node1", 20)
+    if work.wait_for_random_moment():
+        work.note("a node's network is cut for ever")
+        work.cluster.cut("node1")
+        work.cluster.add_node()
+
+
+def _node_drained(work: Work) -> None:
+    """With half a minute's notice; another one takes its place. No step is done twice."""
+    assert work.cluster is not None
+    work.start()
+    if not work.wait_for_random_moment():
+        return
+    work.note("a node's notice of 30 s")
+    before = time.monotonic()
+    work.cluster.drain("node1", 30)
+    work.cluster.add_node()
+    time.sleep(max(0.0, before + 35 - time.monotonic()))
+    work.cluster.kill_node("node1")
+
+
+def _head_gone(work: Work) -> None:
+    """The head with its driver, and then all of the cluster; the same command on another cluster."""
+    assert work.cluster is not None
+    process = work.start()
+    if work.wait_for_random_moment():
+        work.note("the head's end")
+        work.cluster.kill_node("node0")
+        process.wait()
+        work.cluster.down()
+        work.cluster.up()
+
+
 # --- two at once, and signals ---
 
 
@@ -228,6 +288,7 @@ def _signals(work: Work) -> None:
 
 ON_RAY = ("--address", "local")
 TWO = ("--address", "local", "--workers", "2", "--set", "training.num_microbatches=2")
+NODES = ("--workers", "2", "--set", "training.num_microbatches=2")
 HEAD = ("--method", "head", "--address", "local", "--set", "scaling.num_extractors=1", "--set", "settings.size=128")
 
 ROWS: dict[str, Row] = {
@@ -247,4 +308,8 @@ ROWS: dict[str, Row] = {
     "worker-and-driver": Row(_worker_and_driver, "two", TWO),
     "driver-on-ray": Row(_driver, "here", ON_RAY),
     "extractor": Row(_extractor, "head", HEAD),
+    "node-killed": Row(_node_killed, "two", NODES, on_nodes=2, needs=_can_divide),
+    "node-cut": Row(_node_cut, "two", NODES, on_nodes=2, needs=_can_divide),
+    "node-drained": Row(_node_drained, "two", NODES, on_nodes=2, needs=_can_divide),
+    "head-gone": Row(_head_gone, "two", NODES, on_nodes=2, needs=_can_divide),
 }

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.local import LocalCluster
 from orchestrator.job import Storage, run_in
 from tests.hub_server import Hub
 from tests.s3_proxy import Proxy
@@ -46,6 +47,8 @@ class Work:
     """Where its run lies, as this process finds it."""
     proxy: Proxy | None = None
     """In front of the object store, where it lies in one."""
+    cluster: LocalCluster | None = None
+    """Machines of its own, where it has some: it is started on the first one."""
     name: str = "run"
     faults: list[dict[str, Any]] = field(default_factory=list)
     """Each with its kind, when it came, to which process."""
@@ -62,12 +65,16 @@ class Work:
     def start(self, *more: str) -> subprocess.Popen[str]:
         """The same command again."""
         self.num_starts += 1
+        words = [sys.executable, "-m", "orchestrator.terminal.cli", "finetune", *self.job, "--name", self.name, *more]
+        environment = self.environment
+        if self.cluster is not None:
+            words = self.cluster.command("node0", [*words, "--address", self.cluster.address])
+            environment = {**environment, **self.cluster.node_environment("node0")}
         log = self.folder / f"start-{self.num_starts}.log"
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator.terminal.cli", "finetune", *self.job, "--name", self.name, *more],
-                cwd=self.folder, env=self.environment, stdout=out, stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
+                words, cwd=self.folder, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True
+            )
         self.pids.add(self.process.pid)
         return self.process
 

@@ -29,7 +29,7 @@ from orchestrator.modality import registry
 from orchestrator.modality.contract import Facts, Modality, Profile
 from tests.tiny import make_bert, make_wav2vec2
 
-NUM = int(os.environ.get("FUZZ_NUM", "2000"))
+NUM = int(os.environ.get("FUZZ_NUM", "500"))
 SEED = os.environ.get("FUZZ_SEED", "0")
 SLOWEST_S = 5.0
 MOST_KIB = 1_500_000

@@ -174,6 +174,7 @@ def test_the_queue_of_events_is_on_the_drivers_node() -> None:
         ray.kill(queue)
 
 
+@pytest.mark.cluster
 def test_workers_that_do_not_answer_are_ended_before_the_run_is_somebody_elses(
     tiny_resnet: Path, flat_digits: Path
 ) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.distributed.fetching import Arrival, beside, copy_run, settle
+from orchestrator.distributed.fetching import Arrival, copy_run, settle
 from orchestrator.distributed.telling import Piece
 from orchestrator.errors import OrchestratorError, RefusedError
-from orchestrator.job import DirectoryStorage, file_sha256, hold
+from orchestrator.job import DirectoryStorage, beside, file_sha256, hold
 
 
 @pytest.fixture

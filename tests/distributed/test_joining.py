@@ -61,6 +61,7 @@ def _nothing_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
+@pytest.mark.cluster
 @pytest.mark.usefixtures("_nothing_given")
 @pytest.mark.parametrize(
     ("given", "message"),
@@ -122,6 +123,7 @@ def test_where_nothing_listens_it_is_said_at_once() -> None:
     assert caught.value.mend
 
 
+@pytest.mark.cluster
 @pytest.mark.usefixtures("_nothing_given")
 def test_a_plugin_that_a_node_lacks_is_refused_with_the_node(
     guarded: str,

@@ -84,7 +84,9 @@ def scan() -> Iterator[str]:
 
 
 @pytest.mark.usefixtures("_cluster")
-@pytest.mark.parametrize("method", ["full", "head", "auto"])
+@pytest.mark.parametrize(
+    "method", ["auto", *(pytest.param(one, marks=pytest.mark.cluster) for one in ("full", "head"))]
+)
 def test_two_workers_learn_what_one_does(tiny_resnet: Path, digits: Path, method: str, scan: str) -> None:
     training = {**SHARDS, **({"budget_min": 100} if method == "auto" else {})}  # steps are measured, and taken back
     one = train(tiny_resnet, digits, 0, "one", method=method, training=training)
@@ -202,6 +204,7 @@ def test_a_worker_that_dies_is_replaced(uninterrupted: orchestrator.Run, tiny_re
     assert [line["epoch"] for line in hurt.metrics] == list(range(1, 16))
 
 
+@pytest.mark.cluster
 @pytest.mark.usefixtures("_cluster")
 def test_a_job_cut_off_in_this_process_goes_on_with_two_workers_one_of_which_dies(
     tiny_resnet: Path, digits: Path
@@ -276,6 +279,7 @@ def processes(name: bytes) -> list[int]:
     return found
 
 
+@pytest.mark.cluster
 def test_one_ray_worker_is_this_process_bit_for_bit_interrupted_and_killed(
     uninterrupted: orchestrator.Run, tiny_resnet: Path, digits: Path, cli_process: Cli
 ) -> None:
@@ -304,6 +308,7 @@ def checkpoints() -> set[str]:
     return {file.parent.name for file in Path("runs/ray").glob("checkpoints/step-*/.manifest.json")}
 
 
+@pytest.mark.cluster
 def test_one_start_of_ray_serves_all_calls_of_a_process(tiny_resnet: Path, flat_digits: Path) -> None:
     """As far as its cores suffice; in a process of its own, since this one has a Ray."""
     script = """

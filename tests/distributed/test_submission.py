@@ -19,8 +19,9 @@ import orchestrator
 from cluster.local import LocalCluster
 from orchestrator.distributed.preflight import Preflight
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError
-from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan
+from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan, TrialsAdvanced
 from orchestrator.remote import remote_runs
+from orchestrator.tuning import RankTable
 from tests.conftest import REPOSITORY
 from tests.distributed.bare import bare_python
 from tests.distributed.wire import Wire
@@ -269,6 +270,63 @@ def test_a_plugin_that_is_here_alone_trains_there(
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(done.stdout)
     assert json.loads(Path("home/results.json").read_text())["test"] == results["test"]
+
+
+def test_a_search_is_submitted_and_its_best_run_comes_home(
+    cluster: LocalCluster, storage: str, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    """A head, which its driver trains, and a whole network, in a process of Ray Tune's."""
+    told = Heard()
+    search = {"space": {"method": {"grid": ["head", "full"]}}}
+    job = {**SMALL, "training": {"epochs": 1, "batch_size": 40}, "kind": "search", "search": search, "method": "head"}
+    job |= {"backbone": str(tiny_resnet), "data": str(digits), "storage": storage, "name": "tried"}
+    run = submit(cluster, **job)
+    found = run.follow(told)
+    assert [(row["method"], row["state"]) for row in found["trials"]] == [("head", "finished"), ("full", "finished")]
+    last = [event for event in told if isinstance(event, TrialsAdvanced)][-1]
+    assert (last.num_done, last.num_trials) == (2, 2)
+    home = run.fetch(tmp_path / "home")
+    assert home.results == found["results"]
+    assert home.path.joinpath("model/config.json").is_file()
+    assert submit(cluster, **job).id == run.id
+
+
+def test_a_search_of_eight_trials_of_two_workers_each_outlives_a_node(
+    cluster: LocalCluster, second_node: str, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    """Lost amid the third trial; each has its workers on both nodes, so it waits for the one that comes instead."""
+    rates = [0.001 * (k + 1) for k in range(8)]
+    search = {"space": {"learning_rate": {"grid": rates}}}
+    run = submit(
+        cluster, kind="search", search=search, name="eight", backbone=str(tiny_resnet), data=str(digits),
+        storage=str(tmp_path / "runs"), method="full", training={"epochs": 2, "batch_size": 40},
+        scaling={"num_workers": 2, "threads_per_worker": 1},
+    )  # fmt: skip
+    lost: list[str] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, TrialsAdvanced) and event.num_done == 2 and event.num_running and not lost:
+            lost.append(second_node)
+            cluster.kill_node(second_node)
+            cluster.add_node()
+
+    found = run.follow(hear)
+    assert lost == [second_node]
+    assert [row["training.learning_rate"] for row in found["trials"]] == rates
+    assert [row["state"] for row in found["trials"]] == ["finished"] * 8
+    assert found["results"]["test"]["num_samples"] == 200
+
+
+def test_a_ranking_is_submitted(
+    cluster: LocalCluster, storage: str, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    rank = {"backbones": [str(tiny_resnet), str(tmp_path / "absent")], "num_samples": 128}
+    run = submit(cluster, kind="rank", data=str(digits), storage=storage, rank=rank)
+    table = RankTable.from_dict(run.follow(Heard()))
+    assert [row.state for row in table.rows] == ["ranked", "refused"]
+    assert table.best.backbone == str(tiny_resnet)
+    with pytest.raises(RefusedError, match="is a ranking, and has no run"):
+        run.fetch(tmp_path / "home")
 
 
 def test_no_secret_is_to_be_found_there(

@@ -15,11 +15,12 @@ from orchestrator.errors import (
     RefusedError,
     TrainingError,
 )
-from orchestrator.job import Advanced, EpochEnded, Noted, PhaseBegan
+from orchestrator.job import Advanced, EpochEnded, Noted, PhaseBegan, TrialsAdvanced
 
 ALL: list[Told] = [
     PhaseBegan("training\neverything", 30, 10, "steps", 32.0), Advanced(3), Beat(),
     EpochEnded({"epoch": 1, "train_loss": 0.5}, 3, "single-label"), Noted('a "note" \u2028 of two', is_warning=True),
+    TrialsAdvanced(1, 4, 2, 0, "validation_loss", [[1, 0.5, {"method": "full"}]], 3.5),
     Ended(0, "/runs/a", {"test": {"accuracy": 0.5}}), Found([{"node": "10.0.0.1"}]), Piece("model/a", "YQ=="),
 ]  # fmt: skip
 

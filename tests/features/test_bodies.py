@@ -1,4 +1,4 @@
-"""A body in several threads, and as machine code."""
+"""A body in several threads, and compiled."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_tokens_are_not_compiled() -> None:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("precision", FORMATS)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_a_long_pass_is_compiled_and_gives_the_same_head(
     precision: str, tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ def run_script(script: str, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_it_goes_on_from_its_last_shard(tiny_resnet: Path, digits: Path) -> None:
     whole = train(tiny_resnet, digits, **head(), storage="remote")
@@ -110,7 +111,7 @@ def test_killed_at_ten_random_moments_it_goes_on_from_its_last_shard(tiny_resnet
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "auto"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "auto"])
 def test_two_jobs_at_once_share_the_work_and_end_right(precision: str, tiny_resnet: Path, digits: Path) -> None:
     """Each takes 3 s for itself: they share it though no job would write a shard so soon for its own sake."""
     names = ("one", "two")

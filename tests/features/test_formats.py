@@ -20,7 +20,7 @@ from orchestrator.features import SampleSource, formats
 from orchestrator.features.formats import LEAST_COSINE, Choice, choose
 from orchestrator.gate import prepare, resolve_backbone
 from orchestrator.network import start_worker
-from orchestrator.store import FORMAT_FILE, Format, write_shared
+from orchestrator.store import FORMAT_FILE, Format
 from tests.features.conftest import head
 from tests.features.test_bodies import a_convnet
 from tests.whole.test_train import train
@@ -95,7 +95,7 @@ def test_of_two_jobs_that_try_at_once_the_first_answer_holds(
         rows = source.samples.rows("train")
 
         def num_missing(_format: Format) -> int:  # asked before the trial: meanwhile the other job ends its own
-            write_shared(Path(FORMAT_FILE), json.dumps(asdict(Choice(first, 1.0, 1.0))))
+            Path(FORMAT_FILE).write_text(json.dumps(asdict(Choice(first, 1.0, 1.0))))
             return len(rows)
 
         choice = choose("auto", a_convnet(), source, rows, worker, Path(), num_missing)

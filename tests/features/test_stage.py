@@ -342,5 +342,5 @@ def test_where_no_cut_holds_the_stage_says_so(tiny_resnet: Path, flat_digits: Pa
         )  # fmt: skip
     assert isinstance(ref, NoCut)
     assert ref.lineage["features"] == "every step"
-    assert ref.lineage["split_error"] > 1e-4
+    assert ref.lineage["cut_error"] > 1e-4
     assert notes == ["no cut into body and head holds for this network: the body runs in every step"]

@@ -92,7 +92,7 @@ def differences(cls: Any, folder: Path, lengths: tuple[int, ...]) -> dict[str, f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("only", [SOME, pytest.param(None, marks=pytest.mark.types, id="all")])
+@pytest.mark.parametrize("only", [SOME, pytest.param(None, marks=pytest.mark.long, id="all")])
 def test_a_text_is_the_same_alone_in_a_batch_and_in_the_pipeline(tmp_path: Path, only: tuple[str, ...] | None) -> None:
     """One test, since importing all types takes most of the time."""
     transformers.logging.set_verbosity_error()

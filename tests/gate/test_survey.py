@@ -136,7 +136,7 @@ ON_PURPOSE: dict[tuple[str, str], tuple[str, str]] = {
 }
 
 
-# What is looked at by `make test`; `make test-types` looks at all.
+# What is looked at by `make test`; `make test-long` looks at all.
 SOME = ("albert", "audio_spectrogram_transformer", "bert", "clip", "convnext", "deberta_v2", "distilbert", "gpt2",
         "hubert", "modernbert", "resnet", "roberta", "vit", "wav2vec2", "whisper", "xlnet")  # fmt: skip
 
@@ -388,7 +388,7 @@ def test_the_gate_accepts_the_right_pairs_of_some_types() -> None:
         assert any(kind == model_type and cut is not None for (kind, _), cut in CUTS.items())
 
 
-@pytest.mark.types
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_gate_accepts_the_right_pairs_and_no_other_and_every_type_is_cut() -> None:
     """One test, since all types run for it, which takes a minute: nothing random is frozen either."""
@@ -472,7 +472,7 @@ FILLS = ("normal_", "uniform_", "trunc_normal_", "clamp_", "mul_", "add_", "sub_
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("first", "step", "num_families"),
-    [(0, 40, 15), pytest.param(0, 2, 40, marks=pytest.mark.types), pytest.param(1, 2, 40, marks=pytest.mark.types)],
+    [(0, 40, 15), pytest.param(0, 2, 40, marks=pytest.mark.long), pytest.param(1, 2, 40, marks=pytest.mark.long)],
 )
 def test_the_heads_of_timms_rows_are_those_of_the_built_networks(
     first: int, step: int, num_families: int, monkeypatch: pytest.MonkeyPatch

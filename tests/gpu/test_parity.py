@@ -98,7 +98,7 @@ def test_features_are_the_cpus(tiny_resnet: Path, flat_digits: Path) -> None:
     """A head on stored features: of a body that ran on the GPU, cut where the proof holds there too."""
     cpu, gpu = both(backbone=str(tiny_resnet), data=str(flat_digits), method="head")
     assert gpu.lineage["features"] == "once"
-    assert gpu.lineage["split_error"] <= TOLERANCE
+    assert gpu.lineage["cut_error"] <= TOLERANCE
     assert_near(load_file(gpu.model / "model.safetensors"), load_file(cpu.model / "model.safetensors"), tolerance=0.01)
 
 

@@ -10,7 +10,7 @@ import orchestrator
 from orchestrator.backbone import read_card
 from orchestrator.data import prepare_data
 from orchestrator.errors import RefusedError
-from orchestrator.job import BackboneCard, Data, list_runs, local_path, make_job, open_run
+from orchestrator.job import BackboneCard, Data, holds_secret, list_runs, local_path, make_job, open_run, redacted
 from orchestrator.modality import registry
 
 NOBODY = "~nobody-of-this-name"
@@ -36,3 +36,19 @@ def test_a_place_in_the_home_of_nobody_is_refused_as_missing(tiny_resnet: Path) 
     with pytest.raises(RefusedError, match=f"there is no {NOBODY}/photos"):
         orchestrator.finetune(method="head", backbone=str(tiny_resnet), data=f"{NOBODY}/photos")
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("s3://bucket/runs", "s3://bucket/runs"),
+        ("photos/a@b", "photos/a@b"),
+        ("s3://key:word@bucket/runs", "s3://..."),
+        ("https://host/data.csv?sv=1&sig=abc", "https://..."),
+        ("abfss://photos@account.dfs.core.windows.net/runs", "abfss://photos@account.dfs.core.windows.net/runs"),
+        ("abfs://c@a/x?account_key=abc", "abfs://..."),
+    ],
+)
+def test_places_are_shown_without_keys(place: str, shown: str) -> None:
+    assert redacted(place) == shown
+    assert holds_secret(place) == (place != shown)

@@ -40,6 +40,7 @@ def test_every_setting_of_a_job_says_what_it_is_for() -> None:
     assert sorted(one.key for one in found) == sorted(all_keys())
     for one in found:
         assert len(one.meaning) > 5 or one.key in ("training.seed",), one.key
+    assert not [one.key for one in found if one.default == "()"]  # of Python, and says nothing to a reader
     epochs, rate, task = (setting_of(key) for key in ("training.epochs", "training.learning_rate", "task"))
     assert epochs is not None
     assert rate is not None

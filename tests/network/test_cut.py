@@ -61,7 +61,7 @@ def both_ways(backbone: Path, data: Path, **more: Any) -> tuple[orchestrator.Run
 
 def assert_same(once: orchestrator.Run, every_step: orchestrator.Run, backbone: Path) -> None:
     assert (once.lineage["features"], every_step.lineage["features"]) == ("once", "every step")
-    assert once.lineage["split_error"] <= 1e-4
+    assert once.lineage["cut_error"] <= 1e-4
     one, other = (load_file(run.model / "model.safetensors") for run in (once, every_step))
     before = load_file(backbone / "model.safetensors")
     head = tuple(f"{name.removeprefix('timm_model.')}." for name in once.lineage["head"])

@@ -70,7 +70,7 @@ TINY: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 WHOLE = {"aimv2": "vision_model", "align": "vision_model", "chinese_clip": "vision_model", "clap": "audio_model",
          "tipsv2": "vision_model", "vit_mae": "vit"}  # fmt: skip
 CONVOLUTIONS = {"align", "align_vision_model", "dinov3_convnext"}  # of a few pixels they leave nothing
-END_TO_END = ["dinov3_vit", "aimv2", "clap_audio_model"]
+END_TO_END = ["dinov3_vit", *(pytest.param(one, marks=pytest.mark.long) for one in ("aimv2", "clap_audio_model"))]
 
 
 def rows() -> dict[str, tuple[str, Any]]:

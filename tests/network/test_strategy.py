@@ -114,7 +114,7 @@ def of_one_rank(rank: int, folder: str, backend: str) -> None:
     replicated = Replicated(network(module, names), worker)
     replicated.broadcast_new()
     seen["before"], seen["after"] = before, {name: value.cpu() for name, value in module.state_dict().items()}
-    gathered = replicated.gather()
+    gathered = replicated.full_state()
     seen["gathered"] = gathered is not None and gathered.keys() == before.keys()
     seen["state is itself"] = (
         replicated.state(["last.weight"])["last.weight"].data_ptr() == module.last.weight.data_ptr()
@@ -204,7 +204,7 @@ def test_one_worker_pays_nothing() -> None:
     worker = Worker(0, 0, 1, torch.device("cpu"), 1)
     replicated = Replicated(network(module, ("last.weight",)), worker)
     replicated.broadcast_new()
-    gathered = replicated.gather()
+    gathered = replicated.full_state()
     assert gathered is not None
     assert gathered["last.weight"].data_ptr() == module.last.weight.data_ptr()
     with replicated.reduction(list(module.parameters())) as reduction:

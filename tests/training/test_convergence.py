@@ -55,10 +55,10 @@ def test_nothing_is_said_of_what_learnt(made: Any, losses: Sequence[float], figu
 
 
 def test_each_cause_has_its_mend(made: Any) -> None:
-    assert "the rate 0.001 is too high: the loss rose; try: training.learning_rate = 0.0001" in said(
+    assert "the learning rate 0.001 is too high: the loss rose; try: training.learning_rate = 0.0001" in said(
         made(), (2.3, 2.5, 3.9), CHANCE)  # fmt: skip
     low = said(made(training={"learning_rate": 1e-7, "epochs": 10}), (2.3, 2.3, 2.299), CHANCE)
-    assert "the rate 1e-07 is too low" in low
+    assert "the learning rate 1e-07 is too low" in low
     assert "the validation accuracy is 0.100, no better than" in low
     assert "training.learning_rate = 0.003" in low
     few = said(made(training={"learning_rate": 1e-4, "epochs": 1}), (2.3, 2.3), GOOD)
@@ -102,14 +102,14 @@ def test_a_run_that_moved_nothing_says_so_everywhere(tiny_resnet: Path, digits: 
     run = orchestrator.finetune(**job)
     (warning,) = run.results["warnings"]
     assert "the training loss did not fall" in warning
-    assert "the rate 1e-09 is too low" in warning
+    assert "the learning rate 1e-09 is too low" in warning
     assert Noted(warning, is_warning=True) in heard
     heard.clear()
     orchestrator.finetune(**job)  # which is finished
     assert Noted(warning, is_warning=True) in heard
     done = cli("runs", "show", run.path)
     assert done.returncode == 0
-    assert "the rate 1e-09 is too low" in " ".join(done.stdout.split())
+    assert "the learning rate 1e-09 is too low" in " ".join(done.stdout.split())
 
 
 def test_labels_that_belong_to_nothing_are_told(tiny_resnet: Path, flat_digits: Path, tmp_path: Path) -> None:

@@ -147,7 +147,13 @@ def test_validation_sees_the_precision_of_training(
     assert seen == {(True, True), (False, True)}
 
 
-@pytest.mark.parametrize("allowed", ["as it is", "an old flag", "a new flag", "bf16 on the CPU"])
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        "an old flag",
+        *(pytest.param(one, marks=pytest.mark.long) for one in ("as it is", "a new flag", "bf16 on the CPU")),
+    ],
+)
 def test_the_process_that_called_is_as_it_was(tiny_resnet: Path, flat_digits: Path, allowed: str) -> None:
     """fp32 is fp32 while a job works, whatever the caller allows, and the caller allows it again afterwards."""
     script = f"""

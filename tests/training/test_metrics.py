@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
 from orchestrator.training.intervals import Ranks, wilson
-from orchestrator.training.metrics import Predictions, measure
+from orchestrator.training.metrics import Predictions, compute_metrics
 
 CLASSES = ("a", "b", "c")
 
@@ -33,7 +33,7 @@ def single(num: int, seed: int = 0) -> Predictions:
 
 def test_one_class_a_sample_agrees_with_scikit_learn() -> None:
     given = single(400)
-    found = measure("single-label", given, CLASSES)
+    found = compute_metrics("single-label", given, CLASSES)
     onehot = np.eye(3)[given.targets]
     assert found["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(given.targets, given.predicted))
     assert found["macro_f1"] == pytest.approx(sklearn_metrics.f1_score(given.targets, given.predicted, average="macro"))
@@ -59,15 +59,15 @@ def test_the_bootstraps_weighted_ranks_are_the_libraries_own() -> None:
 
 def test_the_interval_of_f1_is_as_wide_as_f1_varies() -> None:
     """Against fresh samples of the same kind, not against the bootstrap's own formula."""
-    truth = [measure("single-label", single(300, seed=s), CLASSES)["macro_f1"] for s in range(60)]
-    low, high = measure("single-label", single(300, seed=99), CLASSES)["macro_f1_95"]
+    truth = [compute_metrics("single-label", single(300, seed=s), CLASSES)["macro_f1"] for s in range(60)]
+    low, high = compute_metrics("single-label", single(300, seed=99), CLASSES)["macro_f1_95"]
     assert high - low == pytest.approx(np.subtract(*np.percentile(truth, (97.5, 2.5))), rel=0.4)
 
 
 def test_a_class_without_samples_is_left_out_of_the_means() -> None:
     given = single(60)
     targets = np.where(given.targets == 2, 0, given.targets)
-    found = measure("single-label", made(targets, given.predicted, given.scores), CLASSES)
+    found = compute_metrics("single-label", made(targets, given.predicted, given.scores), CLASSES)
     assert found["per_class"]["c"] is None
     assert found["auroc"] == pytest.approx(
         np.mean([sklearn_metrics.roc_auc_score(targets == i, given.scores[:, i]) for i in (0, 1)])
@@ -78,7 +78,7 @@ def test_several_labels_agree_with_scikit_learn() -> None:
     random = np.random.default_rng(0)
     targets = (random.random((300, 3)) < (0.2, 0.5, 0.7)).astype(np.float32)
     scores = torch.from_numpy(random.normal(size=(300, 3)) + targets).sigmoid().float().numpy()
-    found = measure("multi-label", made(targets, scores > 0.5, scores), CLASSES)
+    found = compute_metrics("multi-label", made(targets, scores > 0.5, scores), CLASSES)
     assert found["exact_match"] == pytest.approx(np.mean(((scores > 0.5) == targets).all(axis=1)))
     assert found["macro_f1"] == pytest.approx(
         sklearn_metrics.f1_score(targets, scores > 0.5, average="macro"), abs=1e-6
@@ -97,7 +97,7 @@ def test_numbers_agree_with_scikit_learn() -> None:
     random = np.random.default_rng(0)
     targets = (1000 + 50 * random.normal(size=(200, 1))).astype(np.float32)
     values = targets + (10 * random.normal(size=(200, 1))).astype(np.float32)
-    found = measure("regression", made(targets, values, values), ("x",))
+    found = compute_metrics("regression", made(targets, values, values), ("x",))
     assert found["mae"] == pytest.approx(sklearn_metrics.mean_absolute_error(targets, values), rel=1e-4)
     assert found["rmse"] == pytest.approx(sklearn_metrics.root_mean_squared_error(targets.ravel(), values.ravel()))
     assert found["r2"] == pytest.approx(sklearn_metrics.r2_score(targets, values), abs=1e-6)
@@ -113,7 +113,8 @@ def test_targets_of_different_units_have_no_mae_in_common() -> None:
     values = targets + random.normal(size=(300, 2)).astype(np.float32) * np.float32([0.1, 0.5])
     units = np.float32([1000, 0.001])
     small, large = (
-        measure("regression", made(targets * by, values * by, values * by), ("weight", "way")) for by in (1, units)
+        compute_metrics("regression", made(targets * by, values * by, values * by), ("weight", "way"))
+        for by in (1, units)
     )
     for found in (small, large):
         assert (found["mae"], found["mae_95"], found["rmse"]) == (None, None, None)
@@ -135,7 +136,7 @@ def test_what_is_explained_of_numbers_far_from_zero_and_of_small_ones(mean: floa
     random = np.random.default_rng(0)
     targets = (mean + std * random.normal(size=(100, 1))).astype(np.float32)
     values = (targets + std * random.normal(size=(100, 1))).astype(np.float32)
-    found = measure("regression", made(targets, values, values), ("x",))
+    found = compute_metrics("regression", made(targets, values, values), ("x",))
     assert found["r2"] == pytest.approx(sklearn_metrics.r2_score(targets.astype(float), values.astype(float)))
     assert found["r2_95"][0] < found["r2"] < found["r2_95"][1]
 
@@ -143,15 +144,15 @@ def test_what_is_explained_of_numbers_far_from_zero_and_of_small_ones(mean: floa
 def test_a_target_without_variance_has_no_share_of_it() -> None:
     """In the whole split, and in resamples: `null`, where NaN would be no JSON."""
     targets = np.array([[0.3, 1], [0.3, 2], [0.3, 3]], np.float32)
-    found = measure("regression", made(targets, targets, targets), ("same", "x"))
+    found = compute_metrics("regression", made(targets, targets, targets), ("same", "x"))
     assert found["per_class"]["same"] == {
         "mae": 0.0, "mae_95": [0.0, 0.0], "rmse": 0.0, "r2": None, "r2_95": None, "scaled_mae": None,
         "scaled_mae_95": None,
     }  # fmt: skip
     assert (found["r2"], found["r2_95"]) == (1.0, [1.0, 1.0])
-    alone = measure("regression", made(targets[:, :1], targets[:, :1] + 1, targets[:, :1]), ("same",))
+    alone = compute_metrics("regression", made(targets[:, :1], targets[:, :1] + 1, targets[:, :1]), ("same",))
     assert (alone["r2"], alone["r2_95"]) == (None, None)
-    two = measure("regression", made(targets[:2, 1:], targets[1:, 1:], targets[:2, 1:]), ("x",))
+    two = compute_metrics("regression", made(targets[:2, 1:], targets[1:, 1:], targets[:2, 1:]), ("x",))
     assert two["r2"] == -3.0
     assert two["r2_95"][0] == pytest.approx(-3.0)
 
@@ -159,13 +160,13 @@ def test_a_target_without_variance_has_no_share_of_it() -> None:
 def test_a_label_that_a_split_lacks_is_left_out_of_f1_and_of_its_interval() -> None:
     """The third is never there and never predicted; two thirds of the rest would be outside of the interval."""
     targets = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]] * 25, np.float32)
-    perfect = measure("multi-label", made(targets, targets > 0.5, targets), CLASSES)
+    perfect = compute_metrics("multi-label", made(targets, targets > 0.5, targets), CLASSES)
     assert (perfect["macro_f1"], perfect["macro_f1_95"]) == (1.0, [1.0, 1.0])
     assert perfect["per_class"] == {"a": 1.0, "b": 1.0, "c": None}
     never = np.zeros_like(targets)
-    missed = measure("multi-label", made(targets, never > 0, never), CLASSES)
+    missed = compute_metrics("multi-label", made(targets, never > 0, never), CLASSES)
     assert (missed["macro_f1"], missed["per_class"]["a"]) == (0.0, 0.0)
-    nothing = measure("multi-label", made(never, never > 0, never), CLASSES)
+    nothing = compute_metrics("multi-label", made(never, never > 0, never), CLASSES)
     assert (nothing["macro_f1"], nothing["macro_f1_95"]) == (None, None)
 
 
@@ -197,7 +198,7 @@ def predictions(draw: st.DrawFn) -> tuple[str, Predictions, list[str]]:
 @hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @hypothesis.given(predictions())
 def test_every_figure_lies_in_its_interval_and_is_json(drawn: tuple[str, Predictions, list[str]]) -> None:
-    found = json.loads(json.dumps(measure(*drawn), allow_nan=False))
+    found = json.loads(json.dumps(compute_metrics(*drawn), allow_nan=False))
     for name in [name for name in found if f"{name}_95" in found]:
         value, interval = found[name], found[f"{name}_95"]
         assert interval is None or interval[0] <= value <= interval[1], name

@@ -1,4 +1,4 @@
-"""A loss that is no number: the samples of the batch that it comes of, and who is to blame."""
+"""A loss that is not finite: the samples of the batch that it comes of, and who is to blame."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_an_input_that_overflows_in_the_network_is_named(tiny_resnet: Path, with
 def test_a_rate_that_is_too_high_is_said(every: int | None, tiny_resnet: Path, flat_digits: Path) -> None:
     training = {"epochs": 9, "optimizer": "sgd", "learning_rate": 1e30, "clip_norm": None}
     error = blamed(tiny_resnet, flat_digits, training={**training, "checkpoint_every_steps": every})
-    assert "the rate of 1e+30 is to blame" in error.message
+    assert "the learning rate of 1e+30 is to blame" in error.message
     assert "training.learning_rate = 1e+29" in error.mend
     assert "clip_norm" in error.mend
     assert f" {flat_digits}/" in error.message  # the batch, or those of it for which the network gives no number

@@ -51,6 +51,7 @@ def broken(tiny_resnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.long
 def test_the_better_one_is_first_and_its_training_computes_no_features(
     efficientnet: Path, tiny_resnet: Path, tiny_vit: Path, random_bert: Path, broken: Path, digits: Path,
     monkeypatch: pytest.MonkeyPatch,

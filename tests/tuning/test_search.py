@@ -115,6 +115,7 @@ def test_stopped_anywhere_it_ends_with_the_same_table(base: dict[str, Any]) -> N
     assert result.best_run.results["test"] == whole.best_run.results["test"]  # type: ignore[union-attr]
 
 
+@pytest.mark.long
 def test_killed_it_goes_on(base: dict[str, Any], tmp_path: Path) -> None:
     """kill -9 as soon as a given number of files was written, whatever it was at."""
     job = tmp_path / "job.yaml"
@@ -310,9 +311,9 @@ def test_the_command(cli: Cli, base: dict[str, Any], digits: Path) -> None:
 
 def test_flags_make_a_space(cli: Cli, base: dict[str, Any]) -> None:
     said = cli(
-        "search", "--backbone", base["backbone"], "--data", base["data"], "--method", "head", "--epochs", 2,
-        "--num-trials", 2,
-        "--space", "learning_rate={loguniform: [1e-3, 1e-1]}", "--space", "weight_decay=[0, 0.1]", "--json",
+        "search", "--backbone", base["backbone"], "--data", base["data"], "--epochs", 2, "--num-trials", 2,
+        "--method", "head", "--space", "learning_rate={loguniform: [1e-3, 1e-1]}", "--space",
+        "weight_decay=[0, 0.1]", "--json",
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
     assert set(json.loads(said.stdout)["trials"][0]) >= {"training.learning_rate", "training.weight_decay"}

@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import orchestrator
+from orchestrator.job import Method
 from orchestrator.modality import registry
 from tests.conftest import save_backbone
 from tests.tiny import make_bert, make_wav2vec2
@@ -25,7 +26,7 @@ from tests.toys import write_toys
 TASKS = ("single-label", "multi-label", "regression")
 ALONE = """
 import contextlib, io, json, os, sys
-sys.modules["orchestrator"] = None  # an import of it fails
+sys.modules["orchestrator"] = sys.modules["peft"] = None  # an import of them fails
 for name in ("image", "audio", "text"):
     sys.modules[f"orchestrator_{name}"] = None
 for place, code in json.load(sys.stdin):
@@ -78,6 +79,7 @@ HEADS: dict[str, tuple[str, Callable[[Path], Path], dict[str, Any]]] = {
     "texts in pairs": ("text", make_bert, {"head": "native"}),
     "texts in pairs, pooled": ("text", make_bert, {"head": "pooled"}),
 }
+SOME = ("image", "audio", "text, pooled")  # in `make test`
 
 
 def trained(head: str, backbone: Path, modality: str, settings: dict[str, Any], task: str) -> orchestrator.Run:
@@ -151,7 +153,9 @@ def run_alone(cards: list[tuple[str, str]]) -> list[tuple[dict[str, float], str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["image", *HEADS])
+@pytest.mark.parametrize(
+    "head", [pytest.param(one, marks=() if one in SOME else pytest.mark.long) for one in ("image", *HEADS)]
+)
 def test_the_cards_code_says_what_predict_says(head: str, tiny_vit: Path, tmp_path: Path) -> None:
     modality, make, settings = HEADS.get(head, ("image", lambda _: tiny_vit, {}))
     backbone = make(tmp_path / "backbone")
@@ -173,7 +177,7 @@ def test_the_cards_code_says_what_predict_says(head: str, tiny_vit: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", [None, 4000])
+@pytest.mark.parametrize("level", [pytest.param(None, marks=pytest.mark.long), 4000])
 def test_the_cards_code_reads_16_bits_as_predict_does(level: int | None, tiny_vit: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for i in range(24):
@@ -188,3 +192,19 @@ def test_the_cards_code_reads_16_bits_as_predict_does(level: int | None, tiny_vi
     (said,) = orchestrator.predict(run, file)
     ((scores, _),) = run_alone([(str(run.model), code_of(run, file))])
     assert dict(said.top) == pytest.approx(scores, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_model_of_each_recipe_is_served_where_this_package_is_not(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    backbone, table = make_bert(tmp_path / "backbone"), write_toys(tmp_path, "text")
+    given, ours, cards = "the rain falls", [], []
+    for method in get_args(Method):
+        run = orchestrator.finetune(
+            method=method, modality="text", backbone=str(backbone), data=str(table), settings={"head": "native"},
+            training={"epochs": 2, "batch_size": 8}, scaling={"threads_per_worker": 1}, report=lambda _: None,
+        )  # fmt: skip
+        ours.extend(orchestrator.predict(run, [given], top=10))
+        cards.append((str(run.model), code_of(run, given)))
+    for method, said, (scores, _) in zip(get_args(Method), ours, run_alone(cards), strict=True):
+        assert dict(said.top) == pytest.approx(scores, rel=1e-4, abs=1e-4), method

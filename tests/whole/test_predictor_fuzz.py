@@ -256,7 +256,9 @@ def test_a_sample_that_the_network_cannot_take_is_named_by_evaluate(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict", "latin-1"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(one, marks=pytest.mark.long) for one in ("utf-8:strict", "latin-1"))]
+)
 def test_an_output_that_cannot_hold_a_text_gets_escapes(encoding: str, finished: Finished) -> None:
     run, _ = finished("text")
     environment = {**os.environ, "PYTHONIOENCODING": encoding}

@@ -21,7 +21,17 @@ from safetensors.torch import load_file
 
 import orchestrator
 from orchestrator.errors import InterruptedRunError, JobError, OrchestratorError, RefusedError
-from orchestrator.job import Advanced, EpochEnded, Event, Noted, asking, list_runs, locations, object_storage
+from orchestrator.job import (
+    Advanced,
+    EpochEnded,
+    Event,
+    Noted,
+    PhaseBegan,
+    asking,
+    list_runs,
+    locations,
+    object_storage,
+)
 from orchestrator.training import outbox
 from tests import s3_proxy
 from tests.conftest import REPOSITORY
@@ -229,7 +239,7 @@ KILLED = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["step-00000008/", "/model/"])
+@pytest.mark.parametrize("where", ["step-00000008/", pytest.param("/model/", marks=pytest.mark.long)])
 def test_a_driver_that_is_killed_at_an_upload_goes_on_bit_for_bit(
     where: str, proxy: s3_proxy.Proxy, whole: orchestrator.Run, tiny_resnet: Path, flat_digits: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -249,7 +259,10 @@ def test_a_driver_that_is_killed_at_an_upload_goes_on_bit_for_bit(
     assert child.returncode == -signal.SIGKILL, stderr
     proxy.on_request = None
     another_machine(tmp_path, monkeypatch)
-    run = orchestrator.finetune(job, report=silent)
+    heard: list[Event] = []
+    run = orchestrator.finetune(job, report=heard.append)
+    assert any("whether the one that holds this run is alive" in one.text for one in heard
+               if isinstance(one, PhaseBegan))  # fmt: skip
     assert same(run, whole)
     assert [line["epoch"] for line in run.metrics] == [1, 2, 3]
 
@@ -333,6 +346,7 @@ def test_a_store_that_is_away_for_a_while_holds_nothing_up(
     assert any(f"{STORAGE} answers again" in note for note in notes)
 
 
+@pytest.mark.long
 def test_a_store_that_stays_away_ends_the_job_which_goes_on_later(
     proxy: s3_proxy.Proxy, whole: orchestrator.Run, tiny_resnet: Path, flat_digits: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

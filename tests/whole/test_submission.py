@@ -20,8 +20,8 @@ def test_rows_of_a_program_do_not_travel() -> None:
 
 
 def test_a_key_in_a_place_is_refused_and_not_shown() -> None:
-    draft = drafted(None, {"backbone": "b", "data": "https://host/data.csv?sig=abcdefgh"})
-    with pytest.raises(RefusedError, match="holds a user, a password or a key") as caught:
+    draft = drafted(None, {"backbone": "b", "data": "d", "settings": {"table": "https://host/data.csv?sig=abcdefgh"}})
+    with pytest.raises(RefusedError, match="holds a password or a key") as caught:
         _checked(draft)
     assert "abcdefgh" not in str(caught.value)
 

@@ -49,6 +49,7 @@ def test_the_page_shows_the_files_as_they_are() -> None:
     assert blocks("python") == [(SOURCE / name).read_text() for name in ("orchestrator_sensor.py", "test_sensor.py")]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_commands_of_the_page_do_what_it_says(installed: dict[str, str]) -> None:
     """All but pip's, which the fixture did, into a folder of its own."""

@@ -1,0 +1,90 @@
+"""One, two and four workers learn the same, step by step, also where their number changes in the middle of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orchestrator
+from orchestrator.distributed.joining import shut_down
+from orchestrator.errors import InterruptedRunError
+from orchestrator.job import EpochEnded, Event
+from orchestrator.training import Taken, read_audit
+from tests.whole.test_train import silent
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
+NUM_STEPS = 50
+# BatchNorm in train mode is what full training of a ResNet has. A batch is in four parts, whoever takes them.
+SGD: dict[str, Any] = {
+    "optimizer": "sgd", "learning_rate": 0.01, "precision": "fp32", "batch_norm": "train", "num_microbatches": 4,
+    "audit": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_of_its_own() -> Iterator[None]:
+    yield
+    shut_down()
+
+
+def train(backbone: Path, digits: Path, workers: int, training: dict[str, Any], **more: Any) -> orchestrator.Run:
+    """One worker: in this process. Several: on a Ray of this machine, which counts a core for each."""
+    scaling = {"num_workers": workers, "threads_per_worker": 1, **({"address": "local"} if workers > 1 else {})}
+    return orchestrator.finetune(
+        backbone=str(backbone), data=str(digits), method="full", scaling=scaling, training={**SGD, **training},
+        **{"report": silent, **more},
+    )  # fmt: skip
+
+
+def each_sample_once_an_epoch(run: orchestrator.Run) -> list[Taken]:
+    """What the steps took; each sample was taken exactly once in each epoch, by one worker."""
+    taken = read_audit(run)
+    rows = Counter((one.epoch, row) for one in taken for row in one.rows)
+    assert set(rows.values()) == {1}
+    assert len(rows) == len(run.metrics) * run.plan.data.num_samples["train"]
+    assert len(taken) == len({(one.step, one.microbatch) for one in taken}) == 4 * run.plan.recipe.num_steps
+    return taken
+
+
+def test_fifty_steps_cost_the_same_on_one_two_and_four_workers(tiny_resnet: Path, digits: Path) -> None:
+    """An epoch is one step here, so that its figure is the loss of that step."""
+    runs = {
+        num: train(tiny_resnet, digits, num, {"epochs": NUM_STEPS, "batch_size": 360}, name=f"on-{num}")
+        for num in (1, 2, 4)
+    }
+    losses = {num: [line["train_loss"] for line in run.metrics] for num, run in runs.items()}
+    for num, run in runs.items():
+        assert run.plan.recipe.num_steps == len(losses[num]) == NUM_STEPS
+        assert {one.worker for one in each_sample_once_an_epoch(run)} == set(range(num))
+        assert max(abs(ours - one) for ours, one in zip(losses[num], losses[1], strict=True)) < 1e-4
+    assert losses[1][-1] < 0.8 * losses[1][0], "nothing was learnt, so nothing was compared"
+
+
+def test_the_number_of_workers_changes_twice_in_the_middle(tiny_resnet: Path, digits: Path) -> None:
+    """Four, stopped amid an epoch, then two, then this process: each sample once an epoch, and the losses of one."""
+    training = {"epochs": 6, "batch_size": 40, "checkpoint_every_steps": 4}
+    alone = train(tiny_resnet, digits, 1, training, name="alone")
+    for workers, last_epoch in ((4, 2), (2, 4)):
+        heard: list[int] = []
+
+        def hear(event: Event, heard: list[int] = heard) -> None:
+            if isinstance(event, EpochEnded):
+                heard.append(event.figures["epoch"])
+
+        def reached(heard: list[int] = heard, last_epoch: int = last_epoch) -> bool:
+            return last_epoch in heard
+
+        with pytest.raises(InterruptedRunError):
+            train(tiny_resnet, digits, workers, training, name="changed", report=hear, stop=reached)
+    changed = train(tiny_resnet, digits, 1, training, name="changed")
+    who = {one.step: 0 for one in each_sample_once_an_epoch(changed)}
+    for one in read_audit(changed):
+        who[one.step] = max(who[one.step], one.worker)
+    assert sorted(set(who.values())) == [0, 1, 3]
+    for ours, theirs in zip(changed.metrics, alone.metrics, strict=True):
+        assert abs(ours["train_loss"] - theirs["train_loss"]) < 1e-4
+        assert abs(ours["validation_loss"] - theirs["validation_loss"]) < 1e-4
