@@ -62,6 +62,12 @@ class Driver:
             assert self.process.poll() is None, self.said
             time.sleep(0.2)
 
+    def wait_for_checkpoint(self) -> None:
+        """Until there is one that is whole."""
+        while not list(self._metrics.parent.glob("checkpoints/step-*/.manifest.json")):
+            assert self.process.poll() is None, self.said
+            time.sleep(0.2)
+
 
 def train_workers(cluster: LocalCluster, node: str) -> list[str]:
     """The processes of Ray Train on a node."""
@@ -110,7 +116,7 @@ def test_a_node_is_lost_and_another_one_joins(
     }  # fmt: skip
     driver = Driver(cluster, tmp_path, job)
     driver.wait_for_epoch(3)
-    driver.wait_for("loading the backbone")
+    driver.wait_for_checkpoint()
     cluster.kill_node("node1")
     driver.wait_for("restart 1 of 2")
     driver.wait_for("going on from step")
