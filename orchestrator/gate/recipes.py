@@ -15,9 +15,9 @@ from orchestrator.job import Job, Method, Phase, Recipe
 from orchestrator.modality import Fit, Modality
 
 _SGD_FACTOR = 10.0
-_LEAST_STEPS, _MOST_EPOCHS = 250, 100
-"""Of a phase in which the body moves: of few samples it takes as many epochs as give these steps, up to so many."""
-_BATCH_SIZE, _BATCH_SIZE_OF_FEW, _FEW_FOR_A_BATCH = 32, 16, 1_000
+_LEAST_STEPS, _MOST_EPOCHS = 200, 100
+"""Where the body moves: of few samples a phase takes as many epochs as give these steps, up to so many."""
+_BATCH_SIZE, _BATCH_SIZE_OF_FEW, _FEW_FOR_A_BATCH = 32, 16, 500
 """Where the body moves, fewer samples than the last come in smaller batches: more steps of the same work."""
 _FEWEST_ALIKE, _KERNELS = 4, 4
 """Of what tells a transformer: matrices of one shape; how many times as many matrices as kernels it has."""
@@ -49,6 +49,8 @@ class _PhaseRow:
     """Whether it makes ready what follows: the job's epochs and rates are those of the phases after it."""
     solver: Literal["steps", "probe"] = "steps"
     """probe: on stored features of the samples as they are; in `epochs` of steps where there are none."""
+    least_steps: int = 0
+    """Of few samples it takes more epochs, until there are as many steps."""
     must_win: bool = False
 
 
@@ -66,12 +68,14 @@ class _MethodRow:
 # docs/methods.md has the runs that these were chosen by.
 _METHODS: Mapping[Method, _MethodRow] = {
     "head": _MethodRow("pretrained", (_PhaseRow("head", 40, 3e-3),)),
-    "full": _MethodRow("pretrained", (_PhaseRow("everything", 20, 1e-3, _OfTransformers(6, 1e-4, 3e-3)),)),
+    "full": _MethodRow(
+        "pretrained", (_PhaseRow("everything", 20, 1e-3, _OfTransformers(6, 1e-4, 3e-3), least_steps=_LEAST_STEPS),)
+    ),
     "auto": _MethodRow(
         "pretrained",
         (
             _PhaseRow("head", 40, 3e-3, is_first=True, solver="probe"),
-            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 1e-4, 1e-3), must_win=True),
+            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 1e-4, 1e-3), least_steps=_LEAST_STEPS, must_win=True),
         ),
         budget_min=60.0,
         fewest_validation=10,
@@ -81,12 +85,14 @@ _METHODS: Mapping[Method, _MethodRow] = {
         "pretrained",
         (
             _PhaseRow("head", 40, 3e-3, is_first=True, solver="probe"),
-            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 5e-5, 5e-5)),
+            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 5e-5, 5e-5), least_steps=_LEAST_STEPS),
         ),
     ),
     # Ten times the rate of `full`, whatever the rank (Schulman et al. 2025, LoRA Without Regret).
-    "lora": _MethodRow("pretrained", (_PhaseRow("adapter", 20, 1e-3, _OfTransformers(6, 1e-3, 3e-3)),)),
-    "scratch": _MethodRow("random", (_PhaseRow("everything", 40, 1e-3),)),
+    "lora": _MethodRow(
+        "pretrained", (_PhaseRow("adapter", 20, 1e-3, _OfTransformers(6, 1e-3, 3e-3), least_steps=_LEAST_STEPS),)
+    ),
+    "scratch": _MethodRow("random", (_PhaseRow("everything", 40, 1e-3, least_steps=_LEAST_STEPS),)),
 }
 
 
@@ -220,8 +226,7 @@ def _phase(
     default_rate, default_head_rate, default_epochs = factor * row.rate, factor * row.rate, row.epochs
     if other is not None and kind == "transformer":
         default_rate, default_head_rate, default_epochs = factor * other.rate, factor * other.head_rate, other.epochs
-    if row.trains != "head":
-        default_epochs = max(default_epochs, min(_MOST_EPOCHS, math.ceil(_LEAST_STEPS / steps_per_epoch)))
+    default_epochs = max(default_epochs, min(_MOST_EPOCHS, math.ceil(row.least_steps / steps_per_epoch)))
     epochs = default_epochs if row.is_first else training.epochs or default_epochs
     rate = None if row.is_first else training.learning_rate
     # A probe wants each sample once: those that are changed at random are taken as they are.
