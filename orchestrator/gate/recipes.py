@@ -6,17 +6,19 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.backbone import Tensors
 from orchestrator.errors import JobError
 from orchestrator.gate.adapters import adapter_of, require_transformer
 from orchestrator.job import Job, Method, Phase, Recipe
-from orchestrator.modality import Fit
+from orchestrator.modality import Fit, Modality
 
 _SGD_FACTOR = 10.0
-_LEAST_STEPS, _MOST_EPOCHS = 200, 40
-"""Of fine-tuning a transformer, where the samples are few."""
+_LEAST_STEPS, _MOST_EPOCHS = 200, 100
+"""Where the body moves: of few samples a phase takes as many epochs as give these steps, up to so many."""
+_BATCH_SIZE, _BATCH_SIZE_OF_FEW, _FEW_FOR_A_BATCH = 32, 16, 500
+"""Where the body moves, fewer samples than the last come in smaller batches: more steps of the same work."""
 _FEWEST_ALIKE, _KERNELS = 4, 4
 """Of what tells a transformer: matrices of one shape; how many times as many matrices as kernels it has."""
 Kind = Literal["batch_norm", "transformer", "other", "unknown"]
@@ -48,7 +50,7 @@ class _PhaseRow:
     solver: Literal["steps", "probe"] = "steps"
     """probe: on stored features of the samples as they are; in `epochs` of steps where there are none."""
     least_steps: int = 0
-    """Of few samples it takes more epochs."""
+    """Of few samples it takes more epochs, until there are as many steps."""
     must_win: bool = False
 
 
@@ -57,7 +59,6 @@ class _MethodRow:
     weights: Literal["pretrained", "random"]
     """What it begins with."""
     phases: tuple[_PhaseRow, ...]
-    batch_size: int = 32
     budget_min: float | None = None
     """By default."""
     fewest_validation: int = 0
@@ -67,12 +68,14 @@ class _MethodRow:
 # docs/methods.md has the runs that these were chosen by.
 _METHODS: Mapping[Method, _MethodRow] = {
     "head": _MethodRow("pretrained", (_PhaseRow("head", 40, 3e-3),)),
-    "full": _MethodRow("pretrained", (_PhaseRow("everything", 20, 1e-3, _OfTransformers(6, 1e-4, 3e-3)),)),
+    "full": _MethodRow(
+        "pretrained", (_PhaseRow("everything", 20, 1e-3, _OfTransformers(6, 1e-4, 3e-3), least_steps=_LEAST_STEPS),)
+    ),
     "auto": _MethodRow(
         "pretrained",
         (
             _PhaseRow("head", 40, 3e-3, is_first=True, solver="probe"),
-            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 1e-4, 1e-3), least_steps=100, must_win=True),
+            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 1e-4, 1e-3), least_steps=_LEAST_STEPS, must_win=True),
         ),
         budget_min=60.0,
         fewest_validation=10,
@@ -82,12 +85,14 @@ _METHODS: Mapping[Method, _MethodRow] = {
         "pretrained",
         (
             _PhaseRow("head", 40, 3e-3, is_first=True, solver="probe"),
-            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 5e-5, 5e-5)),
+            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 5e-5, 5e-5), least_steps=_LEAST_STEPS),
         ),
     ),
     # Ten times the rate of `full`, whatever the rank (Schulman et al. 2025, LoRA Without Regret).
-    "lora": _MethodRow("pretrained", (_PhaseRow("adapter", 20, 1e-3, _OfTransformers(6, 1e-3, 3e-3)),)),
-    "scratch": _MethodRow("random", (_PhaseRow("everything", 40, 1e-3),)),
+    "lora": _MethodRow(
+        "pretrained", (_PhaseRow("adapter", 20, 1e-3, _OfTransformers(6, 1e-3, 3e-3), least_steps=_LEAST_STEPS),)
+    ),
+    "scratch": _MethodRow("random", (_PhaseRow("everything", 40, 1e-3, least_steps=_LEAST_STEPS),)),
 }
 
 
@@ -104,6 +109,17 @@ def may_keep_features(job: Job) -> bool:
 def fewest_validation(job: Job) -> int:
     """A validation split that is smaller is not taken, unless the job asks for it."""
     return _METHODS[job.method].fewest_validation
+
+
+def settings_of(job: Job, modality: Modality) -> dict[str, Any]:
+    """The plugin's settings as the job has them, with random changes of samples where the method is better for them.
+
+    Numbers may be of what such a change moves, places and angles, so that a regression has none by default.
+    """
+    moves = any(phase.trains == "everything" for phase in _METHODS[job.method].phases)
+    asked = any(job.settings.get(name) is not None for name in modality.augments)
+    by_default = modality.augments if moves and not asked and job.task != "regression" else {}
+    return {**job.settings, **by_default}
 
 
 def num_views(job: Job, adapted: Fit) -> int:
@@ -150,8 +166,8 @@ def make_recipe(
     `kind`: of the network, as far as its weights tell. BatchNorm wants two samples in a microbatch.
     """
     training, method = job.training, _METHODS[job.method]
-    batch_size = min(training.batch_size or method.batch_size, num_train)
     num_microbatches = job.num_microbatches
+    batch_size = min(training.batch_size or _batch_size(method, num_train, num_microbatches), num_train)
     if num_microbatches < job.scaling.num_workers:
         raise JobError(
             f"training.num_microbatches = {num_microbatches} leaves workers idle",
@@ -175,6 +191,13 @@ def make_recipe(
         phases=phases, batch_size=batch_size, num_microbatches=num_microbatches, steps_per_epoch=steps_per_epoch,
         budget_s=_budget_s(job, method),
     )  # fmt: skip
+
+
+def _batch_size(method: _MethodRow, num_train: int, num_microbatches: int) -> int:
+    """By default. More than two parts of a small batch would leave BatchNorm too few samples to see."""
+    moves = any(row.trains != "head" for row in method.phases)
+    few = moves and num_train < _FEW_FOR_A_BATCH and num_microbatches <= 2
+    return _BATCH_SIZE_OF_FEW if few else _BATCH_SIZE
 
 
 def _refitted(phase: Phase, steps_per_epoch: int) -> Phase:
@@ -202,11 +225,8 @@ def _phase(
     factor = _SGD_FACTOR if training.optimizer == "sgd" else 1.0
     default_rate, default_head_rate, default_epochs = factor * row.rate, factor * row.rate, row.epochs
     if other is not None and kind == "transformer":
-        default_rate, default_head_rate = factor * other.rate, factor * other.head_rate
-        # A hundred samples are four steps an epoch: of these it takes more.
-        default_epochs = max(other.epochs, min(_MOST_EPOCHS, math.ceil(_LEAST_STEPS / steps_per_epoch)))
-    if row.least_steps:
-        default_epochs = max(default_epochs, min(_MOST_EPOCHS, math.ceil(row.least_steps / steps_per_epoch)))
+        default_rate, default_head_rate, default_epochs = factor * other.rate, factor * other.head_rate, other.epochs
+    default_epochs = max(default_epochs, min(_MOST_EPOCHS, math.ceil(row.least_steps / steps_per_epoch)))
     epochs = default_epochs if row.is_first else training.epochs or default_epochs
     rate = None if row.is_first else training.learning_rate
     # A probe wants each sample once: those that are changed at random are taken as they are.

@@ -10,7 +10,7 @@ from orchestrator.errors import JobError, RefusedError
 from orchestrator.gate.adapters import num_adapted
 from orchestrator.gate.combinations import refuse_senseless
 from orchestrator.gate.decide import fit, not_built
-from orchestrator.gate.recipes import first_weights, kind_of, make_recipe, may_keep_features, num_views
+from orchestrator.gate.recipes import first_weights, kind_of, make_recipe, may_keep_features, num_views, settings_of
 from orchestrator.job import BackboneCard, BackboneRow, DataSummary, Job, Parameters, Plan, Recipe
 from orchestrator.modality import Modality, Profile
 
@@ -49,7 +49,7 @@ def make_plan(
     if weights == "pretrained":
         require_weights(card)
     threads = _threads(job, job.scaling.num_workers, "workers", num_cores)
-    adapted = fit(card, row, modality, job.settings, profile)
+    adapted = fit(card, row, modality, settings_of(job, modality), profile)
     views = num_views(job, adapted)
     if views and job.training.refit:
         raise JobError(

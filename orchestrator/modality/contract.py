@@ -256,8 +256,8 @@ class Toy(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Modality:
-    """A kind of input. Every field must be given, so that a forgotten one fails at import; but for `mixes`, which not
-    every kind of input has."""
+    """A kind of input. Every field must be given, so that a forgotten one fails at import; but for `mixes` and
+    `augments`, which not every kind of input has."""
 
     name: str
     title: str
@@ -279,6 +279,9 @@ class Modality:
     toy: Toy | None
     mixes: Mapping[str, Mix] = field(default_factory=dict)
     """Ways to mix samples of a batch with each other that `training.mix` may name: {"mixup": ..., "cutmix": ...}."""
+    augments: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that change training samples at random, and never the class of one: {"augment": "light"}. They are taken
+    where everything is trained to tell classes and the job sets none of them."""
 
     @property
     def trainable(self) -> bool:

@@ -120,7 +120,7 @@ def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
             rows.append(("BatchNorm", f"{phase.batch_norm}{unknown}"))
     if phase.trains != "head" and recipe.budget_s is not None:
         rows.append(("budget", f"{recipe.budget_s / 60:g} minutes: fewer epochs where the first steps are too slow"))
-    rows += [*_asked_for(plan.job.training, phase), ("body runs", _body_runs(plan, phase))]
+    rows += [*_augmented(plan, phase), *_asked_for(plan.job.training, phase), ("body runs", _body_runs(plan, phase))]
     if phase.must_win:
         rows.append(("kept", _kept(plan)))
     return rows
@@ -130,6 +130,16 @@ def _kept(plan: Plan) -> str:
     if plan.data.num_samples["validation"]:
         return "what validation prefers, epoch by epoch; against the head alone beyond its noise"
     return "the last epoch: there is no validation split"
+
+
+def _augmented(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
+    """How a phase's samples are changed at random, as far as settings of the plugin's say it."""
+    how = {name: plan.input.get(name) for name in plan.augmentation if plan.input.get(name) not in (None, "none")}
+    if phase.source != "samples" or not how:
+        return []
+    asked = any(plan.job.settings.get(name) is not None for name in how)
+    as_they_are = ", ".join(f"settings.{name}=none" for name in how)
+    return [("augmented", settings_line(how) + ("" if asked else f", by default (samples as they are: {as_they_are})"))]
 
 
 def _asked_for(training: Training, phase: Phase) -> list[tuple[str, object]]:

@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.backbone import read_card
 from orchestrator.errors import BadSampleError, ContractError, calling
 from orchestrator.gate import match, parse_settings
-from orchestrator.job import Adaptation, BackboneCard
+from orchestrator.job import Adaptation, BackboneCard, BackboneRow
 from orchestrator.modality import Fit, Modality, Profile, Sample, registry
 
 NUM_TOYS = 32
@@ -156,7 +156,24 @@ def check_gate(modality: Modality, directory: Path, toys: Toys, chosen: Mapping[
         if fit != again:
             raise ContractError("fit", f"{what}, gives something else the second time", expected="a pure function")
         _check_fit(fit)
+    _check_augments(modality, card, row, chosen)
     return card
+
+
+def _check_augments(modality: Modality, card: BackboneCard, row: BackboneRow, chosen: Mapping[str, Any]) -> None:
+    """What changes samples at random by default is settings that do so, by what `fit` says of them."""
+    if not modality.augments:
+        return
+    assert modality.fit is not None
+    with calling("augments", f"settings = {dict(modality.augments)}", "settings that the plugin has"):
+        fit = modality.fit(card, row, parse_settings(modality, {**chosen, **modality.augments}), None)
+    missing = sorted(set(modality.augments) - set(fit.augmentation))
+    if not fit.augmented or missing:
+        raise ContractError(
+            "augments", f"with {dict(modality.augments)} Fit.augmented is {fit.augmented}, and Fit.augmentation is "
+            f"{tuple(fit.augmentation)}",
+            expected="Fit.augmented is True, and Fit.augmentation names these settings",
+        )  # fmt: skip
 
 
 def _as_text(*values: Any) -> str:

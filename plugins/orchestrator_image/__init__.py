@@ -51,9 +51,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int | None = Field(None, ge=8, le=_LARGEST, description="pixels a side; default: the backbone's own")
-    augment: Literal["none", "light", "flip"] = Field(
-        "none",
-        description="light: small rotations, shifts, scales and colours; flip: the same with mirroring",
+    augment: Literal["none", "light", "flip"] | None = Field(
+        None,
+        description="light: small rotations, shifts, scales and colours; flip: the same with mirroring; default: light "
+        "where everything is trained to tell classes, else none",
     )
     background: Literal["white", "grey", "black", "none"] = Field(
         "white",
@@ -120,13 +121,13 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
         input={
             "size": [height, width],
             "channels": channels,
-            "augment": settings.augment,
+            "augment": settings.augment or "none",
             "background": settings.background,
             **({} if settings.white_level is None else {"white_level": settings.white_level}),
         },
         adaptations=adaptations,
         warnings=notes,
-        augmented=settings.augment != "none",
+        augmented=settings.augment not in (None, "none"),
         augmentation=("augment",),
     )
 
@@ -334,4 +335,5 @@ modality = Modality(
     batch=batch,
     toy=toy,
     mixes={kind: functools.partial(mix, kind) for kind in ("mixup", "cutmix", "both")},
+    augments={"augment": "light"},
 )

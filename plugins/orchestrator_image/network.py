@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import timm
 import torch
 import transformers
@@ -39,6 +40,8 @@ _MIXES: dict[str, Any] = {"mixup": v2.MixUp(alpha=0.2), "cutmix": v2.CutMix(alph
 _MIXES["both"] = v2.RandomChoice([*_MIXES.values()])
 _MAX_RESIZED = 2**24
 """Pixels that an image may have once it is resized by its shorter edge; of more, the middle is resized."""
+_TIMES_AS_LARGE = 2
+"""What is left of an image that is changed at random, in each direction, against what the network sees."""
 _LEAST_LEFT = 16  # pixels of a strip: more than an interpolation looks at
 _IMPORTS = "import torch\nfrom PIL import Image, ImageOps\nfrom transformers import AutoImageProcessor"
 _PREPARE = """\
@@ -169,10 +172,11 @@ def make_collate(
     # A run of an earlier version dropped transparency.
     background, white_level = plan.input.get("background", "none"), plan.input.get("white_level")
     edge = _cropped_from(processor)
+    enough = _TIMES_AS_LARGE * max(edge, *plan.input["size"])
 
     def one(image: Image.Image, train: bool) -> Image.Image:
         image = convert(_seen(image, edge), mode, background, white_level)
-        return augment(image) if train and augment is not None else image
+        return augment(_reduced(image, enough)) if train and augment is not None else image
 
     def collate(decoded: Sequence[Image.Image | LargeImage], train: bool) -> dict[str, Tensor]:
         if not any(isinstance(image, LargeImage) for image in decoded):
@@ -225,15 +229,26 @@ def _seen(image: Image.Image, edge: int) -> Image.Image:
     return image.crop(box)
 
 
+def _reduced(image: Image.Image, enough: int) -> Image.Image:
+    """The image by a whole factor smaller, its shorter edge no shorter than `enough`: to turn it takes less then."""
+    factor = min(image.size) // enough
+    return image.reduce(factor) if factor > 1 else image
+
+
+def _moved(image: Image.Image) -> Image.Image:
+    """Turned, shifted and scaled a little; what comes into view has the colour that is most at its border."""
+    pixels = np.asarray(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    colour = np.median(border, axis=0).reshape(-1).tolist()
+    return v2.RandomAffine(  # type: ignore[no-any-return]
+        degrees=10, translate=(0.08, 0.08), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR, fill=colour
+    )(image)
+
+
 def _augmentation(name: str) -> Callable[[Image.Image], Image.Image] | None:
     if name == "none":
         return None
-    steps: list[Any] = [
-        v2.RandomAffine(
-            degrees=10, translate=(0.08, 0.08), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR
-        ),
-        v2.ColorJitter(brightness=0.2, contrast=0.2),
-    ]
+    steps: list[Any] = [_moved, v2.ColorJitter(brightness=0.2, contrast=0.2)]
     if name == "flip":
         steps.append(v2.RandomHorizontalFlip())
     return v2.Compose(steps)  # type: ignore[no-any-return]

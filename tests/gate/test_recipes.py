@@ -101,6 +101,40 @@ def test_few_samples_take_more_epochs(recipe_of: Any) -> None:
     assert few.num_steps <= many.num_steps
 
 
+@pytest.mark.parametrize("method", ["auto", "full", "lp-ft", "scratch"])
+def test_few_samples_come_in_small_batches_where_the_body_moves(recipe_of: Any, method: str) -> None:
+    few = recipe_of(method=method)
+    assert (few.batch_size, few.phases[-1].num_steps) == (16, few.phases[-1].epochs * few.steps_per_epoch)
+    assert few.phases[-1].num_steps >= 200
+    assert recipe_of(method=method, training={"batch_size": 24}).batch_size == 24
+    assert recipe_of(method=method, training={"num_microbatches": 4}).batch_size == 32  # parts of 4 are too small
+    assert recipe_of(method=method, training={"epochs": 3}).phases[-1].epochs == 3
+    assert recipe_of(method="head").batch_size == 32
+
+
+def test_samples_are_changed_where_everything_is_trained_to_tell_classes(tiny_resnet: Path, flat_digits: Path) -> None:
+    def planned(**fields: Any) -> Any:
+        return orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), **fields)
+
+    for method in ("auto", "full", "lp-ft", "scratch"):
+        plan = planned(method=method)
+        assert (plan.input["augment"], plan.job.settings) == ("light", {})
+        assert planned(method=method, settings={"augment": "none"}).input["augment"] == "none"
+        assert planned(method=method, settings={"augment": "flip"}).input["augment"] == "flip"
+    assert planned(method="auto").recipe.phases[0].source == "features"  # of the samples as they are
+    head = planned(method="head")
+    assert (head.input["augment"], head.recipe.phases[0].source) == ("none", "features")
+
+
+def test_numbers_may_be_of_what_a_random_change_moves(tiny_resnet: Path, tmp_path: Path, flat_digits: Path) -> None:
+    lines = [f"{file},{number / 7}" for number, file in enumerate(sorted(flat_digits.rglob("*.png")))]
+    (tmp_path / "angles.csv").write_text("image,angle\n" + "\n".join(lines))
+    columns = {"input_column": "image", "label_column": "angle"}
+    data = {"path": str(tmp_path / "angles.csv"), "root": str(flat_digits), **columns}
+    plan = orchestrator.plan(backbone=str(tiny_resnet), data=data, task="regression", method="full")
+    assert plan.input["augment"] == "none"
+
+
 @pytest.mark.slow
 def test_lp_ft_is_at_least_as_good_as_the_head_that_it_begins_with(efficientnet: Path, digits: Path) -> None:
     """Real weights, 100 digits: a head, and everything from there."""

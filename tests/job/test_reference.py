@@ -51,9 +51,11 @@ def test_every_setting_of_a_job_says_what_it_is_for() -> None:
     for method, row in recipes._METHODS.items():
         assert f"{method} {row.phases[-1].epochs}" in epochs.meaning
         assert f"{method} {row.phases[-1].rate:g}" in rate.meaning
-        batch = setting_of("training.batch_size")
-        assert batch is not None
-        assert f"default: {row.batch_size}" in batch.meaning
+    assert f"what {recipes._LEAST_STEPS} steps take, {recipes._MOST_EPOCHS} at most" in epochs.meaning
+    batch = setting_of("training.batch_size")
+    assert batch is not None
+    assert f"default: {recipes._BATCH_SIZE}, or {recipes._BATCH_SIZE_OF_FEW} " in batch.meaning
+    assert f"fewer than {recipes._FEW_FOR_A_BATCH} samples" in batch.meaning
 
 
 def test_the_command_lists_a_group_or_a_modality(cli: Cli) -> None:

@@ -165,6 +165,8 @@ def test_the_own_entry_point_is_no_collision(tmp_path: Path, monkeypatch: pytest
         ({"mixes": {"roll": broken.mix_without_labels}}, "mixes", "targets that are no shares"),
         ({"mixes": {"roll": broken.mix_in_place}}, "mixes", "changes the batch that it is given"),
         ({"mixes": {"roll": broken.mix_raising}}, "mixes", "mixes['roll'] raises ValueError"),
+        ({"augments": {"shake": True}}, "augments", "raises JobError"),
+        ({"augments": {"steps": 64}}, "augments", "Fit.augmented is False"),
         # the network
         ({"build": broken.build_nothing}, "build", "gives a NoneType"),
         ({"build": broken.build_head_of_no_name}, "build", "the head 'last' is no module"),

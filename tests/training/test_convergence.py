@@ -57,11 +57,11 @@ def test_nothing_is_said_of_what_learnt(made: Any, losses: Sequence[float], figu
 def test_each_cause_has_its_mend(made: Any) -> None:
     assert "the learning rate 0.001 is too high: the loss rose; try: training.learning_rate = 0.0001" in said(
         made(), (2.3, 2.5, 3.9), CHANCE)  # fmt: skip
-    low = said(made(training={"learning_rate": 1e-7, "epochs": 10}), (2.3, 2.3, 2.299), CHANCE)
+    low = said(made(training={"learning_rate": 1e-7, "epochs": 10, "batch_size": 32}), (2.3, 2.3, 2.299), CHANCE)
     assert "the learning rate 1e-07 is too low" in low
     assert "the validation accuracy is 0.100, no better than" in low
     assert "training.learning_rate = 0.003" in low
-    few = said(made(training={"learning_rate": 1e-4, "epochs": 1}), (2.3, 2.3), GOOD)
+    few = said(made(training={"learning_rate": 1e-4, "epochs": 1, "batch_size": 32}), (2.3, 2.3), GOOD)
     assert "12 steps are too few; try: training.epochs = 17" in few
     assert "that was set does not suit" in said(made(training={"learning_rate": 0.3}), (2.3, 2.3), CHANCE)
     assert "the labels" in said(made(), (2.3, 2.3), CHANCE)
@@ -88,7 +88,10 @@ def test_what_is_chance_depends_on_the_task(made: Any) -> None:
 
 
 def test_an_ordinary_run_has_no_warning(tiny_resnet: Path, digits: Path) -> None:
-    run = orchestrator.finetune(backbone=str(tiny_resnet), data=str(digits), report=lambda _: None)
+    run = orchestrator.finetune(
+        backbone=str(tiny_resnet), data=str(digits), report=lambda _: None,
+        training={"epochs": 20, "batch_size": 32}, settings={"augment": "none"},
+    )  # fmt: skip
     assert run.results["warnings"] == []
 
 
@@ -120,7 +123,8 @@ def test_labels_that_belong_to_nothing_are_told(tiny_resnet: Path, flat_digits: 
         shutil.copy(file, folder / file.name)
     run = orchestrator.finetune(
         backbone=str(tiny_resnet), data={"path": str(data), "validation_fraction": 0.3}, report=lambda _: None,
-        method="full", training={"epochs": 25}, scaling={"threads_per_worker": 1},
+        method="full", training={"epochs": 25, "batch_size": 32}, settings={"augment": "none"},
+        scaling={"threads_per_worker": 1},
     )  # fmt: skip
     (warning,) = run.results["warnings"]
     assert "the validation accuracy is" in warning
