@@ -24,7 +24,7 @@ share is done once: the data is read, a frozen body runs, and heads are trained 
     race        features and probes on a sample that grows for those still in it
     standings   what came of a candidate, and whether two differ by more than the noise
     neighbours  nearest neighbours on features, over the same folds
-    sent_search a search as a job for a cluster
+    sent_search  a search as a job for a cluster
     sent_ranking  a ranking as a job for a cluster
     steps       how long full fine-tuning would take: a few steps are measured
 """
