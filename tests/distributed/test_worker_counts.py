@@ -12,7 +12,7 @@ import pytest
 
 import orchestrator
 from orchestrator.errors import InterruptedRunError
-from orchestrator.job import EpochEnded, Event
+from orchestrator.job import Advanced, Event
 from orchestrator.training import Taken, read_audit
 from tests.conftest import ALL_CORES
 from tests.whole.test_train import silent
@@ -73,26 +73,22 @@ def test_fifty_steps_cost_the_same_on_one_two_and_four_workers(tiny_resnet: Path
 
 
 def test_the_number_of_workers_changes_twice_in_the_middle(tiny_resnet: Path, digits: Path) -> None:
-    """Four, stopped amid an epoch, then two, then this process: each sample once an epoch, and the losses of one."""
-    training = {"epochs": 6, "batch_size": 40, "checkpoint_every_steps": 4}
+    """Four, stopped soon, then two, then this process: each sample once an epoch, and the losses of one."""
+    training = {"epochs": 24, "batch_size": 120, "checkpoint_every_steps": 4, "learning_rate": 0.03}
     alone = train(tiny_resnet, digits, 1, training, name="alone")
-    for workers, last_epoch in ((4, 2), (2, 4)):
-        heard: list[int] = []
-
-        def hear(event: Event, heard: list[int] = heard) -> None:
-            if isinstance(event, EpochEnded):
-                heard.append(event.figures["epoch"])
-
-        def reached(heard: list[int] = heard, last_epoch: int = last_epoch) -> bool:
-            return last_epoch in heard
-
+    for workers in (4, 2):
+        heard: list[Event] = []
         with pytest.raises(InterruptedRunError):
-            train(tiny_resnet, digits, workers, training, name="changed", report=hear, stop=reached)
+            train(
+                tiny_resnet, digits, workers, training, name="changed", report=heard.append,
+                stop=lambda heard=heard: any(isinstance(event, Advanced) for event in heard),
+            )  # fmt: skip
     changed = train(tiny_resnet, digits, 1, training, name="changed")
-    who = {one.step: 0 for one in each_sample_once_an_epoch(changed)}
-    for one in read_audit(changed):
-        who[one.step] = max(who[one.step], one.worker)
-    assert sorted(set(who.values())) == [0, 1, 3]
+    workers_of: dict[int, int] = {}
+    for one in each_sample_once_an_epoch(changed):
+        workers_of[one.step] = max(workers_of.get(one.step, 0), one.worker + 1)
+    assert sorted(set(workers_of.values())) == [1, 2, 4]
+    assert list(workers_of.values()) == sorted(workers_of.values(), reverse=True)
     for ours, theirs in zip(changed.metrics, alone.metrics, strict=True):
         assert abs(ours["train_loss"] - theirs["train_loss"]) < 1e-4
         assert abs(ours["validation_loss"] - theirs["validation_loss"]) < 1e-4
