@@ -24,12 +24,15 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
+# One more than cores, as tests wait now and then; 4 at most, each takes a gigabyte.
+PROCESSES = $(shell cores=$$(nproc 2> /dev/null || echo 3); echo $$((cores < 4 ? cores + 1 : 4)))
+
 # All parts run, one after the other, whatever the first ones say; it fails in the end if one did.
 test: $(STAMP)
 	@$(MAKE) --no-print-directory --keep-going --jobs=1 lint test-most test-ray
 
 test-most: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=15 -n auto --maxprocesses 4 --every-reason -m "not cluster and not long" \
+	$(BIN)/python -m pytest -q --durations=15 -n $(PROCESSES) --every-reason -m "not cluster and not long" \
 	  --ignore tests/distributed
 
 test-ray: $(STAMP)  # wants all cores for itself
@@ -43,7 +46,7 @@ test-cluster: $(STAMP)
 # Every model type of transformers and timm (after a row of a plugin or a library changed), and every kind and moment of
 # which `test` takes some.
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=5 -n auto --maxprocesses 4 -m "long and not cluster" \
+	$(BIN)/python -m pytest -q --durations=5 -n $(PROCESSES) -m "long and not cluster" \
 	  --ignore tests/distributed
 
 test-fast: $(STAMP)
@@ -51,7 +54,7 @@ test-fast: $(STAMP)
 
 # The fuzz tests with many more inputs than `test` gives them; some ten minutes.
 fuzz: $(STAMP)
-	FUZZ_NUM=2000 $(BIN)/python -m pytest -q -n auto tests/data/test_fuzz.py tests/data/test_fuzz_tables.py \
+	FUZZ_NUM=2000 $(BIN)/python -m pytest -q -n auto --timeout=3000 tests/data/test_fuzz.py tests/data/test_fuzz_tables.py \
 	  tests/whole/test_predictor_fuzz.py tests/gate/test_fuzz_backbones.py
 
 # Real processes hurt at random moments, ROUNDS of each row; ROWS=worker,driver for some of them.

@@ -170,10 +170,11 @@ def test_tokens_are_not_compiled() -> None:
     assert not body_module.can_be_compiled({"input_ids": torch.zeros(1, 4, dtype=torch.long)})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
+@pytest.mark.parametrize("precision", FORMATS)
 def test_a_long_pass_is_compiled_and_gives_the_same_head(
     precision: str, tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

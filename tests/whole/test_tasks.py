@@ -86,7 +86,7 @@ def written_as_lists(run: orchestrator.Run, files: list[Path], labels: list[list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["head", "full"])
+@pytest.mark.parametrize("method", ["head", pytest.param("full", marks=pytest.mark.long)])
 def test_numbers_of_an_image(efficientnet: Path, kinds: Path, digits: Path, method: str) -> None:
     data = {"root": str(digits), "label_column": ["value", "rest"], "split_column": "split"}
     run = train(
