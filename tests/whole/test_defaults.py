@@ -45,7 +45,11 @@ def test_a_transformer_that_is_trained_whole_is_better_than_its_frozen_body(glos
     backbone = runpy.run_path(str(GLOSSES / "make_backbone.py"))["make_backbone"](tmp_path / "all-MiniLM-L6-v2")
     found = {
         method: orchestrator.finetune(
-            modality="text", backbone=str(backbone), data=str(glosses), method=method, report=silent
+            modality="text",
+            backbone=str(backbone),
+            data={"path": str(glosses), "split_column": "split"},
+            method=method,
+            report=silent,
         )
         for method in ("head", "full")
     }
