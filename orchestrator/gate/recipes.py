@@ -15,7 +15,7 @@ from orchestrator.job import Job, Method, Phase, Recipe
 from orchestrator.modality import Fit, Modality
 
 _SGD_FACTOR = 10.0
-_LEAST_STEPS, _MOST_EPOCHS = 200, 100
+_LEAST_STEPS, _LEAST_STEPS_OF_TRANSFORMERS, _MOST_EPOCHS = 400, 200, 100
 """Where the body moves: of few samples a phase takes as many epochs as give these steps, up to so many."""
 _BATCH_SIZE, _BATCH_SIZE_OF_FEW, _FEW_FOR_A_BATCH = 32, 16, 500
 """Where the body moves, fewer samples than the last come in smaller batches: more steps of the same work."""
@@ -224,9 +224,11 @@ def _phase(
     training, other = job.training, row.of_transformers
     factor = _SGD_FACTOR if training.optimizer == "sgd" else 1.0
     default_rate, default_head_rate, default_epochs = factor * row.rate, factor * row.rate, row.epochs
+    least_steps = row.least_steps
     if other is not None and kind == "transformer":
         default_rate, default_head_rate, default_epochs = factor * other.rate, factor * other.head_rate, other.epochs
-    default_epochs = max(default_epochs, min(_MOST_EPOCHS, math.ceil(row.least_steps / steps_per_epoch)))
+        least_steps = min(least_steps, _LEAST_STEPS_OF_TRANSFORMERS)
+    default_epochs = max(default_epochs, min(_MOST_EPOCHS, math.ceil(least_steps / steps_per_epoch)))
     epochs = default_epochs if row.is_first else training.epochs or default_epochs
     rate = None if row.is_first else training.learning_rate
     # A probe wants each sample once: those that are changed at random are taken as they are.
