@@ -15,8 +15,10 @@ from orchestrator.job import Job, Method, Phase, Recipe
 from orchestrator.modality import Fit, Modality
 
 _SGD_FACTOR = 10.0
-_LEAST_STEPS, _LEAST_STEPS_OF_TRANSFORMERS, _MOST_EPOCHS = 400, 200, 100
-"""Where the body moves: of few samples a phase takes as many epochs as give these steps, up to so many."""
+_LEAST_STEPS = 400
+"""Where the body moves: of few samples a phase takes as many epochs as give these steps."""
+_LEAST_STEPS_OF_TRANSFORMERS, _MOST_EPOCHS_OF_TRANSFORMERS = 200, 100
+"""A transformer takes fewer, and no more epochs for them than this."""
 _BATCH_SIZE, _BATCH_SIZE_OF_FEW, _FEW_FOR_A_BATCH = 32, 16, 500
 """Where the body moves, fewer samples than the last come in smaller batches: more steps of the same work."""
 _FEWEST_ALIKE, _KERNELS = 4, 4
@@ -224,11 +226,12 @@ def _phase(
     training, other = job.training, row.of_transformers
     factor = _SGD_FACTOR if training.optimizer == "sgd" else 1.0
     default_rate, default_head_rate, default_epochs = factor * row.rate, factor * row.rate, row.epochs
-    least_steps = row.least_steps
+    least_epochs = math.ceil(row.least_steps / steps_per_epoch)
     if other is not None and kind == "transformer":
         default_rate, default_head_rate, default_epochs = factor * other.rate, factor * other.head_rate, other.epochs
-        least_steps = min(least_steps, _LEAST_STEPS_OF_TRANSFORMERS)
-    default_epochs = max(default_epochs, min(_MOST_EPOCHS, math.ceil(least_steps / steps_per_epoch)))
+        few = math.ceil(min(row.least_steps, _LEAST_STEPS_OF_TRANSFORMERS) / steps_per_epoch)
+        least_epochs = min(_MOST_EPOCHS_OF_TRANSFORMERS, few)
+    default_epochs = max(default_epochs, least_epochs)
     epochs = default_epochs if row.is_first else training.epochs or default_epochs
     rate = None if row.is_first else training.learning_rate
     # A probe wants each sample once: those that are changed at random are taken as they are.

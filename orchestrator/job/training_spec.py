@@ -15,7 +15,7 @@ class Training(Part):
     epochs: int | None = Field(
         None, ge=1, le=100_000, description="passes over the training samples; default: by method, head 40, full 20, "
         "auto 20 and lp-ft 20 (behind the head's), lora 20, scratch 40; a transformer whose body is trained: 6; where "
-        "the body is trained and samples are few, what 400 steps take (a transformer: 200), 100 at most"
+        "the body is trained and samples are few, what 400 steps take (a transformer: 200, 100 epochs at most)"
     )  # fmt: skip
     batch_size: int | None = Field(
         None, ge=1, description="samples a step, over all workers; default: 32, or 16 where the body is trained on "

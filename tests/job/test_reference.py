@@ -51,8 +51,10 @@ def test_every_setting_of_a_job_says_what_it_is_for() -> None:
     for method, row in recipes._METHODS.items():
         assert f"{method} {row.phases[-1].epochs}" in epochs.meaning
         assert f"{method} {row.phases[-1].rate:g}" in rate.meaning
-    few = f"what {recipes._LEAST_STEPS} steps take (a transformer: {recipes._LEAST_STEPS_OF_TRANSFORMERS})"
-    assert f"{few}, {recipes._MOST_EPOCHS} at most" in epochs.meaning
+    few = (
+        f"a transformer: {recipes._LEAST_STEPS_OF_TRANSFORMERS}, {recipes._MOST_EPOCHS_OF_TRANSFORMERS} epochs at most"
+    )
+    assert f"what {recipes._LEAST_STEPS} steps take ({few})" in epochs.meaning
     batch = setting_of("training.batch_size")
     assert batch is not None
     assert f"default: {recipes._BATCH_SIZE}, or {recipes._BATCH_SIZE_OF_FEW} " in batch.meaning
