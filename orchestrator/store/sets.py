@@ -66,12 +66,13 @@ def write_first(file: Path, text: str) -> None:
     partial = beside(file)
     try:
         partial.write_text(text, encoding="utf-8")
-        os.link(partial, file)
-    except FileExistsError:
-        return
-    except OSError:  # a file system without links
-        if not file.exists():
-            os.replace(partial, file)
+        try:
+            os.link(partial, file)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            if not file.exists():
+                os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 

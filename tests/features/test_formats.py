@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from orchestrator.features import SampleSource, formats
 from orchestrator.features.formats import LEAST_COSINE, Choice, choose
 from orchestrator.gate import prepare, resolve_backbone
 from orchestrator.network import start_worker
-from orchestrator.store import FORMAT_FILE, Format
+from orchestrator.store import FORMAT_FILE, Format, write_first
 from tests.features.conftest import head
 from tests.features.test_bodies import a_convnet
 from tests.whole.test_train import train
@@ -100,3 +101,16 @@ def test_of_two_jobs_that_try_at_once_the_first_answer_holds(
 
         choice = choose("auto", a_convnet(), source, rows, worker, Path(), num_missing)
     assert choice.format == first
+
+
+def test_a_note_that_could_not_be_written_whole_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full in the middle of it: what was written by then must not be taken for the note."""
+
+    def half(path: Path, text: str, **_: object) -> int:
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        write_first(Path(FORMAT_FILE), json.dumps(asdict(Choice("float32", 1.0, 1.0))))
+    assert list(Path.cwd().iterdir()) == []
