@@ -39,7 +39,7 @@ def _search(tree: Mapping[str, Any], fresh: bool, report: Report, stop: Stop) ->
 
 
 def _rank(tree: Mapping[str, Any], fresh: bool, report: Report, stop: Stop) -> Ran:
-    from orchestrator.tuning import run_rank  # noqa: PLC0415  # it imports Ray
+    from orchestrator.tuning import run_rank  # noqa: PLC0415  # only for this kind
 
     return run_rank(tree, fresh, report, stop)
 

@@ -94,10 +94,13 @@ def _sent(
     """What travels. Raises `RefusedError`, as it would where it ran here."""
     if kind in ("search", "rank"):
         try:
-            from orchestrator.tuning import rank_to_send, search_to_send  # noqa: PLC0415  # it imports Ray
+            if kind == "search":
+                from orchestrator.tuning import search_to_send as to_send  # noqa: PLC0415  # it imports Ray
+            else:
+                from orchestrator.tuning import rank_to_send as to_send  # noqa: PLC0415  # this one does not
         except ModuleNotFoundError as error:
             raise missing_extra(error) or error from None
-        return (search_to_send if kind == "search" else rank_to_send)(draft, report)
+        return to_send(draft, report)
     plan = rehearsed(*planned(job, fields))
     sent = _for_the_cluster(draft.job(), plan)
     return Sent(sent.model_dump(mode="json", exclude_defaults=True), plan.name, sent.storage, plan, sent.digest())
