@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.distributed.request import Sent
 from orchestrator.errors import JobError, did_you_mean
-from orchestrator.job import Draft, Job, Report, Stop, nearest_value, whole
+from orchestrator.job import Draft, Job, Report, Stop, whole
 from orchestrator.tuning.directory import directory_of
 from orchestrator.tuning.ranking import NUM_FROM_HUB, NUM_SAMPLES, first_candidate, rank, ranked_job, ranking_digest
+from orchestrator.tuning.settings import first_fault
 
 RANK_BLOCK = "rank"
 
@@ -78,10 +79,8 @@ def _rank_settings(block: Any) -> RankSettings:
     try:
         return RankSettings.model_validate(block)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        name = ".".join(map(str, fault["loc"]))
+        name, said, mend = first_fault(error)
         raise JobError(
-            f"{RANK_BLOCK}.{name} = {fault.get('input')!r}: {str(fault['msg'])[:1].lower()}{str(fault['msg'])[1:]}",
-            expected="one of " + ", ".join(RankSettings.model_fields),
-            mend=did_you_mean(str(fault["loc"][-1]), RankSettings.model_fields) or nearest_value(fault),
+            f"{RANK_BLOCK}.{said}", expected="one of " + ", ".join(RankSettings.model_fields),
+            mend=did_you_mean(name.rpartition(".")[2], RankSettings.model_fields) or mend,
         ) from None  # fmt: skip

@@ -41,6 +41,13 @@ class SearchSettings(BaseModel):
     max_failed: int = Field(3, ge=1, description="so many failed trials, and none that ended well, end the search")
 
 
+def first_fault(error: ValidationError) -> tuple[str, str, str]:
+    """(the setting's dotted name, what is wrong with its value, what to do) of the first fault."""
+    fault = error.errors(include_url=False)[0]
+    name, message = ".".join(map(str, fault["loc"])), str(fault["msg"])
+    return name, f"{name} = {fault.get('input')!r}: {message[:1].lower()}{message[1:]}", nearest_value(fault)
+
+
 def settings_and_space(
     draft: Draft, space: Mapping[str, Any] | None, given: Mapping[str, Any]
 ) -> tuple[Draft, SearchSettings, Mapping[str, Any]]:
@@ -66,12 +73,8 @@ def settings_and_space(
     try:
         settings = SearchSettings.model_validate({**own, **{key: one for key, one in given.items() if one is not None}})
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        name = ".".join(map(str, fault["loc"]))
+        name, said, mend = first_fault(error)
         where = place if name in own and given.get(name) is None else ""
-        raise JobError(
-            f"{where}{name} = {fault.get('input')!r}: {str(fault['msg'])[:1].lower()}{str(fault['msg'])[1:]}",
-            mend=nearest_value(fault),
-        ) from None
+        raise JobError(f"{where}{said}", mend=mend) from None
     of_the_file = inner if inner is not None else rest
     return replace(draft, tree=tree), settings, of_the_file if space is None else space
