@@ -177,6 +177,8 @@ def _text_features(texts: Sequence[str]) -> np.ndarray[Any, Any]:
 
 def fastai(_modality: str, data: Data, seed: int, _folder: Path) -> dict[str, Any]:
     """fastai's `fine_tune` as `vision_learner` sets it up: its own head, one frozen epoch, then all, 10 epochs."""
+    import fastai.callback.progress  # for `no_bar`
+    import fastai.callback.schedule  # noqa: F401  # for `fine_tune`
     import timm
     from fastai.data.block import CategoryBlock, DataBlock
     from fastai.data.transforms import ColReader, ColSplitter
