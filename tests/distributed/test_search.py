@@ -209,3 +209,12 @@ def test_the_example_of_rays_documentation(base: dict[str, Any]) -> None:
     best = results.get_best_result("validation_accuracy", mode="max")
     assert best.config["training.momentum"] < 0.9
     assert best.path in dfs
+
+
+def test_trials_of_auto(base: dict[str, Any]) -> None:
+    """What `auto` decides in each is decided on the same validation samples that rank the trials."""
+    result = orchestrator.search({**base, "method": "auto"}, {"learning_rate": {"grid": [1e-3, 1e-2]}}, report=silent)
+    assert [one.state for one in result.trials] == ["finished"] * 2
+    assert result.best_run is not None
+    assert result.best_run.finished
+    assert result.best_run.results["validation"]["accuracy"] == pytest.approx(result.best.score)  # type: ignore[union-attr]
