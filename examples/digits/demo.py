@@ -27,8 +27,8 @@ from rich.text import Text
 import orchestrator
 from orchestrator.job import Noted
 from orchestrator.progress import progress
+from orchestrator.tasks import wilson
 from orchestrator.terminal.console import out, show_results, table
-from orchestrator.training import wilson
 
 HERE = Path(__file__).parent
 SHADES = " .:-=+*#%@"

@@ -26,7 +26,8 @@ from orchestrator.errors import DataError, TrainingError, fault_of_sample
 from orchestrator.features import SampleSource
 from orchestrator.gate import drafted, materialised
 from orchestrator.job import DATA_FOLDER, Data, Plan, Run, shown
-from orchestrator.training import LoadedRun, Predictions, compute_metrics, load_run
+from orchestrator.tasks import Predictions, compute_metrics
+from orchestrator.training import LoadedRun, load_run
 
 
 def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any]) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from orchestrator.job import Plan, Run, make_job
 from orchestrator.modality import Modality
 from orchestrator.network import Network, freeze, make_optimizer, set_mode
 from orchestrator.predictor import predict
+from orchestrator.tasks import make_objective
 from orchestrator.testing.batch import Trial, check_mixes, collated, logits_of
 from orchestrator.testing.samples import Toys
 from orchestrator.train import finetune
-from orchestrator.training import make_objective
 
 _NUM_STEPS = 3
 _NUM_EPOCHS = 3

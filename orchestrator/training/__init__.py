@@ -7,7 +7,6 @@ The same in one process and on many; knows nothing of Ray.
     phase       one phase of the recipe: steps, ends of epochs, checkpoints
     state       where a run stands, and what a worker holds
     best        which epoch's weights are kept
-    choice      two networks on the same validation samples, and why the one is kept
     budget      how many epochs fit into what a job may take
     fitted      a head that is fitted to stored features at once, by the probe
     refit       training anew on training and validation samples
@@ -22,13 +21,6 @@ The same in one process and on many; knows nothing of Ray.
     finish      the stages behind the last step: final figures, export, results
     assembly    the network with its weights, and the samples
     handed_over  the backbone's files on each node, downloaded once or had from another node
-    objective   what the task decides: loss, class weights, the scale of targets
-    metrics     figures of each task, confusion
-    intervals   their 95 % intervals
-    probe       the best linear layer on features, by cross-validation
-    linear_fits  the layers of all folds side by side: ridge, logistic regression
-    minimise    several convex problems at once
-    folds       which fold a sample is held out in
     checkpoint  save, newest whole one, restore; safetensors and JSON
     audit       which samples each step took, on which worker
     outbox      what goes to the storage beside the loop
@@ -43,11 +35,6 @@ from orchestrator.training.audit import Taken as Taken, read_audit as read_audit
 from orchestrator.training.batches import epoch_batches as epoch_batches
 from orchestrator.training.checkpoint import checkpoint_name as checkpoint_name
 from orchestrator.training.finish import FINAL_FIGURES as FINAL_FIGURES
-from orchestrator.training.folds import assign_folds as assign_folds
-from orchestrator.training.intervals import wilson as wilson
 from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as load_run
 from orchestrator.training.loop import run_worker as run_worker
-from orchestrator.training.metrics import Predictions as Predictions, compute_metrics as compute_metrics
-from orchestrator.training.objective import Objective as Objective, make_objective as make_objective
-from orchestrator.training.probe import SCORES as SCORES, Probe as Probe, fit_probe as fit_probe
 from orchestrator.training.rates import rate_factor as rate_factor

@@ -8,10 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.job import Phase
+from orchestrator.tasks import Predictions, compare
 from orchestrator.training import checkpoint as ckpt
-from orchestrator.training.choice import compare
 from orchestrator.training.evaluate import predict_split
-from orchestrator.training.metrics import Predictions
 from orchestrator.training.state import Session
 
 _OF_THE_CLOCK = ("seconds", "samples_per_s")

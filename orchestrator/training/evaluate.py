@@ -13,7 +13,7 @@ from torch import Tensor
 from orchestrator.features import split_evenly
 from orchestrator.job import Phase
 from orchestrator.network import Inputs, autocast, channels_last, set_mode
-from orchestrator.training.metrics import Predictions
+from orchestrator.tasks import Predictions
 from orchestrator.training.rates import rate_factor
 from orchestrator.training.state import Session
 

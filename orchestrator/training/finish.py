@@ -11,12 +11,10 @@ from typing import Any
 from orchestrator.errors import InterruptedRunError, OrchestratorError, counted
 from orchestrator.job import METRICS_FILE, Noted, PhaseBegan, read_lines
 from orchestrator.network import merge
-from orchestrator.training.choice import what_was_chosen
+from orchestrator.tasks import Predictions, compute_metrics, fold_target_scale, what_was_chosen
 from orchestrator.training.convergence import find_problems
 from orchestrator.training.evaluate import predict_split
 from orchestrator.training.export import export
-from orchestrator.training.metrics import Predictions, compute_metrics
-from orchestrator.training.objective import fold_target_scale
 from orchestrator.training.record import write_skipped
 from orchestrator.training.state import Session, TrainState
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from orchestrator.data import Ints, Samples
 from orchestrator.features import Batch
 from orchestrator.network import TOLERANCE, Head
-from orchestrator.training.probe import fit_probe
+from orchestrator.probing import fit_probe
 from orchestrator.training.state import Session
 
 _NUM_TRIED = 16

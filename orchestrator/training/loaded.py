@@ -18,8 +18,8 @@ from orchestrator.gate import num_cores
 from orchestrator.job import MODEL, Plan, Run, open_run
 from orchestrator.modality import Collate, Decode, Modality, Sample, registry
 from orchestrator.network import Inputs, Network, Worker, autocast, find_device, on_device, start_worker
+from orchestrator.tasks import Objective, make_objective
 from orchestrator.training.evaluate import evaluate_batch
-from orchestrator.training.objective import Objective, make_objective
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from orchestrator.errors import InterruptedRunError, OrchestratorError
 from orchestrator.features import MakeRemoteExtractor, Source, run_body_once
 from orchestrator.job import SPLITS, Event, Noted, PhaseBegan, Report
 from orchestrator.network import Replicated, Worker, adapt
+from orchestrator.tasks import make_objective
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.assembly import WorkerSpec, assembled
 from orchestrator.training.audit import Audit
@@ -22,7 +23,6 @@ from orchestrator.training.batches import BatchLoader
 from orchestrator.training.finish import evaluate_splits, export_run
 from orchestrator.training.fitted import can_be_fitted
 from orchestrator.training.mixing import make_mix
-from orchestrator.training.objective import make_objective
 from orchestrator.training.outbox import Outbox
 from orchestrator.training.phase import PhaseLoop
 from orchestrator.training.record import Record, write_lineage

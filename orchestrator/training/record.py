@@ -16,7 +16,7 @@ from tensorboardX import SummaryWriter
 
 from orchestrator.job import METRICS_FILE, HeldRun, Plan, read_lines
 from orchestrator.network import Network, Worker, adapted_modules, is_adapter
-from orchestrator.training.metrics import finite
+from orchestrator.tasks import finite
 from orchestrator.training.outbox import Outbox
 
 _SKIPPED = "skipped.jsonl"

@@ -15,10 +15,9 @@ from orchestrator.data import Samples
 from orchestrator.features import Batch, SampleSource, Source
 from orchestrator.job import HeldRun, Phase, Plan, Recipe, Report
 from orchestrator.network import Inputs, Network, Strategy, Worker
+from orchestrator.tasks import Objective, finite
 from orchestrator.training.audit import Audit
 from orchestrator.training.batches import BatchLoader
-from orchestrator.training.metrics import finite
-from orchestrator.training.objective import Objective
 from orchestrator.training.outbox import Outbox
 from orchestrator.training.record import Record
 

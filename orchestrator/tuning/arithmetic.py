@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestrator.job import Plan
-from orchestrator.training import Objective
+from orchestrator.tasks import Objective
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch's AdamW
 

@@ -21,7 +21,8 @@ from orchestrator.data import Ints, Samples
 from orchestrator.features import FeatureSource
 from orchestrator.job import Plan
 from orchestrator.network import Cut, Head, Network
-from orchestrator.training import Objective, epoch_batches, rate_factor
+from orchestrator.tasks import Objective
+from orchestrator.training import epoch_batches, rate_factor
 from orchestrator.tuning.arithmetic import adamw, losses_of_heads, settings_of_heads, sgd
 
 _MOST_NUMBERS = 4_000_000

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestrator.data import Ints
-from orchestrator.training import SCORES, Predictions, compute_metrics
+from orchestrator.probing import SCORES
+from orchestrator.tasks import Predictions, compute_metrics
 
 NUM_NEIGHBOURS = 10
 _SIMILARITIES_AT_ONCE = 2**24

@@ -23,7 +23,8 @@ from orchestrator.features import NoCut, SampleSource, compute_features, open_fe
 from orchestrator.job import Event, HeldRun, Noted, PhaseBegan, Report, Stop, figure
 from orchestrator.modality import Modality
 from orchestrator.network import Network, Worker
-from orchestrator.training import assembled, assign_folds, fit_probe
+from orchestrator.probing import assign_folds, fit_probe
+from orchestrator.training import assembled
 from orchestrator.tuning.candidates import Candidate
 from orchestrator.tuning.neighbours import score_of_neighbours
 from orchestrator.tuning.standings import Standing, leaving, sample_sizes

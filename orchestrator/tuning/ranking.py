@@ -16,8 +16,8 @@ from orchestrator.gate import ResolvedBackbone, drafted, materialised, without_r
 from orchestrator.job import DATA_FOLDER, DirectoryStorage, Job, Report, Stop, hold, shown, stop_on_signal
 from orchestrator.modality import registry
 from orchestrator.network import find_device, start_worker
+from orchestrator.probing import SCORES
 from orchestrator.progress import progress
-from orchestrator.training import SCORES
 from orchestrator.tuning.candidates import Candidate, Gate, failed_row, num_parameters, refused_row, require_meant
 from orchestrator.tuning.directory import directory_of
 from orchestrator.tuning.race import Race

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 from orchestrator.errors import RefusedError
 from orchestrator.job import BEST_OF_SEARCH, SEARCH_FILE, Run, local_path
-from orchestrator.training import wilson
+from orchestrator.tasks import wilson
 from orchestrator.tuning.space import Config
 from orchestrator.tuning.trials import TRIALS_FILE, Metric, Trial, best_line, read_search, read_trials
 

@@ -15,7 +15,8 @@ from orchestrator.gate import num_cores
 from orchestrator.job import Advanced, Noted, PhaseBegan, Plan
 from orchestrator.modality import Modality, registry
 from orchestrator.network import Cut, Network, autocast, find_device, start_worker
-from orchestrator.training import assembled, make_objective
+from orchestrator.tasks import make_objective
+from orchestrator.training import assembled
 from orchestrator.tuning.heads import HeadInputs, HeadStack, Outcome, Weights, can_be_stacked, head_weights, in_pieces
 from orchestrator.tuning.tasks import Means, Task
 from orchestrator.tuning.trials import Trial

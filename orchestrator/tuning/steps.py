@@ -10,7 +10,7 @@ from orchestrator.errors import TrainingError
 from orchestrator.features import SampleSource
 from orchestrator.job import Plan
 from orchestrator.network import Network, Worker, autocast, channels_last, freeze, make_optimizer, set_mode
-from orchestrator.training import make_objective
+from orchestrator.tasks import make_objective
 
 _NUM_STEPS = 2
 _LONG_S = 5.0

@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
-from orchestrator.training import assign_folds
+from orchestrator.probing import assign_folds
 from orchestrator.tuning import neighbours
 from orchestrator.tuning.neighbours import score_of_neighbours
 

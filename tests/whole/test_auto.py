@@ -58,7 +58,7 @@ def test_the_probe_is_the_head_and_the_body_is_as_it_was(tiny_resnet: Path, digi
     """Epochs that learn nothing are not preferred by a validation that can tell: what is exported is the probe's."""
     from safetensors.torch import load_file
 
-    from orchestrator.training.probe import fit_probe
+    from orchestrator.probing.probe import fit_probe
 
     run = train(tiny_resnet, digits, **{"training.learning_rate": 1e-12, "training.precision": "fp32"})
     after, before = weights_of(run), load_file(tiny_resnet / "model.safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orchestrator.training.minimise import minimise
+from orchestrator.probing.minimise import minimise
 
 
 def test_each_problem_reaches_its_own_minimum() -> None:

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestrator.errors import TrainingError, counted
-from orchestrator.training.folds import assign_folds
-from orchestrator.training.linear_fits import LinearFits, RidgeFits, SigmoidFits, SoftmaxFits
-from orchestrator.training.metrics import Predictions, compute_metrics
-from orchestrator.training.objective import Objective
+from orchestrator.probing.folds import assign_folds
+from orchestrator.probing.linear_fits import LinearFits, RidgeFits, SigmoidFits, SoftmaxFits
+from orchestrator.tasks import Objective, Predictions, compute_metrics
 
 STRENGTHS = (100.0, 10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 """Of the L2 term, strongest first: a decade apart, from what 50 samples of 1,000 features need to next to none."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from orchestrator.training.minimise import minimise
+from orchestrator.probing.minimise import minimise
 
 _TOLERANCE, _MOST_STEPS = 1e-4, 100
 _LAST_TOLERANCE, _MOST_LAST_STEPS = 1e-6, 500

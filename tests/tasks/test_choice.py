@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from orchestrator.training.choice import Comparison, compare
-from orchestrator.training.metrics import Predictions
+from orchestrator.tasks.choice import Comparison, compare
+from orchestrator.tasks.metrics import Predictions
 
 
 def said(right: list[bool], loss: float = 1.0) -> Predictions:

@@ -12,8 +12,8 @@ import torch
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
-from orchestrator.training.intervals import Ranks, wilson
-from orchestrator.training.metrics import Predictions, compute_metrics
+from orchestrator.tasks.intervals import Ranks, wilson
+from orchestrator.tasks.metrics import Predictions, compute_metrics
 
 CLASSES = ("a", "b", "c")
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.training.intervals import Floats, Ranks, resampled_counts, resamples, wilson, with_interval
+from orchestrator.tasks.intervals import Floats, Ranks, resampled_counts, resamples, wilson, with_interval
 
 Counts = npt.NDArray[Any]
 

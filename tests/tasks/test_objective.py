@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from orchestrator.training.objective import Objective
+from orchestrator.tasks.objective import Objective
 
 
 def objective(task: str, weights: tuple[float, ...] = (), smoothing: float = 0.0) -> Objective:

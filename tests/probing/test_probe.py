@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from orchestrator.errors import TrainingError
-from orchestrator.training import Probe, fit_probe
+from orchestrator.probing import Probe, fit_probe
 
 
 def digits(num: int) -> tuple[Tensor, Tensor]:

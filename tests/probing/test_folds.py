@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from orchestrator.errors import TrainingError
-from orchestrator.training import assign_folds
+from orchestrator.probing import assign_folds
 
 
 @given(

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from orchestrator.job import Plan
 from orchestrator.network import Network
-from orchestrator.training.metrics import MAX_SCORES
+from orchestrator.tasks.metrics import MAX_SCORES
 
 
 @dataclass(frozen=True)

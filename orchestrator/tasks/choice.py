@@ -17,7 +17,7 @@ import numpy as np
 
 from orchestrator.errors import counted
 from orchestrator.job import Plan, figure
-from orchestrator.training.metrics import Predictions
+from orchestrator.tasks.metrics import Predictions
 
 _TELLS = 0.02
 """A standard error from which on validation decides alone: of the accuracy, or of the loss in parts of it."""

@@ -1,0 +1,13 @@
+"""The best linear layer on features that do not change, its strength chosen by cross-validation.
+
+In: features and targets in memory, and the task. Out: weights, a strength, the figure of the cross-validation.
+No step, no schedule, no run: a convex problem, solved at once.
+
+    probe       the layer, and what says how good it is
+    linear_fits  the layers of all folds side by side: ridge, logistic regression
+    minimise    several convex problems at once
+    folds       which fold a sample is held out in
+"""
+
+from orchestrator.probing.folds import assign_folds as assign_folds
+from orchestrator.probing.probe import SCORES as SCORES, Probe as Probe, fit_probe as fit_probe
