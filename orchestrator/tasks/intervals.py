@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,16 @@ Floats = npt.NDArray[np.floating[Any]]
 
 _NUM_RESAMPLES = 200
 _Z95 = 1.959963984540054
+_SHARE_INSIDE = 0.95
+"""Of the resamples: so many have to lie inside of the scale."""
+
+Scale = Literal["share", "error", "explained"]
+_SCALES: dict[str, tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]] = {
+    "share": (lambda share: np.log(share / (1 - share)), lambda logit: 1 / (1 + np.exp(-logit))),
+    "error": (np.log, np.exp),
+    "explained": (lambda r2: np.log(1 - r2), lambda rest: 1 - np.exp(rest)),
+}
+"""Onto the scale, and back."""
 
 
 def wilson(correct: int, total: int, among: int = 1) -> tuple[float, float]:
@@ -46,16 +56,27 @@ def resampled_counts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.random.default_rng(0).multinomial(total, counts / total, size=_NUM_RESAMPLES)
 
 
-def with_interval(name: str, value: float | None, resampled: Sequence[float]) -> dict[str, Any]:
-    """{name: the figure, name_95: its percentile interval (Efron 1979)}, null where there is none.
+def with_interval(name: str, value: float | None, resampled: Sequence[float], scale: Scale = "share") -> dict[str, Any]:
+    """{name: the figure, name_95: its interval}, null where there is none.
 
-    Resamples in which the figure is not defined (NaN) do not count. The interval is widened to the figure itself where
-    resampling leaves it outside: in small or skewed splits many resamples lack a class, or hold a sample twice.
+    The interval is the figure give or take 1.96 standard deviations of the resampled ones, on a scale where these lie
+    evenly around it: of a share (0 to 1) its logit (Boyd et al. 2013, for average precision), of an error the
+    logarithm, of R2 the logarithm of what is not explained. Percentiles of the resamples held the average precision of
+    many samples in 47 to 94 % of cases, this in 73 to 95: a sample that is drawn twice is ranked beside itself, which
+    flatters. Where the figure, or some resamples, are at the end of the scale, it is the percentile interval (Efron
+    1979), widened to the figure. Resamples in which the figure is not defined (NaN) do not count.
     """
-    known = [one for one in resampled if math.isfinite(one)]
-    if value is None or not math.isfinite(value) or not known:
+    known = np.array([one for one in resampled if math.isfinite(one)])
+    if value is None or not math.isfinite(value) or not len(known):
         return {name: value, f"{name}_95": None}
-    low, high = (float(edge) for edge in np.percentile(known, (2.5, 97.5)))
+    onto, back = _SCALES[scale]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        placed, centre = onto(known), onto(np.array([value]))
+    inner = placed[np.isfinite(placed)]
+    if np.isfinite(centre).all() and len(inner) >= _SHARE_INSIDE * len(known):
+        low, high = sorted(back(centre + np.array([-_Z95, _Z95]) * inner.std()).tolist())
+    else:
+        low, high = np.percentile(known, (2.5, 97.5)).tolist()
     return {name: value, f"{name}_95": [min(low, value), max(high, value)]}
 
 

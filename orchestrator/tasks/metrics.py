@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.tasks.intervals import Floats, Ranks, resampled_counts, resamples, wilson, with_interval
+from orchestrator.tasks.intervals import Floats, Ranks, Scale, resampled_counts, resamples, wilson, with_interval
 
 Counts = npt.NDArray[Any]
 
@@ -169,16 +169,18 @@ def _regression(predictions: Predictions, classes: Sequence[str]) -> dict[str, A
     drawn = [_of_numbers(weights, centred, errors) for weights in resamples(len(errors))]
     each = [
         {
-            **with_interval("mae", float(values[0, i]), [float(one[0, i]) for one in drawn]),
+            **with_interval("mae", float(values[0, i]), [float(one[0, i]) for one in drawn], "error"),
             "rmse": float(np.sqrt((errors[:, i] ** 2).mean())),
-            **with_interval("r2", float(values[1, i]), [float(one[1, i]) for one in drawn]),
-            **with_interval("scaled_mae", float(values[2, i]), [float(one[2, i]) for one in drawn]),
+            **with_interval("r2", float(values[1, i]), [float(one[1, i]) for one in drawn], "explained"),
+            **with_interval("scaled_mae", float(values[2, i]), [float(one[2, i]) for one in drawn], "error"),
         }
         for i in range(len(classes))
     ]
     means: dict[str, Any] = {}
-    for number, name in ((1, "r2"), (2, "scaled_mae")):
-        means |= with_interval(name, _mean_of_known(values[number]), [_mean_of_known(one[number]) for one in drawn])
+    scales: tuple[tuple[int, str, Scale], ...] = ((1, "r2", "explained"), (2, "scaled_mae", "error"))
+    for number, name, scale in scales:
+        resampled = [_mean_of_known(one[number]) for one in drawn]
+        means |= with_interval(name, _mean_of_known(values[number]), resampled, scale)
     of_one = ("mae", "mae_95", "rmse")
     return {
         **(dict.fromkeys(of_one) if len(each) > 1 else {name: each[0][name] for name in of_one}),

@@ -23,10 +23,10 @@ def made(targets: object, predicted: object, scores: object) -> Predictions:
     return Predictions(np.arange(num), targets, predicted, scores, np.full(num, 0.5, np.float32))  # type: ignore[arg-type]
 
 
-def single(num: int, seed: int = 0) -> Predictions:
+def single(num: int, seed: int = 0, apart: float = 1.2) -> Predictions:
     random = np.random.default_rng(seed)
     targets = random.integers(3, size=num)
-    logits = random.normal(size=(num, 3)).round(1) + 1.2 * np.eye(3)[targets]  # rounded: with ties
+    logits = random.normal(size=(num, 3)).round(1) + apart * np.eye(3)[targets]  # rounded: with ties
     scores = torch.from_numpy(logits).softmax(-1).float().numpy()
     return made(targets, scores.argmax(1), scores)
 
@@ -55,6 +55,14 @@ def test_the_bootstraps_weighted_ranks_are_the_libraries_own() -> None:
     auroc, precision = Ranks(given.scores, onehot.astype(bool)).measure(weights)
     assert auroc == pytest.approx(sklearn_metrics.roc_auc_score(onehot[drawn], given.scores[drawn]))
     assert precision == pytest.approx(sklearn_metrics.average_precision_score(onehot[drawn], given.scores[drawn]))
+
+
+@pytest.mark.parametrize(("name", "at_least"), [("average_precision", 0.85), ("auroc", 0.9), ("macro_f1", 0.9)])
+def test_intervals_of_few_samples_hold_the_figure_of_many(name: str, at_least: float) -> None:
+    """They should in 95 % of cases; percentiles of the resamples did in 82 % for average precision."""
+    truth = compute_metrics("single-label", single(20_000, 1, apart=0.3), CLASSES)[name]
+    intervals = [compute_metrics("single-label", single(30, s, apart=0.3), CLASSES)[f"{name}_95"] for s in range(2, 82)]
+    assert sum(low <= truth <= high for low, high in intervals) >= at_least * len(intervals)
 
 
 def test_the_interval_of_f1_is_as_wide_as_f1_varies() -> None:
