@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,6 +149,7 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
     if is_uri(run.storage.place) and run.busy:  # in a directory that is known at once
         options.report(PhaseBegan("looking whether the one that holds this run is alive: up to a minute"))
     with hold(run.storage, run.name) as held:
+        was_there = held.read("plan.json") is not None
         plan = _laid_out(run, held, job, resolved, options)
         if run.finished:
             text = "this run was finished before: these are its figures, nothing was trained (--fresh starts over)"
@@ -160,8 +162,20 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
             options.report(Noted(str(line)))
         for line in plan.warnings:
             options.report(Noted(line, is_warning=True))
-        _work(held, plan, resolved.plugin.extra, options, job.log)
+        try:
+            _work(held, plan, resolved.plugin.extra, options, job.log)
+        except RefusedError:
+            if not was_there:
+                _forget(held)
+            raise
     return run
+
+
+def _forget(run: HeldRun) -> None:
+    """Leave nothing of a run that was refused before its first checkpoint: the next start begins as it is asked to."""
+    with contextlib.suppress(OrchestratorError):  # somebody else's by now, or the storage is away
+        if not run.commits(CHECKPOINTS):
+            run.clear()
 
 
 def train_as_planned(run: Run, report: Report, stop: Stop) -> Run:
@@ -203,7 +217,9 @@ def _run_of(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
     prefix = run.name.rpartition("-")[0]
     for other in list_runs(storage.place):
         with contextlib.suppress(RefusedError):  # damaged, or of an earlier version
-            if other.name.rpartition("-")[0] == prefix and not other.is_earlier and same_learning(job, other.plan):
+            like_it = other.name.rpartition("-")[0] == prefix and not other.is_earlier
+            has_begun = like_it and (other.finished or storage.commits(f"{other.name}/{CHECKPOINTS}"))
+            if has_begun and same_learning(job, other.plan):
                 return other
     return run
 
@@ -224,8 +240,11 @@ def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, opt
         _refuse_without_samples(run)
         began, plan = run.plan, prepare(job, resolved)[0]
         refuse_changes(run.place, began, plan)
+        has_nothing = not run.finished and not held.commits(CHECKPOINTS)
+        if has_nothing and began.recipe.num_microbatches != plan.recipe.num_microbatches:
+            return _laid_out(run, held, job, resolved, dataclasses.replace(options, fresh=True))
         plan = gone_on_with(began, plan)
-        if not run.finished and not held.commits(CHECKPOINTS):
+        if has_nothing:
             options.report(Noted("going on with a run that was cut off before its first checkpoint: from step 0"))
         idle, parts = idle_workers(plan), plan.recipe.num_microbatches
         if idle and not run.finished:

@@ -88,22 +88,38 @@ def find_token() -> Token | None:
     value = os.environ.get("RAY_AUTH_TOKEN", "").strip()
     if value:
         return Token(value)
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(named) if named else Path("~/.ray/auth_token").expanduser()
-    if not named and not file.is_file():
+    file = _token_file()
+    if file is None:
         return None
-    try:
-        mode = stat.S_IMODE(file.stat().st_mode)
-        value = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is no text"
-        raise RefusedError(
-            "unauthorised", f"the token file {file} cannot be read: {why}", expected="a file that holds the token",
-            mend="correct RAY_AUTH_TOKEN_PATH",
-        ) from None  # fmt: skip
+    value, mode = _read(file)
     if mode & 0o077:
         raise RefusedError(
             "unauthorised", f"the token file {file} can be read by others (mode {mode:04o})",
             expected="mode 0600: whoever has the token can run code on the cluster", mend=f"chmod 600 {file}",
         )  # fmt: skip
     return Token(value) if value else None
+
+
+def refuse_unreadable_token() -> None:
+    """Raise `RefusedError` for a token file that Ray would read and cannot. Others may read it, as they may a pod's."""
+    file = None if os.environ.get("RAY_AUTH_TOKEN") else _token_file()
+    if file is not None:
+        _read(file)
+
+
+def _token_file() -> Path | None:
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(named) if named else Path("~/.ray/auth_token").expanduser()
+    return file if named or file.is_file() else None
+
+
+def _read(file: Path) -> tuple[str, int]:
+    """What a token file holds, and its mode. Raises `RefusedError`."""
+    try:
+        return file.read_text(encoding="utf-8").strip(), stat.S_IMODE(file.stat().st_mode)
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise RefusedError(
+            "unauthorised", f"the token file {file} cannot be read: {why}", expected="a file that holds the token",
+            mend="correct RAY_AUTH_TOKEN_PATH",
+        ) from None  # fmt: skip

@@ -26,7 +26,7 @@ from orchestrator.distributed.offer import offer_of, resources_of
 from orchestrator.distributed.shared_storage import refuse_apart
 from orchestrator.distributed.waiting import Wait
 from orchestrator.errors import InterruptedRunError, OrchestratorError, PluginError, TrainingError, first_line
-from orchestrator.job import ERROR_FILE, RAY_FOLDER, Event, Failed, Noted, PhaseBegan, Plan, Report
+from orchestrator.job import CHECKPOINTS, ERROR_FILE, RAY_FOLDER, Event, Failed, Noted, PhaseBegan, Plan, Report
 
 if TYPE_CHECKING:
     from orchestrator.training import WorkerSpec
@@ -46,6 +46,10 @@ _STALE_RESOURCES_S = "12"
 _MOST_RENDEZVOUS = 3
 _LOOK_EVERY_S = 2.0
 _LONGEST_WHY = 300
+_LOST_PEER = re.compile(
+    r"(?:[Cc]onnection closed by peer|[Cc]onnection reset by peer|[Rr]emote process exited)(?: \[([\d.a-f:]+)\])?"
+)
+"""What gloo and NCCL say in a worker that lives, once another one has died."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -97,6 +101,11 @@ def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | No
             break
         except WorkerGroupError as error:
             return _training_error(error, spec, scaling.max_failures)
+        except ray.exceptions.ActorDiedError:
+            return TrainingError(
+                "the process that keeps the workers (Ray Train's controller) died",
+                mend="see whether its node has memory left; the same command goes on from the last checkpoint",
+            )
         except Exception as error:
             # Workers that do not find one another: Ray gives up, whatever its limit of failures.
             if not isinstance(error, ControllerError) or attempt == _MOST_RENDEZVOUS:
@@ -129,7 +138,7 @@ def _trainer(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> TorchTrain
             # Ray Train's own files are of no use to us, whose checkpoints stand in the run; so they stay apart.
             storage_path=str(spec.held_run().folder / RAY_FOLDER),
             failure_config=FailureConfig(max_failures=scaling.max_failures),
-            callbacks=[_Failures(config["queue"], scaling.max_failures)],
+            callbacks=[_Failures(config["queue"], spec, scaling.max_failures)],
         ),
     )
 
@@ -148,13 +157,21 @@ def _training_error(error: WorkerGroupError, spec: WorkerSpec, again: int) -> Tr
 class _Failures(UserCallback):  # type: ignore[misc]  # Ray has no types
     """Tells the driver of workers that died; called in the process of Ray Train's controller."""
 
-    def __init__(self, queue: Any, max_failures: int) -> None:
+    def __init__(self, queue: Any, spec: WorkerSpec, max_failures: int) -> None:
         self._queue = queue
+        self._spec = spec
         self._max_failures = max_failures
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """`worker_exceptions`: {rank: error}."""
-        self._queue.failed.remote(failures_of(worker_exceptions), self._max_failures)
+        self._queue.failed.remote(failures_of(worker_exceptions), self._max_failures, self._from_where())
+
+    def _from_where(self) -> str:
+        """What the next start begins with, as far as the storage tells."""
+        with contextlib.suppress(OrchestratorError):
+            if not self._spec.held_run().commits(CHECKPOINTS):
+                return "from the beginning: no checkpoint was written yet"
+        return "from the last checkpoint"
 
 
 def failures_of(errors: Mapping[int, BaseException]) -> dict[int, str]:
@@ -178,7 +195,10 @@ def _died(error: BaseException | None) -> str:
 
 def _said(error: BaseException) -> str:
     raised = getattr(error, "_base_exc", error)  # Ray Train's wrapper says the whole trace
-    return f"{type(raised).__name__}: {first_line(raised)}"
+    text = first_line(raised)
+    if lost := _LOST_PEER.search(text):
+        return f"it lost {f'the worker on {lost[1]}' if lost[1] else 'another worker'}, which is gone or out of reach"
+    return f"{type(raised).__name__}: {text}"
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -218,9 +238,12 @@ def _worker(config: dict[str, Any]) -> None:
             wait_for_the_end(channel, context.get_world_rank())
         channel.tell_for_sure(Failed(error))
     except OrchestratorError as error:
-        if isinstance(error, PluginError):  # a node lacks it
-            error.message = f"the worker {place}: {error.message}"
-            error.mend = f"{error.mend}; and on every node of the cluster".lstrip("; ")
+        if isinstance(error, PluginError):  # the driver has it
+            error.message = f"on the node {ray.util.get_node_ip_address()}: {error.message}"
+            error.mend = (
+                "install what brings it on every node of the cluster, as where the job was started, "
+                "or let `orchestrator submit` deliver it"
+            )
         channel.tell_for_sure(Failed(error))
         raise
     finally:

@@ -50,7 +50,7 @@ class EventQueue:
         text = f"{who}: its node is taken away; a checkpoint is written, and it goes on without it"
         self._events.append(Noted(text, is_warning=True))
 
-    def failed(self, why: dict[int, str], max_failures: int) -> None:
+    def failed(self, why: dict[int, str], max_failures: int, from_where: str) -> None:
         """Workers have died or failed, {rank: why}: it is told which, where, and what comes of it."""
         self._num_failures += 1
         self._waiting = True
@@ -59,7 +59,8 @@ class EventQueue:
             for rank in sorted(why)
         )
         if self._num_failures <= max_failures:  # else it ends the job, whose error says it
-            self._events.append(Noted(f"{who}; restart {self._num_failures} of {max_failures}", is_warning=True))
+            text = f"{who}; restart {self._num_failures} of {max_failures}, {from_where}"
+            self._events.append(Noted(text, is_warning=True))
 
     def put(self, event: Event) -> None:
         """Keep an event until it is taken."""

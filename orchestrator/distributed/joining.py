@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.distributed.address import refuse_unreadable_token
 from orchestrator.distributed.events import EventQueue
 from orchestrator.errors import RefusedError, first_line
 from orchestrator.job import Plan
@@ -73,7 +74,7 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
             _started[:] = [num_cpus]
         else:
             assert address is not None
-            _refuse_unknown(address)
+            _refuse_unknown(_resolved(address))
             with _own_signals():
                 ray.init(address=address, **quiet)
     except (ConnectionError, ValueError) as error:
@@ -144,8 +145,21 @@ _PROBE_TIMEOUT_S = 30.0
 _REFUSED = ("AuthenticationError", "InvalidAuthToken", "Unauthenticated", "couldn't find an authentication token")
 
 
+def _resolved(address: str) -> str:
+    """HOST:PORT of the cluster that Ray would join for `auto`; else, or where it finds none, the address as it is."""
+    if address != "auto":
+        return address
+    from ray._private import services  # noqa: PLC0415  # its public door looks and joins in one
+
+    with contextlib.suppress(Exception):  # then Ray's own words
+        return str(services.get_ray_address_from_environment(address, None))
+    return address
+
+
 def _refuse_unknown(address: str) -> None:
     """Raise `RefusedError` where nothing answers at HOST:PORT, or where it wants another token."""
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        refuse_unreadable_token()
     host, _, port = address.rpartition(":")
     host = host.strip("[]")  # of IPv6
     if not host or not port.isdecimal() or "/" in address:  # auto, or Ray Client's ray://

@@ -148,6 +148,23 @@ def test_a_node_that_is_taken_away_is_told() -> None:
     assert queue.is_waiting()
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.213.0.11]:24764. "
+         "This usually means the remote peer crashed or exited; GLHF!",
+         "it lost the worker on 10.213.0.11, which is gone or out of reach"),
+        ("NCCL error: ncclRemoteError: remote process exited or there was a network error",
+         "it lost another worker, which is gone or out of reach"),
+        ("a size does not fit", "RuntimeError: a size does not fit"),
+    ],
+)  # fmt: skip
+def test_a_worker_that_lives_tells_which_one_is_gone(said: str, told: str) -> None:
+    from orchestrator.distributed.cluster import failures_of
+
+    assert failures_of({0: RuntimeError(said)}) == {0: told}
+
+
 @pytest.mark.usefixtures("_two_nodes")
 def test_what_an_autoscaler_could_give_is_waited_for(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.distributed import offer

@@ -69,6 +69,7 @@ def _nothing_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({}, "wants a token, and none is given"),
         ({"RAY_AUTH_MODE": "token"}, "wants a token, and none is given"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 32}, "refuses the token"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nothere"}, "the token file /nothere cannot be read"),
     ],
 )
 def test_a_cluster_that_refuses_the_token_is_said_at_once(
@@ -77,11 +78,12 @@ def test_a_cluster_that_refuses_the_token_is_said_at_once(
     """Ray asks for 20 s, a raw line a second, and then says that there is no cluster."""
     from orchestrator.distributed import joining
 
-    for name, value in given.items():
+    for name, value in {**given, "RAY_ADDRESS": guarded}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RefusedError, match=message) as caught:
-        joining._refuse_unknown(guarded)
-    assert "RAY_AUTH_TOKEN_PATH" in caught.value.mend
+    for address in (guarded, joining._resolved("auto")):
+        with pytest.raises(RefusedError, match=message) as caught:
+            joining._refuse_unknown(address)
+        assert "RAY_AUTH_TOKEN_PATH" in caught.value.mend
 
 
 JOIN = """
@@ -146,6 +148,7 @@ def test_a_plugin_that_a_node_lacks_is_refused_with_the_node(
     )  # fmt: skip
     refusal = json.loads(done.stdout)
     assert done.returncode == 2, done.stderr
-    assert re.search(r"the worker process \d+ on [\d.]+: .*sensor", refusal["message"])
-    assert refusal["mend"].endswith("on every node of the cluster")
+    assert re.search(r"on the node [\d.]+: .*sensor", refusal["message"])
+    assert "on every node of the cluster" in refusal["mend"]
+    assert not list(Path().glob("runs/*/plan.json")), "a start that was refused leaves nothing to go on with"
     assert "InvalidAuthToken" not in done.stderr

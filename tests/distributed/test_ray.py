@@ -256,7 +256,9 @@ def test_a_job_cut_off_in_this_process_goes_on_with_two_workers_one_of_which_die
     assert len(killed) == 2
     assert sum("going on from step" in event.text for event in notes if isinstance(event, Noted)) >= 2
     (death,) = [event.text for event in notes if isinstance(event, Noted) and event.text.startswith("worker ")]
-    assert re.fullmatch(r"worker [01] \(process \d+ on [\d.]+\): its process died; restart 1 of 2", death)
+    assert re.fullmatch(
+        r"worker [01] \(process \d+ on [\d.]+\): its process died; restart 1 of 2, from the last checkpoint", death
+    )
     assert run.lineage["num_workers"] == 2
     assert run.results["num_skipped"] == whole.results["num_skipped"] == 3
     skipped = [
@@ -266,6 +268,20 @@ def test_a_job_cut_off_in_this_process_goes_on_with_two_workers_one_of_which_die
     assert skipped[0] == skipped[1] == [str(victim) for victim in victims]
     for name, tensor in weights_of(whole).items():
         assert torch.allclose(tensor, weights_of(run)[name], atol=1e-4), name
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("_cluster")
+def test_a_run_without_a_checkpoint_has_a_part_for_each_worker_of_today(tiny_resnet: Path, digits: Path) -> None:
+    """Killed on one worker before a checkpoint was written, it does not leave the second of two idle."""
+    job: dict[str, Any] = {"method": "full", "training": {"epochs": 1, "batch_size": 40}}
+    with pytest.raises(InterruptedRunError):
+        train(tiny_resnet, digits, 0, "cut", **job, stop=lambda: True)
+    shutil.rmtree("runs/cut/checkpoints")  # which a stop writes, and a kill does not
+    notes: list[Event] = []
+    run = train(tiny_resnet, digits, 2, "cut", **job, report=notes.append)
+    assert run.plan.recipe.num_microbatches == run.lineage["num_workers"] == 2
+    assert not [event for event in notes if isinstance(event, Noted) and "have none in a step" in event.text]
 
 
 def processes(name: bytes) -> list[int]:

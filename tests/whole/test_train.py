@@ -848,3 +848,10 @@ def test_what_a_run_has_seen_is_counted_by_files_and_contents_of_like_size(
     assert orchestrator.evaluate(run, some)["num_seen"] == 1
     like = sum(len(row["image"]) == len(one) for row in held)
     assert len(read) == 3 + 2 + like  # decoded; and of each side those of like size
+
+
+def test_a_start_that_is_refused_leaves_no_run(tiny_resnet: Path, digits: Path) -> None:
+    """Else the next one would go on with it: in as many parts as its workers would have been, say."""
+    with pytest.raises(RefusedError, match="no Ray cluster to join"):
+        train(tiny_resnet, digits, scaling={"num_workers": 2, "address": "127.0.0.1:1"})
+    assert [place.name for place in Path("runs").glob("[!.]*")] == []
