@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -108,9 +109,14 @@ class RemoteRun:
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 f"{self.name} goes on, on the cluster; it is only no longer shown here",
-                mend=f"orchestrator attach {self.name} --address {self.address}, or orchestrator stop",
+                mend=f"{self.command('attach')}; {self.command('stop')} ends it",
             ) from None
         return self._results(ended)
+
+    def command(self, verb: str) -> str:
+        """The command line that does this with the run; RAY_ADDRESS stands for an address."""
+        where = "" if os.environ.get("RAY_ADDRESS") else f" --address {self.address}"
+        return f"orchestrator {verb} {self.name}{where}"
 
     def _results(self, ended: Ended | None) -> dict[str, Any]:
         if ended is not None and ended.exit_code:
@@ -231,7 +237,8 @@ def attach(name: str, /, *, address: str | None = None, report: Report | None = 
     if len({one.storage for one in chosen}) > 1:
         raise RefusedError(
             "usage", f"{len(chosen)} jobs are of runs that are called {name}, in different storages",
-            expected="one of " + ", ".join(one.id for one in chosen), mend="give its id",
+            expected="one of " + ", ".join(f"{one.id} in {one.storage}" for one in chosen),
+            mend=f"give its id: {chosen[0].id}",
         )  # fmt: skip
     if not chosen:
         names = [one.name for one in ours]

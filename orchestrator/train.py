@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,6 +163,10 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
             options.report(Noted(str(line)))
         for line in plan.warnings:
             options.report(Noted(line, is_warning=True))
+        if os.environ.get("RAY_ADDRESS") and plan.job.scaling.address is None:
+            options.report(
+                Noted("RAY_ADDRESS is set, and this job runs on this machine: --address auto joins that cluster")
+            )
         try:
             _work(held, plan, resolved.plugin.extra, options, job.log)
         except RefusedError:

@@ -212,7 +212,7 @@ def refused_token(address: str, given: bool) -> RefusedError:
 def _why(error: Exception) -> str:
     if isinstance(error, httpx2.ConnectError):
         return first_line(error).removeprefix("[Errno 111] ")
-    if isinstance(error, httpx2.HTTPError):
+    if isinstance(error, httpx2.HTTPError) and not isinstance(error, httpx2.RemoteProtocolError):
         return f"{type(error).__name__} {first_line(error)}".strip()
     return "what answers there is no dashboard of Ray's"
 

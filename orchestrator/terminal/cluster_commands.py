@@ -102,7 +102,7 @@ def list_jobs(address: Address = None, json_: Json = False) -> None:
     if not found:
         out.print("no job was submitted to this cluster")
         return
-    cells = [[f"{one.name}\n  {one.kind}, in {one.storage}", job.state, one.attempt, when(job.started)]
+    cells = [[f"{one.name}\n  {one.kind} {one.id}, in {one.storage}", job.state, one.attempt, when(job.started)]
              for one, job in found]  # fmt: skip
     out.print(table(["run", "state", "attempt", "started"], cells, right=(2,), whole=(1, 3)))
 
@@ -136,7 +136,8 @@ def fetch(
     if json_:
         print_json({"run": str(run.path), "what": what})
         return
-    out.print(f"{'the run' if what == 'all' else f'its {what}'} is in {run.path}", markup=False, soft_wrap=True)
+    copied = {"all": "the run is", "model": "its model is", "results": "its results are"}[what]
+    out.print(f"{copied} in {run.path}", markup=False, soft_wrap=True)
 
 
 # --- how it is shown ---
@@ -166,7 +167,7 @@ def _show_job(remote: RemoteRun, known: Mapping[str, Any], as_json: bool) -> Non
     if known["error"]:
         rows += [("error", known["error"]["message"]), ("mend", known["error"]["mend"])]
     verb = {"waiting": "attach", "running": "attach", "finished": "fetch"}.get(known["state"], "logs")
-    out.print(pairs([*rows, ("next", f"orchestrator {verb} {remote.name}")]))
+    out.print(pairs([*rows, ("next", remote.command(verb))]))
 
 
 def _show_end(remote: RemoteRun, results: Mapping[str, Any], as_json: bool, folder: str | None) -> None:
@@ -182,7 +183,7 @@ def _show_end(remote: RemoteRun, results: Mapping[str, Any], as_json: bool, fold
         results = results["results"] or {}
     show_results(results)
     rows = [("run", f"{place}, on the cluster")]
-    rows += [("copy", folder)] if folder else [("next", f"orchestrator fetch {remote.name}")]
+    rows += [("copy", folder)] if folder else [("next", remote.command("fetch"))]
     out.print(pairs(rows))
 
 

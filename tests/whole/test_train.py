@@ -855,3 +855,12 @@ def test_a_start_that_is_refused_leaves_no_run(tiny_resnet: Path, digits: Path) 
     with pytest.raises(RefusedError, match="no Ray cluster to join"):
         train(tiny_resnet, digits, scaling={"num_workers": 2, "address": "127.0.0.1:1"})
     assert [place.name for place in Path("runs").glob("[!.]*")] == []
+
+
+def test_a_cluster_that_the_environment_names_is_not_passed_by_in_silence(
+    tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    notes: list[Event] = []
+    train(tiny_resnet, digits, training={"epochs": 1}, report=notes.append)
+    assert [one for one in notes if isinstance(one, Noted) and "--address auto joins that cluster" in one.text]
