@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,22 @@ class Comparison:
     num_samples: int
 
     @property
+    def tells(self) -> bool:
+        """Whether there are samples enough to decide alone."""
+        return self.noise <= _TELLS
+
+    @property
     def is_won(self) -> bool:
         """Whether it replaces the other."""
-        return self.difference > (self.noise if self.noise <= _TELLS else -self.noise)
+        return self.difference > (self.noise if self.tells else -self.noise)
+
+    def of_later(self, task: str, kept: Mapping[str, Any], other: Mapping[str, Any]) -> Comparison:
+        """The same of a later epoch of the other, by the validation figures of both; the noise stays what it was."""
+        if task == "single-label":
+            difference = other["validation_accuracy"] - kept["validation_accuracy"]
+        else:
+            difference = (kept["validation_loss"] - other["validation_loss"]) / max(kept["validation_loss"], 1e-12)
+        return replace(self, difference=difference)
 
 
 def compare(task: str, kept: Predictions, other: Predictions) -> Comparison:
@@ -94,7 +107,7 @@ def _by_validation(
     noise, num = comparison["noise"], comparison["num_samples"]
     what = "accuracy" if plan.job.task == "single-label" else "loss"
     before, after = (figure(one.get(f"validation_{what}")) for one in (candidates[0], candidates[-1]))
-    tells = noise <= _TELLS
+    tells = Comparison(**comparison).tells
     if is_later:
         why = "more than its noise" if comparison["difference"] > noise else "and so few cannot tell that it is worse"
     else:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.job import Phase
-from orchestrator.tasks import Predictions, compare
+from orchestrator.tasks import Comparison, Predictions, compare
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.evaluate import predict_split
 from orchestrator.training.state import Session
@@ -53,17 +53,32 @@ class BestEpoch:
         is_best_of_phase = rank > self._rank(state.candidates.get(str(state.phase), {}))
         if is_best_of_phase:
             session.note_of(state.phase, **line)
-        if self._before is not None:
-            compared = compare(session.plan.job.task, self._before, predictions)
+        compared = self._compared(line, predictions)
+        if compared is not None:
             if is_best_of_phase or compared.is_won:
                 state.comparison = asdict(compared)
+                session.note_of(state.phase, **line)
             if not compared.is_won:
                 return False
-            self._before = None  # from here on the phase's epochs compete with one another
+            self._before = None  # from here on epochs compete with one another, where validation can tell them apart
         elif rank <= (state.best_accuracy, -state.best_loss):
             return False
         state.best_accuracy, state.best_loss = rank[0], -rank[1]
         return True
+
+    def _compared(self, line: Mapping[str, Any], predictions: Predictions) -> Comparison | None:
+        """An epoch against what the phase has to beat; None where it competes with the phase's other epochs.
+
+        Where validation cannot tell, the best of many epochs is the luckiest one: each that is not worse than what was
+        there before the phase replaces the one before it, so that the last one is kept, whose rate was the lowest.
+        """
+        state, task = self._session.state, self._session.plan.job.task
+        if self._before is not None:
+            return compare(task, self._before, predictions)
+        if not self._phase.must_win or state.comparison is None:
+            return None
+        won = Comparison(**state.comparison)
+        return None if won.tells else won.of_later(task, state.candidates[str(state.phase - 1)], line)
 
     def _rank(self, line: Mapping[str, Any]) -> tuple[float, float]:
         """The most right; of equals the surest.

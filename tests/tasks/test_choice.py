@@ -66,3 +66,16 @@ def test_where_there_is_no_accuracy_the_loss_is_compared_in_parts_of_it(task: st
     assert found.is_won
     assert not compare(task, of([1.0, 1.2] * 200), of([2.0] * 400)).is_won
     assert compare(task, of([1.0]), of([0.5])).num_samples == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "accuracy", "loss", "difference"),
+    [("single-label", 0.5, 9.0, -0.25), ("regression", None, 1.5, 0.25), ("multi-label", 0.9, 3.0, -0.5)],
+)
+def test_a_later_epoch_is_compared_by_its_figures(
+    task: str, accuracy: float | None, loss: float, difference: float
+) -> None:
+    kept = {"validation_accuracy": 0.75, "validation_loss": 2.0}
+    found = pair(50, 2, 8).of_later(task, kept, {"validation_accuracy": accuracy, "validation_loss": loss})
+    assert found.difference == pytest.approx(difference)
+    assert (found.noise, found.num_samples) == (pair(50, 2, 8).noise, 50)

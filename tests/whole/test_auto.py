@@ -161,6 +161,18 @@ def test_steps_that_were_measured_leave_nothing_behind(tiny_resnet: Path, digits
     assert same(weights_of(measured), weights_of(free))
 
 
+def test_of_few_validation_samples_the_luckiest_epoch_is_not_looked_for(tiny_resnet: Path, digits: Path) -> None:
+    """Unless it is worse than the probe beyond noise, the last epoch is kept, whose rate was the lowest."""
+    training = {"epochs": 6, "batch_size": 40, "learning_rate": 1e-5}
+    run = train(tiny_resnet, digits, training=training, **{"data.num_train": 120, "data.validation_fraction": 0.15})
+    ranks = [(line["validation_accuracy"], -line["validation_loss"]) for line in run.metrics]
+    assert max(ranks[1:]) > ranks[-1], "an earlier epoch looks better"
+    assert run.results["best_epoch"] == len(run.metrics) == 7
+    assert run.lineage["candidates"][1]["epoch"] == 7
+    difference = run.metrics[-1]["validation_accuracy"] - run.metrics[0]["validation_accuracy"]
+    assert run.lineage["comparison"]["difference"] == pytest.approx(difference)
+
+
 def test_of_few_labels_none_is_held_back(tiny_resnet: Path, digits: Path, tmp_path: Path) -> None:
     rows = [(file, file.parent.name) for file in sorted((digits / "train").rglob("*.png"))]
     table = tmp_path / "few.jsonl"
