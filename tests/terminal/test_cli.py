@@ -208,7 +208,7 @@ def test_predictions_of_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     from orchestrator.terminal import answers
 
     answers.show_predictions(
-        [Prediction("x.png", "", 1234.5, (("weight", 1234.5), ("height", 0.25)))], "regression", False
+        [Prediction("x.png", None, None, (("weight", 1234.5), ("height", 0.25)))], "regression", False
     )
     shown = capsys.readouterr().out
     assert "target   value" in shown
