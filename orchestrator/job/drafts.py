@@ -58,12 +58,15 @@ class Draft:
         return made
 
 
-def make_draft(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
+def make_draft(job: Job | Draft | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
     """What `make_job` is asked for, unchecked; fields win. Raises `JobError` for what has no place."""
     lines: dict[str, int] = {}
     source = ""
+    noted: tuple[str, ...] = ()
     if job is None:
         base: dict[str, Any] = {}
+    elif isinstance(job, Draft):
+        base, source, lines, noted = dict(job.tree), job.source, dict(job.lines), job.notes
     elif isinstance(job, Job):
         base = job.model_dump(mode="json", exclude_unset=True)
     elif isinstance(job, Mapping):
@@ -79,6 +82,7 @@ def make_draft(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping
         )
     # Each by itself: a field under its new name wins over a file that has the old one.
     base, notes = _with_new_names(_in_groups(base, lines, source))
+    notes = (*noted, *notes)
     for old, new in _RENAMED.items():
         if old in lines:
             lines[new] = lines.pop(old)
