@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import RefusedError, first_line, missing_extra
+from orchestrator.errors import RefusedError, did_you_mean, first_line, missing_extra
 from orchestrator.job.directories import DirectoryStorage
 from orchestrator.job.held import METRICS_FILE, MODEL
 from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path
 from orchestrator.job.plans import Plan, read_plan_json
+from orchestrator.job.spec import Job
 from orchestrator.job.storage import Storage
 
 _ASKED_AT_ONCE = 16
@@ -223,20 +225,37 @@ def run_in(storage: Storage, name: str) -> Run:
 
 
 def open_run(place: str | Path) -> Run:
-    """The run at that directory or URI, of a search its best one. Raises `RefusedError` where there is none."""
+    """The run at that directory or URI, of a search its best one; a name alone may be that of one in `runs`.
+
+    Raises `RefusedError` where there is none.
+    """
     text = plain_path(str(place)).rstrip("/") if isinstance(place, str) else ""
     run = Run(text if is_uri(text) else local_path(text or place).absolute())
     if is_search(run):
         return _best_of(run)
     if run.storage.read(f"{run.name}/plan.json") is None:
         run.storage.require()
+        usual = Path(Job.model_fields["storage"].default)
+        if isinstance(run.at, Path) and run.at.parent == Path.cwd() and (usual / run.name / "plan.json").is_file():
+            return open_run(usual / run.name)
         raise RefusedError(
             "not_found",
             f"there is no run {place}",
             expected="a directory, or a place in a store, that a finetune or pretrain command made",
-            mend="list them: orchestrator runs",
+            mend=_nearest(run, Path(place)) or "list them: orchestrator runs",
         )
     return run
+
+
+def _nearest(run: Run, given: Path) -> str:
+    """`did you mean ...?` of a part of a run, and of a name that is like that of a run beside it, else ''."""
+    if not isinstance(run.at, Path):
+        return ""
+    above = next((one for one in run.at.parents if (one / "plan.json").is_file()), None)
+    if above is not None:
+        return f"did you mean {above if given.is_absolute() else os.path.relpath(above)}?"
+    beside = [name for name in run.storage.children() if (run.at.parent / name / "plan.json").is_file()]
+    return did_you_mean(given, [str(given.parent / name) for name in beside])
 
 
 def is_search(run: Run) -> bool:
