@@ -205,7 +205,7 @@ def _families(one: Listing) -> str:
 def show_settings(groups: Mapping[str, Sequence[Setting]], modalities: Sequence[str], as_json: bool) -> None:
     """What can be set, by group; `modalities` have settings of their own, listed when they are asked for."""
     if as_json:
-        print_json({name: [dataclasses.asdict(one) for one in several] for name, several in groups.items()})
+        print_json({name: [_setting(one) for one in several] for name, several in groups.items()})
         return
     for name, several in groups.items():
         rows = [
@@ -215,6 +215,12 @@ def show_settings(groups: Mapping[str, Sequence[Setting]], modalities: Sequence[
         out.print(table([name, "default", "what it takes, and what for"], rows))
     if modalities:
         out.print("settings of a modality: " + ", ".join(f"orchestrator settings {name}" for name in modalities))
+
+
+def _setting(one: Setting) -> dict[str, Any]:
+    """With its default as JSON has it."""
+    told = dataclasses.asdict(one)
+    return told | {"default": told.pop("value")}
 
 
 def show_types(modality: str, as_json: bool) -> None:

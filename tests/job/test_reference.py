@@ -64,6 +64,10 @@ def test_every_setting_of_a_job_says_what_it_is_for() -> None:
 def test_the_command_lists_a_group_or_a_modality(cli: Cli) -> None:
     every = json.loads(cli("settings", "--json").stdout)
     assert list(every) == ["job", "data", "training", "scaling"]
+    told = {one["key"]: one for several in every.values() for one in several}
+    defaults = [told[f"training.{key}"]["default"] for key in ("warmup_fraction", "refit", "mix", "patience")]
+    assert defaults == [0.1, False, "none", None]  # as JSON has them
+    assert told["training.mix"]["takes"] == "none | mixup | cutmix | both"
     shown = cli("settings", "training")
     assert shown.returncode == 0
     assert "epochs" in shown.stdout
