@@ -40,7 +40,8 @@ def require_output(output: str | Path, inputs: Iterable[Input]) -> Path:
     if place.suffix.lower() not in _WRITERS:
         raise JobError(
             f"{output} is no table that can be written", expected="a file ending in " + ", ".join(_WRITERS),
-            mend="give it one of these suffixes",
+            mend="give it one of these suffixes"
+            + ("; for standard output leave it out, with --json for JSON" if place.parent == Path("/dev") else ""),
         )  # fmt: skip
     if place.is_dir() or not place.parent.is_dir():
         what = "is a folder" if place.is_dir() else "lies in a folder that is not there"

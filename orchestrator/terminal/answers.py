@@ -115,7 +115,9 @@ def show_predictions(predictions: Sequence[Prediction], task: str, as_json: bool
     screen = out if out.is_terminal else Console(highlight=False, emoji=False, width=_BOUNDLESS)
     cells = [[cut_middle(one.input, screen.width * 2 // 5), *_prediction_cells(one, task)] for one in predictions]
     shown = titles.get(task, ["label", "score", "then"])
-    screen.print(table(["input", *shown], cells, right=(2,) if len(shown) > 2 else ()))
+    made = table(["input", *shown], cells, right=(2,) if len(shown) > 2 else ())
+    made.show_edge = out.is_terminal  # no empty line before and behind what a program reads
+    screen.print(made)
 
 
 def show_written(written: Written, as_json: bool) -> None:

@@ -285,8 +285,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed
         assert words in answer["message"]
         assert answer["mend"]
     assert (tmp_path / "t.csv").read_text() == "path\na.png\n"
-    with pytest.raises(JobError):
-        orchestrator.predictor.require_output("x.txt", [])
+    for output, mend in (("x.txt", "suffixes"), ("/dev/stdout", "leave it out, with --json for JSON")):
+        with pytest.raises(JobError) as refused_output:
+            orchestrator.predictor.require_output(output, [])
+        assert refused_output.value.mend.endswith(mend)
 
 
 def test_a_table_that_cannot_be_read_leaves_no_output(seer: orchestrator.Run, tmp_path: Path) -> None:
@@ -303,6 +305,7 @@ def test_paths_are_whole_where_no_screen_shows_them(seer: orchestrator.Run, tmp_
     file.parent.mkdir()
     file.write_bytes(square(9))
     shown = cli("predict", seer.path, file).stdout
+    assert all(line.strip() for line in shown.splitlines())
     assert any(str(file) in line for line in shown.splitlines())
 
 
