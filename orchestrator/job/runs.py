@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import RefusedError, did_you_mean, first_line, missing_extra
+from orchestrator.errors import RefusedError, first_line, missing_extra
 from orchestrator.job.directories import DirectoryStorage
 from orchestrator.job.held import METRICS_FILE, MODEL
 from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path
@@ -224,6 +225,10 @@ def run_in(storage: Storage, name: str) -> Run:
     return Run(at, storage)
 
 
+_USUAL = Job.model_fields["storage"].default
+"""The storage of a run that names none."""
+
+
 def open_run(place: str | Path) -> Run:
     """The run at that directory or URI, of a search its best one; a name alone may be that of one in `runs`.
 
@@ -235,7 +240,7 @@ def open_run(place: str | Path) -> Run:
         return _best_of(run)
     if run.storage.read(f"{run.name}/plan.json") is None:
         run.storage.require()
-        usual = Path(Job.model_fields["storage"].default)
+        usual = Path(_USUAL)
         if isinstance(run.at, Path) and run.at.parent == Path.cwd() and (usual / run.name / "plan.json").is_file():
             return open_run(usual / run.name)
         raise RefusedError(
@@ -254,8 +259,10 @@ def _nearest(run: Run, given: Path) -> str:
     above = next((one for one in run.at.parents if (one / "plan.json").is_file()), None)
     if above is not None:
         return f"did you mean {above if given.is_absolute() else os.path.relpath(above)}?"
-    beside = [name for name in run.storage.children() if (run.at.parent / name / "plan.json").is_file()]
-    return did_you_mean(given, [str(given.parent / name) for name in beside])
+    places = [given.parent, *([Path(_USUAL)] if run.at.parent == Path.cwd() else [])]
+    beside = {file.parent.name: file.parent for place in reversed(places) for file in place.glob("*/plan.json")}
+    near = difflib.get_close_matches(given.name, beside, n=1)
+    return f"did you mean {beside[near[0]]}?" if near else ""
 
 
 def is_search(run: Run) -> bool:

@@ -75,9 +75,6 @@ def runs(
             raise RefusedError("usage", f"--{odd[0]} stands before {context.invoked_subcommand}, which has no list",
                                mend=f"leave it out, or give it behind {context.invoked_subcommand}")  # fmt: skip
         return
-    if not is_uri(storage) and not local_path(storage).exists():
-        raise RefusedError("not_found", f"there is no storage {storage}", expected="the directory that holds the runs",
-                           mend="name another one: --storage; a finetune or pretrain command makes it")  # fmt: skip
     searches = list_searches(storage)
     alone = [run for run in list_runs(storage) if not any(is_trial_of(one, run.name) for one in searches)]
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # of a store each is several requests
@@ -272,11 +269,10 @@ def _show_list(rows: Sequence[Mapping[str, Any]], storage: str, num_all: int, as
         print_json([{**row, "changed": when(row["changed"])} for row in rows])
         return
     if not rows:
-        none = (
-            f"none of the {counted(num_all, 'run')} in {storage} is so"
-            if num_all
-            else f"there are no runs in {storage}"
-        )
+        gone = "" if is_uri(storage) or local_path(storage).exists() else ": it does not exist"
+        none = f"there are no runs in {storage}{gone}"
+        if num_all:
+            none = f"none of the {counted(num_all, 'run')} in {storage} is so"
         out.print(none, markup=False)
         return
     # A name is whole on a line of its own: it is typed again, or copied.

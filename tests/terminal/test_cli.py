@@ -128,7 +128,7 @@ def test_a_run_that_is_not_there_is_refused_before_torch_is_imported(command: tu
 def test_a_storage_that_is_a_file(screen: Screen) -> None:
     Path("file").touch()
     assert screen("runs", "--storage", "file")[2].startswith("refused (usage) file is a file expected the directory")
-    assert screen("runs", "--storage", "nowhere")[:2] == (0, "there are no runs in nowhere\n")
+    assert screen("runs", "--storage", "nowhere")[:2] == (0, "there are no runs in nowhere: it does not exist\n")
 
 
 # --- plan ---
