@@ -15,7 +15,7 @@ from orchestrator.terminal.flags import Json, takes_flags
 if TYPE_CHECKING:
     from orchestrator.job import Run
 
-FinishedRun = Annotated[str, typer.Argument(help="a finished run: its directory, or s3://…")]
+FinishedRun = Annotated[str, typer.Argument(help="a finished run: its directory, its name in runs, or s3://…")]
 
 
 @takes_flags("--separator", "--encoding")
