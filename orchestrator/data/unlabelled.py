@@ -55,7 +55,7 @@ def read_unlabelled(spec: Data, sample: Sequence[SampleField], notes: list[str])
     try:
         names = find_inputs(table, spec, sample)
     except DataError as error:
-        error.mend = f"name its column of what the model takes ({sample[0].name}): --input-column"
+        error.mend = f"name its column of what the model takes ({sample[0].name}): input_column (--input-column)"
         raise
     root = path_or_location(spec.root) if spec.root is not None else table.root
     root = root.resolve() if isinstance(root, Path) else root

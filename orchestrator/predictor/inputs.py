@@ -120,7 +120,7 @@ def _asked(number: int, one: Any, modality: Modality, columns: Columns) -> Itera
         yield Asked(name, partial(_given, {modality.sample[0].name: one}), len(one), len(one))
     elif _is_table(one):
         yield from _held_rows(one, modality, columns)
-    elif isinstance(one, tuple) and one and all(isinstance(text, str) for text in one):
+    elif isinstance(one, tuple) and all(isinstance(text, str) for text in one):
         if not is_text:
             raise DataError(
                 f"input {number} is a tuple of texts, and {modality.name} takes files",
