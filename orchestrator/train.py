@@ -18,6 +18,7 @@ from orchestrator.data import Prepared
 from orchestrator.errors import (
     DataError,
     InterruptedRunError,
+    JobError,
     OrchestratorError,
     RefusedError,
     TrainingError,
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
 def finetune(
     job: Job | Mapping[str, Any] | str | Path | None = None,
     /,
-    *,
+    *misplaced: object,
     fresh: bool = False,
     verify_content: bool = False,
     report: Report | None = None,
@@ -94,13 +95,14 @@ def finetune(
     or scheduled, `TrainingError` when it failed, and `InterruptedRunError` after it was stopped: the same call again
     resumes.
     """
+    _refuse_misplaced(misplaced)
     return _start(job, fields, fresh, verify_content, report, stop)
 
 
 def pretrain(
     job: Job | Mapping[str, Any] | str | Path | None = None,
     /,
-    *,
+    *misplaced: object,
     fresh: bool = False,
     report: Report | None = None,
     stop: Stop | None = None,
@@ -110,7 +112,16 @@ def pretrain(
 
     The run is a backbone for a later `finetune`.
     """
+    _refuse_misplaced(misplaced)
     return _start(job, {**fields, "method": "scratch"}, fresh, False, report, stop)
+
+
+def _refuse_misplaced(misplaced: Sequence[object]) -> None:
+    if misplaced:
+        raise JobError(
+            f"{len(misplaced) + 1} values stand without a name", expected="a job file alone, and fields by name",
+            mend="name them: backbone=..., data=...",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,35 @@ def batch_at_random(plan: Any, directory: Any) -> Any:
     return _changed(lambda given: given + next(_number))(plan, directory)
 
 
+def batch_of_numpy(plan: Any, directory: Any) -> Any:
+    """Its random changes are numpy's, which nobody seeds."""
+    collate = batch(plan, directory)
+    return lambda rows, train: {"input": collate(rows, train)["input"] + train * np.random.randint(9)}
+
+
+class Shaken(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = 128
+    shake: bool = False
+
+
+def fit_shaken(card: Any, row: Any, settings: Any, profile: Any) -> Fit:
+    told = fit(card, row, settings, profile)
+    return Fit(
+        input={**told.input, "shake": settings.shake}, adaptations=told.adaptations, augmented=settings.shake,
+        augmentation=("shake",),
+    )  # fmt: skip
+
+
+def batch_shaken(plan: Any, directory: Any) -> Any:
+    return (batch_of_numpy if plan.input["shake"] else batch)(plan, directory)
+
+
+def fit_silent(card: Any, row: Any, settings: Any, profile: Any) -> Fit:
+    return Fit(input=fit(card, row, settings, profile).input)
+
+
 def batch_not_finite(plan: Any, directory: Any) -> Any:
     return _changed(lambda given: given / 0)(plan, directory)
 

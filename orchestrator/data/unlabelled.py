@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from orchestrator.data.columns import find_inputs, input_columns
@@ -11,7 +11,7 @@ from orchestrator.data.rows import Row, inside, inside_store
 from orchestrator.data.table_rows import fill_file, fill_text
 from orchestrator.data.tables import TextForm, open_table
 from orchestrator.errors import BadSampleError, DataError
-from orchestrator.job import Data
+from orchestrator.job import Data, shown as as_shown
 from orchestrator.job.locations import path_or_location
 from orchestrator.modality import Sample, SampleField
 
@@ -50,10 +50,12 @@ def read_unlabelled(spec: Data, sample: Sequence[SampleField], notes: list[str])
     A path that leaves the root is not read. Raises `DataError` where the table cannot be read, or has no such column.
     """
     table = open_table(path_or_location(spec.path), input_columns(spec), TextForm(spec.separator, spec.encoding))
+    if as_shown(spec.path) != spec.path:
+        table = replace(table, text=as_shown(spec.path))
     try:
         names = find_inputs(table, spec, sample)
     except DataError as error:
-        error.mend = f"name its column of what the model takes ({sample[0].name}): --input-column"
+        error.mend = f"name its column of what the model takes ({sample[0].name}): input_column (--input-column)"
         raise
     root = path_or_location(spec.root) if spec.root is not None else table.root
     root = root.resolve() if isinstance(root, Path) else root

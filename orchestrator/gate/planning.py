@@ -28,6 +28,7 @@ from orchestrator.job import (
     TaskName,
     as_settings,
     holds_rows,
+    homes,
     is_dataset,
     is_rows,
     is_uri,
@@ -185,33 +186,38 @@ def drafted(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[st
         job = {**job, "data": as_settings(job["data"])}
     if "data" in fields:
         fields = {**fields, "data": as_settings(fields["data"])}
-    return _with_plugin_settings(make_draft(job, fields))
+    # Each by itself: a field wins over a file, by whatever name of the two it stands there.
+    base = make_draft(job, {})
+    modality = fields.get("modality") or base.tree.get("modality", Job.model_fields["modality"].default)
+    return make_draft(_with_plugin_settings(base, modality), _of_plugin(fields, modality))
 
 
-def _with_plugin_settings(draft: Draft) -> Draft:
-    """The draft with top-level names that are settings of its modality, and of nothing else, put there: `size=64`.
+def _of_plugin(fields: Mapping[str, Any], modality: object) -> dict[str, Any]:
+    """The fields, with names that are settings of the modality alone under their keys: `size` as `settings.size`.
 
     Raises `JobError` where `settings` has it as well.
     """
-    unknown = [name for name in draft.tree if name not in Job.model_fields]
-    modality = draft.tree.get("modality", Job.model_fields["modality"].default)
-    if not unknown or modality not in registry.names():
-        return draft
-    tree, lines = dict(draft.tree), dict(draft.lines)
-    given = tree.get("settings") or {}
-    if not isinstance(given, Mapping):  # which the job's own check refuses
-        return draft
-    own = dict(given)
-    for name in unknown:
-        if name not in registry.get(modality).settings.model_fields:
-            continue
-        if name in own:
+    given, group = dict(fields), fields.get("settings")
+    own = registry.get(modality).settings.model_fields if modality in registry.names() else {}
+    for name in [name for name in fields if name not in Job.model_fields and name in own and not homes(name)]:
+        if f"settings.{name}" in given or (isinstance(group, Mapping) and name in group):
             raise JobError(f"{name} is settings.{name}, and both are set", mend=f"leave out {name}")
-        own[name] = tree.pop(name)
-        tree["settings"] = own
-        if name in lines:
-            lines[f"settings.{name}"] = lines.pop(name)
-    return replace(draft, tree=tree, lines=lines)
+        given[f"settings.{name}"] = given.pop(name)
+    return given
+
+
+def _with_plugin_settings(draft: Draft, modality: object) -> Draft:
+    """The draft with the same in its file or dict."""
+    group = draft.tree.get("settings") or {}
+    if not isinstance(group, Mapping):  # which the job's own check refuses
+        return draft
+    tree = _of_plugin(draft.tree, modality)
+    moved = {key.removeprefix("settings."): key for key in tree if key not in draft.tree}
+    if not moved:
+        return draft
+    settings = {**group, **{name: tree.pop(key) for name, key in moved.items()}}
+    lines = {(f"settings.{key}" if key in moved else key): line for key, line in draft.lines.items()}
+    return replace(draft, tree={**tree, "settings": settings}, lines=lines)
 
 
 def without_rows(draft: Draft) -> Job:

@@ -74,7 +74,13 @@ from orchestrator.job.held import (
     hold as hold,
     this_process as this_process,
 )
-from orchestrator.job.keys import all_keys as all_keys, groups as groups, meant as meant, only_home as only_home
+from orchestrator.job.keys import (
+    all_keys as all_keys,
+    groups as groups,
+    homes as homes,
+    meant as meant,
+    only_home as only_home,
+)
 from orchestrator.job.places import (
     DATA_FOLDER as DATA_FOLDER,
     SPLIT_KEYS as SPLIT_KEYS,

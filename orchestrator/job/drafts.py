@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -58,16 +59,19 @@ class Draft:
         return made
 
 
-def make_draft(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
+def make_draft(job: Job | Draft | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
     """What `make_job` is asked for, unchecked; fields win. Raises `JobError` for what has no place."""
     lines: dict[str, int] = {}
     source = ""
+    noted: tuple[str, ...] = ()
     if job is None:
         base: dict[str, Any] = {}
+    elif isinstance(job, Draft):
+        base, source, lines, noted = dict(job.tree), job.source, dict(job.lines), job.notes
     elif isinstance(job, Job):
         base = job.model_dump(mode="json", exclude_unset=True)
     elif isinstance(job, Mapping):
-        base = {str(k): v for k, v in job.items()}
+        base = {str(k): _text(v) for k, v in job.items()}
     elif isinstance(job, (str, Path)):
         source = str(job)
         base, lines = _read_yaml(Path(job))
@@ -79,6 +83,7 @@ def make_draft(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping
         )
     # Each by itself: a field under its new name wins over a file that has the old one.
     base, notes = _with_new_names(_in_groups(base, lines, source))
+    notes = (*noted, *notes)
     for old, new in _RENAMED.items():
         if old in lines:
             lines[new] = lines.pop(old)
@@ -134,9 +139,15 @@ def _with_new_names(tree: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ..
     return tree, tuple(notes)
 
 
+def _text(value: Any) -> Any:
+    """A path as text, as a file has it; anything else as it is."""
+    return str(value) if isinstance(value, PurePath) else value
+
+
 def _put(tree: dict[str, Any], dotted: str, value: object) -> None:
     """Set `a.b.c` in a tree of dicts; a dict is merged into the dict that is there."""
     *path, last = dotted.split(".")
+    value = _text(value)
     for i, key in enumerate(path):
         here = tree.get(key)
         if isinstance(here, (str, Path)) and key == "data":
@@ -205,12 +216,17 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 def _meant(path: Path) -> str:
     """What a file or a folder that is no job file was given for, as far as it tells, else how to mend it."""
     if (path / "job.yaml").is_file():
-        return f"to go on with that run: {path / 'job.yaml'}; as the backbone of another: --backbone {path}"
+        return f"to go on with that run: {path / 'job.yaml'}; as the backbone of another: {_as('backbone', path)}"
     if (path / "config.json").is_file():
-        return f"if it is the backbone: --backbone {path}"
+        return f"if it is the backbone: {_as('backbone', path)}"
     if path.is_dir() or path.suffix.lower() in (".csv", ".tsv", ".parquet", ".jsonl"):
-        return f"if it is the data: --data {path}"
+        return f"if it is the data: {_as('data', path)}"
     return "mend the file: one setting a line, as in `method: full`"
+
+
+def _as(key: str, path: Path) -> str:
+    """How it is given from Python, and on the command line."""
+    return f"{key}={str(path)!r}, or --{key} {path}"
 
 
 def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int], path: Path) -> None:
@@ -240,7 +256,7 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
     given = fault.get("input")
     if fault["type"] == "extra_forbidden":
         *group, name = map(str, fault["loc"])
-        names = _keys_beside(fault["loc"]) if group else [*all_keys(), "settings.… of the modality"]
+        names = _keys_beside(fault["loc"]) if group else _nearest(name) or [*all_keys(), "settings.… of the modality"]
         return JobError(
             f"{where}unknown key {place}{more}",
             expected="one of " + ", ".join(names),
@@ -249,7 +265,11 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
             or "take it out, or use one of the keys above (orchestrator settings)",
         )
     if fault["type"] == "missing":
-        return JobError(f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]), mend=f"give it: {place}")
+        flag = f", or --{place}" if place in ("backbone", "data") else ""
+        return JobError(
+            f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]),
+            mend=f"give it: {place}=...{flag}; in a job file {place}: ...",
+        )  # fmt: skip
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "model_type":
         message = "is a group of settings, not one value"
@@ -258,6 +278,12 @@ def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) ->
     secret = isinstance(given, dict) or (isinstance(given, str) and holds_secret(given))
     shown = "" if secret else f" = {given!r}"
     return JobError(f"{where}{place}{shown}: {message[:1].lower()}{message[1:]}{more}", mend=nearest_value(fault))
+
+
+def _nearest(name: str) -> list[str]:
+    """The few keys of a job that are like the name: nobody reads all of them."""
+    keys = {key.rpartition(".")[2]: key for key in reversed(all_keys())}
+    return [keys[near] for near in difflib.get_close_matches(name, keys, n=5)]
 
 
 def nearest_value(fault: Mapping[str, Any]) -> str:

@@ -30,6 +30,8 @@ class Setting:
     """As it is written; '' where there is none, or the meaning says it."""
     meaning: str
     choices: tuple[str, ...] = ()
+    value: Any = None
+    """The default itself; None where there is none, or the meaning says it."""
 
 
 def settings_of(model: type[BaseModel], prefix: str = "") -> list[Setting]:
@@ -49,15 +51,18 @@ def setting_of(key: str) -> Setting | None:
 
 
 def _setting(key: str, field: FieldInfo) -> Setting:
-    default = "" if field.is_required() or field.default_factory or field.default in (None, ()) else str(field.default)
+    value = None if field.is_required() or field.default_factory or field.default in (None, ()) else field.default
+    default = "" if value is None else str(value)
     choices = _choices(field.annotation)
     required = "required; " if field.is_required() else ""
-    return Setting(key, _takes(field, choices), default, required + (field.description or ""), choices)
+    return Setting(key, _takes(field, choices), default, required + (field.description or ""), choices, value)
 
 
 def _takes(field: FieldInfo, choices: tuple[str, ...]) -> str:
     if choices:
         return " | ".join(choices)
+    if field.examples:  # the names that built-in modalities give; another one may have more
+        return " | ".join(map(str, field.examples))
     kinds = [_kind(one) for one in _members(field.annotation)]
     bounds = [
         words.format(getattr(limit, name))

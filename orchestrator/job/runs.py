@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from orchestrator.job.directories import DirectoryStorage
 from orchestrator.job.held import METRICS_FILE, MODEL
 from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path
 from orchestrator.job.plans import Plan, read_plan_json
+from orchestrator.job.spec import Job
 from orchestrator.job.storage import Storage
 
 _ASKED_AT_ONCE = 16
@@ -222,21 +225,44 @@ def run_in(storage: Storage, name: str) -> Run:
     return Run(at, storage)
 
 
+_USUAL = Job.model_fields["storage"].default
+"""The storage of a run that names none."""
+
+
 def open_run(place: str | Path) -> Run:
-    """The run at that directory or URI, of a search its best one. Raises `RefusedError` where there is none."""
+    """The run at that directory or URI, of a search its best one; a name alone may be that of one in `runs`.
+
+    Raises `RefusedError` where there is none.
+    """
     text = plain_path(str(place)).rstrip("/") if isinstance(place, str) else ""
     run = Run(text if is_uri(text) else local_path(text or place).absolute())
     if is_search(run):
         return _best_of(run)
     if run.storage.read(f"{run.name}/plan.json") is None:
         run.storage.require()
+        usual = Path(_USUAL)
+        if isinstance(run.at, Path) and run.at.parent == Path.cwd() and (usual / run.name / "plan.json").is_file():
+            return open_run(usual / run.name)
         raise RefusedError(
             "not_found",
             f"there is no run {place}",
             expected="a directory, or a place in a store, that a finetune or pretrain command made",
-            mend="list them: orchestrator runs",
+            mend=_nearest(run, Path(place)) or "list them: orchestrator runs",
         )
     return run
+
+
+def _nearest(run: Run, given: Path) -> str:
+    """`did you mean ...?` of a part of a run, and of a name that is like that of a run beside it, else ''."""
+    if not isinstance(run.at, Path):
+        return ""
+    above = next((one for one in run.at.parents if (one / "plan.json").is_file()), None)
+    if above is not None:
+        return f"did you mean {above if given.is_absolute() else os.path.relpath(above)}?"
+    places = [given.parent, *([Path(_USUAL)] if run.at.parent == Path.cwd() else [])]
+    beside = {file.parent.name: file.parent for place in reversed(places) for file in place.glob("*/plan.json")}
+    near = difflib.get_close_matches(given.name, beside, n=1)
+    return f"did you mean {beside[near[0]]}?" if near else ""
 
 
 def is_search(run: Run) -> bool:

@@ -48,7 +48,8 @@ class Training(Part):
         0.0, ge=0, lt=1, description="so much of each target is spread evenly over the classes"
     )
     mix: str = Field(
-        "none", description="training samples are mixed with others of their batch, and so are their labels: images by "
+        "none", examples=["none", "mixup", "cutmix", "both"],
+        description="training samples are mixed with others of their batch, and so are their labels: images by "
         "mixup, cutmix, or both, each in half of the batches"
     )  # fmt: skip
     patience: int | None = Field(

@@ -10,6 +10,6 @@ of labelled data a dict of figures, as results.json has them.
 """
 
 from orchestrator.predictor.evaluation import evaluate as evaluate
-from orchestrator.predictor.inputs import Input as Input
+from orchestrator.predictor.inputs import Input as Input, Line as Line
 from orchestrator.predictor.output import Written as Written, require_output as require_output, write as write
 from orchestrator.predictor.predictions import Prediction as Prediction, predict as predict

@@ -1,19 +1,42 @@
-"""What a run is asked about -> samples, one after the other: files, folders of them, texts, bytes, tables."""
+"""What a run is asked about -> samples, one after the other: files, folders of them, texts, bytes, tables, rows."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from orchestrator.data import columns_of, formed_as_run, input_columns, read_unlabelled
+from orchestrator.data import columns_of, formed_as_run, input_columns, materialise_rows, read_unlabelled
 from orchestrator.errors import BadSampleError, DataError
-from orchestrator.job import TABLE_SUFFIXES, Data
+from orchestrator.job import DATA_FOLDER, TABLE_SUFFIXES, Data, library_of, shown
 from orchestrator.modality import Modality, Sample
 
-Input = str | Path | bytes | tuple[str, ...]
+Input = str | Path | bytes | tuple[str, ...] | Mapping[str, Any]
+_TABLES = {"pandas": "columns", "pyarrow": "schema", "datasets": "column_names", "ray": "iter_batches"}
+"""Library -> what its tables have, and its columns and cells have not."""
+_BYTES = "of an image or a recording in memory the bytes of a file: image.save(out := io.BytesIO(), 'PNG')"
+_MEND = {
+    "text": "give it as a str, or its file as a pathlib.Path",
+    "bytes": f"give its path, or {_BYTES}; out.getvalue()",
+}
+
+
+class Line(str):
+    """A line of standard input: a text or a path, and its number there, from 1."""
+
+    __slots__ = ("number",)
+    number: int
+
+    def __new__(cls, text: str, number: int) -> Line:
+        """The text with its number."""
+        line = super().__new__(cls, text)
+        line.number = number
+        return line
 
 
 @dataclass(frozen=True)
@@ -33,7 +56,7 @@ class Asked:
     table: str = ""
     """The absolute path of the table that it stands in."""
     row: int = 0
-    """And its row there, from 1."""
+    """And its row there, from 1; of rows that a program gave, and of lines of standard input, without a table."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +76,95 @@ class Columns:
     encoding: str | None = None
 
 
-def asked_about(inputs: Iterable[Input], modality: Modality, columns: Columns) -> Iterator[Asked]:
+def as_inputs(inputs: Any) -> Iterable[Any]:
+    """The inputs of what `predict` is given: one alone, a table, or an iterable of them. Raises `DataError`."""
+    if isinstance(inputs, (str, Path, bytes)) or _is_table(inputs):
+        return [inputs]
+    if isinstance(inputs, Mapping) or not isinstance(inputs, Iterable):
+        splits = library_of(inputs) == "datasets"
+        raise DataError(
+            "the inputs are several data sets: " + ", ".join(inputs) if splits
+            else f"the inputs are {_called(inputs)}",
+            expected="a path, a text or bytes, a list of them, a table, or a list of rows (dicts)",
+            mend=f"give one of them: the_data_set[{next(iter(inputs), 'test')!r}]" if splits
+            else "put it in a list: [...]" if isinstance(inputs, Mapping) else "give a list, of one input too",
+        )  # fmt: skip
+    return inputs
+
+
+def asked_about(inputs: Iterable[Any], modality: Modality, columns: Columns) -> Iterator[Asked]:
     """Each sample, in order.
 
     Of a modality of files a str is a path; of texts it is the text itself, and a `Path` is a file of text or a table.
-    Raises `DataError` for a table that cannot be read, or a file that holds no such samples.
+    Mappings that follow each other are the rows of one table.
+    Raises `DataError` for a table that cannot be read, a file that holds no such samples, and what is no input.
     """
+    for are_rows, some in groupby(enumerate(inputs, 1), lambda pair: _is_row(pair[1])):
+        if are_rows:
+            yield from _held_rows((row for _, row in some), modality, columns)
+            continue
+        for number, one in some:
+            yield from _asked(number, one, modality, columns)
+
+
+def _asked(number: int, one: Any, modality: Modality, columns: Columns) -> Iterator[Asked]:
+    """The samples of the input of that number."""
     is_text = modality.sample[0].kind == "text"
-    for number, one in enumerate(inputs, 1):
-        if isinstance(one, bytes):
-            name = f"input {number}"
-            yield Asked(name, partial(_given, {modality.sample[0].name: one}), len(one), len(one))
-        elif is_text and not isinstance(one, Path):
-            yield _text(one, modality)
-        elif isinstance(one, tuple):
+    if isinstance(one, Line) and not one.strip():
+        yield Asked("", partial(_raise, "the line is empty"), 0, row=one.number)
+    elif isinstance(one, Line):
+        for asked in _asked(number, str(one), modality, columns):
+            yield asked if asked.table else replace(asked, row=one.number)
+    elif isinstance(one, bytes):
+        name = f"input {number}"
+        yield Asked(name, partial(_given, {modality.sample[0].name: one}), len(one), len(one))
+    elif _is_table(one):
+        yield from _held_rows(one, modality, columns)
+    elif isinstance(one, tuple) and all(isinstance(text, str) for text in one):
+        if not is_text:
             raise DataError(
                 f"input {number} is a tuple of texts, and {modality.name} takes files",
                 expected="paths, or bytes", mend="give the path of a file",
             )  # fmt: skip
-        elif os.path.isfile(one) and Path(one).suffix.lower() in TABLE_SUFFIXES:
-            yield from _rows(str(one), modality, columns)
-        else:
-            yield from _files(one, modality)
+        yield _text(one, modality)
+    elif not isinstance(one, (str, Path)):
+        raise DataError(
+            f"input {number} is {_called(one)}", expected="a path, bytes, a table or a row (a dict)"
+            if not is_text else "a text, the path of a file, a table or a row (a dict)",
+            mend=_MEND["text" if is_text else "bytes"],
+        )  # fmt: skip
+    elif is_text and not isinstance(one, Path):
+        yield _text(one, modality)
+    elif os.path.isfile(one) and Path(one).suffix.lower() in TABLE_SUFFIXES:
+        yield from _rows(str(one), modality, columns)
+    else:
+        yield from _files(one, modality)
+
+
+def _is_table(one: object) -> bool:
+    return not isinstance(one, Mapping) and hasattr(one, _TABLES.get(library_of(one), "none"))
+
+
+def _is_row(one: object) -> bool:
+    return isinstance(one, Mapping) and library_of(one) != "datasets"
+
+
+def _called(one: object) -> str:
+    """As a message says what it is: `None`, `a dict`, `a PIL.Image.Image`."""
+    if one is None:
+        return "None"
+    kind = type(one)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{library_of(one)} {kind.__name__}"
+    return f"a{'n' if name[0].lower() in 'aeiou' else ''} {name}"
+
+
+def _held_rows(rows: Any, modality: Modality, columns: Columns) -> Iterator[Asked]:
+    """The samples of a table, or of rows, that a program holds; paths in them are relative to the working directory."""
+    with TemporaryDirectory(prefix="orchestrator-") as folder:
+        data: Any = materialise_rows({"path": rows}, Path(folder) / DATA_FOLDER)
+        root = data["root"] if columns.root is None else columns.root
+        for asked in _rows(data["path"], modality, replace(columns, root=root)):
+            yield replace(asked, table="")
 
 
 def _given(sample: Sample) -> Sample:
@@ -110,7 +200,12 @@ def _files(one: str | Path, modality: Modality) -> Iterator[Asked]:
     for file in found:
         yield Asked(str(file), partial(_content, file, modality), _size(str(file)), path=os.path.abspath(file))
     for error in unlisted:
-        yield Asked(str(error.filename), partial(_raise, error), 0, path=os.path.abspath(error.filename))
+        yield Asked(
+            str(error.filename),
+            partial(_raise, f"its files cannot be listed: {error.strerror or error}"),
+            0,
+            path=os.path.abspath(error.filename),
+        )
     if not found and not unlisted:
         yield Asked(str(one), partial(_content, one, modality), _size(str(one)), path=os.path.abspath(one))
 
@@ -125,8 +220,8 @@ def _below(folder: Path, suffixes: Sequence[str], unlisted: list[OSError]) -> It
                 yield file
 
 
-def _raise(error: OSError) -> Sample:
-    raise BadSampleError(f"its files cannot be listed: {error.strerror or error}")
+def _raise(problem: str) -> Sample:
+    raise BadSampleError(problem)
 
 
 def _content(file: str | Path, modality: Modality) -> Sample:
@@ -145,7 +240,7 @@ def _rows(place: str, modality: Modality, columns: Columns) -> Iterator[Asked]:
     for row in read_unlabelled(spec, modality.sample, notes):
         held = sum(map(len, row.sample.values()))
         yield Asked(
-            row.shown or f"{place} row {row.number}",
+            row.shown or (f"{place} row {row.number}" if shown(place) == place else f"row {row.number}"),
             row.read,
             held or _size(row.file),
             held,
@@ -154,7 +249,7 @@ def _rows(place: str, modality: Modality, columns: Columns) -> Iterator[Asked]:
             row.number,
         )
     for note in notes:
-        columns.note(f"{place}: {note}")
+        columns.note(f"{shown(place)}: {note}")
 
 
 def _size(file: str) -> int:

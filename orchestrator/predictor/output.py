@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from orchestrator.errors import JobError
 from orchestrator.job import Report, Run, beside, local_path
-from orchestrator.predictor.inputs import Input
+from orchestrator.predictor.inputs import Input, as_inputs
 from orchestrator.predictor.predictions import Prediction, Tables, predictions
 from orchestrator.training import load_run
 
@@ -40,7 +40,8 @@ def require_output(output: str | Path, inputs: Iterable[Input]) -> Path:
     if place.suffix.lower() not in _WRITERS:
         raise JobError(
             f"{output} is no table that can be written", expected="a file ending in " + ", ".join(_WRITERS),
-            mend="give it one of these suffixes",
+            mend="give it one of these suffixes"
+            + ("; for standard output leave it out, with --json for JSON" if place.parent == Path("/dev") else ""),
         )  # fmt: skip
     if place.is_dir() or not place.parent.is_dir():
         what = "is a folder" if place.is_dir() else "lies in a folder that is not there"
@@ -52,7 +53,7 @@ def require_output(output: str | Path, inputs: Iterable[Input]) -> Path:
 
 
 def write(
-    run: Run | str | Path, inputs: Iterable[Input] | str | Path | bytes, output: str | Path,
+    run: Run | str | Path, inputs: Any, output: str | Path,
     input_column: str | tuple[str, ...] | None = None, root: str | None = None, separator: str | None = None,
     encoding: str | None = None, report: Report | None = None,
 ) -> Written:  # fmt: skip
@@ -62,7 +63,7 @@ def write(
     every target `value_TARGET`); what there is not is empty. Multi-label: in Parquet and JSON lines also the list
     `labels`. It is there whole or not at all.
     """
-    given: list[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else list(inputs)
+    given: list[Input] = list(as_inputs(inputs))
     place, num_rows, num_problems = require_output(output, given), 0, 0
     tables = Tables(input_column, root, separator, encoding, report)
     partial = beside(place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orchestrator.data import split_by_size
 from orchestrator.job import Data, Noted, Plan, Report, Run, make_job
-from orchestrator.predictor.inputs import Asked, Columns, Input, asked_about
+from orchestrator.predictor.inputs import Asked, Columns, as_inputs, asked_about
 from orchestrator.training import LoadedRun, load_run
 
 _WINDOW = 1024
@@ -29,10 +29,10 @@ class Prediction:
 
     input: str
     """The path as it was given, the text, `input 3` of bytes, `table.parquet row 3` of bytes in a table."""
-    label: str
-    """The class; multi-label: the classes above one half, joined by ' + ', '' if there is none; regression: ''."""
-    score: float
-    """The probability of the first of `top`; regression: the value of the first target."""
+    label: str | None
+    """The class; multi-label: the classes above one half, joined by ' + ', '' if there is none; regression: None."""
+    score: float | None
+    """The probability of the first of `top`; regression: None."""
     top: tuple[tuple[str, float], ...]
     """The most probable classes, in falling order; regression: every target with its value."""
     labels: tuple[str, ...] | None = None
@@ -44,15 +44,23 @@ class Prediction:
     table: str = ""
     """The absolute path of the table that it stands in; '' where it stands in none."""
     row: int = 0
-    """Its row in that table, from 1."""
+    """Its row in that table, from 1; also of rows that a program gave, and of lines of standard input; else 0."""
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Regression: {target: its value}; {} for other tasks, and where there is a problem."""
+        return dict(self.top) if self.label is None else {}
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints; without what there is not."""
         found: dict[str, Any] = {"input": self.input}
         found |= {"path": self.path} if self.path else {}
-        found |= {"table": self.table, "row": self.row} if self.table else {}
+        found |= {"table": self.table} if self.table else {}
+        found |= {"row": self.row} if self.row else {}
         if self.problem:
             return found | {"problem": self.problem}
+        if self.label is None:
+            return found | {"values": self.values}
         said = {"label": self.label, "score": self.score, "top": [list(one) for one in self.top]}
         return found | said | ({} if self.labels is None else {"labels": list(self.labels)})
 
@@ -81,7 +89,7 @@ class Tables:
 
 def predict(
     run: Run | str | Path,
-    inputs: Iterable[Input] | str | Path | bytes,
+    inputs: Any,
     top: int = 3,
     *,
     input_column: str | tuple[str, ...] | None = None,
@@ -91,6 +99,8 @@ def predict(
     report: Report | None = None,
 ) -> list[Prediction]:
     """One Prediction for each input: the path of a file, or its bytes; of text the text itself, or a tuple of two.
+
+    `inputs` is one of them, an iterable, or a table or rows (dicts) in memory, as `finetune(data=...)` takes them.
 
     A folder stands for all files of the modality's kind below it, in order; a table (.csv, .tsv, .parquet, .jsonl) for
     its rows, by `input_column`, by default the columns of the run or the usual names, its paths relative to `root`, by
@@ -104,18 +114,18 @@ def predict(
     """
     with ExitStack() as resources:
         tables = Tables(input_column, root, separator, encoding, report)
-        return list(predictions(load_run(run, resources), inputs, top, tables))
+        given = as_inputs(inputs)  # before the network is loaded
+        return list(predictions(load_run(run, resources), given, top, tables))
 
 
 def predictions(
     loaded: LoadedRun,
-    inputs: Iterable[Input] | str | Path | bytes,
+    inputs: Any,
     top: int,
     tables: Tables,
 ) -> Iterator[Prediction]:
     """The same, one after the other: nothing is kept of those that were taken."""
-    given: Iterable[Input] = [inputs] if isinstance(inputs, (str, Path, bytes)) else inputs
-    for asked in _windows(asked_about(given, loaded.modality, tables.columns(loaded.plan.job.data))):
+    for asked in _windows(asked_about(as_inputs(inputs), loaded.modality, tables.columns(loaded.plan.job.data))):
         outcomes = _outcomes(loaded, asked)
         for i, one in enumerate(asked):
             yield _prediction(one, outcomes[i], loaded.plan, top)
@@ -148,16 +158,21 @@ def _outcomes(loaded: LoadedRun, asked: Sequence[Asked]) -> dict[int, Tensor | s
 
 def _prediction(one: Asked, outcome: Tensor | str, plan: Plan, top: int) -> Prediction:
     where = {"path": one.path, "table": one.table, "row": one.row}
+    numbers = plan.job.task == "regression"
     if isinstance(outcome, str):
-        return Prediction(one.name, "", 0.0, (), None, outcome, **where)  # type: ignore[arg-type]
+        nothing = (None, None) if numbers else ("", 0.0)
+        return Prediction(one.name, nothing[0], nothing[1], (), None, outcome, **where)  # type: ignore[arg-type]
     label, ranked, labels = _said(outcome, plan, top)
-    return Prediction(one.name, label, ranked[0][1], ranked, labels, **where)  # type: ignore[arg-type]
+    score = None if numbers else ranked[0][1]
+    return Prediction(one.name, label, score, ranked, labels, **where)  # type: ignore[arg-type]
 
 
-def _said(scores: Tensor, plan: Plan, top: int) -> tuple[str, tuple[tuple[str, float], ...], tuple[str, ...] | None]:
+def _said(
+    scores: Tensor, plan: Plan, top: int
+) -> tuple[str | None, tuple[tuple[str, float], ...], tuple[str, ...] | None]:  # fmt: skip
     """(label, top, labels) of a Prediction."""
     if plan.job.task == "regression":
-        return "", tuple(zip(plan.classes, scores.tolist(), strict=True)), None
+        return None, tuple(zip(plan.classes, scores.tolist(), strict=True)), None
     best = scores.topk(max(1, min(top, len(plan.classes))))
     ranked = tuple((plan.classes[k], v) for k, v in zip(best.indices.tolist(), best.values.tolist(), strict=True))
     if plan.job.task == "multi-label":

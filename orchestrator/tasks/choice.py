@@ -80,7 +80,8 @@ def what_was_chosen(
     name = "the probe" if phases[0].solver == "probe" else "the new last layer"
     is_later = best_epoch > phases[0].epochs
     if is_later:
-        chosen = f"everything, trained from {name}: epoch {best_epoch - phases[0].epochs} of {phases[-1].epochs}."
+        num_epochs = sum(phase.epochs for phase in phases)  # counted as everywhere, those of the first phase too
+        chosen = f"everything, trained from {name}: epoch {best_epoch} of {num_epochs}."
     else:
         chosen = f"{name}, on the body as it was."
     if not phases[-1].epochs:

@@ -8,6 +8,7 @@ In: arguments. Out: the same calls that Python makes, printed as tables at 80 co
     search_commands   `orchestrator search`: while it runs, and in the end
     cluster_commands  those of jobs on a cluster
     run_commands      those of `orchestrator runs`
+    comparison        of those: runs beside each other
     feature_commands  those of `orchestrator features`
     flags             every flag, and the setting that it sets
     answers           what the commands print: a table, or JSON

@@ -115,7 +115,9 @@ def show_predictions(predictions: Sequence[Prediction], task: str, as_json: bool
     screen = out if out.is_terminal else Console(highlight=False, emoji=False, width=_BOUNDLESS)
     cells = [[cut_middle(one.input, screen.width * 2 // 5), *_prediction_cells(one, task)] for one in predictions]
     shown = titles.get(task, ["label", "score", "then"])
-    screen.print(table(["input", *shown], cells, right=(2,) if len(shown) > 2 else ()))
+    made = table(["input", *shown], cells, right=(2,) if len(shown) > 2 else ())
+    made.show_edge = out.is_terminal  # no empty line before and behind what a program reads
+    screen.print(made)
 
 
 def show_written(written: Written, as_json: bool) -> None:
@@ -205,7 +207,7 @@ def _families(one: Listing) -> str:
 def show_settings(groups: Mapping[str, Sequence[Setting]], modalities: Sequence[str], as_json: bool) -> None:
     """What can be set, by group; `modalities` have settings of their own, listed when they are asked for."""
     if as_json:
-        print_json({name: [dataclasses.asdict(one) for one in several] for name, several in groups.items()})
+        print_json({name: [_setting(one) for one in several] for name, several in groups.items()})
         return
     for name, several in groups.items():
         rows = [
@@ -215,6 +217,12 @@ def show_settings(groups: Mapping[str, Sequence[Setting]], modalities: Sequence[
         out.print(table([name, "default", "what it takes, and what for"], rows))
     if modalities:
         out.print("settings of a modality: " + ", ".join(f"orchestrator settings {name}" for name in modalities))
+
+
+def _setting(one: Setting) -> dict[str, Any]:
+    """With its default as JSON has it."""
+    told = dataclasses.asdict(one)
+    return told | {"default": told.pop("value")}
 
 
 def show_types(modality: str, as_json: bool) -> None:

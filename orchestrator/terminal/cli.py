@@ -244,7 +244,7 @@ def run(arguments: list[str]) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except _UsageError as error:
-        message = getattr(error, "format_message", error.__str__)()
+        message = getattr(error, "format_message", error.__str__)().replace(": Value error, ", ": ")  # pydantic's words
         return _fail(JobError(message, mend=f"{_command_of(arguments)} --help"), as_json)
     except OrchestratorError as error:
         return _fail(error, as_json)

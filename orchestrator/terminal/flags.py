@@ -63,7 +63,8 @@ FLAGS = (
          "lp-ft: first the one, then the other; lora: head and small matrices beside a frozen transformer's; scratch: "
          "random weights", metavar="METHOD"),
     Flag("--modality", "modality", _JOB, "image, or another that `plugins` lists"),
-    Flag("--task", "task", _JOB, "one class a sample, any number of them, or numbers"),
+    Flag("--task", "task", _JOB,
+         "single-label: one class a sample; multi-label: any number of them; regression: numbers", metavar="TASK"),
     Flag("--name", "name", _JOB, "of the run; made from the job by default"),
     Flag("--set", "", _JOB, "any setting: training.epochs=3 (repeatable)", list[str], "KEY=VALUE"),
     Flag("--data", "data", _DATA,

@@ -15,7 +15,7 @@ from orchestrator.terminal.flags import Json, takes_flags
 if TYPE_CHECKING:
     from orchestrator.job import Run
 
-FinishedRun = Annotated[str, typer.Argument(help="a finished run: its directory, or s3://…")]
+FinishedRun = Annotated[str, typer.Argument(help="a finished run: its directory, its name in runs, or s3://…")]
 
 
 @takes_flags("--separator", "--encoding")
@@ -93,9 +93,11 @@ def as_input(given: str, run: Run) -> str | Path:
 
 
 def _lines() -> list[str]:
-    """The lines of standard input that are not empty; what is no UTF-8 as in an argument."""
-    lines = sys.stdin.buffer.read().decode(errors="surrogateescape").split("\n")
-    return [line.removesuffix("\r") for line in lines if line.strip()]
+    """The lines of standard input, each with its number; what is no UTF-8 as in an argument."""
+    from orchestrator.predictor import Line
+
+    lines = sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n").split("\n")
+    return [Line(line.removesuffix("\r"), number) for number, line in enumerate(lines, 1)]
 
 
 @takes_flags("--input-column", "--label-column", "--label-separator", "--separator", "--encoding", "--on-bad-sample")

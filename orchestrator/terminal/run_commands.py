@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, counted
 from orchestrator.job import (
     BEST_OF_SEARCH,
     SEARCH_FILE,
+    Method,
     Plan,
     Run,
     figure,
     figures_of,
-    interval,
     is_trial_of,
     is_uri,
     list_runs,
@@ -29,6 +29,7 @@ from orchestrator.job import (
     shown,
 )
 from orchestrator.terminal.answers_json import print_json
+from orchestrator.terminal.comparison import figure_rows, judge
 from orchestrator.terminal.console import cut_middle, out, pairs, settings_line, show_results, table, when
 from orchestrator.terminal.flags import Json, name_flags
 
@@ -53,7 +54,7 @@ def runs(
     storage: Storage = "runs",
     backbone: Annotated[str | None, typer.Option(help="those whose backbone's name holds this")] = None,
     data: Annotated[str | None, typer.Option(help="those whose data's place holds this")] = None,
-    method: Annotated[str | None, typer.Option(help="those of this method")] = None,
+    method: Annotated[Method | None, typer.Option(help="those of this method", metavar="METHOD")] = None,
     state: Annotated[State | None, typer.Option(help="those that are so")] = None,
     sort: Annotated[Order, typer.Option(help="date: newest first; result: best first")] = "name",
     json_: Json = False,
@@ -79,6 +80,7 @@ def runs(
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # of a store each is several requests
         rows = list(pool.map(_summary, alone))
     rows = sorted([*rows, *(_summary_of_search(one) for one in searches)], key=lambda row: row["name"])
+    num_all = len(rows)
     rows = [
         row for row in rows
         if (backbone is None or backbone in (row["source"] or "")) and (data is None or data in (row["data"] or ""))
@@ -88,7 +90,7 @@ def runs(
         rows.sort(key=lambda row: row["changed"], reverse=True)
     elif sort == "result":
         rows.sort(key=lambda row: (row["task"] or "", _badness(row)))
-    _show_list(rows, storage, json_)
+    _show_list(rows, storage, num_all, json_)
 
 
 @app.command("show")
@@ -139,7 +141,7 @@ def compare(
     """Show several runs beside each other: the settings that differ, and the figures."""
     if len(runs) < 2:
         raise RefusedError("usage", "one run alone is not compared", expected="two runs or more",
-                           mend="name another one, or look at it: orchestrator runs show")  # fmt: skip
+                           mend=f"name another one, or look at it: orchestrator runs show {runs[0]}")  # fmt: skip
     opened = [_open(run, storage or context.obj) for run in runs]
     settings = [_settings(run) for run in opened]
     names = sorted({name for one in settings for name in one})
@@ -152,9 +154,9 @@ def compare(
         ])  # fmt: skip
         return
     rows: list[list[object]] = [[name, *(_setting(one.get(name)) for one in settings)] for name in differing]
-    rows += _figure_rows(opened, figures)
+    rows += figure_rows(opened, figures)
     out.print(table(["", *(run.name for run in opened)], rows))
-    _judge(opened, figures)
+    judge(opened, figures)
 
 
 # --- what is known of a run ---
@@ -262,12 +264,16 @@ def _badness(row: Mapping[str, Any]) -> float:
 # --- how it is shown ---
 
 
-def _show_list(rows: Sequence[Mapping[str, Any]], storage: str, as_json: bool) -> None:
+def _show_list(rows: Sequence[Mapping[str, Any]], storage: str, num_all: int, as_json: bool) -> None:
     if as_json:
         print_json([{**row, "changed": when(row["changed"])} for row in rows])
         return
     if not rows:
-        out.print(f"there are no runs in {storage}", markup=False)
+        gone = "" if is_uri(storage) or local_path(storage).exists() else ": it does not exist"
+        none = f"there are no runs in {storage}{gone}"
+        if num_all:
+            none = f"none of the {counted(num_all, 'run')} in {storage} is so"
+        out.print(none, markup=False)
         return
     # A name is whole on a line of its own: it is typed again, or copied.
     cells = [[f"{row['name']}\n  {_what(row)}", _result(row), when(row["changed"])[:10]] for row in rows]
@@ -315,33 +321,6 @@ def _show_epochs(metrics: Sequence[Mapping[str, Any]], best: int | None) -> None
 
 def _last(metrics: Sequence[Mapping[str, Any]]) -> set[int]:
     return {line["epoch"] for line in metrics[-_EPOCHS_SHOWN:]}
-
-
-def _figure_rows(runs: Sequence[Run], figures: Sequence[Mapping[str, Any]]) -> list[list[object]]:
-    shown = {key: title for run in runs for title, key in figures_of(run.plan.job.task, *figures)}
-    rows: list[list[object]] = []
-    for key, title in shown.items():
-        cells = []
-        for one in figures:
-            edges = interval(one, key)
-            cells.append(figure(one.get(key)) + (f" ({edges})" if edges else ""))
-        rows.append([title, *cells])
-    rows.append(["samples", *(one.get("num_samples", "") for one in figures)])
-    rows.append(["state", *(run.state for run in runs)])
-    return rows
-
-
-def _judge(runs: Sequence[Run], figures: Sequence[Mapping[str, Any]]) -> None:
-    """Whether the figures may be held against each other, and whether they differ by more than chance."""
-    if not all(figures):
-        return
-    if len({(one.get("num_samples"), run.plan.data.fingerprint) for one, run in zip(figures, runs, strict=True)}) > 1:
-        out.print("these figures are of different samples")
-        return
-    key = figures_of(runs[0].plan.job.task, *figures)[0][1]
-    edges = [one[f"{key}_95"] for one in figures if one.get(f"{key}_95")]
-    if len(edges) == len(runs) and max(low for low, _ in edges) <= min(high for _, high in edges):
-        out.print("the intervals overlap: the difference may be chance")
 
 
 def _setting(value: object) -> str:

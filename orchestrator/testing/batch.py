@@ -16,6 +16,9 @@ from orchestrator.job import Plan
 from orchestrator.modality import Collate, Modality
 from orchestrator.network import Network
 
+_NUM_DRAWS = 4
+"""So many batches with one seed: what draws a coin elsewhere may give the same twice."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -59,6 +62,47 @@ def collated(trial: Trial, modality: Modality, train: bool) -> dict[str, Tensor]
         )  # fmt: skip
     _check_keys(trial.network, inputs)
     return dict(inputs)
+
+
+def check_seeded(trial: Trial) -> None:
+    """Random changes of training samples are those of torch's generator, whatever the others stand at."""
+    batches = []
+    for _ in range(_NUM_DRAWS):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            batches.append(_drawn(trial))
+    if any(not torch.equal(batches[0][key], other[key]) for other in batches for key in batches[0]):
+        raise ContractError(
+            "batch", "collate(decoded, True) gives something else with the same seed of torch",
+            expected="random changes that draw from torch's global generator on the CPU alone",
+            mend="torch.rand and the like; or numpy.random.default_rng(int(torch.randint(2**63 - 1, ())))",
+        )  # fmt: skip
+
+
+def _drawn(trial: Trial) -> Mapping[str, Tensor]:
+    """A batch of training, drawn from the generators as they stand."""
+    with calling("batch", "collate(decoded, True)"):
+        return trial.collate(trial.decoded, True)
+
+
+def check_told(trial: Trial) -> None:
+    """A sample that alone in its batch has another length than decoded was adapted, and `Fit.adaptations` says so.
+
+    It is seen where samples are decoded to arrays of as many dimensions as the batch has of each.
+    """
+    if trial.plan.adaptations:
+        return
+    for one in trial.decoded:
+        shape = tuple(getattr(one, "shape", ()))
+        with calling("batch", "collate(decoded[:1], False)"), torch.random.fork_rng():
+            inputs = trial.collate([one], False)
+        alike = [tuple(value.shape[1:]) for value in inputs.values() if value.ndim == len(shape) + 1]
+        if shape and alike and shape not in alike:
+            raise ContractError(
+                "adaptations", f"is empty, and batch makes {list(alike[0])} of a sample of {list(shape)}",
+                expected="everything that batch changes in a sample so that it fits",
+                mend="name it in Fit.adaptations: profile.adapted('length', FACT, USED), of what measure gives",
+            )  # fmt: skip
 
 
 def check_mixes(trial: Trial, modality: Modality, inputs: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from orchestrator.modality import Modality
 from orchestrator.network import Network, freeze, make_optimizer, set_mode
 from orchestrator.predictor import predict
 from orchestrator.tasks import make_objective
-from orchestrator.testing.batch import Trial, check_mixes, collated, logits_of
+from orchestrator.testing.batch import Trial, check_mixes, check_seeded, check_told, collated, logits_of
 from orchestrator.testing.samples import Toys
 from orchestrator.train import finetune
 
@@ -53,6 +54,10 @@ def check_network(modality: Modality, backbone: Path, folder: Path, toys: Toys, 
             job = {**fields, "backbone": source, "method": "head", "name": "check-head"}
             trial = _trial(modality, job, toys)
             _check_steps(trial, modality)
+            check_told(trial)
+            check_seeded(trial)
+            if modality.augments and task == modality.tasks[0].name:
+                check_seeded(_with_augments(trial, modality, job))
             _check_export(trial, modality, folder / task / "export")
             _check_run(_run("a job with a frozen body", job), trial, modality, toys)
 
@@ -130,6 +135,16 @@ def _trial(modality: Modality, job: Mapping[str, Any], toys: Toys) -> Trial:
         plan, directory, network, collate, [toys.decoded[i] for i in chosen],
         _targets(plan, labels, {name: float(i) for i, name in enumerate(names)}),
     )  # fmt: skip
+
+
+def _with_augments(trial: Trial, modality: Modality, job: Mapping[str, Any]) -> Trial:
+    """The trial with the settings that change samples at random."""
+    assert modality.batch is not None
+    settings = {**job["settings"], **modality.augments}
+    with calling("augments", f"planning a job with settings = {settings}"):
+        plan = planned(make_job({**job, "settings": settings}), {})[0]
+    with calling("batch", f"making the collate function with settings = {settings}"):
+        return replace(trial, plan=plan, collate=modality.batch(plan, trial.directory))
 
 
 def _targets(plan: Plan, labels: Sequence[str], numbers: Mapping[str, float]) -> Tensor:

@@ -28,7 +28,7 @@ _OURS = """\
 import orchestrator  # with the plugin of the modality {modality}
 
 # The run that this directory lies in; on the command line: orchestrator predict runs/{run} {argument}
-orchestrator.predict("..", [{what}])"""
+print(orchestrator.predict("..", [{what}]))"""
 _MAX_CLASSES = 50
 
 

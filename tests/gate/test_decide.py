@@ -338,8 +338,16 @@ def test_a_setting_of_the_modality_is_understood_without_its_group(tiny_resnet: 
                  orchestrator.plan(backbone=str(tiny_resnet), data=str(data), size=64, epochs=2)):  # fmt: skip
         assert plan.job.settings == {"size": 64}
         assert plan.recipe.phases[-1].epochs == 2
+    for won in ({"size": 32}, {"settings.size": 32}, {"settings": {"size": 32}}):  # over the file, whatever the name
+        assert orchestrator.plan(tmp_path / "job.yaml", **won).job.settings == {"size": 32}
+    (tmp_path / "dotted.yaml").write_text(f"backbone: {tiny_resnet}\ndata: {data}\nsettings:\n  size: 64\n")
+    assert orchestrator.plan(tmp_path / "dotted.yaml", size=32).job.settings == {"size": 32}
+    for both in ({"settings": {"size": 32}}, {"settings.size": 32}):
+        with pytest.raises(JobError, match=r"size is settings\.size, and both are set"):
+            orchestrator.plan(backbone=str(tiny_resnet), data=str(data), size=64, **both)
+    (tmp_path / "both.yaml").write_text("backbone: x\ndata: y\nsize: 1\nsettings:\n  size: 64\n")
     with pytest.raises(JobError, match=r"size is settings\.size, and both are set"):
-        orchestrator.plan(backbone=str(tiny_resnet), data=str(data), size=64, settings={"size": 32})
+        orchestrator.plan(tmp_path / "both.yaml", size=3)
     with pytest.raises(JobError, match=r"unknown key max_seconds"):
         orchestrator.plan(backbone=str(tiny_resnet), data=str(data), max_seconds=3)
     (tmp_path / "job.yaml").write_text(f"backbone: {tiny_resnet}\ndata: {data}\nsize: 1\n")

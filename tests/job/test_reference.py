@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 
 from orchestrator.gate import recipes
-from orchestrator.job import Job, Method, job_reference, setting_of, settings_of
+from orchestrator.job import Job, Method, TaskName, job_reference, setting_of, settings_of
 from orchestrator.job.keys import all_keys
 from orchestrator.modality import registry
 from tests.conftest import REPOSITORY
@@ -64,6 +64,10 @@ def test_every_setting_of_a_job_says_what_it_is_for() -> None:
 def test_the_command_lists_a_group_or_a_modality(cli: Cli) -> None:
     every = json.loads(cli("settings", "--json").stdout)
     assert list(every) == ["job", "data", "training", "scaling"]
+    told = {one["key"]: one for several in every.values() for one in several}
+    defaults = [told[f"training.{key}"]["default"] for key in ("warmup_fraction", "refit", "mix", "patience")]
+    assert defaults == [0.1, False, "none", None]  # as JSON has them
+    assert told["training.mix"]["takes"] == "none | mixup | cutmix | both"
     shown = cli("settings", "training")
     assert shown.returncode == 0
     assert "epochs" in shown.stdout
@@ -79,7 +83,10 @@ def test_the_command_lists_a_group_or_a_modality(cli: Cli) -> None:
 def test_the_help_of_a_flag_shows_choices_and_defaults(cli: Cli) -> None:
     shown = " ".join(cli("finetune", "--help").stdout.replace("│", " ").split())
     assert "fail|skip" in shown
-    for method in get_args(Method):  # each with a word of what it is, which has more room than a list of choices
+    for method in (
+        *get_args(Method),
+        *get_args(TaskName),
+    ):  # each with a word of what it is, which has more room than a list of choices
         assert f"{method}: " in shown
     for default in ("[default: auto]", "[default: fail]", "[default: runs]", "[default: 1]", "[default: label]"):
         assert default in shown

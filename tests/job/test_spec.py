@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import orchestrator
 from orchestrator.errors import JobError
 from orchestrator.job import Data, Job, Training, make_job, parse_setting
 from orchestrator.job.spec import Method, Scaling
@@ -58,13 +59,15 @@ def test_a_setting_without_its_group_is_understood_where_one_group_has_it(tmp_pa
     assert "training.seed" in refusal(backbone="a/b", data="x", seed=3).mend
 
 
-def test_of_a_key_that_is_not_known_all_keys_are_named() -> None:
-    error = refusal(backbone="a/b", data="x", lerning_rate=1)
+def test_of_a_key_like_no_other_all_keys_are_named() -> None:
+    error = refusal(backbone="a/b", data="x", zzz=1)
     for name, model in (("data", Data), ("training", Training), ("scaling", Scaling)):
         assert all(f"{name}.{key}" in error.expected for key in model.model_fields)
     assert "method" in error.expected
-    assert error.mend == "did you mean training.learning_rate?"
-    assert "orchestrator settings" in refusal(backbone="a/b", data="x", zzz=1).mend
+    assert "orchestrator settings" in error.mend
+    near = refusal(backbone="a/b", data="x", lerning_rate=1)  # and of a slip those that are like it alone
+    assert near.expected == "one of training.learning_rate, training.head_learning_rate"
+    assert near.mend == "did you mean training.learning_rate?"
 
 
 def test_the_fewest_workers_are_no_more_than_all() -> None:
@@ -98,7 +101,7 @@ def test_where_a_run_is_put_does_not_change_its_digest() -> None:
         (
             "backbone: a/b\ndata: x\nepoch: 3\n",
             "job.yaml:3: unknown key epoch",
-            "modality, backbone",
+            "one of training.epochs",
             "did you mean training.epochs?",
         ),
         (
@@ -138,9 +141,9 @@ def test_where_a_run_is_put_does_not_change_its_digest() -> None:
             "",
             "",
         ),
-        ("backbon: a/b\ndata: x\n", "job.yaml:1: unknown key backbon (and 1 more)", "modality", "backbone?"),
+        ("backbon: a/b\ndata: x\n", "job.yaml:1: unknown key backbon (and 1 more)", "one of backbone", "backbone?"),
         ("backbone: a/b\ndata: x\nname: 2024\n", "job.yaml:3: name = 2024", "", ""),
-        ("data: x\n", "backbone is missing", "org/name", ""),
+        ("data: x\n", "backbone is missing", "org/name", "give it: backbone=..., or --backbone; in a job file"),
         ("backbone: a/b\ndata: x\ntraining: 3\n", "job.yaml:3: training = 3: is a group of settings", "", ""),
         ("backbone: a/b\nbackbone: c/d\ndata: x\n", "job.yaml:2: backbone stands here a second time", "", ""),
         ("backbone: [a\n", "job.yaml:2:", "a YAML file", ""),
@@ -160,14 +163,25 @@ def test_a_faulty_file_is_refused_with_its_place(
     assert mend in error.mend
 
 
+def test_paths_are_texts_and_values_without_a_name_are_refused() -> None:
+    """Path("bb") was refused as a backbone, and taken as data."""
+    for job in (make_job(backbone=Path("a/b"), data=Path("x"), storage=Path("r")),
+                make_job({"backbone": Path("a/b"), "data": Path("x"), "storage": Path("r")})):  # fmt: skip
+        assert (job.backbone, job.data.path, job.storage) == ("a/b", "x", "r")
+    for call in (orchestrator.finetune, orchestrator.pretrain):
+        with pytest.raises(JobError, match="2 values stand without a name") as refused:
+            call("bb/bert", "sent.csv")
+        assert refused.value.mend == "name them: backbone=..., data=..."
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "no job file" in refusal(tmp_path / "none.yaml").message
     assert "is a directory" in refusal(tmp_path).message
-    assert refusal(tmp_path).mend == f"if it is the data: --data {tmp_path}"
+    assert refusal(tmp_path).mend == f"if it is the data: data={str(tmp_path)!r}, or --data {tmp_path}"
     (tmp_path / "table.csv").write_text("path,label\na,b\n")
-    assert refusal(tmp_path / "table.csv").mend == f"if it is the data: --data {tmp_path}/table.csv"
+    assert refusal(tmp_path / "table.csv").mend.endswith(f"or --data {tmp_path}/table.csv")
     (tmp_path / "config.json").touch()
-    assert refusal(tmp_path).mend == f"if it is the backbone: --backbone {tmp_path}"
+    assert refusal(tmp_path).mend == f"if it is the backbone: backbone={str(tmp_path)!r}, or --backbone {tmp_path}"
     (tmp_path / "job.yaml").touch()
     assert refusal(tmp_path).mend.startswith(f"to go on with that run: {tmp_path}/job.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")

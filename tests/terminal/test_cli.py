@@ -128,7 +128,7 @@ def test_a_run_that_is_not_there_is_refused_before_torch_is_imported(command: tu
 def test_a_storage_that_is_a_file(screen: Screen) -> None:
     Path("file").touch()
     assert screen("runs", "--storage", "file")[2].startswith("refused (usage) file is a file expected the directory")
-    assert screen("runs", "--storage", "nowhere")[:2] == (0, "there are no runs in nowhere\n")
+    assert screen("runs", "--storage", "nowhere")[:2] == (0, "there are no runs in nowhere: it does not exist\n")
 
 
 # --- plan ---
@@ -208,7 +208,7 @@ def test_predictions_of_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     from orchestrator.terminal import answers
 
     answers.show_predictions(
-        [Prediction("x.png", "", 1234.5, (("weight", 1234.5), ("height", 0.25)))], "regression", False
+        [Prediction("x.png", None, None, (("weight", 1234.5), ("height", 0.25)))], "regression", False
     )
     shown = capsys.readouterr().out
     assert "target   value" in shown

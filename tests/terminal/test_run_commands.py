@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import orchestrator
+from orchestrator.errors import RefusedError
 from tests.terminal.screen import Screen
 
 TWO = {"first": {"method": "head"}, "second": {"method": "full", "training": {"epochs": 3, "learning_rate": 0.01}}}
@@ -66,7 +67,29 @@ def test_the_list_is_filtered_and_sorted(screen: Screen, storage: Path) -> None:
     assert names("--state", "finished", "--sort", "date") == ["second", "first"]
     code, _, err = screen("runs", "--sort", "size")
     assert code == 2
+    assert "Invalid value for '--sort': 'size' is not one of" in err
     assert "date" in err
+    code, _, err = screen("runs", "--storage", storage, "--method", "ful")
+    assert code == 2
+    assert "lp-ft" in err
+    assert "none of the 4 runs in" in screen("runs", "--storage", storage, "--method", "lora")[1]
+    assert "orchestrator runs show first" in screen("runs", "--storage", storage, "compare", "first")[2]
+
+
+def test_a_run_is_known_by_its_name_to_all_commands(
+    screen: Screen, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`runs show` took it, and predict sent to the list of runs, where it stands."""
+    monkeypatch.chdir(storage.parent)
+    assert orchestrator.open_run("first").place == str(storage / "first")
+    near = "did you mean runs/first?"
+    for given, mend in (("frist", near), ("runs/frist", near), ("runs/first/model", near),
+                        ("x", "list them: orchestrator runs")):  # fmt: skip
+        with pytest.raises(RefusedError, match="there is no run") as refused:
+            orchestrator.open_run(given)
+        assert refused.value.mend == mend
+    code, _, err = screen("predict", "first", "none.png")
+    assert (code, "there is no run" in err) == (1, False)
 
 
 def test_one_run_is_shown_whole(screen: Screen, storage: Path) -> None:

@@ -61,6 +61,7 @@ def with_rules(**accepts: str) -> BackboneRules:
 # --- what passes ---
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_example_passes_and_leaves_nothing_behind() -> None:
     check_modality(SENSOR, BACKBONE)
     assert "sensor" not in registry.names()
@@ -158,6 +159,10 @@ def test_the_own_entry_point_is_no_collision(tmp_path: Path, monkeypatch: pytest
         ({"batch": broken.batch_transposed}, "batch", "the batch comes first"),
         ({"batch": broken.batch_lists}, "batch", "'input' a list"),
         ({"batch": broken.batch_at_random}, "batch", "something else the second time"),
+        ({"batch": broken.batch_of_numpy}, "batch", "something else with the same seed of torch"),
+        ({"settings": broken.Shaken, "fit": broken.fit_shaken, "batch": broken.batch_shaken,
+          "augments": {"shake": True}}, "batch", "something else with the same seed of torch"),
+        ({"fit": broken.fit_silent}, "adaptations", "batch makes [3, 128] of a sample of [3, 100]"),
         ({"batch": broken.batch_not_finite}, "batch", "'input' is not finite"),
         ({"batch": broken.batch_blind}, "batch", "the same logits"),
         ({"sample": (dataclasses.replace(SENSOR.sample[0], shape=(7, "time")),)}, "batch", "[batch, 7, time]"),

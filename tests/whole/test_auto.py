@@ -189,6 +189,7 @@ def test_of_few_labels_none_is_held_back(tiny_resnet: Path, digits: Path, tmp_pa
     assert run.plan.data.num_samples["validation"] == 0
     assert any("no validation split" in note for note in run.plan.data.notes)
     assert run.results["best_epoch"] == 4  # the last
+    assert run.results["chosen"].endswith(": epoch 4 of 4.")  # as the list of epochs counts them, the probe's too
     assert "none held back" in run.results["why"]
     asked = orchestrator.plan(backbone=str(tiny_resnet), data={**data, "validation_fraction": 0.2})
     assert asked.data.num_samples["validation"] > 0

@@ -106,6 +106,77 @@ def test_a_table_is_read_and_not_taken_for_a_text(
     assert [one.label for one in orchestrator.predict(reader, table)] == [one.label for one in theirs]
 
 
+@pytest.mark.parametrize("kind", ["pandas", "pyarrow", "datasets", "dicts", "generator"])
+def test_a_table_in_memory_is_read_as_one_in_a_file(kind: str, reader: orchestrator.Run) -> None:
+    """The names of a DataFrame's columns were taken for texts."""
+    rows = [{"id": i, "words": text} for i, text in enumerate([*TEXTS, " "])]
+    table: Any = rows if kind == "dicts" else (row for row in rows)
+    if kind in ("pandas", "datasets"):
+        library = pytest.importorskip(kind)
+        table = library.DataFrame(rows) if kind == "pandas" else library.Dataset.from_list(rows)
+    elif kind == "pyarrow":
+        table = pa.Table.from_pylist(rows)
+    found = orchestrator.predict(reader, table)
+    assert [one.input for one in found] == [*TEXTS, " "]
+    assert [(one.table, one.row) for one in found] == [("", i) for i in range(1, 6)]
+    assert found[4].as_dict() == {"input": " ", "row": 5, "problem": "the text is empty"}
+    theirs = orchestrator.predict(reader, TEXTS)
+    assert [one.score for one in found[:4]] == pytest.approx([one.score for one in theirs], abs=1e-5)
+
+
+def test_rows_in_memory_of_files_and_bytes(seer: orchestrator.Run, tmp_path: Path) -> None:
+    """Their paths are relative to the working directory; a table without such a column is refused, by no file."""
+    (tmp_path / "a.png").write_bytes(square(9))
+    (byte, path, other) = orchestrator.predict(seer, [{"image": square(9)}, "a.png", {"path": "a.png"}])
+    assert (byte.input, byte.row, path.row, other.row) == ("row 1", 1, 0, 1)
+    assert byte.score == pytest.approx(path.score) == pytest.approx(other.score)
+    assert other.path == str(tmp_path / "a.png")
+    with pytest.raises(DataError, match="the data has no column of image paths or bytes: it has picture"):
+        orchestrator.predict(seer, [{"picture": "a.png"}])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words", "mend"),
+    [
+        (None, "the inputs are None", "give a list"),
+        (5, "the inputs are an int", "give a list"),
+        ({"words": "rain"}, "the inputs are a dict", "put it in a list"),
+        ([None], "input 1 is None", "as a str"),
+        (["rain", 5], "input 2 is an int", "as a str"),
+        ([("rain", 5)], "input 1 is a tuple", "as a str"),
+    ],
+)
+def test_what_is_no_input_is_refused(inputs: Any, words: str, mend: str, reader: orchestrator.Run) -> None:
+    """They ended with a TypeError."""
+    with pytest.raises(DataError, match=words) as refused:
+        orchestrator.predict(reader, inputs)
+    assert mend in refused.value.mend
+
+
+def test_an_image_in_memory_is_refused_and_the_mend_mends(seer: orchestrator.Run) -> None:
+    from PIL import Image
+
+    image = Image.new("RGB", (16, 16), (9, 9, 9))
+    with pytest.raises(DataError, match="input 1 is a PIL Image") as refused:
+        orchestrator.predict(seer, [image])
+    assert "image.save(out := io.BytesIO(), 'PNG'); out.getvalue()" in refused.value.mend
+    image.save(out := io.BytesIO(), "PNG")
+    assert orchestrator.predict(seer, [out.getvalue()])[0].label
+
+
+def test_lines_of_standard_input_keep_their_numbers(reader: orchestrator.Run, seer: orchestrator.Run, cli: Cli) -> None:
+    """An empty line was left out, and nothing told which line a row was of."""
+    done = cli("predict", reader.path, "-", "--json", input="rain\n\nsnow\r\n")
+    found = json.loads(done.stdout)
+    assert [(one["input"], one["row"], one.get("problem")) for one in found] == [
+        ("rain", 1, None), ("", 2, "the line is empty"), ("snow", 3, None)
+    ]  # fmt: skip
+    assert done.returncode == 1
+    Path("a.png").write_bytes(square(9))
+    (one,) = json.loads(cli("predict", seer.path, "-", "--json", input="a.png").stdout)
+    assert (one["input"], one["row"]) == ("a.png", 1)
+
+
 def test_a_column_that_is_named_is_read_or_refused(reader: orchestrator.Run, tmp_path: Path, cli: Cli) -> None:
     write_table(tmp_path / "new.csv", [{"said": text, "words": "x"} for text in TEXTS])
     found = json.loads(cli("predict", reader.path, "new.csv", "--input-column", "said", "--json").stdout)
@@ -192,6 +263,10 @@ def test_values_of_every_target_are_written(measurer: orchestrator.Run, tmp_path
     (row,) = read_table(tmp_path / "said.csv")
     assert list(row) == ["input", "path", "table", "row", "problem", "value_light", "value_dark"]
     (one,) = orchestrator.predict(measurer, "a.png")
+    assert (one.label, one.score) == (None, None)  # the first target's value is no score of the whole
+    (shown,) = json.loads(cli("predict", measurer.path, "a.png", "--json").stdout)
+    assert shown == {"input": "a.png", "path": str(tmp_path / "a.png"), "values": pytest.approx(one.values)}
+    assert list(one.values) == ["light", "dark"]
     assert [float(row["value_light"]), float(row["value_dark"])] == pytest.approx([v for _, v in one.top], rel=1e-5)
 
 
@@ -210,8 +285,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed
         assert words in answer["message"]
         assert answer["mend"]
     assert (tmp_path / "t.csv").read_text() == "path\na.png\n"
-    with pytest.raises(JobError):
-        orchestrator.predictor.require_output("x.txt", [])
+    for output, mend in (("x.txt", "suffixes"), ("/dev/stdout", "leave it out, with --json for JSON")):
+        with pytest.raises(JobError) as refused_output:
+            orchestrator.predictor.require_output(output, [])
+        assert refused_output.value.mend.endswith(mend)
 
 
 def test_a_table_that_cannot_be_read_leaves_no_output(seer: orchestrator.Run, tmp_path: Path) -> None:
@@ -228,6 +305,7 @@ def test_paths_are_whole_where_no_screen_shows_them(seer: orchestrator.Run, tmp_
     file.parent.mkdir()
     file.write_bytes(square(9))
     shown = cli("predict", seer.path, file).stdout
+    assert all(line.strip() for line in shown.splitlines())
     assert any(str(file) in line for line in shown.splitlines())
 
 

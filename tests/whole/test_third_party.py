@@ -77,7 +77,8 @@ def test_the_commands_of_the_page_do_what_it_says(installed: dict[str, str]) -> 
     assert "orchestrator predict runs/pumps FILE..." in card
     (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
     program = f"import os; os.chdir('runs/pumps/model')\n{code.replace('a file', '../../../pumps/left/0.npy')}"
-    subprocess.run([sys.executable, "-c", program], env=installed, check=True)
+    shown = subprocess.run([sys.executable, "-c", program], env=installed, check=True, capture_output=True, text=True)
+    assert "label='left'" in shown.stdout
     assert "left" in next(out.stdout for command, out in done.items() if "predict" in command)
 
 
