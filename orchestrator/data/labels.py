@@ -91,10 +91,13 @@ def _label_numbers(ingested: IngestedRows, rows: Ints) -> tuple[Ints, Ints]:
 
 
 def make_targets(table: IngestedTable, rows: Ints, names: Sequence[str], spec: Data, task: TaskName) -> Targets:
-    """What each sample's label is in numbers. Raises `DataError` for a label that is none of `names`."""
+    """What each sample's label is in numbers; those of regression as they stand, float64 [samples, names].
+
+    Raises `DataError` for a label that is none of `names`.
+    """
     ingested = table.ingested
     if task == "regression":
-        return view(ingested.label).reshape(len(ingested), -1)[rows].astype(np.float32)
+        return view(ingested.label).reshape(len(ingested), -1)[rows]
     number_of, meant = {name: i for i, name in enumerate(names)}, numbers_by_meaning(names)
     samples, labels = _label_numbers(ingested, rows)
     number_of_label = [number_of.get(name, meant.get(meaning(name), -1)) for name in ingested.names]
@@ -184,9 +187,10 @@ def hint_of_separator(ingested: IngestedRows, spec: Data, task: TaskName) -> str
 
 
 def refuse_unlearnable(targets: Targets, split: Ints, names: Sequence[str], task: TaskName, hint: str = "") -> None:
-    """Raise `DataError` where the training samples do not tell what is to be learnt. split: int64 [samples].
+    """Raise `DataError` where the training samples do not tell what is to be learnt.
 
-    hint: the mend, where there is a better one than that of the class or target alone.
+    targets: as `make_targets` gives them; split: int64 [samples]. hint: the
+    mend, where there is a better one than that of the class or target alone.
     """
     try:
         _REFUSALS[task](targets, split, names)
@@ -230,6 +234,11 @@ def _refuse_constant_labels(targets: Targets, split: Ints, names: Sequence[str])
             )
 
 
+def _float32_step(values: npt.NDArray[np.float64]) -> float:
+    """From the largest of the values to the next number that float32 has."""
+    return float(np.spacing(np.abs(values).max().astype(np.float32)))
+
+
 def _refuse_constant_targets(targets: Targets, split: Ints, names: Sequence[str]) -> None:
     train = targets[split == TRAIN]
     if not len(train):
@@ -239,10 +248,20 @@ def _refuse_constant_targets(targets: Targets, split: Ints, names: Sequence[str]
         )
     for i, name in enumerate(names):
         if (train[:, i] == train[0, i]).all():
+            other = "leave the target out of" if len(names) > 1 else "name another column:"
             raise DataError(
                 f"the target {name!r} is {train[0, i]:g} in every training sample",
                 expected="numbers that differ",
-                mend="leave the target out of data.label_column, or add samples where it differs",
+                mend=f"{other} data.label_column, or add samples where it differs",
+            )
+        step = _float32_step(train[:, i])
+        if step > train[:, i].std():
+            low, high = train[:, i].min(), train[:, i].max()
+            raise DataError(
+                f"the target {name!r} lies between {low:.12g} and {high:.12g}, and float32, in which networks "
+                f"compute, has steps of {step:g} there",
+                expected="numbers that differ by more than such a step",
+                mend=f"subtract a number from the column, such as {low:.12g}, and add it to the predictions",
             )
 
 

@@ -83,7 +83,8 @@ def _prepare(
     table = IngestedTable(ingested, source.origins, directory / ROWS_FILE)
     rows = drop_duplicates(table)
     names = class_names(table, source, rows, spec, task, classes)
-    targets = make_targets(table, rows, names, spec, task)
+    exact = make_targets(table, rows, names, spec, task)
+    targets = exact.astype(np.float32) if task == "regression" else exact
     notes = list(source.notes)
     if classes:
         split = split_for_evaluation(table, rows)
@@ -91,7 +92,7 @@ def _prepare(
     else:
         strata, strata_names = strata_of(targets, names, task)
         split = split_samples(table, rows, strata, strata_names, len(names), source.ready_made, spec, fewest_validation)
-        refuse_unlearnable(targets, split, names, task, hint_of_separator(ingested, spec, task))
+        refuse_unlearnable(exact, split, names, task, hint_of_separator(ingested, spec, task))
         notes += notes_on_leaks(table, rows, split)
         notes += notes_on_labels(ingested, names, spec, task)
         notes += _notes_on_splits(split, spec.validation_fraction is None and fewest_validation > 0)

@@ -290,10 +290,24 @@ def test_words_and_constants_are_no_targets(tmp_path: Path) -> None:
     same = [{**row, "price": 0.1} for row in numbers(300)]
     error = refusal(jsonl(tmp_path / "u.jsonl", same), task="regression", label_column="price")
     assert "the target 'price' is 0.1 in every training sample" in error.message
+    assert error.mend.startswith("name another column: data.label_column")
+    error = refusal(jsonl(tmp_path / "w.jsonl", same), task="regression", label_column=["size", "price"])
+    assert error.mend.startswith("leave the target out of data.label_column")
     error = refusal(
         jsonl(tmp_path / "v.jsonl", numbers()), task="regression", label_column=["price", "size"], classes=("price",)
     )
     assert "names 2 targets, and the model has 1" in error.message
+
+
+def test_numbers_that_are_one_in_float32_are_said_to_be_so(tmp_path: Path) -> None:
+    rows = [{**row, "price": 1_700_000_000 + i} for i, row in enumerate(numbers(60))]
+    error = refusal(jsonl(tmp_path / "t.jsonl", rows), task="regression", label_column="price")
+    assert "lies between 1700000000 and 1700000059, and float32" in error.message
+    assert "steps of 128" in error.message
+    assert "such as 1700000000" in error.mend
+    less = [{**row, "price": row["price"] - 1_700_000_000} for row in rows]
+    found = read(jsonl(tmp_path / "u.jsonl", less), task="regression", label_column="price")
+    assert 20 < found.summary.target_mean[0] < 40
 
 
 def test_few_numbers_to_train_on(tmp_path: Path) -> None:
