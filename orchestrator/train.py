@@ -158,7 +158,7 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
                 return run
         for line in (*plan.adaptations, *plan.data.notes):
             options.report(Noted(str(line)))
-        for line in plan.warnings:
+        for line in (*plan.warnings, *plan.data.warnings):
             options.report(Noted(line, is_warning=True))
         _work(held, plan, resolved.plugin.extra, options, job.log)
     return run

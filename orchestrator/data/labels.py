@@ -13,7 +13,7 @@ from orchestrator.data.columns import label_columns
 from orchestrator.data.contents import Ints
 from orchestrator.data.ingested import IngestedRows, IngestedTable, numbers, view
 from orchestrator.data.rows import Source
-from orchestrator.data.spellings import meaning, numbers_by_meaning
+from orchestrator.data.spellings import listed, meaning, numbers_by_meaning
 from orchestrator.data.splits import TEST, TRAIN, VALIDATION
 from orchestrator.errors import DataError
 from orchestrator.job import SPLITS, Data, TaskName, shown
@@ -150,6 +150,8 @@ def notes_on_labels(ingested: IngestedRows, names: Sequence[str], spec: Data, ta
         notes.append(
             f"{odd[0]!r} is learnt as a label like any other; if it stands for one that is missing: leave it empty"
         )
+    notes += [f"the labels {listed(same)} differ by case alone, and are learnt as {len(same)} labels"
+              for same in _alike_but_for_case(names if task != "regression" else ())]  # fmt: skip
     if task != "multi-label":
         return notes
     num_without = ingested.num_labels.count(0)
@@ -157,12 +159,19 @@ def notes_on_labels(ingested: IngestedRows, names: Sequence[str], spec: Data, ta
         notes.append(f"{num_without} of {len(ingested)} samples have no label at all, and are learnt from as such")
     if max(ingested.num_labels) > 1 or spec.label_separator is not None or len(label_columns(spec)) > 1:
         return notes
-    return [
-        *notes,
-        hint_of_separator(ingested, spec, task)
-        or "no sample has more than one label; if cells hold several, say what is between: data.label_separator "
-        "(--label-separator)",
-    ]
+    if not hint_of_separator(ingested, spec, task):
+        notes.append(
+            "no sample has more than one label; if cells hold several, say what is between: data.label_separator "
+            "(--label-separator)"
+        )
+    return notes
+
+
+def _alike_but_for_case(names: Sequence[str]) -> list[list[str]]:
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.casefold(), []).append(name)
+    return [same for same in alike.values() if len(same) > 1]
 
 
 def hint_of_separator(ingested: IngestedRows, spec: Data, task: TaskName) -> str:
@@ -258,10 +267,10 @@ def _refuse_constant_targets(targets: Targets, split: Ints, names: Sequence[str]
         if step > train[:, i].std():
             low, high = train[:, i].min(), train[:, i].max()
             raise DataError(
-                f"the target {name!r} lies between {low:.12g} and {high:.12g}, and float32, in which networks "
+                f"the target {name!r} lies between {low:.15g} and {high:.15g}, and float32, in which networks "
                 f"compute, has steps of {step:g} there",
                 expected="numbers that differ by more than such a step",
-                mend=f"subtract a number from the column, such as {low:.12g}, and add it to the predictions",
+                mend=f"subtract a number from the column, such as {low:.15g}, and add it to the predictions",
             )
 
 

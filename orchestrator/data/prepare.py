@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.contents import Ints, fingerprint
-from orchestrator.data.duplicates import drop_duplicates, notes_on_leaks
+from orchestrator.data.duplicates import drop_duplicates, notes_on_leaks, warn_of_contradictions
 from orchestrator.data.ingest import ingest
 from orchestrator.data.ingested import Example, IngestedTable, Skip, view
 from orchestrator.data.labels import (
@@ -86,13 +86,16 @@ def _prepare(
     exact = make_targets(table, rows, names, spec, task)
     targets = exact.astype(np.float32) if task == "regression" else exact
     notes = list(source.notes)
+    warnings = warn_of_contradictions(table, rows) if task != "regression" else []
     if classes:
         split = split_for_evaluation(table, rows)
         notes += notes_on_leaks(table, rows, split)
     else:
         strata, strata_names = strata_of(targets, names, task)
         split = split_samples(table, rows, strata, strata_names, len(names), source.ready_made, spec, fewest_validation)
-        refuse_unlearnable(exact, split, names, task, hint_of_separator(ingested, spec, task))
+        hint = hint_of_separator(ingested, spec, task)
+        refuse_unlearnable(exact, split, names, task, hint)
+        warnings += [hint] if hint else []
         notes += notes_on_leaks(table, rows, split)
         notes += notes_on_labels(ingested, names, spec, task)
         notes += _notes_on_splits(split, spec.validation_fraction is None and fewest_validation > 0)
@@ -111,6 +114,7 @@ def _prepare(
         num_duplicates=len(ingested) - len(rows),
         num_skipped=len(ingested.skipped),
         notes=tuple(notes),
+        warnings=tuple(warnings),
     )
     return Prepared(tuple(names), summary, ingested.profile, tuple(ingested.skipped), tuple(ingested.examples))
 

@@ -36,6 +36,7 @@ def open_rows(
     """
     require_columns(table, spec)
     inputs, labelled = find_inputs(table, spec, sample), label_columns(spec)
+    _refuse_label_as_input(table, inputs, labelled)
     root, given_root = _root_of(table, spec, is_place)
     is_nowhere = given_root is not None and isinstance(root, Path) and not root.is_dir()
     number = source.add(Origin(table.text, root, is_table=True, is_place=is_place))
@@ -70,6 +71,18 @@ def open_rows(
         source.notes += [f"{table.text}: {one}" for one in table.notes]
 
     source.parts.append(rows)
+
+
+def _refuse_label_as_input(table: Table, inputs: Sequence[str], labelled: Sequence[str]) -> None:
+    both = [name for name in inputs if name in labelled]
+    if both:
+        others = [name for name in table.columns if name not in both]
+        raise DataError(
+            f"{table.text}: the column {both[0]!r} is both the input and the label (data.input_column, "
+            "data.label_column), so that there is nothing to learn",
+            expected="two columns" + (f", out of {', '.join(table.columns)}" if others else ""),
+            mend="name another column in one of them" if others else "add a column of labels",
+        )
 
 
 def _root_of(table: Table, spec: Data, is_place: bool) -> tuple[Path | Location, str | None]:

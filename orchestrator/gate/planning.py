@@ -22,6 +22,7 @@ from orchestrator.job import (
     BackboneCard,
     BackboneRow,
     Data,
+    DataSummary,
     Draft,
     Job,
     Plan,
@@ -51,8 +52,8 @@ class Checked:
     fit: Fit | None
     """None where the modality is declared only."""
     profile: Profile | None
-    notes: tuple[str, ...] = ()
-    """What is to be said of the data."""
+    data: DataSummary | None = None
+    """None where no data was given."""
 
 
 def check(
@@ -81,15 +82,15 @@ def inspect(
     card = read_card(backbone)
     row = _match(card, plugin)
     require_weights(card)
-    profile, notes = None, tuple[str, ...]()
+    profile, summary = None, None
     if data is not None:
         if not plugin.trainable:
             raise decide.not_built(plugin)
         spec = data if isinstance(data, Data) else Data(path=str(data))
         prepared = _prepare(spec, plugin, card, task)
-        profile, notes = prepared.profile, prepared.summary.notes
+        profile, summary = prepared.profile, prepared.summary
     fit = decide.fit(card, row, plugin, settings or {}, profile) if plugin.fit is not None else None
-    return Checked(card, row, fit, profile, notes)
+    return Checked(card, row, fit, profile, summary)
 
 
 def planned(

@@ -77,12 +77,11 @@ def show_plan(plan: Plan) -> None:
         ("input", settings_line(plan.input)),
         *(("adapted", str(one)) for one in plan.adaptations),
         *(("tried", one) for one in plan.rehearsal),
-        *(("warning", one) for one in plan.warnings),
+        *(("warning", one) for one in (*plan.warnings, *plan.data.warnings)),
         *(("note", one) for one in plan.data.notes),
     ]
-    if plan.data.num_duplicates or plan.data.num_skipped:
-        left = ((plan.data.num_duplicates, "duplicate"), (plan.data.num_skipped, "bad sample"))
-        rows.append(("left out", ", ".join(counted(number, what) for number, what in left if number)))
+    if plan.data.left_out:
+        rows.append(("left out", plan.data.left_out))
     if plan.parameters is not None:
         rows += _size(plan.parameters)
     for phase in plan.recipe.phases:

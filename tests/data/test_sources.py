@@ -94,8 +94,33 @@ def test_the_same_text_in_two_splits_is_said(tmp_path: Path) -> None:
     rows[35]["text"] = rows[3]["text"]
     found = read(jsonl(tmp_path / "t.jsonl", rows), split_column="split")
     (note,) = (note for note in found.summary.notes if "same content" in note)
-    assert "1 of test have the same content as a training sample, such as" in note
+    assert "1 sample of test has the same content as a training sample, such as" in note
     assert "row 36" in note
+    assert not found.summary.warnings
+
+
+def test_one_text_under_two_labels_is_a_warning(tmp_path: Path) -> None:
+    rows = texts()
+    rows[10]["text"] = rows[35]["text"] = rows[3]["text"]
+    (warning,) = read(jsonl(tmp_path / "t.jsonl", rows)).summary.warnings
+    assert warning.startswith("3 samples have the same content as one with another label, such as '")
+    assert "'odd' in" in warning
+    assert "'even' in" in warning
+    several = read(tmp_path / "t.jsonl", task="multi-label")
+    assert several.summary.warnings[0].startswith("3 samples")
+
+
+@pytest.mark.parametrize("given", [{"input_column": "label"}, {"label_column": "text"}])
+def test_a_column_that_is_input_and_label_is_refused(tmp_path: Path, given: dict[str, str]) -> None:
+    error = refusal(jsonl(tmp_path / "t.jsonl", texts()), **given)
+    assert "is both the input and the label" in error.message
+    assert "out of text, label" in error.expected
+
+
+def test_labels_that_differ_by_case_alone_are_named(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": ("Cat", "cat", "CAT", "dog")[i % 4]} for i in range(40)]
+    (note,) = read(jsonl(tmp_path / "t.jsonl", rows)).summary.notes
+    assert note == "the labels 'CAT', 'Cat' and 'cat' differ by case alone, and are learnt as 3 labels"
 
 
 def test_texts_and_files_that_were_mixed_up_are_told_apart(tmp_path: Path) -> None:
@@ -200,7 +225,7 @@ def test_several_labels_say_the_same_in_every_form(tmp_path: Path, form: str) ->
 def test_cells_of_several_labels_that_nobody_said_how_to_cut_are_noted(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": ("a|b", "b", "a")[i % 3]} for i in range(60)]
     file = jsonl(tmp_path / "t.jsonl", rows)
-    assert any("data.label_separator" in note for note in read(file, task="multi-label").summary.notes)
+    assert any("data.label_separator" in one for one in read(file, task="multi-label").summary.warnings)
     cut = read(file, task="multi-label", label_separator="|")
     assert cut.classes == ("a", "b")
     assert not any("data.label_separator" in note for note in cut.summary.notes)
@@ -410,6 +435,6 @@ def test_hundreds_of_fractions_are_no_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mark", [",", ";", "|"])
 def test_a_separator_that_most_cells_hold_is_named(tmp_path: Path, mark: str) -> None:
     rows = [{"text": f"text {i}", "label": (f"a{mark}b", f"b{mark} c", "a")[i % 3]} for i in range(60)]
-    (note,) = read(jsonl(tmp_path / "t.jsonl", rows), task="multi-label").summary.notes
+    (note,) = read(jsonl(tmp_path / "t.jsonl", rows), task="multi-label").summary.warnings
     assert f"40 of 60 cells hold {mark!r}, and each cell is learnt as one label" in note
     assert f"data.label_separator {mark!r} (--label-separator {mark!r})" in note
