@@ -14,6 +14,7 @@ the mend. Reads metadata and data, never a weight; imports neither torch nor Ray
     planning  check and plan: reads what these are given
 """
 
+from orchestrator.gate.combinations import refuse_unknown_mix as refuse_unknown_mix
 from orchestrator.gate.decide import match as match, parse_settings as parse_settings
 from orchestrator.gate.given_rows import rows_written as rows_written
 from orchestrator.gate.own_code import refuse_own_code as refuse_own_code

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.backbone import Tensors, read_card, read_tensors, require_harmless, require_weights, with_digest
 from orchestrator.errors import BadSampleError, JobError, RefusedError, missing_extra
 from orchestrator.gate import decide
+from orchestrator.gate.combinations import refuse_unknown_mix
 from orchestrator.gate.own_code import refuse_own_code
 from orchestrator.gate.recipes import fewest_validation, first_weights, may_keep_features
 from orchestrator.gate.resolve import make_plan
@@ -121,6 +122,7 @@ def resolve_backbone(job: Job) -> ResolvedBackbone:
     """Whether the job's backbone fits its modality and method. Raises `RefusedError`; reads metadata only."""
     plugin = registry.get(job.modality)
     decide.parse_settings(plugin, job.settings, job.place_of)
+    refuse_unknown_mix(job, plugin)
     card = read_card(job.backbone)
     row = _match(card, plugin)
     if not plugin.trainable:
