@@ -127,13 +127,20 @@ def _refuse_broken(skipped: Sequence[Skip], num_rows: int, spec: Data) -> None:
         raise DataError(
             f"{first}{more}",
             expected="samples that can all be used",
-            mend=f"mend or remove them, or {LEAVE_OUT}",
+            mend=f"mend or remove them, or {LEAVE_OUT}" if num_rows else _mend_of_all(first),
         )
     if not num_rows:
         raise DataError(
             f"{shown(spec.path)} holds no sample that can be used",
             mend=f"look at the first: {first}" if first else "name data that holds samples",
         )
+
+
+def _mend_of_all(first: str) -> str:
+    """What to do where no sample can be used, so that leaving them out leaves nothing."""
+    if "data.split_column" in first:
+        return "name the column that says it, or leave data.split_column out"
+    return "mend them, or name the data and its columns otherwise: of those that were read none can be used"
 
 
 def _notes_on_splits(split: Ints, is_left_open: bool) -> list[str]:

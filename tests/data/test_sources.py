@@ -117,6 +117,54 @@ def test_a_column_that_is_input_and_label_is_refused(tmp_path: Path, given: dict
     assert "out of text, label" in error.expected
 
 
+def test_a_table_without_the_names_of_its_columns_is_told_to_have_some(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("".join(f"sentence {i},{'ab'[i % 2]}\n" for i in range(40)))
+    assert refusal(tmp_path / "t.csv").mend.startswith("its first line looks like a sample: write a line with")
+    assert read(jsonl(tmp_path / "u.jsonl", texts())).classes == ("even", "odd")
+
+
+@pytest.mark.parametrize("form", [jsonl, parquet])
+def test_numbers_are_texts_as_in_csv(tmp_path: Path, form: Any) -> None:
+    rows = [{"text": i if i % 2 else i + 0.5, "label": "ab"[i % 2]} for i in range(1, 41)]
+    read(form(tmp_path / "t.jsonl" if form is jsonl else tmp_path / "t.parquet", rows))
+    assert saved().read(0)["text"] == b"1"
+    assert saved().read(1)["text"] == b"2.5"
+
+
+def test_a_mend_of_what_no_sample_has_does_not_leave_all_out(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "t.jsonl", texts())
+    assert refusal(file, split_column="label").mend.endswith("or leave data.split_column out")
+    error = refusal(jsonl(tmp_path / "u.jsonl", [{"text": {"x": 1}, "label": "a"}] * 9))
+    assert "of those that were read none can be used" in error.mend
+
+
+def test_two_groups_are_too_few_and_the_mend_mends(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "t.jsonl", [{**row, "who": f"{i // 20}"} for i, row in enumerate(texts())])
+    error = refusal(file, group_column="who")
+    assert "set data.validation_fraction and data.test_fraction to 0, both" in error.mend
+    assert read(file, group_column="who", validation_fraction=0, test_fraction=0).classes == ("even", "odd")
+
+
+def test_a_separator_that_is_rare_is_named_by_the_mend(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text~label\n" + "".join(f"number {i}~{'ab'[i % 2]}\n" for i in range(40)))
+    assert "data.separator '~'" in refusal(tmp_path / "t.csv").mend
+    assert read(tmp_path / "t.csv", separator="~").classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"), [("x.xlsx", "save it as .csv"), ("t.txt", "save it as .csv"), ("g.csv.gz", "unpack it")]
+)
+def test_files_of_another_form_are_told_what_to_become(tmp_path: Path, name: str, mend: str) -> None:
+    (tmp_path / name).write_bytes(b"text,label\n")
+    assert refusal(tmp_path / name).mend.startswith(mend)
+
+
+def test_an_input_column_that_is_not_there(tmp_path: Path) -> None:
+    error = refusal(jsonl(tmp_path / "t.jsonl", texts()), input_column="nope")
+    assert "has no column 'nope' (data.input_column)" in error.message
+    assert error.expected == "one of text, label"
+
+
 def test_labels_that_differ_by_case_alone_are_named(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": ("Cat", "cat", "CAT", "dog")[i % 4]} for i in range(40)]
     (note,) = read(jsonl(tmp_path / "t.jsonl", rows)).summary.notes
