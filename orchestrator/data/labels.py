@@ -15,7 +15,7 @@ from orchestrator.data.ingested import IngestedRows, IngestedTable, numbers, vie
 from orchestrator.data.rows import Source
 from orchestrator.data.spellings import listed, meaning, numbers_by_meaning
 from orchestrator.data.splits import TEST, TRAIN, VALIDATION
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, counted
 from orchestrator.job import SPLITS, Data, TaskName, shown
 
 Targets = npt.NDArray[Any]
@@ -42,7 +42,7 @@ def class_names(
         names = label_columns(spec)
         if given and len(names) != len(given):
             raise DataError(
-                f"data.label_column names {len(names)} targets, and the model has {len(given)}",
+                f"data.label_column names {counted(len(names), 'target')}, and the model has {len(given)}",
                 expected=", ".join(given),
                 mend="name a column for each target of the model, in this order",
             )

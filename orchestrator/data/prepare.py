@@ -140,6 +140,8 @@ def _mend_of_all(first: str) -> str:
     """What to do where no sample can be used, so that leaving them out leaves nothing."""
     if "data.split_column" in first:
         return "name the column that says it, or leave data.split_column out"
+    if "where a text should stand" in first:
+        return "write them as texts (in a CSV every cell is one), or name another column: data.input_column"
     return "mend them, or name the data and its columns otherwise: of those that were read none can be used"
 
 

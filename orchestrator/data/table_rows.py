@@ -110,19 +110,12 @@ def _cells(table: Table, inputs: Sequence[str], spec: Data) -> Iterator[_Cells]:
 
 def fill_text(row: Row, value: object, second: object, pair: bool) -> None:
     """The text, or the two of a pair."""
-    value, second = _number_as_text(value), _number_as_text(second)
     for text in (value, second) if pair else (value,):
         if not isinstance(text, str):
             row.problem = "has no text" if text is None else f"has {str(text)[:60]!r} where a text should stand"
             return
     row.content = str(value).encode("utf-8", "surrogatepass")
     row.second = str(second).encode("utf-8", "surrogatepass") if pair else None
-
-
-def _number_as_text(value: object) -> object:
-    """A number as CSV has it, where every cell is a text; all else as it is."""
-    is_number = isinstance(value, (int, float)) and value == value and not isinstance(value, bool)
-    return _label_text(value) if is_number else value
 
 
 def fill_file(row: Row, value: object) -> None:

@@ -123,18 +123,14 @@ def test_a_table_without_the_names_of_its_columns_is_told_to_have_some(tmp_path:
     assert read(jsonl(tmp_path / "u.jsonl", texts())).classes == ("even", "odd")
 
 
-@pytest.mark.parametrize("form", [jsonl, parquet])
-def test_numbers_are_texts_as_in_csv(tmp_path: Path, form: Any) -> None:
-    rows = [{"text": i if i % 2 else i + 0.5, "label": "ab"[i % 2]} for i in range(1, 41)]
-    read(form(tmp_path / "t.jsonl" if form is jsonl else tmp_path / "t.parquet", rows))
-    assert saved().read(0)["text"] == b"1"
-    assert saved().read(1)["text"] == b"2.5"
-
-
 def test_a_mend_of_what_no_sample_has_does_not_leave_all_out(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "t.jsonl", texts())
     assert refusal(file, split_column="label").mend.endswith("or leave data.split_column out")
-    error = refusal(jsonl(tmp_path / "u.jsonl", [{"text": {"x": 1}, "label": "a"}] * 9))
+    error = refusal(jsonl(tmp_path / "u.jsonl", [{**row, "text": i} for i, row in enumerate(texts())]))
+    assert error.mend.startswith("write them as texts (in a CSV every cell is one), or name another column")
+    (tmp_path / "u.csv").write_text("text,label\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(40)))
+    assert read(tmp_path / "u.csv").classes == ("a", "b")
+    error = refusal(jsonl(tmp_path / "v.jsonl", [{"text": "", "label": "a"}] * 9))
     assert "of those that were read none can be used" in error.mend
 
 
