@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.backbone import Tensors, read_card, read_tensors, require_harmless, require_weights, with_digest
-from orchestrator.errors import BadSampleError, JobError, RefusedError, missing_extra
+from orchestrator.errors import BadSampleError, JobError, PluginError, RefusedError, missing_extra
 from orchestrator.gate import decide
 from orchestrator.gate.combinations import refuse_unknown_mix
 from orchestrator.gate.own_code import refuse_own_code
@@ -35,6 +35,7 @@ from orchestrator.job import (
     is_uri,
     local_path,
     make_draft,
+    open_run,
     open_storage,
     whole,
 )
@@ -286,7 +287,19 @@ def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
         require_harmless(card)
         refuse_own_code(card, row)
         return row
+    _require_plugin_of(card)
     return decide.match(card, plugin, registry.available())  # only a refusal asks what the others take
+
+
+def _require_plugin_of(card: BackboneCard) -> None:
+    """Raise `PluginError` where the backbone is a run of a modality that nothing here brings."""
+    if card.kind != "run":
+        return
+    run = open_run(card.source)
+    try:
+        registry.get(run.plan.job.modality)
+    except PluginError as error:
+        raise PluginError(f"the run {card.source}: {error.message}", expected=error.expected, mend=error.mend) from None
 
 
 def _prepare(
