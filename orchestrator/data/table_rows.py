@@ -48,6 +48,7 @@ def open_rows(
         source.classes |= set(labelled)
 
     def rows() -> Iterator[Row]:
+        num_trimmed = 0
         for at, (value, second, label, group, split) in enumerate(_cells(table, inputs, spec), 1):
             row = Row(origin.row(at), "", number, at, split=table.split)
             if sample[0].kind == "text":
@@ -63,12 +64,16 @@ def open_rows(
                     expected="the folder that paths are relative to",
                     mend="correct it, or leave it out: then paths are relative to the table's folder",
                 )
+            num_trimmed += task != "regression" and any(map(_is_trimmed, label))
             if not row.problem:
                 _fill_label(row, label, spec, task, table.is_text)
             if not row.problem:
                 _fill_group_and_split(row, group, split, spec)
             yield row
         source.notes += [f"{table.text}: {one}" for one in table.notes]
+        if num_trimmed:
+            what = "label is" if num_trimmed == 1 else "labels are"
+            source.notes.append(f"{table.text}: {num_trimmed:,} {what} read without the spaces at the ends")
 
     source.parts.append(rows)
 
@@ -169,6 +174,10 @@ def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName, i
         row.problem = f"has no label in {column!r}"
     else:
         row.label = text
+
+
+def _is_trimmed(cell: object) -> bool:
+    return isinstance(cell, str) and cell.strip() not in ("", cell)
 
 
 def _switch(cell: object) -> bool | None:

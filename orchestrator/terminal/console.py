@@ -203,8 +203,13 @@ def when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 
+def _marked(name: str) -> str:
+    """The name, in quotation marks where one cannot see where it ends."""
+    return f"'{name}'" if name != name.strip() or "," in name else name
+
+
 def _some(names: Sequence[str], num: int) -> str:
-    return ", ".join(names[:num]) + (f" and {len(names) - num} more" if len(names) > num else "")
+    return ", ".join(map(_marked, names[:num])) + (f" and {len(names) - num} more" if len(names) > num else "")
 
 
 def _spread(counts: Sequence[int]) -> str:

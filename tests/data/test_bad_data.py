@@ -720,6 +720,7 @@ def test_labels_and_file_names_are_shown_as_they_are(tiny_resnet: Path, capsys: 
     Path("[t].jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = ("--backbone", tiny_resnet, "--data", "[t].jsonl", "--set", "data.test_fraction=0.2", "--epochs", "1")
     planned = shown("plan", *job)
+    assert flat("'a, b; c'") in planned
     for label in LABELS:
         assert flat(label) in planned
     assert flat("runs/[i]run") in shown("finetune", *job, "--name", "[i]run")

@@ -161,6 +161,15 @@ def test_an_input_column_that_is_not_there(tmp_path: Path) -> None:
     assert error.expected == "one of text, label"
 
 
+@pytest.mark.parametrize("task", ["single-label", "multi-label"])
+def test_spaces_around_labels_are_taken_off_and_said(tmp_path: Path, task: str) -> None:
+    rows = [{"text": f"text {i}", "label": ("a", "a ", "b", " b c")[i % 4]} for i in range(40)]
+    found = read(parquet(tmp_path / "t.parquet", rows), task=task)
+    assert found.classes == ("a", "b", "b c")
+    assert f"{tmp_path}/t.parquet: 20 labels are read without the spaces at the ends" in found.summary.notes
+    assert not any("spaces" in note for note in read(jsonl(tmp_path / "u.jsonl", texts())).summary.notes)
+
+
 def test_labels_that_differ_by_case_alone_are_named(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": ("Cat", "cat", "CAT", "dog")[i % 4]} for i in range(40)]
     (note,) = read(jsonl(tmp_path / "t.jsonl", rows)).summary.notes
