@@ -12,7 +12,7 @@ import numpy.typing as npt
 from orchestrator.data.columns import label_columns
 from orchestrator.data.contents import Ints
 from orchestrator.data.ingested import IngestedRows, IngestedTable, numbers, view
-from orchestrator.data.rows import Source
+from orchestrator.data.rows import TRIMMED, Source
 from orchestrator.data.spellings import listed, meaning, numbers_by_meaning
 from orchestrator.data.splits import TEST, TRAIN, VALIDATION
 from orchestrator.errors import DataError, counted
@@ -68,8 +68,9 @@ def _classes_met(ingested: IngestedRows, source: Source, rows: Ints, spec: Data,
             mend="name the column of the labels, or fill it",
         )
     if len(met) < 2 and task == "single-label":
+        trimmed = next((f" ({note})" for note in source.notes if note.endswith(TRIMMED)), "")
         raise DataError(
-            f"{shown(spec.path)} holds one class only: {met[0]!r}",
+            f"{shown(spec.path)} holds one class only: {met[0]!r}{trimmed}",
             expected="two classes or more",
             mend="add samples of another class; everything else can be a class too",
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.data.arrow_cells import ClassName
 from orchestrator.data.columns import find_inputs, label_columns, require_columns
-from orchestrator.data.rows import Origin, Row, Source, is_unicode
+from orchestrator.data.rows import TRIMMED, Origin, Row, Source, is_unicode
 from orchestrator.data.spellings import meaning
 from orchestrator.data.tables import Table
 from orchestrator.errors import DataError
@@ -73,7 +73,7 @@ def open_rows(
         source.notes += [f"{table.text}: {one}" for one in table.notes]
         if num_trimmed:
             what = "label is" if num_trimmed == 1 else "labels are"
-            source.notes.append(f"{table.text}: {num_trimmed:,} {what} read without the spaces at the ends")
+            source.notes.append(f"{table.text}: {num_trimmed:,} {what} {TRIMMED}")
 
     source.parts.append(rows)
 

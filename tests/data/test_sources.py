@@ -168,6 +168,10 @@ def test_spaces_around_labels_are_taken_off_and_said(tmp_path: Path, task: str) 
     assert found.classes == ("a", "b", "b c")
     assert f"{tmp_path}/t.parquet: 20 labels are read without the spaces at the ends" in found.summary.notes
     assert not any("spaces" in note for note in read(jsonl(tmp_path / "u.jsonl", texts())).summary.notes)
+    one = [{**row, "label": row["label"].strip()[:1].replace("b", "a")} for row in rows]
+    one[3]["label"] = "a "
+    if task == "single-label":
+        assert "1 label is read without the spaces" in refusal(jsonl(tmp_path / "v.jsonl", one)).message
 
 
 def test_labels_that_differ_by_case_alone_are_named(tmp_path: Path) -> None:
