@@ -45,7 +45,8 @@ def plan(job: Job | Mapping[str, Any] | str | Path | None = None, /, **fields: A
     Takes what `finetune` takes. A few samples go through the backbone's tokenizer or processor, and `rehearsal` says
     what came of it. Raises `JobError` and `RefusedError`.
     """
-    return rehearsed(*planned(job, fields))
+    made = rehearsed(*planned(job, fields))
+    return made.model_copy(update={"warnings": (*made.warnings, *_without_gpu(made))})
 
 
 def rehearsed(plan: Plan, prepared: Prepared, resolved: ResolvedBackbone) -> Plan:
@@ -75,6 +76,21 @@ def rehearsed(plan: Plan, prepared: Prepared, resolved: ResolvedBackbone) -> Pla
             )
             warnings += _unused(lost, f"a part that {plan.row.architecture} has not")
     return plan.model_copy(update={"rehearsal": tuple(lines), "warnings": (*plan.warnings, *warnings)})
+
+
+def _without_gpu(plan: Plan) -> list[str]:
+    """That the job wants a GPU, and would not start on this machine: it may be meant for another."""
+    if plan.job.scaling.device != "gpu" or plan.job.scaling.address is not None:
+        return []
+    try:
+        from orchestrator.network import find_device
+
+        find_device("gpu")
+    except RefusedError as error:
+        return [f"{error.message}: finetune is refused on this machine, unless it is told {error.mend}"]
+    except ModuleNotFoundError:  # torch, which `rehearsed` has said
+        pass
+    return []
 
 
 def _require_peft() -> None:

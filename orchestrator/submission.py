@@ -83,7 +83,7 @@ def submit(
         draft = _checked(drafted(job, fields))
         telling(PhaseBegan("looking at backbone and data"))
         sent = _sent(job, fields, draft, kind, telling)
-        for line in (*draft.notes, *sent.plan.warnings):
+        for line in (*draft.notes, *sent.plan.warnings, *sent.plan.data.warnings):
             telling(Noted(line, is_warning=True))
         return _Submission(head, sent, kind, fresh, telling, found).run()
 

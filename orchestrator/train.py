@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic_core import PydanticSerializationError
-
-from orchestrator.data import Prepared
 from orchestrator.errors import (
-    DataError,
     InterruptedRunError,
     JobError,
     OrchestratorError,
     RefusedError,
     TrainingError,
-    first_line,
     missing_extra,
     storage_failed,
 )
@@ -38,6 +32,7 @@ from orchestrator.gate import (
     rows_written,
     run_name,
     same_learning,
+    texts_of,
     without_rows,
 )
 from orchestrator.job import (
@@ -172,7 +167,7 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
                 return run
         for line in (*plan.adaptations, *plan.data.notes):
             options.report(Noted(str(line)))
-        for line in plan.warnings:
+        for line in (*plan.warnings, *plan.data.warnings):
             options.report(Noted(line, is_warning=True))
         if os.environ.get("RAY_ADDRESS") and plan.job.scaling.address is None:
             options.report(
@@ -293,27 +288,6 @@ def _refuse_without_samples(run: Run) -> None:
             expected=f"its sample table, in {DATA_FOLDER}/ of its storage",
             mend="start over with fresh (--fresh), or keep both: name (--name)",
         )  # fmt: skip
-
-
-def texts_of(job: Job, plan: Plan, prepared: Prepared) -> dict[str, str]:
-    """{file: its text} of what the run's directory begins with. Raises `DataError` for names that are no Unicode."""
-    # With whole paths, so that it says the same from any directory.
-    at = job.at_whole_paths().model_copy(update={"name": plan.name, "storage": open_storage(job.storage).place})
-    lines = [json.dumps({"place": s.place, "problem": s.problem}, ensure_ascii=False) for s in prepared.skipped]
-    try:
-        texts = {"job.yaml": at.to_yaml()}
-        if lines:
-            texts["skipped.jsonl"] = "".join(f"{line}\n" for line in lines)
-        texts["plan.json"] = plan.model_dump_json(indent=1)
-        for text in texts.values():
-            text.encode()
-    except (UnicodeEncodeError, PydanticSerializationError) as error:
-        raise DataError(
-            f"a label or a path of the data of {plan.name} holds half a character: {first_line(error)}",
-            expected="Unicode text",
-            mend="correct it in the table",
-        ) from None
-    return texts
 
 
 @contextlib.contextmanager

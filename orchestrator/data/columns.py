@@ -33,7 +33,10 @@ def require_columns(table: Table, spec: Data) -> None:
             raise DataError(
                 f"{table.text} has no column {column!r} (data.{setting})",
                 expected="one of " + ", ".join(table.columns),
-                mend=_other_delimiter(table) or did_you_mean(column, table.columns) or f"correct data.{setting}",
+                mend=_other_delimiter(table)
+                or _unnamed(table)
+                or did_you_mean(column, table.columns)
+                or f"correct data.{setting}",
             )
 
 
@@ -52,6 +55,16 @@ def find_inputs(table: Table, spec: Data, sample: Sequence[SampleField]) -> Sequ
         wanted = [names for names in _TEXT_COLUMNS if len(names) <= len(sample)]
     else:
         wanted = [(name,) for name in (sample[0].name, *_PATH_COLUMNS, "bytes")]
+    missing = [name for name in given if name not in table.columns]
+    if missing:
+        raise DataError(
+            f"{table.text} has no column {missing[0]!r} (data.input_column)",
+            expected="one of " + ", ".join(table.columns),
+            mend=_other_delimiter(table)
+            or _unnamed(table)
+            or did_you_mean(missing[0], table.columns)
+            or "correct data.input_column",
+        )
     for names in wanted:
         if all(name in table.columns for name in names):
             return names
@@ -75,7 +88,20 @@ def _modality_of(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
     return ""
 
 
+def _unnamed(table: Table) -> str:
+    """What to do about a CSV whose first line seems to be a sample, as a cell of it is met again below it; else ''."""
+    try:
+        first = next(iter(table.batches(table.columns)), {}) if table.is_text and len(table.columns) > 1 else {}
+    except DataError:  # that is for later
+        return ""
+    if not any(name in first.get(name, ()) for name in table.columns):
+        return ""
+    return "its first line looks like a sample: write a line with the names of the columns above it, such as text,label"
+
+
 def _other_delimiter(table: Table) -> str:
     """What to do about a table whose columns' names hold another delimiter, '' of others."""
     mark = next((mark for mark in (";", "\t", "|", ",") if any(mark in name for name in table.columns)), None)
+    if mark is None and table.is_text and len(table.columns) == 1:
+        mark = next((mark for mark in table.columns[0] if not mark.isalnum() and mark not in "_-. "), None)
     return f"if {mark!r} separates its columns: data.separator {mark!r} (--separator {mark!r})" if mark else ""

@@ -7,7 +7,7 @@ import numpy as np
 from orchestrator.data.contents import Ints, digest64
 from orchestrator.data.ingested import IngestedTable
 from orchestrator.data.splits import TEST, TRAIN, VALIDATION
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, counted
 from orchestrator.job import SPLITS
 
 
@@ -66,8 +66,26 @@ def notes_on_leaks(table: IngestedTable, rows: Ints, split: Ints) -> list[str]:
         at = np.searchsorted(trained, contents[samples]).clip(max=max(0, len(trained) - 1))
         leaked = samples[trained[at] == contents[samples]] if len(trained) else samples[:0]
         if len(leaked):
+            what = counted(len(leaked), "sample")
             notes.append(
-                f"{len(leaked)} of {SPLITS[side]} have the same content as a training sample, "
-                f"such as {table.place(int(rows[leaked[0]]))}"
+                f"{what} of {SPLITS[side]} {'has' if len(leaked) == 1 else 'have'} the same content as a training "
+                f"sample, such as {table.place(int(rows[leaked[0]]))}"
             )
     return notes
+
+
+def warn_of_contradictions(table: IngestedTable, rows: Ints) -> list[str]:
+    """A warning where one content stands under several labels. rows: int64 [samples]."""
+    contents, labels = table.ingested.contents()[rows], table.ingested.label_keys()[rows]
+    order = np.lexsort((labels, contents))
+    contents, labels = contents[order], labels[order]
+    same = (contents[1:] == contents[:-1]) & (contents[1:] != 0)
+    at = np.flatnonzero(same & (labels[1:] != labels[:-1]))
+    if not len(at):
+        return []
+    num = int(np.isin(contents, contents[at]).sum())
+    first, other = sorted(int(rows[order[i]]) for i in (at[0], at[0] + 1))
+    return [
+        f"{num} samples have the same content as one with another label, such as {table.labels(first)!r} in "
+        f"{table.place(first)} and {table.labels(other)!r} in {table.place(other)}: one of them is wrong"
+    ]

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from orchestrator.data.columns import label_columns
 from orchestrator.data.contents import Ints
 from orchestrator.data.ingested import IngestedRows, IngestedTable, numbers, view
-from orchestrator.data.rows import Source
-from orchestrator.data.spellings import meaning, numbers_by_meaning
+from orchestrator.data.rows import TRIMMED, Source
+from orchestrator.data.spellings import listed, meaning, numbers_by_meaning
 from orchestrator.data.splits import TEST, TRAIN, VALIDATION
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, counted
 from orchestrator.job import SPLITS, Data, TaskName, shown
 
 Targets = npt.NDArray[Any]
@@ -42,7 +42,7 @@ def class_names(
         names = label_columns(spec)
         if given and len(names) != len(given):
             raise DataError(
-                f"data.label_column names {len(names)} targets, and the model has {len(given)}",
+                f"data.label_column names {counted(len(names), 'target')}, and the model has {len(given)}",
                 expected=", ".join(given),
                 mend="name a column for each target of the model, in this order",
             )
@@ -68,8 +68,9 @@ def _classes_met(ingested: IngestedRows, source: Source, rows: Ints, spec: Data,
             mend="name the column of the labels, or fill it",
         )
     if len(met) < 2 and task == "single-label":
+        trimmed = next((f" ({note})" for note in source.notes if note.endswith(TRIMMED)), "")
         raise DataError(
-            f"{shown(spec.path)} holds one class only: {met[0]!r}",
+            f"{shown(spec.path)} holds one class only: {met[0]!r}{trimmed}",
             expected="two classes or more",
             mend="add samples of another class; everything else can be a class too",
         )
@@ -91,10 +92,13 @@ def _label_numbers(ingested: IngestedRows, rows: Ints) -> tuple[Ints, Ints]:
 
 
 def make_targets(table: IngestedTable, rows: Ints, names: Sequence[str], spec: Data, task: TaskName) -> Targets:
-    """What each sample's label is in numbers. Raises `DataError` for a label that is none of `names`."""
+    """What each sample's label is in numbers; those of regression as they stand, float64 [samples, names].
+
+    Raises `DataError` for a label that is none of `names`.
+    """
     ingested = table.ingested
     if task == "regression":
-        return view(ingested.label).reshape(len(ingested), -1)[rows].astype(np.float32)
+        return view(ingested.label).reshape(len(ingested), -1)[rows]
     number_of, meant = {name: i for i, name in enumerate(names)}, numbers_by_meaning(names)
     samples, labels = _label_numbers(ingested, rows)
     number_of_label = [number_of.get(name, meant.get(meaning(name), -1)) for name in ingested.names]
@@ -147,6 +151,8 @@ def notes_on_labels(ingested: IngestedRows, names: Sequence[str], spec: Data, ta
         notes.append(
             f"{odd[0]!r} is learnt as a label like any other; if it stands for one that is missing: leave it empty"
         )
+    notes += [f"the labels {listed(same)} differ by case alone, and are learnt as {len(same)} labels"
+              for same in _alike_but_for_case(names if task != "regression" else ())]  # fmt: skip
     if task != "multi-label":
         return notes
     num_without = ingested.num_labels.count(0)
@@ -154,12 +160,19 @@ def notes_on_labels(ingested: IngestedRows, names: Sequence[str], spec: Data, ta
         notes.append(f"{num_without} of {len(ingested)} samples have no label at all, and are learnt from as such")
     if max(ingested.num_labels) > 1 or spec.label_separator is not None or len(label_columns(spec)) > 1:
         return notes
-    return [
-        *notes,
-        hint_of_separator(ingested, spec, task)
-        or "no sample has more than one label; if cells hold several, say what is between: data.label_separator "
-        "(--label-separator)",
-    ]
+    if not hint_of_separator(ingested, spec, task):
+        notes.append(
+            "no sample has more than one label; if cells hold several, say what is between: data.label_separator "
+            "(--label-separator)"
+        )
+    return notes
+
+
+def _alike_but_for_case(names: Sequence[str]) -> list[list[str]]:
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.casefold(), []).append(name)
+    return [same for same in alike.values() if len(same) > 1]
 
 
 def hint_of_separator(ingested: IngestedRows, spec: Data, task: TaskName) -> str:
@@ -184,9 +197,10 @@ def hint_of_separator(ingested: IngestedRows, spec: Data, task: TaskName) -> str
 
 
 def refuse_unlearnable(targets: Targets, split: Ints, names: Sequence[str], task: TaskName, hint: str = "") -> None:
-    """Raise `DataError` where the training samples do not tell what is to be learnt. split: int64 [samples].
+    """Raise `DataError` where the training samples do not tell what is to be learnt.
 
-    hint: the mend, where there is a better one than that of the class or target alone.
+    targets: as `make_targets` gives them; split: int64 [samples]. hint: the
+    mend, where there is a better one than that of the class or target alone.
     """
     try:
         _REFUSALS[task](targets, split, names)
@@ -230,6 +244,11 @@ def _refuse_constant_labels(targets: Targets, split: Ints, names: Sequence[str])
             )
 
 
+def _float32_step(values: npt.NDArray[np.float64]) -> float:
+    """From the largest of the values to the next number that float32 has."""
+    return float(np.spacing(np.abs(values).max().astype(np.float32)))
+
+
 def _refuse_constant_targets(targets: Targets, split: Ints, names: Sequence[str]) -> None:
     train = targets[split == TRAIN]
     if not len(train):
@@ -239,10 +258,20 @@ def _refuse_constant_targets(targets: Targets, split: Ints, names: Sequence[str]
         )
     for i, name in enumerate(names):
         if (train[:, i] == train[0, i]).all():
+            other = "leave the target out of" if len(names) > 1 else "name another column:"
             raise DataError(
                 f"the target {name!r} is {train[0, i]:g} in every training sample",
                 expected="numbers that differ",
-                mend="leave the target out of data.label_column, or add samples where it differs",
+                mend=f"{other} data.label_column, or add samples where it differs",
+            )
+        step = _float32_step(train[:, i])
+        if step > train[:, i].std():
+            low, high = train[:, i].min(), train[:, i].max()
+            raise DataError(
+                f"the target {name!r} lies between {low:.15g} and {high:.15g}, and float32, in which networks "
+                f"compute, has steps of {step:g} there",
+                expected="numbers that differ by more than such a step",
+                mend=f"subtract a number from the column, such as {low:.15g}, and add it to the predictions",
             )
 
 

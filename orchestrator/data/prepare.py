@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.contents import Ints, fingerprint
-from orchestrator.data.duplicates import drop_duplicates, notes_on_leaks
+from orchestrator.data.duplicates import drop_duplicates, notes_on_leaks, warn_of_contradictions
 from orchestrator.data.ingest import ingest
 from orchestrator.data.ingested import Example, IngestedTable, Skip, view
 from orchestrator.data.labels import (
@@ -83,15 +83,19 @@ def _prepare(
     table = IngestedTable(ingested, source.origins, directory / ROWS_FILE)
     rows = drop_duplicates(table)
     names = class_names(table, source, rows, spec, task, classes)
-    targets = make_targets(table, rows, names, spec, task)
+    exact = make_targets(table, rows, names, spec, task)
+    targets = exact.astype(np.float32) if task == "regression" else exact
     notes = list(source.notes)
+    warnings = warn_of_contradictions(table, rows) if task != "regression" else []
     if classes:
         split = split_for_evaluation(table, rows)
         notes += notes_on_leaks(table, rows, split)
     else:
         strata, strata_names = strata_of(targets, names, task)
         split = split_samples(table, rows, strata, strata_names, len(names), source.ready_made, spec, fewest_validation)
-        refuse_unlearnable(targets, split, names, task, hint_of_separator(ingested, spec, task))
+        hint = hint_of_separator(ingested, spec, task)
+        refuse_unlearnable(exact, split, names, task, hint)
+        warnings += [hint] if hint else []
         notes += notes_on_leaks(table, rows, split)
         notes += notes_on_labels(ingested, names, spec, task)
         notes += _notes_on_splits(split, spec.validation_fraction is None and fewest_validation > 0)
@@ -110,6 +114,7 @@ def _prepare(
         num_duplicates=len(ingested) - len(rows),
         num_skipped=len(ingested.skipped),
         notes=tuple(notes),
+        warnings=tuple(warnings),
     )
     return Prepared(tuple(names), summary, ingested.profile, tuple(ingested.skipped), tuple(ingested.examples))
 
@@ -122,13 +127,22 @@ def _refuse_broken(skipped: Sequence[Skip], num_rows: int, spec: Data) -> None:
         raise DataError(
             f"{first}{more}",
             expected="samples that can all be used",
-            mend=f"mend or remove them, or {LEAVE_OUT}",
+            mend=f"mend or remove them, or {LEAVE_OUT}" if num_rows else _mend_of_all(first),
         )
     if not num_rows:
         raise DataError(
             f"{shown(spec.path)} holds no sample that can be used",
             mend=f"look at the first: {first}" if first else "name data that holds samples",
         )
+
+
+def _mend_of_all(first: str) -> str:
+    """What to do where no sample can be used, so that leaving them out leaves nothing."""
+    if "data.split_column" in first:
+        return "name the column that says it, or leave data.split_column out"
+    if "where a text should stand" in first:
+        return "write them as texts (in a CSV every cell is one), or name another column: data.input_column"
+    return "mend them, or name the data and its columns otherwise: of those that were read none can be used"
 
 
 def _notes_on_splits(split: Ints, is_left_open: bool) -> list[str]:

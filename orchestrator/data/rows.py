@@ -17,6 +17,9 @@ _AS_URLS_ARE_READ = str.maketrans("\\", "/", "\t\r\n")
 
 _FILE_URI = re.compile(r"^file://(localhost(?=/))?")
 
+TRIMMED = "read without the spaces at the ends"
+"""How a note ends on labels of which that is so."""
+
 Label = str | tuple[str, ...] | tuple[float, ...]
 """The class; multi-label: all that the sample has; regression: the targets."""
 

@@ -33,6 +33,13 @@ _ROWS = ("the data", "the validation data", "the test data")
 """What the rows of a program are called, by their split."""
 _OF_TEXT = {"separator": (".csv", ".tsv"), "encoding": (".csv", ".tsv", ".jsonl", ".ndjson")}
 """Settings of tables that are text -> the suffixes of those."""
+_AS_TABLE = "save it as .csv, .jsonl or .parquet, a row a sample"
+_UNPACK = "unpack it, and name what was in it"
+_OTHER_FILES = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".txt", ".json", ".yaml", ".xml", ".pkl"), _AS_TABLE),
+    **dict.fromkeys((".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"), _UNPACK),
+}
+"""What to do about files that hold data in another form, by their suffix."""
 _SHARD = re.compile(r"-\d+-of-\d+$|[-_]\d+$")
 
 
@@ -165,7 +172,9 @@ def _tables_of(place: str, spec: Data, wanted: Sequence[str]) -> tuple[list[Tabl
             raise DataError(
                 f"{place} is neither a folder nor a table",
                 expected="a folder of class folders, or a file ending in " + ", ".join(TABLE_SUFFIXES),
-                mend="name the folder that the file is in, or the table that names it",
+                mend=_OTHER_FILES.get(
+                    suffix_of(place), "name the folder that the file is in, or the table that names it"
+                ),
             )
         return [open_table(here, wanted, form)], []
     if isinstance(here, Path):

@@ -43,7 +43,7 @@ def unify_spellings(ingested: IngestedRows, source: Source) -> list[str]:
         ingested.label_id = array("Q", [digest64(name) for name in names])
     ingested.names = names
     source.classes = {chosen.get(name, name) for name in source.classes}
-    return [f"the labels {_listed(names)} are one class: {chosen[names[0]]!r}" for names in several.values()]
+    return [f"the labels {listed(names)} are one class: {chosen[names[0]]!r}" for names in several.values()]
 
 
 def numbers_by_meaning(names: Sequence[str]) -> dict[str, int]:
@@ -53,5 +53,6 @@ def numbers_by_meaning(names: Sequence[str]) -> dict[str, int]:
     return {one: number for number, one in enumerate(means) if times[one] == 1}
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """`'a', 'b' and 'c'`"""
     return ", ".join(repr(name) for name in names[:-1]) + f" and {names[-1]!r}"

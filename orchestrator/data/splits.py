@@ -104,7 +104,7 @@ def _split_groups(groups: Ints, strata: Ints, num_strata: int, fractions: tuple[
         raise DataError(
             f"{shown(spec.path)} holds {num_groups} groups in {spec.group_column!r}, too few for {num_splits} splits",
             expected=f"{num_splits} groups or more",
-            mend="add groups, or set data.validation_fraction or data.test_fraction to 0",
+            mend="add groups, or set data.validation_fraction and data.test_fraction to 0, both",
         )
     split = grouped(strata, groups, num_strata, fractions, spec.seed)
     for side, fraction in zip((VALIDATION, TEST), fractions, strict=True):

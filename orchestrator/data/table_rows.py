@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.data.arrow_cells import ClassName
 from orchestrator.data.columns import find_inputs, label_columns, require_columns
-from orchestrator.data.rows import Origin, Row, Source, is_unicode
+from orchestrator.data.rows import TRIMMED, Origin, Row, Source, is_unicode
 from orchestrator.data.spellings import meaning
 from orchestrator.data.tables import Table
 from orchestrator.errors import DataError
@@ -36,6 +36,7 @@ def open_rows(
     """
     require_columns(table, spec)
     inputs, labelled = find_inputs(table, spec, sample), label_columns(spec)
+    _refuse_label_as_input(table, inputs, labelled)
     root, given_root = _root_of(table, spec, is_place)
     is_nowhere = given_root is not None and isinstance(root, Path) and not root.is_dir()
     number = source.add(Origin(table.text, root, is_table=True, is_place=is_place))
@@ -47,6 +48,7 @@ def open_rows(
         source.classes |= set(labelled)
 
     def rows() -> Iterator[Row]:
+        num_trimmed = 0
         for at, (value, second, label, group, split) in enumerate(_cells(table, inputs, spec), 1):
             row = Row(origin.row(at), "", number, at, split=table.split)
             if sample[0].kind == "text":
@@ -62,14 +64,30 @@ def open_rows(
                     expected="the folder that paths are relative to",
                     mend="correct it, or leave it out: then paths are relative to the table's folder",
                 )
+            num_trimmed += task != "regression" and any(map(_is_trimmed, label))
             if not row.problem:
                 _fill_label(row, label, spec, task, table.is_text)
             if not row.problem:
                 _fill_group_and_split(row, group, split, spec)
             yield row
         source.notes += [f"{table.text}: {one}" for one in table.notes]
+        if num_trimmed:
+            what = "label is" if num_trimmed == 1 else "labels are"
+            source.notes.append(f"{table.text}: {num_trimmed:,} {what} {TRIMMED}")
 
     source.parts.append(rows)
+
+
+def _refuse_label_as_input(table: Table, inputs: Sequence[str], labelled: Sequence[str]) -> None:
+    both = [name for name in inputs if name in labelled]
+    if both:
+        others = [name for name in table.columns if name not in both]
+        raise DataError(
+            f"{table.text}: the column {both[0]!r} is both the input and the label (data.input_column, "
+            "data.label_column), so that there is nothing to learn",
+            expected="two columns" + (f", out of {', '.join(table.columns)}" if others else ""),
+            mend="name another column in one of them" if others else "add a column of labels",
+        )
 
 
 def _root_of(table: Table, spec: Data, is_place: bool) -> tuple[Path | Location, str | None]:
@@ -158,6 +176,10 @@ def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName, i
         row.label = text
 
 
+def _is_trimmed(cell: object) -> bool:
+    return isinstance(cell, str) and cell.strip() not in ("", cell)
+
+
 def _switch(cell: object) -> bool | None:
     """Whether a label's own column says that the sample has it; of a class by its name, else by its number."""
     said = _SWITCHES.get(str(_label_text(cell)).lower())
@@ -211,7 +233,7 @@ def _fill_group_and_split(row: Row, group: object, split: object, spec: Data) ->
     if spec.split_column:
         row.split = split_of(str(split))
         if row.split is None:
-            row.problem = f"has {split!r} in {spec.split_column!r}, not train, validation or test"
+            row.problem = f"has {split!r} in {spec.split_column!r}, not train, validation or test (data.split_column)"
 
 
 def _label_text(value: object) -> str | None:

@@ -9,11 +9,14 @@ the mend. Reads metadata and data, never a weight; imports neither torch nor Ray
     adapters  whether method lora can add to the backbone's matrices, and how much that is
     combinations  settings of the training that mean nothing beside others
     resolve   pure: (modality, card, profile, job) -> Plan
+    beginning  what a run's directory begins with
     resume    a plan against the one that an unfinished run began with
     given_rows  rows that a program holds, on the storage of its runs
     planning  check and plan: reads what these are given
 """
 
+from orchestrator.gate.beginning import texts_of as texts_of
+from orchestrator.gate.combinations import refuse_unknown_mix as refuse_unknown_mix
 from orchestrator.gate.decide import match as match, parse_settings as parse_settings
 from orchestrator.gate.given_rows import rows_written as rows_written
 from orchestrator.gate.own_code import refuse_own_code as refuse_own_code

@@ -15,17 +15,24 @@ def refuse_senseless(job: Job, modality: Modality, data: DataSummary, recipe: Re
             expected="a validation split", mend="set data.validation_fraction = 0.1, or leave training.patience out",
         )  # fmt: skip
     if job.training.mix != "none":
-        _refuse_senseless_mixing(job, modality, recipe)
+        refuse_unknown_mix(job, modality)
+        _refuse_senseless_mixing(job, recipe)
 
 
-def _refuse_senseless_mixing(job: Job, modality: Modality, recipe: Recipe) -> None:
+def refuse_unknown_mix(job: Job, modality: Modality) -> None:
+    """Raise `JobError` for a way to mix that the modality does not name."""
     mix = job.training.mix
-    if mix not in modality.mixes:
-        can = ", ".join(sorted(modality.mixes)) or "none"
+    if mix != "none" and mix not in modality.mixes:
+        can = ", ".join(sorted(modality.mixes))
         raise JobError(
-            f"training.mix = {mix!r}, which {modality.title} cannot be mixed by", expected=f"one of none, {can}"
-            if modality.mixes else "none", mend="leave training.mix out",
-        )  # fmt: skip
+            f"training.mix = {mix!r}, which {modality.title} cannot be mixed by",
+            expected=f"one of none, {can}" if can else "none",
+            mend=f"set training.mix to one of {can}, or leave it out" if can else "leave training.mix out",
+        )
+
+
+def _refuse_senseless_mixing(job: Job, recipe: Recipe) -> None:
+    mix = job.training.mix
     if job.task == "regression":
         raise JobError(
             f"training.mix = {mix!r} mixes classes, and the task is regression", expected="a task with classes",

@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.backbone import Tensors, read_card, read_tensors, require_harmless, require_weights, with_digest
-from orchestrator.errors import BadSampleError, JobError, RefusedError, missing_extra
+from orchestrator.errors import BadSampleError, JobError, PluginError, RefusedError, missing_extra
 from orchestrator.gate import decide
+from orchestrator.gate.combinations import refuse_unknown_mix
 from orchestrator.gate.own_code import refuse_own_code
 from orchestrator.gate.recipes import fewest_validation, first_weights, may_keep_features
 from orchestrator.gate.resolve import make_plan
@@ -22,6 +23,7 @@ from orchestrator.job import (
     BackboneCard,
     BackboneRow,
     Data,
+    DataSummary,
     Draft,
     Job,
     Plan,
@@ -34,6 +36,7 @@ from orchestrator.job import (
     is_uri,
     local_path,
     make_draft,
+    open_run,
     open_storage,
     whole,
 )
@@ -52,8 +55,8 @@ class Checked:
     fit: Fit | None
     """None where the modality is declared only."""
     profile: Profile | None
-    notes: tuple[str, ...] = ()
-    """What is to be said of the data."""
+    data: DataSummary | None = None
+    """None where no data was given."""
 
 
 def check(
@@ -82,15 +85,15 @@ def inspect(
     card = read_card(backbone)
     row = _match(card, plugin)
     require_weights(card)
-    profile, notes = None, tuple[str, ...]()
+    profile, summary = None, None
     if data is not None:
         if not plugin.trainable:
             raise decide.not_built(plugin)
         spec = data if isinstance(data, Data) else Data(path=str(data))
         prepared = _prepare(spec, plugin, card, task)
-        profile, notes = prepared.profile, prepared.summary.notes
+        profile, summary = prepared.profile, prepared.summary
     fit = decide.fit(card, row, plugin, settings or {}, profile) if plugin.fit is not None else None
-    return Checked(card, row, fit, profile, notes)
+    return Checked(card, row, fit, profile, summary)
 
 
 def planned(
@@ -121,6 +124,7 @@ def resolve_backbone(job: Job) -> ResolvedBackbone:
     """Whether the job's backbone fits its modality and method. Raises `RefusedError`; reads metadata only."""
     plugin = registry.get(job.modality)
     decide.parse_settings(plugin, job.settings, job.place_of)
+    refuse_unknown_mix(job, plugin)
     card = read_card(job.backbone)
     row = _match(card, plugin)
     if not plugin.trainable:
@@ -289,7 +293,19 @@ def _match(card: BackboneCard, plugin: Modality) -> BackboneRow:
         require_harmless(card)
         refuse_own_code(card, row)
         return row
+    _require_plugin_of(card)
     return decide.match(card, plugin, registry.available())  # only a refusal asks what the others take
+
+
+def _require_plugin_of(card: BackboneCard) -> None:
+    """Raise `PluginError` where the backbone is a run of a modality that nothing here brings."""
+    if card.kind != "run":
+        return
+    run = open_run(card.source)
+    try:
+        registry.get(run.plan.job.modality)
+    except PluginError as error:
+        raise PluginError(f"the run {card.source}: {error.message}", expected=error.expected, mend=error.mend) from None
 
 
 def _prepare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from orchestrator.job.part import Part
 from orchestrator.job.places import plain_path, require_no_secret
@@ -67,7 +68,7 @@ class Data(Part):
         """A tabulator by its name too: it is hard to type."""
         separator = "\t" if separator in ("tab", "\\t") else separator
         if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
-            raise ValueError("is one character, no quotation mark and no line break; or tab")
+            raise ValueError("has to be one character, no quotation mark and no line break, or tab")
         return separator
 
     @field_validator("encoding")
@@ -84,5 +85,13 @@ class Data(Part):
     def _fractions(self) -> Data:
         validation = VALIDATION_FRACTION if self.validation_fraction is None else self.validation_fraction
         if validation + self.test_fraction >= 1:
-            raise ValueError("validation_fraction and test_fraction leave nothing to train on")
+            raise PydanticCustomError(
+                "nothing_to_train_on",
+                "validation_fraction {validation} and test_fraction {test} leave nothing to train on",
+                {
+                    "validation": validation,
+                    "test": self.test_fraction,
+                    "mend": "lower one: their sum is below 1",
+                },
+            )
         return self

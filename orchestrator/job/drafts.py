@@ -292,6 +292,8 @@ def nearest_value(fault: Mapping[str, Any]) -> str:
     for key, words in bounds.items():
         if key in fault.get("ctx", {}):
             return words.format(fault["ctx"][key])
+    if "mend" in fault.get("ctx", {}):
+        return str(fault["ctx"]["mend"])
     if fault["type"] != "literal_error":
         return "correct the value"
     return did_you_mean(fault["input"], re.findall(r"'([^']*)'", fault["ctx"]["expected"])) or "choose one of these"

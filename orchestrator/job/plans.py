@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orchestrator.errors import counted
 from orchestrator.job.spec import Job
 
 _SHARD = re.compile(r"(.+)-\d+-of-\d+\.safetensors")
@@ -224,6 +225,14 @@ class DataSummary(_Plain):
     num_duplicates: int = 0
     num_skipped: int = 0
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What is hardly meant so."""
+
+    @property
+    def left_out(self) -> str:
+        """`2 duplicates, 1 bad sample`; '' where all samples are used."""
+        left = ((self.num_duplicates, "duplicate"), (self.num_skipped, "bad sample"))
+        return ", ".join(counted(number, what) for number, what in left if number)
 
 
 PLAN_VERSION = 2

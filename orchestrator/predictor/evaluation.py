@@ -63,7 +63,7 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
             **compute_metrics(task, predictions, classes),
             "num_seen": num_seen,
             "num_skipped": len(prepared.skipped) + len(source.skipped),
-            "notes": [*notes, *prepared.summary.notes],
+            "notes": [*notes, *prepared.summary.warnings, *prepared.summary.notes],
         }
 
 

@@ -60,7 +60,8 @@ def _epochs(run: Run) -> str:
 
 def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
     """What a backbone is, and how the data becomes its input."""
-    card, fit = backbone.card, backbone.fit
+    card, fit, data = backbone.card, backbone.fit, backbone.data
+    warnings = [*(fit.warnings if fit else ()), *(data.warnings if data else ())]
     if as_json:
         print_json(
             {
@@ -74,8 +75,10 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
                 "modality": modality,
                 "input": dict(fit.input) if fit else None,
                 "adaptations": [one.model_dump() for one in fit.adaptations] if fit else [],
-                "warnings": list(fit.warnings) if fit else [],
-                "notes": list(backbone.notes),
+                "warnings": warnings,
+                "notes": list(data.notes) if data else [],
+                "num_duplicates": data.num_duplicates if data else 0,
+                "num_skipped": data.num_skipped if data else 0,
             }
         )
         return
@@ -86,8 +89,11 @@ def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:
     ]
     if fit is not None:
         rows.append(("input", settings_line(fit.input)))
-        rows += [("warning", one) for one in fit.warnings]
-    out.print(pairs([*rows, *(("note", one) for one in backbone.notes)]))
+    rows += [("warning", one) for one in warnings]
+    if data is not None:
+        rows += [("note", one) for one in data.notes]
+        rows += [("left out", data.left_out)] if data.left_out else []
+    out.print(pairs(rows))
     if backbone.profile is not None:
         measured = {key: str(value) for key, value in backbone.profile.ranges.items()}
         measured |= {key: ", ".join(f"{w} x {n}" for w, n in c.items()) for key, c in backbone.profile.counts.items()}

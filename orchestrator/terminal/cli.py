@@ -125,11 +125,13 @@ def check(
 
     orchestrator check facebook/wav2vec2-base --modality audio --data recordings/
     """
-    from orchestrator.gate import inspect
+    from orchestrator.gate import inspect, refuse_unknown_mix
     from orchestrator.job import make_job
+    from orchestrator.modality import registry
     from orchestrator.terminal import answers
 
     job = make_job(**{"data": "-", "backbone": backbone, **fields})
+    refuse_unknown_mix(job, registry.get(job.modality))
     checked = inspect(backbone, job.modality, job.data if "data" in fields else None, job.settings, job.task)
     answers.show_backbone(checked, job.modality, json_)
 

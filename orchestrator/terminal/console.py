@@ -77,12 +77,11 @@ def show_plan(plan: Plan) -> None:
         ("input", settings_line(plan.input)),
         *(("adapted", str(one)) for one in plan.adaptations),
         *(("tried", one) for one in plan.rehearsal),
-        *(("warning", one) for one in plan.warnings),
+        *(("warning", one) for one in (*plan.warnings, *plan.data.warnings)),
         *(("note", one) for one in plan.data.notes),
     ]
-    if plan.data.num_duplicates or plan.data.num_skipped:
-        left = ((plan.data.num_duplicates, "duplicate"), (plan.data.num_skipped, "bad sample"))
-        rows.append(("left out", ", ".join(counted(number, what) for number, what in left if number)))
+    if plan.data.left_out:
+        rows.append(("left out", plan.data.left_out))
     if plan.parameters is not None:
         rows += _size(plan.parameters)
     for phase in plan.recipe.phases:
@@ -204,8 +203,13 @@ def when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 
+def _marked(name: str) -> str:
+    """The name, in quotation marks where one cannot see where it ends."""
+    return f"'{name}'" if name != name.strip() or "," in name else name
+
+
 def _some(names: Sequence[str], num: int) -> str:
-    return ", ".join(names[:num]) + (f" and {len(names) - num} more" if len(names) > num else "")
+    return ", ".join(map(_marked, names[:num])) + (f" and {len(names) - num} more" if len(names) > num else "")
 
 
 def _spread(counts: Sequence[int]) -> str:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from orchestrator.backbone import with_digest
 from orchestrator.data import Prepared, TableStore
 from orchestrator.errors import ChangedError, DataError
-from orchestrator.gate import ResolvedBackbone, measures_alike, plan_on, read_data, resolve_backbone
+from orchestrator.gate import ResolvedBackbone, measures_alike, plan_on, read_data, resolve_backbone, texts_of
 from orchestrator.job import BackboneCard, Draft, HeldRun, Job, PhaseBegan, Plan, Report, Run, hold
 from orchestrator.rehearsal import rehearsed
-from orchestrator.train import texts_of
 from orchestrator.tuning.probes import begin_behind_probe
 from orchestrator.tuning.space import Config, draft_with
 from orchestrator.tuning.trials import Key

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ENLARGED_TOO_FAR = 3.0
+_MANY = 0.1  # of the images enlarged: a smaller size is worth a word
 _FEW = 0.01  # of the images: what happens to fewer is not worth a warning
 _TIMM_SIZE = (3, 224, 224)
 _LARGEST = 4096
@@ -152,7 +153,7 @@ def _hold_against(
         received = f"{profile.ranges['width']} x {profile.ranges['height']}"
         adaptations.append(Adaptation(what="resize", received=received, used=f"{width} x {height}", share=share))
     small = profile.share(lambda one: min(height, width) > _ENLARGED_TOO_FAR * max(1, min(one["height"], one["width"])))
-    if small:
+    if small >= _MANY:
         notes.append(
             f"{small:.0%} of the images are enlarged more than {_ENLARGED_TOO_FAR:g} times, to {width} x {height}: "
             "a smaller settings.size is faster, and often as good, if the backbone takes it"

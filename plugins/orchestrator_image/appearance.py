@@ -20,7 +20,11 @@ BACKGROUNDS = {"white": 255, "grey": 128, "black": 0}
 """What transparent images may be laid over."""
 DEEP = "16 bits a channel"
 """What the adaptation of such images is called."""
-_HIDDEN = "hidden on"
+FILE_MODE = "mode of the file"
+"""Where a decoded image keeps that, among what Pillow knows of it."""
+_HIDDEN = "drawing hidden on"
+_HIDDEN_WORDS = {"none": "no background"}
+_EMPTY = "transparent throughout"
 _TRANSPARENT_VALUE = "transparent value"
 _WHITE = 0xFFFF  # of 16 bits
 _VISIBLE = 4.0  # of 255, the deviation of an image on which one sees anything
@@ -92,16 +96,19 @@ def code_of_reading(plan: Plan) -> str:
 
 def measure(image: Image, channels: int) -> Facts:
     """Width and height in pixels, Pillow's mode, the largest value of 16 bits, and what would hide the drawing."""
-    facts: dict[str, int | float | str] = {"width": image.width, "height": image.height, "mode": image.mode}
+    facts: dict[str, int | float | str] = {"width": image.width, "height": image.height}
+    facts["mode"] = str(image.info.get(FILE_MODE, image.mode))
     if is_deep(image.mode):
         facts["largest value"] = int(image.getextrema()[1])  # type: ignore[arg-type]
         if _has_transparent_value(image):
             facts[_TRANSPARENT_VALUE] = "yes"
     if _is_transparent(image):
         facts["transparent"] = "yes"
+        if image.getextrema()[3][1] == 0:  # type: ignore[index]
+            facts[_EMPTY] = "yes"
     flat = [] if image.mode in ("1", "L") or is_deep(image.mode) else [*_flat_on(image, channels)]
     if flat:
-        facts[_HIDDEN] = " ".join(flat)
+        facts[_HIDDEN] = " or ".join(_HIDDEN_WORDS.get(name, name) for name in flat)
     return facts
 
 
@@ -163,7 +170,9 @@ def losses(
         adaptations.append(_adapted("channels", ", ".join(others), mode, profile, lambda one: one["mode"] != mode))
     if "transparent" in profile.counts:
         used = "dropped" if background == "none" else f"laid over {background}"
-        adaptations.append(_adapted("transparency", "RGBA", used, profile, lambda one: "transparent" in one))
+        modes = sorted({str(one["mode"]) for one in profile.facts if "transparent" in one})
+        adaptations.append(_adapted("transparency", ", ".join(modes), used, profile, lambda one: "transparent" in one))
+        notes += _empty(profile, background)
         notes += _flattened(profile, background)
     deep = [name for name in others if is_deep(name)]
     if deep:
@@ -189,11 +198,23 @@ def _adapted(what: str, received: str, used: str, profile: Profile, test: Any) -
     return Adaptation(what=what, received=received, used=used, share=profile.share(test))
 
 
+def _empty(profile: Profile, background: str) -> list[str]:
+    """A warning where images have not one pixel that is seen."""
+    num = profile.counts.get(_EMPTY, {}).get("yes", 0)
+    if not num or background == "none":
+        return []
+    return [
+        f"{num} of the {profile.num_measured} images that were looked at are transparent throughout: nothing of them "
+        f"is seen but the background, {background}; mend or remove them, or show the colours behind it: "
+        "settings.background = none"
+    ]
+
+
 def _flattened(profile: Profile, background: str) -> list[str]:
     """A warning where the background hides the drawing of some images, with the one that hides the fewest."""
 
     def share(name: str) -> float:
-        return profile.share(lambda one: name in str(one.get(_HIDDEN, "")).split())
+        return profile.share(lambda one: _HIDDEN_WORDS.get(name, name) in str(one.get(_HIDDEN, "")).split(" or "))
 
     lost = share(background)
     if lost < _FEW:

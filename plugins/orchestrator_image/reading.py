@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import BadSampleError, MissingExtraError
 from orchestrator.modality import Sample
-from orchestrator_image.appearance import with_alpha
+from orchestrator_image.appearance import FILE_MODE, with_alpha
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,7 +55,9 @@ def _decoded(content: bytes) -> Image:
             raise BadSampleError(
                 "holds floating-point values, and nothing says which of them is white: save it with 8 or 16 bits"
             )
+        mode = image.mode
         image = with_alpha(image)
+        image.info[FILE_MODE] = mode
         ImageOps.exif_transpose(image, in_place=True)  # a copy of its own, where there is nothing to turn, is as large
         return image
     except BadSampleError:

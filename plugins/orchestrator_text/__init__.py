@@ -27,7 +27,7 @@ from orchestrator.modality import (
     Task,
 )
 from orchestrator_text.families import OFFSET_BY_2, axial_shape
-from orchestrator_text.vocabulary import control_token, notes_on_numbers, num_tokens
+from orchestrator_text.vocabulary import control_token, count_tokens, notes_on_numbers
 
 if TYPE_CHECKING:
     from orchestrator.modality import Collate
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _DEFAULT_TOKENS = 512
 _FEW_NULS = 0.2  # of the characters
 _CONTROL = "control token"
+_UNKNOWN = "unknown tokens, %"
+_MANY_UNKNOWN = 0.5  # of the tokens of a text, on average: more is worth a warning
 _FEW = 0.01  # of the texts hold a control token: fewer are not worth a warning
 _OFTEN = 0.1  # of the texts truncated: more is worth a warning
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
@@ -91,9 +93,11 @@ def _decode(content: bytes, what: str) -> str:
 def measure(text: Text, card: BackboneCard) -> Facts:
     """Characters, and tokens by the backbone's own tokenizer where it comes as a tokenizer.json."""
     facts: dict[str, int | float | str] = {"characters": len(text.first) + len(text.second or "")}
-    num = num_tokens(card, text.first, text.second)
-    if num is not None:
-        facts["tokens"] = num
+    counts = count_tokens(card, text.first, text.second)
+    if counts is not None:
+        facts["tokens"], unknown = counts
+        if unknown:
+            facts[_UNKNOWN] = round(100 * unknown)
     if text.second is not None:
         facts["form"] = "pair"
     if control := control_token(card, text.first) or control_token(card, text.second or ""):
@@ -130,6 +134,7 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
             more = "" if limit is not None and most >= limit else ", or raise settings.max_tokens"
             notes.append(f"{share:.0%} of the texts are longer than {most} tokens and are cut off: choose a backbone "
                          f"that takes longer ones{more}")  # fmt: skip
+        notes += _unknown(profile)
     elif profile is not None:
         notes.append("the tokens are not counted before the start: the backbone has no tokenizer.json")
     if profile is not None and _CONTROL in profile.counts:
@@ -144,6 +149,17 @@ def fit(card: BackboneCard, row: BackboneRow, settings: Settings, profile: Profi
         adaptations=adaptations,
         warnings=notes,
     )
+
+
+def _unknown(profile: Profile) -> list[str]:
+    """A warning where the vocabulary is not one of such texts."""
+    share = sum(float(one.get(_UNKNOWN, 0)) for one in profile.facts) / 100 / max(1, profile.num_measured)
+    if share < _MANY_UNKNOWN:
+        return []
+    return [
+        f"{share:.0%} of the tokens of a text, on average, are unknown to the backbone's vocabulary, to which they "
+        "are all the same: choose a backbone that was trained on such texts"
+    ]
 
 
 def _read_as_text(profile: Profile) -> Adaptation:

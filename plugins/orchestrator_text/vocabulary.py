@@ -26,8 +26,10 @@ _tokenizers: dict[object, tuple[Any, re.Pattern[str]]] = {}
 _lock = threading.Lock()
 
 
-def num_tokens(card: BackboneCard, first: str, second: str | None) -> int | None:
-    """How many tokens a text or a pair becomes; None where the backbone has no tokenizer.json.
+def count_tokens(card: BackboneCard, first: str, second: str | None) -> tuple[int, float] | None:
+    """(how many tokens a text or a pair becomes, the share of its own that the vocabulary does not know).
+
+    None where the backbone has no tokenizer.json.
 
     Raises `BadSampleError` where the tokenizer cannot take it.
     """
@@ -36,9 +38,20 @@ def num_tokens(card: BackboneCard, first: str, second: str | None) -> int | None
         return None
     try:
         with panics_raised():
-            return len(tokenizer.encode(first, second).ids)
+            made = tokenizer.encode(first, second)
+            unknown = _unknown_token(card, tokenizer)
     except Exception as error:  # the library raises plain Exceptions
         raise BadSampleError(f"the tokenizer cannot take it: {first_line(error)}") from None
+    own = len(made.ids) - sum(made.special_tokens_mask)
+    return len(made.ids), made.ids.count(unknown) / max(1, own)
+
+
+def _unknown_token(card: BackboneCard, tokenizer: Any) -> int | None:
+    """The number that stands for all that the vocabulary does not know; None where nothing does."""
+    named = card.tokenizer or {}
+    name = getattr(tokenizer.model, "unk_token", None) or _content(named.get("unk_token"))
+    ends = {_content(named.get(key)) for key in ("bos_token", "eos_token")}  # of GPT-2, which knows every byte
+    return tokenizer.token_to_id(name) if name and name not in ends else None
 
 
 def control_token(card: BackboneCard, text: str) -> str:

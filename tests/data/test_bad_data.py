@@ -222,6 +222,28 @@ def test_a_background_that_hides_the_drawing_is_a_warning_whose_mend_mends(
     assert not lost(planned(tiny_resnet, data, background=mend))
 
 
+def test_images_that_are_transparent_throughout_are_counted(tmp_path: Path, tiny_resnet: Path) -> None:
+    data = folders(
+        tmp_path / "data",
+        lambda name, i: saved(
+            drawn(name, i, "red", "white") if i else Image.new("RGBA", (24, 24), (0, 0, 0, 0)), "PNG"
+        ),
+    )
+    (note,) = (one for one in planned(tiny_resnet, data).warnings if "transparent throughout" in one)
+    assert note.startswith("2 of the ")
+    assert not [one for one in planned(tiny_resnet, data, background="none").warnings if "throughout" in one]
+
+
+@pytest.mark.parametrize("mode", ["LA", "P"])
+def test_images_are_said_to_be_in_the_mode_of_their_file(mode: str) -> None:
+    measure = registry.get("image").measure
+    assert measure is not None
+    image = Image.new("LA", (8, 8), (255, 0)) if mode == "LA" else Image.new("RGBA", (8, 8), (9, 9, 9, 0)).convert("P")
+    content = saved(image, "PNG", **({} if mode == "LA" else {"transparency": 0}))
+    facts = measure(decode("image", content), BackboneCard(source="b", kind="directory", name="b"))
+    assert facts["mode"] == mode
+
+
 def test_a_few_images_that_become_one_flat_colour_are_a_warning_too(tmp_path: Path, tiny_resnet: Path) -> None:
     data = folders(
         tmp_path / "data", lambda name, i: saved(drawn(name, i, "red", "white"), "PNG") if i else icon(name, i, "white")
@@ -698,6 +720,7 @@ def test_labels_and_file_names_are_shown_as_they_are(tiny_resnet: Path, capsys: 
     Path("[t].jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = ("--backbone", tiny_resnet, "--data", "[t].jsonl", "--set", "data.test_fraction=0.2", "--epochs", "1")
     planned = shown("plan", *job)
+    assert flat("'a, b; c'") in planned
     for label in LABELS:
         assert flat(label) in planned
     assert flat("runs/[i]run") in shown("finetune", *job, "--name", "[i]run")

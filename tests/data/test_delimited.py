@@ -251,7 +251,7 @@ def test_the_same_from_the_command_line(tmp_path: Path, tiny_resnet: Path, capsy
     assert "--encoding" in capsys.readouterr().err
     asked = ["check", str(tiny_resnet), "--data", str(file), "--encoding", "cp1252", "--separator", "|"]
     assert commands.run(asked) == 2
-    assert "--on-bad-sample" in capsys.readouterr().err
+    assert "none can be used" in " ".join(capsys.readouterr().err.split())  # to leave it out would leave nothing
     assert commands.run([*asked, "--on-bad-sample", "skip"]) == 2
     assert "that can be used" in capsys.readouterr().err
     with pytest.raises(DataError):

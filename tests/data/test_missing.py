@@ -38,11 +38,11 @@ def test_an_empty_cell_of_several_labels_is_no_label(tmp_path: Path) -> None:
 def test_cells_of_several_labels_name_the_separator(tmp_path: Path) -> None:
     """The classes were `attributed|question` and the like."""
     found = read(cells(tmp_path / "t.csv"), task="multi-label")
-    assert any("30 of 60 cells hold '|'" in note and "--label-separator '|'" in note for note in found.summary.notes)
+    assert any("30 of 60 cells hold '|'" in note and "--label-separator '|'" in note for note in found.summary.warnings)
     places = read(
         cells(tmp_path / "v.csv", ('"Paris, France"', '"London, UK"', "Rome", "Oslo", "Bern")), task="multi-label"
     )
-    assert not any("--label-separator ','" in note for note in places.summary.notes)
+    assert not any("--label-separator ','" in note for note in places.summary.warnings)
 
 
 def test_a_class_of_several_labels_that_training_lacks_names_the_separator(tmp_path: Path) -> None:

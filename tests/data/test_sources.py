@@ -94,8 +94,90 @@ def test_the_same_text_in_two_splits_is_said(tmp_path: Path) -> None:
     rows[35]["text"] = rows[3]["text"]
     found = read(jsonl(tmp_path / "t.jsonl", rows), split_column="split")
     (note,) = (note for note in found.summary.notes if "same content" in note)
-    assert "1 of test have the same content as a training sample, such as" in note
+    assert "1 sample of test has the same content as a training sample, such as" in note
     assert "row 36" in note
+    assert not found.summary.warnings
+
+
+def test_one_text_under_two_labels_is_a_warning(tmp_path: Path) -> None:
+    rows = texts()
+    rows[10]["text"] = rows[35]["text"] = rows[3]["text"]
+    (warning,) = read(jsonl(tmp_path / "t.jsonl", rows)).summary.warnings
+    assert warning.startswith("3 samples have the same content as one with another label, such as '")
+    assert "'odd' in" in warning
+    assert "'even' in" in warning
+    several = read(tmp_path / "t.jsonl", task="multi-label")
+    assert several.summary.warnings[0].startswith("3 samples")
+
+
+@pytest.mark.parametrize("given", [{"input_column": "label"}, {"label_column": "text"}])
+def test_a_column_that_is_input_and_label_is_refused(tmp_path: Path, given: dict[str, str]) -> None:
+    error = refusal(jsonl(tmp_path / "t.jsonl", texts()), **given)
+    assert "is both the input and the label" in error.message
+    assert "out of text, label" in error.expected
+
+
+def test_a_table_without_the_names_of_its_columns_is_told_to_have_some(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("".join(f"sentence {i},{'ab'[i % 2]}\n" for i in range(40)))
+    assert refusal(tmp_path / "t.csv").mend.startswith("its first line looks like a sample: write a line with")
+    assert read(jsonl(tmp_path / "u.jsonl", texts())).classes == ("even", "odd")
+
+
+def test_a_mend_of_what_no_sample_has_does_not_leave_all_out(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "t.jsonl", texts())
+    assert refusal(file, split_column="label").mend.endswith("or leave data.split_column out")
+    error = refusal(jsonl(tmp_path / "u.jsonl", [{**row, "text": i} for i, row in enumerate(texts())]))
+    assert error.mend.startswith("write them as texts (in a CSV every cell is one), or name another column")
+    (tmp_path / "u.csv").write_text("text,label\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(40)))
+    assert read(tmp_path / "u.csv").classes == ("a", "b")
+    error = refusal(jsonl(tmp_path / "v.jsonl", [{"text": "", "label": "a"}] * 9))
+    assert "of those that were read none can be used" in error.mend
+
+
+def test_two_groups_are_too_few_and_the_mend_mends(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "t.jsonl", [{**row, "who": f"{i // 20}"} for i, row in enumerate(texts())])
+    error = refusal(file, group_column="who")
+    assert "set data.validation_fraction and data.test_fraction to 0, both" in error.mend
+    assert read(file, group_column="who", validation_fraction=0, test_fraction=0).classes == ("even", "odd")
+
+
+def test_a_separator_that_is_rare_is_named_by_the_mend(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text~label\n" + "".join(f"number {i}~{'ab'[i % 2]}\n" for i in range(40)))
+    assert "data.separator '~'" in refusal(tmp_path / "t.csv").mend
+    assert read(tmp_path / "t.csv", separator="~").classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"), [("x.xlsx", "save it as .csv"), ("t.txt", "save it as .csv"), ("g.csv.gz", "unpack it")]
+)
+def test_files_of_another_form_are_told_what_to_become(tmp_path: Path, name: str, mend: str) -> None:
+    (tmp_path / name).write_bytes(b"text,label\n")
+    assert refusal(tmp_path / name).mend.startswith(mend)
+
+
+def test_an_input_column_that_is_not_there(tmp_path: Path) -> None:
+    error = refusal(jsonl(tmp_path / "t.jsonl", texts()), input_column="nope")
+    assert "has no column 'nope' (data.input_column)" in error.message
+    assert error.expected == "one of text, label"
+
+
+@pytest.mark.parametrize("task", ["single-label", "multi-label"])
+def test_spaces_around_labels_are_taken_off_and_said(tmp_path: Path, task: str) -> None:
+    rows = [{"text": f"text {i}", "label": ("a", "a ", "b", " b c")[i % 4]} for i in range(40)]
+    found = read(parquet(tmp_path / "t.parquet", rows), task=task)
+    assert found.classes == ("a", "b", "b c")
+    assert f"{tmp_path}/t.parquet: 20 labels are read without the spaces at the ends" in found.summary.notes
+    assert not any("spaces" in note for note in read(jsonl(tmp_path / "u.jsonl", texts())).summary.notes)
+    one = [{**row, "label": row["label"].strip()[:1].replace("b", "a")} for row in rows]
+    one[3]["label"] = "a "
+    if task == "single-label":
+        assert "1 label is read without the spaces" in refusal(jsonl(tmp_path / "v.jsonl", one)).message
+
+
+def test_labels_that_differ_by_case_alone_are_named(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": ("Cat", "cat", "CAT", "dog")[i % 4]} for i in range(40)]
+    (note,) = read(jsonl(tmp_path / "t.jsonl", rows)).summary.notes
+    assert note == "the labels 'CAT', 'Cat' and 'cat' differ by case alone, and are learnt as 3 labels"
 
 
 def test_texts_and_files_that_were_mixed_up_are_told_apart(tmp_path: Path) -> None:
@@ -200,7 +282,7 @@ def test_several_labels_say_the_same_in_every_form(tmp_path: Path, form: str) ->
 def test_cells_of_several_labels_that_nobody_said_how_to_cut_are_noted(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": ("a|b", "b", "a")[i % 3]} for i in range(60)]
     file = jsonl(tmp_path / "t.jsonl", rows)
-    assert any("data.label_separator" in note for note in read(file, task="multi-label").summary.notes)
+    assert any("data.label_separator" in one for one in read(file, task="multi-label").summary.warnings)
     cut = read(file, task="multi-label", label_separator="|")
     assert cut.classes == ("a", "b")
     assert not any("data.label_separator" in note for note in cut.summary.notes)
@@ -290,10 +372,24 @@ def test_words_and_constants_are_no_targets(tmp_path: Path) -> None:
     same = [{**row, "price": 0.1} for row in numbers(300)]
     error = refusal(jsonl(tmp_path / "u.jsonl", same), task="regression", label_column="price")
     assert "the target 'price' is 0.1 in every training sample" in error.message
+    assert error.mend.startswith("name another column: data.label_column")
+    error = refusal(jsonl(tmp_path / "w.jsonl", same), task="regression", label_column=["size", "price"])
+    assert error.mend.startswith("leave the target out of data.label_column")
     error = refusal(
         jsonl(tmp_path / "v.jsonl", numbers()), task="regression", label_column=["price", "size"], classes=("price",)
     )
     assert "names 2 targets, and the model has 1" in error.message
+
+
+def test_numbers_that_are_one_in_float32_are_said_to_be_so(tmp_path: Path) -> None:
+    rows = [{**row, "price": 1_700_000_000 + i} for i, row in enumerate(numbers(60))]
+    error = refusal(jsonl(tmp_path / "t.jsonl", rows), task="regression", label_column="price")
+    assert "lies between 1700000000 and 1700000059, and float32" in error.message
+    assert "steps of 128" in error.message
+    assert "such as 1700000000" in error.mend
+    less = [{**row, "price": row["price"] - 1_700_000_000} for row in rows]
+    found = read(jsonl(tmp_path / "u.jsonl", less), task="regression", label_column="price")
+    assert 20 < found.summary.target_mean[0] < 40
 
 
 def test_few_numbers_to_train_on(tmp_path: Path) -> None:
@@ -396,6 +492,6 @@ def test_hundreds_of_fractions_are_no_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mark", [",", ";", "|"])
 def test_a_separator_that_most_cells_hold_is_named(tmp_path: Path, mark: str) -> None:
     rows = [{"text": f"text {i}", "label": (f"a{mark}b", f"b{mark} c", "a")[i % 3]} for i in range(60)]
-    (note,) = read(jsonl(tmp_path / "t.jsonl", rows), task="multi-label").summary.notes
+    (note,) = read(jsonl(tmp_path / "t.jsonl", rows), task="multi-label").summary.warnings
     assert f"40 of 60 cells hold {mark!r}, and each cell is learnt as one label" in note
     assert f"data.label_separator {mark!r} (--label-separator {mark!r})" in note

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import statistics
 import struct
 import subprocess
@@ -17,11 +18,12 @@ import pytest
 from PIL import Image
 
 import orchestrator
-from orchestrator.errors import REASONS, JobError, RefusedError
-from orchestrator.gate import planning
+from orchestrator.backbone import read_card
+from orchestrator.errors import REASONS, JobError, PluginError, RefusedError
+from orchestrator.gate import decide, planning
 from orchestrator.gate.resolve import in_head
 from orchestrator.job.plans import BackboneRow
-from orchestrator.modality import registry
+from orchestrator.modality import Profile, registry
 
 Files = Callable[..., Path]
 
@@ -150,6 +152,17 @@ def test_what_is_done_to_the_input_is_said(card_files: Files, flat_digits: Path)
     assert "enlarged more than 3 times" in fit.warnings[0]
 
 
+@pytest.mark.parametrize(("num_small", "says"), [(1, False), (3, True)])
+def test_one_small_image_among_many_is_no_reason_for_a_smaller_size(
+    card_files: Files, num_small: int, says: bool
+) -> None:
+    directory = card_files(config=RESNET, preprocessor_config=PROCESSOR, **{"model.safetensors": b""})
+    facts = [{"width": size, "height": size, "mode": "RGB"} for size in [8] * num_small + [224] * 20]
+    plugin, card = registry.get("image"), read_card(str(directory))
+    fit = decide.fit(card, decide.match(card, plugin, {}), plugin, {}, Profile.of(facts))
+    assert ("enlarged more than 3 times" in str(fit.warnings)) is says
+
+
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     assert refusal("./nothing").reason == "not_found"
     assert refusal("a/b/c").reason == "not_found"
@@ -166,6 +179,23 @@ def test_an_unknown_modality_and_unknown_settings(card_files: Files) -> None:
         planning.inspect(str(directory), "image", None, {"sise": 3})
     with pytest.raises(JobError, match=r"settings\.size = 3"):
         planning.inspect(str(directory), "image", None, {"size": 3})
+
+
+def test_a_run_of_a_plugin_that_is_not_here_names_the_plugin(
+    tiny_resnet: Path, flat_digits: Path, tmp_path: Path
+) -> None:
+    plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), method="head").model_dump(mode="json")
+    run = tmp_path / "run"
+    shutil.copytree(tiny_resnet, run / "model")
+    config = json.loads((run / "model" / "config.json").read_text())
+    (run / "model" / "config.json").write_text(json.dumps({**config, "model_type": "accel-cnn"}))
+    plan["job"]["modality"] = "accel"
+    (run / "plan.json").write_text(json.dumps(plan))
+    for name in ("results.json", "lineage.json"):
+        (run / name).write_text("{}")
+    with pytest.raises(PluginError, match="run: there is no modality 'accel'") as caught:
+        planning.inspect(str(run), "image")
+    assert "pip install the distribution that brings it" in caught.value.mend
 
 
 def test_training_with_a_declaration_says_that_it_is_not_built(card_files: Files, flat_digits: Path) -> None:

@@ -194,6 +194,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     [
         ({"training.learning_rate": -1}, "training.learning_rate = -1"),
         ({"data.validation_fraction": 0.6, "data.test_fraction": 0.5}, "leave nothing to train on"),
+        ({"data.separator": "ab"}, "data.separator = 'ab': has to be one character"),
         ({"name": "../up"}, "without slashes"),
         ({"training.learning_rate": float("inf")}, "finite number"),
         ({"training.epochs": True}, "true and false mean nothing here"),
@@ -216,6 +217,7 @@ def test_impossible_values(fields: dict[str, object], message: str) -> None:
         ({"training.optimizer": "adam"}, "did you mean adamw?"),
         ({"method": "xyz"}, "choose one of these"),
         ({"method": 3}, "choose one of these"),
+        ({"data.validation_fraction": 0.6, "data.test_fraction": 0.5}, "lower one: their sum is below 1"),
     ],
 )
 def test_a_misspelt_value(fields: dict[str, object], mend: str) -> None:

@@ -240,6 +240,14 @@ def test_a_short_limit_is_no_reason_to_warn(tiny_bert: Path, tmp_path: Path, cap
     assert "longer than" not in caplog.text
 
 
+def test_texts_that_the_vocabulary_does_not_know_are_a_warning(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = sentences(40)
+    assert not plan(tiny_bert, write(tmp_path / "t.csv", rows)).warnings
+    data = write(tmp_path / "u.csv", [{**row, "text": f"日本語{i % 10}"} for i, row in enumerate(rows)])
+    (warning,) = plan(tiny_bert, data).warnings
+    assert warning.startswith("100% of the tokens of a text, on average, are unknown to the backbone's vocabulary")
+
+
 def test_a_folder_of_txt_files(tiny_bert: Path, tmp_path: Path) -> None:
     for i, row in enumerate(sentences(30)):
         file = tmp_path / "texts" / row["label"] / f"{i}.txt"

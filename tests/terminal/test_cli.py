@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import io
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import orchestrator
 from orchestrator.errors import InterruptedRunError
@@ -56,6 +58,35 @@ def test_labels_with_a_separator(screen: Screen, tiny_resnet: Path, digits: Path
     assert (code, err) == (0, "")
     if command == "plan":
         assert "classes     2: a, b" in out
+
+
+def test_check_says_how_many_samples_were_left_out(screen: Screen, tiny_resnet: Path, digits: Path) -> None:
+    shutil.copytree(digits / "test", "photos")
+    next(Path("photos").glob("*/*.png")).write_bytes(b"none")
+    asked = ("check", tiny_resnet, "--data", "photos", "--on-bad-sample", "skip")
+    assert "left out  1 bad sample\n" in "\n".join(line.rstrip() + "\n" for line in screen(*asked)[1].splitlines())
+    assert json.loads(screen(*asked, "--json")[1])["num_skipped"] == 1
+
+
+@pytest.mark.parametrize("command", ["plan", "check"])
+def test_a_way_to_mix_that_there_is_not_is_refused_before_data_is_read(
+    screen: Screen, tiny_resnet: Path, command: str
+) -> None:
+    backbone = (tiny_resnet,) if command == "check" else ("--backbone", tiny_resnet)
+    code, _, err = screen(command, *backbone, "--data", "nothing", "--set", "training.mix=foo")
+    assert code == 2
+    assert "set training.mix to one of both, cutmix, mixup, or leave it out" in " ".join(err.split())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="of a machine without a GPU")
+@pytest.mark.parametrize(("more", "says"), [((), True), (("--address", "10.0.0.1:6379"), False)])
+def test_a_plan_warns_of_a_gpu_that_is_not_here(
+    screen: Screen, tiny_resnet: Path, digits: Path, more: tuple[str, ...], says: bool
+) -> None:
+    asked = ("plan", "--backbone", tiny_resnet, "--data", digits / "test", "--set", "scaling.device=gpu", *more)
+    code, out, _ = screen(*asked)
+    assert code == 0
+    assert ("torch finds none here: finetune is refused" in " ".join(out.split())) is says
 
 
 def test_the_version(screen: Screen) -> None:

@@ -19,10 +19,10 @@ from orchestrator.job import Plan
 from orchestrator.modality import registry
 from orchestrator.training.batches import BatchLoader
 from orchestrator.training.mixing import make_mix
+from tests.tasks.test_objective import objective, targets_of
 from tests.tiny import make_bert
 from tests.toys import write_toys
 from tests.training.test_loop import at_call
-from tests.training.test_objective import objective, targets_of
 from tests.whole.test_train import same, train, weights_of
 
 KINDS = ("mixup", "cutmix", "both")
