@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 from pydantic_core import PydanticSerializationError
 
-from orchestrator.data import Prepared
 from orchestrator.errors import DataError, first_line
 from orchestrator.job import Job, Plan, open_storage
+
+if TYPE_CHECKING:
+    from orchestrator.data import Prepared
 
 
 def texts_of(job: Job, plan: Plan, prepared: Prepared) -> dict[str, str]:

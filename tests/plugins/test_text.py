@@ -199,9 +199,9 @@ def test_numbers_in_their_own_unit(tiny_bert: Path, tmp_path: Path) -> None:
     assert run.figures["r2"] > 0.9
     assert run.figures["mae"] < 15
     (ours,) = orchestrator.predict(run, ["bread soup rice egg"])
-    assert ours.score == pytest.approx(580, abs=40)
+    assert ours.values == {"price": pytest.approx(580, abs=40)}
     pipe = transformers.pipeline("text-classification", model=str(run.model), function_to_apply="none")
-    assert pipe("bread soup rice egg")[0]["score"] == pytest.approx(ours.score, rel=1e-4)
+    assert pipe("bread soup rice egg")[0]["score"] == pytest.approx(ours.values["price"], rel=1e-4)
     figures = orchestrator.evaluate(run, orchestrator.job.spec.Data(path=str(data), label_column="price"))
     assert figures["r2"] > 0.9
 

@@ -164,7 +164,7 @@ def test_steps_that_were_measured_leave_nothing_behind(tiny_resnet: Path, digits
 def test_of_few_validation_samples_the_luckiest_epoch_is_not_looked_for(tiny_resnet: Path, digits: Path) -> None:
     """Unless it is worse than the probe beyond noise, the last epoch is kept, whose rate was the lowest."""
     training = {"epochs": 6, "batch_size": 40, "learning_rate": 1e-5}
-    run = train(tiny_resnet, digits, training=training, **{"data.num_train": 120, "data.validation_fraction": 0.15})
+    run = train(tiny_resnet, digits, training=training, **{"data.num_train": 120, "data.validation_fraction": 0.07})
     ranks = [(line["validation_accuracy"], -line["validation_loss"]) for line in run.metrics]
     assert max(ranks[1:]) > ranks[-1], "an earlier epoch looks better"
     assert run.results["best_epoch"] == len(run.metrics) == 7

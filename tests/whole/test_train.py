@@ -589,7 +589,7 @@ def test_predict_evaluate_and_pipeline_agree(tiny_vit: Path, digits: Path, cli: 
     Path("empty").mkdir()
     assert "is a folder, and holds no file of .png, .jpg" in orchestrator.predict(run, "empty")[0].problem
     listed = cli("predict", run.path, "-", "--json", input=f"{files[0]}\n\n{files[1]}\r\n")
-    assert [row["input"] for row in json.loads(listed.stdout)] == [str(file) for file in files[:2]]
+    assert [row["input"] for row in json.loads(listed.stdout)] == [str(files[0]), "", str(files[1])]
     wrong = Path("wrong.png")
     wrong.write_bytes(b"nothing")
     found = cli("predict", run.path, files[0], wrong, "gone.png", "--json")
