@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +252,7 @@ def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, opt
         refuse_changes(run.place, began, plan)
         has_nothing = not run.finished and not held.commits(CHECKPOINTS)
         if has_nothing and began.recipe.num_microbatches != plan.recipe.num_microbatches:
-            return _laid_out(run, held, job, resolved, dataclasses.replace(options, fresh=True))
+            return _laid_out(run, held, job, resolved, replace(options, fresh=True))
         plan = gone_on_with(began, plan)
         if has_nothing:
             options.report(Noted("going on with a run that was cut off before its first checkpoint: from step 0"))

@@ -29,15 +29,20 @@ def require_columns(table: Table, spec: Data) -> None:
     settings = [("label_column", column) for column in label_columns(spec)]
     settings += [(setting, getattr(spec, setting)) for setting in ("group_column", "split_column")]
     for setting, column in settings:
-        if column is not None and column not in table.columns:
-            raise DataError(
-                f"{table.text} has no column {column!r} (data.{setting})",
-                expected="one of " + ", ".join(table.columns),
-                mend=_other_delimiter(table)
-                or _unnamed(table)
-                or did_you_mean(column, table.columns)
-                or f"correct data.{setting}",
-            )
+        if column is not None:
+            _require_column(table, column, setting)
+
+
+def _require_column(table: Table, column: str, setting: str) -> None:
+    if column not in table.columns:
+        raise DataError(
+            f"{table.text} has no column {column!r} (data.{setting})",
+            expected="one of " + ", ".join(table.columns),
+            mend=_other_delimiter(table)
+            or _unnamed(table)
+            or did_you_mean(column, table.columns)
+            or f"correct data.{setting}",
+        )
 
 
 def find_inputs(table: Table, spec: Data, sample: Sequence[SampleField]) -> Sequence[str]:
@@ -55,16 +60,8 @@ def find_inputs(table: Table, spec: Data, sample: Sequence[SampleField]) -> Sequ
         wanted = [names for names in _TEXT_COLUMNS if len(names) <= len(sample)]
     else:
         wanted = [(name,) for name in (sample[0].name, *_PATH_COLUMNS, "bytes")]
-    missing = [name for name in given if name not in table.columns]
-    if missing:
-        raise DataError(
-            f"{table.text} has no column {missing[0]!r} (data.input_column)",
-            expected="one of " + ", ".join(table.columns),
-            mend=_other_delimiter(table)
-            or _unnamed(table)
-            or did_you_mean(missing[0], table.columns)
-            or "correct data.input_column",
-        )
+    for name in given:
+        _require_column(table, name, "input_column")
     for names in wanted:
         if all(name in table.columns for name in names):
             return names

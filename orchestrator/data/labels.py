@@ -133,8 +133,13 @@ def strata_of(targets: Targets, names: Sequence[str], task: TaskName) -> tuple[I
     return np.searchsorted(edges, targets[:, 0]).astype(np.int64), [f"tenth {i + 1}" for i in range(_NUM_BINS)]
 
 
-def notes_on_labels(ingested: IngestedRows, names: Sequence[str], spec: Data, task: TaskName) -> list[str]:
-    """Notes on labels that may be meant otherwise. Raises `DataError` where they can hardly be meant so."""
+def notes_on_labels(
+    ingested: IngestedRows, names: Sequence[str], spec: Data, task: TaskName, hint: str
+) -> list[str]:  # fmt: skip
+    """Notes on labels that may be meant otherwise. Raises `DataError` where they can hardly be meant so.
+
+    hint: that of `hint_of_separator`, which is said elsewhere.
+    """
     if task == "single-label" and len(names) > _MANY_NUMBERS and all(map(_NUMBER.fullmatch, names)):
         if sum(not float(name).is_integer() for name in names) < len(names) / 2:
             return []
@@ -160,7 +165,7 @@ def notes_on_labels(ingested: IngestedRows, names: Sequence[str], spec: Data, ta
         notes.append(f"{num_without} of {len(ingested)} samples have no label at all, and are learnt from as such")
     if max(ingested.num_labels) > 1 or spec.label_separator is not None or len(label_columns(spec)) > 1:
         return notes
-    if not hint_of_separator(ingested, spec, task):
+    if not hint:
         notes.append(
             "no sample has more than one label; if cells hold several, say what is between: data.label_separator "
             "(--label-separator)"

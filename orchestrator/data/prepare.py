@@ -97,7 +97,7 @@ def _prepare(
         refuse_unlearnable(exact, split, names, task, hint)
         warnings += [hint] if hint else []
         notes += notes_on_leaks(table, rows, split)
-        notes += notes_on_labels(ingested, names, spec, task)
+        notes += notes_on_labels(ingested, names, spec, task, hint)
         notes += _notes_on_splits(split, spec.validation_fraction is None and fewest_validation > 0)
     if keep:
         _write_index(directory / INDEX_FILE, table, rows, targets, split, grouped=spec.group_column is not None)

@@ -208,8 +208,8 @@ def _worker(config: dict[str, Any]) -> None:
         return
     watch_driver(config["queue"])
     context = ray.train.get_context()
-    place = f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
-    config["queue"].began.remote(context.get_world_rank(), place)
+    node = ray.util.get_node_ip_address()
+    config["queue"].began.remote(context.get_world_rank(), f"process {os.getpid()} on {node}")
     import torch  # noqa: PLC0415  # for the worker alone, as what follows: 2 s of imports
 
     from orchestrator.network import start_worker  # noqa: PLC0415
@@ -239,7 +239,7 @@ def _worker(config: dict[str, Any]) -> None:
         channel.tell_for_sure(Failed(error))
     except OrchestratorError as error:
         if isinstance(error, PluginError):  # the driver has it
-            error.message = f"on the node {ray.util.get_node_ip_address()}: {error.message}"
+            error.message = f"on the node {node}: {error.message}"
             error.mend = (
                 "install what brings it on every node of the cluster, as where the job was started, "
                 "or let `orchestrator submit` deliver it"

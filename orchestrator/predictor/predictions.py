@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,12 +120,12 @@ def predict(
 
 def predictions(
     loaded: LoadedRun,
-    inputs: Any,
+    inputs: Iterable[Any],
     top: int,
     tables: Tables,
 ) -> Iterator[Prediction]:
-    """The same, one after the other: nothing is kept of those that were taken."""
-    for asked in _windows(asked_about(as_inputs(inputs), loaded.modality, tables.columns(loaded.plan.job.data))):
+    """The same of what `as_inputs` gives, one after the other: nothing is kept of those that were taken."""
+    for asked in _windows(asked_about(inputs, loaded.modality, tables.columns(loaded.plan.job.data))):
         outcomes = _outcomes(loaded, asked)
         for i, one in enumerate(asked):
             yield _prediction(one, outcomes[i], loaded.plan, top)

@@ -88,7 +88,7 @@ def what_was_chosen(
         return chosen, "the budget does not suffice for one epoch in which everything is trained (--budget)."
     if comparison is None:
         return chosen, _without_validation(plan, name, candidates)
-    return chosen, _by_validation(plan, name, is_later, candidates, comparison)
+    return chosen, _by_validation(plan, name, is_later, candidates, Comparison(**comparison))
 
 
 def _without_validation(plan: Plan, name: str, candidates: Sequence[Mapping[str, Any]]) -> str:
@@ -103,18 +103,19 @@ def _without_validation(plan: Plan, name: str, candidates: Sequence[Mapping[str,
 
 
 def _by_validation(
-    plan: Plan, name: str, is_later: bool, candidates: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]
+    plan: Plan, name: str, is_later: bool, candidates: Sequence[Mapping[str, Any]], compared: Comparison
 ) -> str:
-    noise, num = comparison["noise"], comparison["num_samples"]
     what = "accuracy" if plan.job.task == "single-label" else "loss"
     before, after = (figure(one.get(f"validation_{what}")) for one in (candidates[0], candidates[-1]))
-    tells = Comparison(**comparison).tells
+    noise = compared.noise
     if is_later:
-        why = "more than its noise" if comparison["difference"] > noise else "and so few cannot tell that it is worse"
+        why = "more than its noise" if compared.difference > noise else "and so few cannot tell that it is worse"
+    elif compared.tells:
+        why = "no more than its noise, and the body as it was is the safer one"
     else:
-        why = "no more than its noise, and the body as it was is the safer one" if tells else "worse than its noise"
+        why = "worse than its noise"
     unit = "" if what == "accuracy" else " of the loss"
     return (
-        f"on {counted(num, 'validation sample')} {what} {before} of {name} became {after}; the difference has a "
-        f"standard error of {noise:.3f}{unit}: {why}."
+        f"on {counted(compared.num_samples, 'validation sample')} {what} {before} of {name} became {after}; the "
+        f"difference has a standard error of {noise:.3f}{unit}: {why}."
     )

@@ -50,14 +50,13 @@ class BestEpoch:
             session.note_of(state.phase, **line)
             return True
         rank = self._rank(line)
-        is_best_of_phase = rank > self._rank(state.candidates.get(str(state.phase), {}))
-        if is_best_of_phase:
-            session.note_of(state.phase, **line)
+        is_noted = rank > self._rank(state.candidates.get(str(state.phase), {}))
         compared = self._compared(line, predictions)
+        if compared is not None and (is_noted or compared.is_won):
+            state.comparison, is_noted = asdict(compared), True
+        if is_noted:
+            session.note_of(state.phase, **line)
         if compared is not None:
-            if is_best_of_phase or compared.is_won:
-                state.comparison = asdict(compared)
-                session.note_of(state.phase, **line)
             if not compared.is_won:
                 return False
             self._before = None  # from here on epochs compete with one another, where validation can tell them apart

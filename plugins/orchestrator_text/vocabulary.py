@@ -22,7 +22,7 @@ STAND_INS = ("eos_token", "unk_token", "sep_token", "bos_token", "cls_token")
 """What may stand for a padding token: it is masked, so that any token of the embedding does."""
 
 _SPECIAL_TOKENS = "special_tokens_map.json"
-_tokenizers: dict[object, tuple[Any, re.Pattern[str]]] = {}
+_tokenizers: dict[object, tuple[Any, re.Pattern[str], int | None]] = {}
 _lock = threading.Lock()
 
 
@@ -39,11 +39,10 @@ def count_tokens(card: BackboneCard, first: str, second: str | None) -> tuple[in
     try:
         with panics_raised():
             made = tokenizer.encode(first, second)
-            unknown = _unknown_token(card, tokenizer)
     except Exception as error:  # the library raises plain Exceptions
         raise BadSampleError(f"the tokenizer cannot take it: {first_line(error)}") from None
     own = len(made.ids) - sum(made.special_tokens_mask)
-    return len(made.ids), made.ids.count(unknown) / max(1, own)
+    return len(made.ids), made.ids.count(_loaded(card)[2]) / max(1, own)
 
 
 def _unknown_token(card: BackboneCard, tokenizer: Any) -> int | None:
@@ -67,15 +66,17 @@ def load(card: BackboneCard) -> Any:
     return _loaded(card)[0]
 
 
-def _loaded(card: BackboneCard) -> tuple[Any, re.Pattern[str]]:
-    """(the tokenizer, what finds its control tokens)."""
+def _loaded(card: BackboneCard) -> tuple[Any, re.Pattern[str], int | None]:
+    """(the tokenizer, what finds its control tokens, the number of its unknown one)."""
     key = (card.path or card.repo_id, card.commit, _state(card))
     with _lock:  # samples are measured in threads
         if key not in _tokenizers:
             tokenizer = _load(card)
             added = tokenizer.get_added_tokens_decoder().values() if tokenizer is not None else ()
             control = sorted((one.content for one in added if one.special and one.content), key=len, reverse=True)
-            _tokenizers[key] = tokenizer, re.compile("|".join(map(re.escape, control)) or "(?!)")
+            finds = re.compile("|".join(map(re.escape, control)) or "(?!)")
+            unknown = _unknown_token(card, tokenizer) if tokenizer is not None else None
+            _tokenizers[key] = tokenizer, finds, unknown
         return _tokenizers[key]
 
 
