@@ -9,7 +9,12 @@ answers better. Knows nothing of features, and of no run's storage.
     choice      two networks on the same validation samples, and why the one is kept
 """
 
-from orchestrator.tasks.choice import Comparison as Comparison, compare as compare, what_was_chosen as what_was_chosen
+from orchestrator.tasks.choice import (
+    Comparison as Comparison,
+    compare as compare,
+    may_be_as_good as may_be_as_good,
+    what_was_chosen as what_was_chosen,
+)
 from orchestrator.tasks.intervals import wilson as wilson
 from orchestrator.tasks.metrics import (
     Predictions as Predictions,

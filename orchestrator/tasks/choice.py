@@ -52,6 +52,17 @@ class Comparison:
         return replace(self, difference=difference)
 
 
+def may_be_as_good(accuracy: float, highest: float, num_samples: int) -> bool:
+    """Whether a validation split is so small that it cannot tell this accuracy from the highest one so far.
+
+    Of many epochs the one that a small split likes best is the luckiest; the last one of those that may be as good has
+    the lowest learning rate. The noise is the standard error of the highest accuracy, by Laplace's rule of succession.
+    """
+    share = (highest * num_samples + 1) / (num_samples + 2)
+    noise = math.sqrt(share * (1 - share) / max(1, num_samples))
+    return noise > _TELLS and accuracy >= highest - noise
+
+
 def compare(task: str, kept: Predictions, other: Predictions) -> Comparison:
     """The other's predictions against those that are kept, of the same samples in the same order."""
     num = len(kept.rows)

@@ -50,12 +50,12 @@ def show_run(run: Run, as_json: bool) -> None:
 
 
 def _epochs(run: Run) -> str:
-    """`12 of 40, the best one number 7: the average of the weights`"""
+    """`12 of 40, number 7 kept: the average of the weights`"""
     results = run.results
     planned = results.get("num_epochs", run.plan.recipe.num_epochs)
     ran = results.get("epochs", planned)
     what = ": the average of the weights" if results.get("averaged") else ""
-    return f"{ran}{f' of {planned}' if ran != planned else ''}, the best one number {results['best_epoch']}{what}"
+    return f"{ran}{f' of {planned}' if ran != planned else ''}, number {results['best_epoch']} kept{what}"
 
 
 def show_backbone(backbone: Checked, modality: str, as_json: bool) -> None:

@@ -303,16 +303,16 @@ def _result(row: Mapping[str, Any]) -> str:
     return "no figure" if row["value"] is None else f"{row['figure']} {figure(row['value'])}"
 
 
-def _show_epochs(metrics: Sequence[Mapping[str, Any]], best: int | None) -> None:
-    """The last epochs, and the best one."""
-    shown = [line for line in metrics if line["epoch"] == best] if best not in _last(metrics) else []
+def _show_epochs(metrics: Sequence[Mapping[str, Any]], kept: int | None) -> None:
+    """The last epochs, and the one whose weights were kept."""
+    shown = [line for line in metrics if line["epoch"] == kept] if kept not in _last(metrics) else []
     shown += metrics[-_EPOCHS_SHOWN:]
     if not shown:
         return
     names = ("train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
     keys = [key for key in names if any(key in line for line in shown)]
     cells = [
-        [f"{line['epoch']}{' best' if line['epoch'] == best else ''}", *(figure(line.get(key)) for key in keys)]
+        [f"{line['epoch']}{' kept' if line['epoch'] == kept else ''}", *(figure(line.get(key)) for key in keys)]
         for line in shown
     ]
     right = range(1, len(keys) + 1)

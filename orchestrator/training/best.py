@@ -1,4 +1,7 @@
-"""Which epoch's weights a run keeps: the best by validation; of a phase that has to win, what beats those before."""
+"""Which epoch's weights a run keeps: the best by validation; of a phase that has to win, what beats those before.
+
+Where the validation split is too small to tell epochs apart, the last one that may be as good as the best.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.job import Phase
-from orchestrator.tasks import Comparison, Predictions, compare
+from orchestrator.tasks import Comparison, Predictions, compare, may_be_as_good
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.evaluate import predict_split
 from orchestrator.training.state import Session
@@ -56,14 +59,22 @@ class BestEpoch:
             state.comparison, is_noted = asdict(compared), True
         if is_noted:
             session.note_of(state.phase, **line)
-        if compared is not None:
-            if not compared.is_won:
-                return False
-            self._before = None  # from here on epochs compete with one another, where validation can tell them apart
-        elif rank <= (state.best_accuracy, -state.best_loss):
+        if compared is not None and not compared.is_won:
             return False
-        state.best_accuracy, state.best_loss = rank[0], -rank[1]
-        return True
+        is_highest = rank > (state.best_accuracy, -state.best_loss) or self._before is not None
+        self._before = None  # from here on epochs compete with one another, where validation can tell them apart
+        if is_highest:
+            state.best_accuracy, state.best_loss, state.highest_epoch = rank[0], -rank[1], line["epoch"]
+        return is_highest or compared is not None or self._may_be_as_good(line, len(predictions.rows))
+
+    def _may_be_as_good(self, line: Mapping[str, Any], num: int) -> bool:
+        """Whether this later epoch replaces the one that is kept, although another one had higher figures."""
+        session = self._session
+        if self._phase.must_win or session.plan.job.task != "single-label":
+            return False
+        if is_kept := may_be_as_good(line["validation_accuracy"], session.state.best_accuracy, num):
+            session.note_of(session.state.phase, **line)
+        return is_kept
 
     def _compared(self, line: Mapping[str, Any], predictions: Predictions) -> Comparison | None:
         """An epoch against what the phase has to beat; None where it competes with the phase's other epochs.

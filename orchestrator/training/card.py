@@ -63,8 +63,8 @@ def model_card(
         *(usage or _usage(plan, task if library == "transformers" else "")).splitlines(),
         "```",
         "",
-        f"Trained with seed {plan.job.training.seed} for {results.get('epochs', plan.recipe.num_epochs)} epochs, the "
-        f"best of which was number {results['best_epoch']}. `lineage.json` has commits, versions and settings.",
+        f"Trained with seed {plan.job.training.seed} for {results.get('epochs', plan.recipe.num_epochs)} epochs; "
+        f"the weights are those of number {results['best_epoch']}. `lineage.json` has commits, versions and settings.",
         "",
     ]
     return "\n".join(lines)

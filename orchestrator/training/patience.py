@@ -17,6 +17,6 @@ def is_over(plan: Plan, state: TrainState) -> bool:
     if patience is None:
         return False
     phase = plan.recipe.phases[state.phase]
-    best = state.best_epoch - (state.num_epochs_ended(plan.recipe) - state.epochs_ended)
+    best = state.highest_epoch - (state.num_epochs_ended(plan.recipe) - state.epochs_ended)
     warmup = math.ceil(plan.job.training.warmup_fraction * phase.epochs)
     return state.epochs_ended - max(best, warmup) >= patience

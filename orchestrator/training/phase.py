@@ -149,7 +149,7 @@ class PhaseLoop:
             if state.step == self.phase.num_steps:
                 break
             if is_over(session.plan, state):
-                why = f"no epoch since number {state.best_epoch} was better"
+                why = f"no epoch since number {state.highest_epoch} was better"
                 session.report(Noted(f"ended after {state.epochs_ended} of {self.phase.epochs} epochs: {why}"))
                 break
             if stop or is_due:

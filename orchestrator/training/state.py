@@ -37,10 +37,12 @@ class TrainState:
     epoch_samples: float = 0.0
     epoch_weight: float = 0.0
     best_epoch: int = -1
-    """Of all phases, from 1."""
+    """Whose weights are kept, of all phases, from 1."""
     best_loss: float = math.inf
     best_accuracy: float = -1.0
-    """0 where the task has no accuracy: then the loss alone decides."""
+    """The highest so far; 0 where the task has no accuracy: then the loss alone decides."""
+    highest_epoch: int = -1
+    """Whose figures these are: where validation cannot tell it from a later one, that is kept, and this one is not."""
     best_is_average: bool = False
     """Whether the best weights are the moving average of that epoch."""
     seconds: float = 0.0

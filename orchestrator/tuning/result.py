@@ -15,7 +15,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.job import BEST_OF_SEARCH, SEARCH_FILE, Run, local_path
 from orchestrator.tasks import wilson
 from orchestrator.tuning.space import Config
-from orchestrator.tuning.trials import TRIALS_FILE, Metric, Trial, best_line, read_search, read_trials
+from orchestrator.tuning.trials import TRIALS_FILE, Metric, Trial, read_search, read_trials
 
 CSV_FILE = "search.csv"
 _FORMULA = re.compile(r"[=+\-@\t\r]")
@@ -61,7 +61,7 @@ class SearchResult:
         if best is None:
             return "no trial has ended with a score"
         of = f"the best of {self.num_tried} on the same {self.num_validation} validation samples"
-        line = best_line(self.metric.task, best.lines) or {}
+        line = self.metric.best_line(best.lines) or {}
         accuracy = line.get("validation_accuracy")
         if accuracy is None:
             return f"its score is {of}: the test split's figures are the ones to publish"
@@ -116,8 +116,8 @@ def open_search(path: str | Path) -> SearchResult:
     run = Run(local_path(path).absolute())
     spec = read_search(run)
     try:
-        metric = Metric(spec["metric"], cast("Literal['max', 'min']", spec["mode"]), spec["task"])
         keys, num = tuple(spec["space"]), int(spec.get("num_validation", 0))
+        metric = Metric(spec["metric"], cast("Literal['max', 'min']", spec["mode"]), spec["task"], num)
         best = spec.get(BEST_OF_SEARCH)
     except (KeyError, TypeError, ValueError):
         raise RefusedError(

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def _search(
         layout = Layout(draft, held, report)
         plans = [first_plan(layout, space, settings, one) for one in backbones_of(space, first)]
         refuse_changed(held.place, book.spec.get("seen", {}), layout.seen())
+        metric = replace(metric, num_validation=plans[0].data.num_samples["validation"])
         work = Work(
             space, settings, metric, layout, book, algorithm, report, should_stop,
             num_trials=_num_trials(space, settings), num_epochs=max(plan.recipe.num_epochs for plan in plans),
@@ -126,7 +128,7 @@ def _search(
         book.write_spec({
             "version": _VERSION, "digest": digest, "metric": metric.key, "mode": metric.mode, "task": metric.task,
             "space": space.described(), "seed": settings.seed, "num_trials": work.num_trials,
-            "num_validation": plans[0].data.num_samples["validation"],
+            "num_validation": metric.num_validation,
             **{key: value for key, value in book.spec.items() if key == BEST_OF_SEARCH}, "seen": layout.seen(),
         })  # fmt: skip
         grid = work.run()

@@ -8,12 +8,14 @@ trials.jsonl     what came of each that has ended
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestrator.errors import JobError, RefusedError, did_you_mean
 from orchestrator.job import SEARCH_FILE, HeldRun, Run, read_lines
+from orchestrator.tasks import may_be_as_good
 from orchestrator.tuning.space import Config
 
 PROPOSED_FILE, TRIALS_FILE = "proposed.jsonl", "trials.jsonl"
@@ -31,18 +33,34 @@ class Metric:
     key: str
     mode: Literal["max", "min"]
     task: str
+    num_validation: int = 0
+    """Samples that it is a figure of: of few, the last epoch that may be as good as the best one counts."""
 
     def value(self, lines: Sequence[Mapping[str, Any]]) -> float | None:
         """That of the best epoch, as a run chooses it; None without one."""
-        best = best_line(self.task, lines)
+        best = self.best_line(lines)
         return None if best is None else float(best[self.key])
+
+    def best_line(self, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """The line of the epoch whose weights a run of the task keeps; None where nothing was held back."""
+        best, highest = None, (-1.0, -math.inf)
+        for line in lines:
+            if line.get("validation_loss") is None:
+                continue
+            accuracy = line["validation_accuracy"] if self.task == "single-label" else 0.0
+            rank = (accuracy, -line["validation_loss"])
+            if rank > highest:
+                best, highest = line, rank
+            elif self.task == "single-label" and may_be_as_good(accuracy, highest[0], self.num_validation):
+                best = line
+        return best
 
     def better_first(self, trials: Iterable[Trial]) -> list[Trial]:
         """Those with a score, the best one first; of equals the one of less loss, then the earlier one."""
         sign = -1 if self.mode == "max" else 1
 
         def place(trial: Trial) -> tuple[float, float, int]:
-            best = best_line(self.task, trial.lines) or {}
+            best = self.best_line(trial.lines) or {}
             return sign * (trial.score or 0.0), best.get("validation_loss", 0.0), trial.number
 
         return sorted((one for one in trials if one.score is not None), key=place)
@@ -59,16 +77,6 @@ def make_metric(task: str, asked: str | None) -> Metric:
             mend=did_you_mean(asked, there) or "leave it out",
         )  # fmt: skip
     return Metric(key, "min" if key.endswith("loss") else "max", task)
-
-
-def best_line(task: str, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The line of the epoch whose weights a run of the task would keep; None where nothing was held back."""
-    known = [line for line in lines if line.get("validation_loss") is not None]
-    if not known:
-        return None
-    return max(
-        known, key=lambda line: (line["validation_accuracy"] if task == "single-label" else 0, -line["validation_loss"])
-    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from orchestrator.tasks.choice import Comparison, compare
+from orchestrator.tasks.choice import Comparison, compare, may_be_as_good
 from orchestrator.tasks.metrics import Predictions
 
 
@@ -47,6 +47,25 @@ def test_the_difference_and_its_noise_are_of_pairs() -> None:
 )
 def test_many_samples_decide_and_few_keep_away_what_is_worse(num: int, worse: int, better: int, won: bool) -> None:
     assert pair(num, worse, better).is_won is won
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "highest", "num", "may_be"),
+    [
+        (0.5, 0.6, 10, True),  # one sample of ten
+        (0.4, 0.6, 10, False),
+        (0.87, 0.9, 60, True),
+        (0.85, 0.9, 60, False),
+        (1.0, 1.0, 10, True),
+        (0.9, 1.0, 10, False),  # nor is an accuracy of 1 without noise: 11 of 12
+        (0.59, 0.6, 10_000, False),  # so many can tell
+        (0.6, 0.6, 10_000, False),
+    ],
+)
+def test_few_samples_cannot_tell_an_accuracy_from_the_highest(
+    accuracy: float, highest: float, num: int, may_be: bool
+) -> None:
+    assert may_be_as_good(accuracy, highest, num) is may_be
 
 
 def test_no_difference_seen_in_few_samples_is_not_one_without_noise() -> None:

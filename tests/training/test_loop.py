@@ -199,3 +199,17 @@ def test_one_process_needs_nothing_of_ray(tiny_resnet: Path, flat_digits: Path) 
         capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_of_epochs_that_few_samples_cannot_tell_apart_the_last_is_kept(tiny_resnet: Path, digits: Path) -> None:
+    """The one that they like best is the luckiest of many; the last one has the lowest learning rate."""
+    job = {"method": "head", "data.validation_fraction": 0.2, "learning_rate": 3e-2, "epochs": 16}
+    run = train(tiny_resnet, digits, **job)
+    scores = [line["validation_accuracy"] for line in run.metrics]
+    kept = run.results["best_epoch"]
+    noise = (max(scores) * (1 - max(scores)) / 80) ** 0.5
+    assert 0.3 < max(scores) < 0.9
+    assert scores.index(max(scores)) + 1 < kept
+    assert scores[kept - 1] >= max(scores) - noise
+    assert max(scores[kept:], default=0) < max(scores) - noise
+    assert run.results["validation"]["accuracy"] == pytest.approx(scores[kept - 1])
