@@ -1,7 +1,8 @@
 """What is known of a trained network before it is loaded: its card, and its weights' shapes, digest and files.
 
 In: `org/name[@revision]`, a directory in Hub layout, or an earlier run. Out: a `BackboneCard` from metadata files;
-later the directory that holds all files, downloaded at the pinned commit. Imports neither torch nor Ray.
+later the directory that holds all files, downloaded at the pinned commit. A card is our own record of that metadata,
+not the README that the Hub calls a model card. Imports neither torch nor Ray.
 
     cards      repository, directory or run -> BackboneCard
     stored     a run in an object store as a backbone

@@ -38,8 +38,8 @@ def _require_column(table: Table, column: str, setting: str) -> None:
         raise DataError(
             f"{table.text} has no column {column!r} (data.{setting})",
             expected="one of " + ", ".join(table.columns),
-            mend=_other_delimiter(table)
-            or _unnamed(table)
+            mend=_delimiter_hint(table)
+            or _header_hint(table)
             or did_you_mean(column, table.columns)
             or f"correct data.{setting}",
         )
@@ -69,11 +69,11 @@ def find_inputs(table: Table, spec: Data, sample: Sequence[SampleField]) -> Sequ
     raise DataError(
         f"{table.text} has no column of {kind}: it has {', '.join(table.columns)}",
         expected="one of " + ", ".join(" + ".join(names) for names in wanted),
-        mend=_other_delimiter(table) or _modality_of(table.columns, sample) or "name it: data.input_column",
+        mend=_delimiter_hint(table) or _modality_hint(table.columns, sample) or "name it: data.input_column",
     )
 
 
-def _modality_of(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
+def _modality_hint(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
     """Which other modality such columns are for, '' if that is not plain."""
     for name, other in registry.available().items():
         first = other.sample[0]
@@ -85,7 +85,7 @@ def _modality_of(columns: Sequence[str], sample: Sequence[SampleField]) -> str:
     return ""
 
 
-def _unnamed(table: Table) -> str:
+def _header_hint(table: Table) -> str:
     """What to do about a CSV whose first line seems to be a sample, as a cell of it is met again below it; else ''."""
     try:
         first = next(iter(table.batches(table.columns)), {}) if table.is_text and len(table.columns) > 1 else {}
@@ -96,7 +96,7 @@ def _unnamed(table: Table) -> str:
     return "its first line looks like a sample: write a line with the names of the columns above it, such as text,label"
 
 
-def _other_delimiter(table: Table) -> str:
+def _delimiter_hint(table: Table) -> str:
     """What to do about a table whose columns' names hold another delimiter, '' of others."""
     mark = next((mark for mark in (";", "\t", "|", ",") if any(mark in name for name in table.columns)), None)
     if mark is None and table.is_text and len(table.columns) == 1:

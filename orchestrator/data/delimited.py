@@ -192,7 +192,8 @@ class _Records:
 
     def _closed(self, first: str, taken: list[str]) -> list[str] | None:
         """The cells of a record whose quotations all close, None where one does not; the lines behind the first that
-        it looked at are added to `taken`."""
+        it looked at are added to `taken`.
+        """
 
         def lines() -> Iterator[str]:
             yield first

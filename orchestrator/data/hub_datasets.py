@@ -79,9 +79,10 @@ def open_repository(place: str, subset: str | None) -> tuple[list[Table], list[s
 
 
 def splits_of(splits: Any, text: str) -> list[tuple[int | None, Any]]:
-    """(split, `Dataset`) of a `DatasetDict` that a program holds; warns of parts that are no split.
+    """[(0 train, 1 validation, 2 test, None: not said; `Dataset`)] of a `DatasetDict` that a program holds.
 
-    `text` is what messages call it. Raises `DataError` where there is none to train on.
+    Warns of parts that are no split. `text` is what messages call it. Raises `DataError` where there is none to train
+    on.
     """
     chosen, notes = choose_splits(name_splits(splits), text)
     for note in notes:

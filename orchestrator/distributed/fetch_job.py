@@ -1,4 +1,4 @@
-"""A run on its way home, on the cluster: its files go into the job's output, which is emptied when they are there."""
+"""A run on its way home, on the cluster: its files go into the job's output, which is emptied afterwards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WAIT_S = 600
 
 
 def main() -> int:
-    """On the cluster: send a run, then wait to be told that it has arrived, and leave no copy in the output."""
+    """On the cluster: send a run, wait for the laptop to stop the job (at most 600 s), leave no copy in the output."""
     request = read_request()
     try:
         with tempfile.TemporaryDirectory(prefix="orchestrator-fetch-") as scratch:

@@ -38,12 +38,11 @@ _PASSED_ON = (
 
 @contextlib.contextmanager
 def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = False) -> Iterator[None]:
-    """Connected to the plan's cluster; one that is started here has `num_cpus` cores, by default what the plan takes.
+    """Connected to the cluster at the plan's `scaling.address`, or to one that is started here for it.
 
-    `dashboard`: whether it has one, None: where what that needs is installed.
-
-    One that is started here serves the later calls of this process too, as far as its cores suffice: a start takes some
-    3 s. Ray stops it when the process ends. One that was there is left again.
+    A cluster that was there is left at the end. One that is started here has `num_cpus` cores, by default what the plan
+    takes, and Ray's dashboard where `dashboard` says so (None: where it is installed). It serves the later calls of
+    this process too, as far as its cores suffice, since a start takes some 3 s; Ray stops it when the process ends.
     """
     address = plan.job.scaling.address
     here = address in (None, "local")
@@ -97,7 +96,7 @@ def _for_us_alone(token: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Ray takes SIGTERM for itself, in Python and below it: who has a handler keeps it, and stops behind a step."""
+    """Puts the caller's handlers of SIGTERM and SIGINT back after `ray.init`, which replaces them by its own."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     if threading.current_thread() is threading.main_thread():

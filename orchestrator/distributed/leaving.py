@@ -29,7 +29,8 @@ class Notice:
 
     def is_due(self) -> bool:
         """Whether it is time to write the checkpoint and to stop. Until then it goes on: nothing is won by less, since
-        Ray counts on the node as long as it lives, and starts no group without it before."""
+        Ray counts on the node as long as it lives, and starts no group without it before.
+        """
         info = _info()
         if info is None:
             return False

@@ -1,4 +1,4 @@
-"""The stage: a frozen body runs over all samples of a plan, each content once, and the loop gets features for samples.
+"""Features for a plan: the frozen body runs over all samples, each content once, and the loop gets features instead.
 
 `compute_features` needs no training session, only the network and the samples: what it returns says where the features
 lie. `open_features` makes sources of that. `run_body_once` is the two one after the other.
@@ -33,7 +33,7 @@ _USED = "features.json"
 """Of a run: the number format and the shards that it reads."""
 
 MakeRemoteExtractor = Callable[[FeatureCacheRef, Format], RemoteExtractor]
-"""Makes what has other processes compute features."""
+"""(where features are kept, their number format) -> what has other processes run the body."""
 
 
 @dataclass(frozen=True)

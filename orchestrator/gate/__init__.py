@@ -1,7 +1,8 @@
-"""The decision before anything is downloaded or scheduled: does the backbone fit, and what would the job do.
+"""The decision before weights are downloaded or workers scheduled: does the backbone fit, and what would the job do.
 
 In: a Job. Out: a `Plan` with every default resolved and every adaptation of the input named, or a `RefusedError` with
-the mend. Reads metadata and data, never a weight; imports neither torch nor Ray.
+the mend. Downloads metadata and data, never weights (those of a local directory are hashed); imports neither torch nor
+Ray.
 
     decide    pure: does the backbone fit the modality and the data, or why not
     own_code  is the network the one that its type names

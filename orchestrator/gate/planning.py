@@ -68,7 +68,7 @@ def check(
 ) -> BackboneCard:
     """The backbone's card, if it fits the modality (and the data). Raises `RefusedError` with the mend.
 
-    Reads metadata only: no weight byte, neither torch nor ray.
+    Reads metadata, and the data where it is given; loads no weights, and imports neither torch nor Ray.
     """
     return inspect(backbone, modality, data, settings, task).card
 
@@ -155,8 +155,9 @@ def read_data(
 
 
 def measures_alike(prepared: Prepared, card: BackboneCard, resolved: ResolvedBackbone) -> bool:
-    """Whether data that was read for the backbone of that card is the same to another one, by a few of its samples.
+    """Whether data that was read for one backbone (`card`) is measured the same for another one (`resolved`).
 
+    A few of the samples that were read (`prepared`) are measured again.
     What is measured depends on the backbone for texts alone, whose tokens it counts.
     """
     decode, measure = resolved.plugin.decode, resolved.plugin.measure
@@ -264,7 +265,7 @@ def _require_store(place: str) -> None:
 
 
 def refuse_inside_data(run: str, job: Job) -> None:
-    """A run that starts over removes what it holds, so it stands neither in nor around the data."""
+    """Raise `RefusedError` where the run's directory lies in the data or around it: one that starts over is removed."""
     for place in (job.data.path, job.data.validation, job.data.test):
         if place is None or is_uri(place) != is_uri(run) or is_dataset(place):
             continue

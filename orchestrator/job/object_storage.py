@@ -50,7 +50,7 @@ _COMMITTED = re.compile(rf"(.+)/({VERSION.pattern})(?:\.json|/.+)")
 _COPIES = ".copies"
 """Of this machine: folders that were fetched, or sent, by their names and versions."""
 _opened: dict[str, tuple[Location, Location]] = {}
-"""Place -> (as it was opened, the same for who asks again himself): to open one takes a quarter of a second."""
+"""Place -> (with the client's own retries, without them for use under `Asker`): to open one takes a quarter second."""
 
 
 class ObjectStorage(Storage):

@@ -150,7 +150,8 @@ class Job(Part):
     def identity(self) -> dict[str, Any]:
         """What is to be learnt, as plain data: the settings that differ from their defaults.
 
-        So a new setting changes no job that does not use it, and where or on how many workers it runs changes nothing.
+        So a new setting changes no job that does not use it, and where it runs changes nothing. On how many workers
+        counts only where `num_microbatches` is not set, which is their number then.
         """
         settings = self.at_whole_paths().model_dump(mode="json", exclude=dict(NOT_LEARNT), exclude_defaults=True)
         # A group of which all that is left are defaults is the same as one that was not given.

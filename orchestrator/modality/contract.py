@@ -251,13 +251,15 @@ class Build(Protocol):
 class Toy(Protocol):
     def __call__(self, n: int) -> Sequence[tuple[Sample, str]]:
         """`n` small samples with labels, for tests: the same at each call, two classes or more in turn, which
-        differ visibly."""
+        differ visibly.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modality:
     """A kind of input. Every field must be given, so that a forgotten one fails at import; but for `mixes` and
-    `augments`, which not every kind of input has."""
+    `augments`, which not every kind of input has.
+    """
 
     name: str
     title: str

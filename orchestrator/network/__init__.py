@@ -1,7 +1,8 @@
 """Torch modules: body and head, how they are built, cut, frozen and run by one worker.
 
-In: a Plan and the backbone's directory. Out: a `Network` with its new head, cut where a proof on real samples holds;
-a `Worker`, which knows its rank and device and exchanges tensors with the others.
+In: a Plan and the backbone's directory. Out: a `Network` with its new head, cut into body and head where a trial on
+real samples shows that the two give the same as the whole; a `Worker`, which knows its rank and device and exchanges
+tensors with the others.
 
     worker     one worker: rank, device, threads, what it exchanges with the others
     network    body and head, what is frozen, train and eval mode
@@ -12,8 +13,8 @@ a `Worker`, which knows its rank and device and exchanges tensors with the other
     adapters   low-rank matrices beside those of a frozen body, and their merging
     pooled     a head of our own on bodies that transformers has no head for
     usage      code for model cards: how an exported model is called, and what its scores say
-    strategy   how the network lies on the workers: gradients, checkpoint, export, initial weights
-    cut        where a network is cut into body and head, and the proof
+    strategy   how parameters are distributed over the workers: gradients, checkpoint, export, initial weights
+    cut        where a network is cut into body and head, and the trial of it
     batchnorm  running statistics over microbatches, the same on any number of workers
 """
 

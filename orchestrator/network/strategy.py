@@ -1,4 +1,4 @@
-"""How a network lies on the workers: what its gradients, its checkpoint and its export are made of.
+"""How parameters are distributed over the workers: what gradients, a checkpoint and an export are made of.
 
 The loop knows none of this. `Replicated` is the only strategy now: every worker holds all of the network. One that
 splits it has the same methods.
@@ -83,7 +83,7 @@ class Replicated:
 
 
 class GradientReduction:
-    """Gradients summed over the workers, in buckets, each exchanged as soon as the backward pass is through with it.
+    """Gradients summed over the workers, in buckets, each exchanged as soon as it is complete, as DDP does.
 
         with strategy.reduction(parameters) as reduction:
             ...                                  # a step: backward passes of all microbatches but the last

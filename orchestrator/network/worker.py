@@ -97,7 +97,8 @@ def with_threads(num: int | None = None) -> Iterator[None]:
 
 def find_device(wanted: Literal["auto", "cpu", "gpu"]) -> torch.device:
     """The device of a process that Ray has given none. Raises `RefusedError` where a GPU is wanted and
-    there is none."""
+    there is none.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "gpu" and accelerator is None:
         raise RefusedError(

@@ -91,7 +91,7 @@ def _columns(loaded: LoadedRun, source: SampleSource, rows: Ints, num_rows: int)
         batch = source.batch(rows, train=False)
         if batch is None:
             return []
-        return [loaded.objective.columns(batch.rows, loaded.outputs(batch.inputs), batch.targets, num_rows)]
+        return [loaded.objective.prediction_fields(batch.rows, loaded.outputs(batch.inputs), batch.targets, num_rows)]
     except Exception as error:
         fault = fault_of_sample(error)
         if fault is None:

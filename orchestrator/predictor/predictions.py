@@ -30,9 +30,10 @@ class Prediction:
     input: str
     """The path as it was given, the text, `input 3` of bytes, `table.parquet row 3` of bytes in a table."""
     label: str | None
-    """The class; multi-label: the classes above one half, joined by ' + ', '' if there is none; regression: None."""
+    """The class; multi-label: the classes above one half, joined by ' + ', '' if there is none; regression: None. With
+    a `problem`: ''."""
     score: float | None
-    """The probability of the first of `top`; regression: None."""
+    """The probability of the first of `top`; regression: None. With a `problem` it means nothing: 0."""
     top: tuple[tuple[str, float], ...]
     """The most probable classes, in falling order; regression: every target with its value."""
     labels: tuple[str, ...] | None = None
@@ -77,7 +78,7 @@ class Tables:
         self._root, self._separator, self._encoding, self._report = root, form.separator, form.encoding, report
 
     def columns(self, run: Data) -> Columns:
-        """The same beside the data of the run."""
+        """What the user says, and where he says nothing what the run read its data by."""
         return Columns(run, self._note, self._given, self._root, self._separator, self._encoding)
 
     def _note(self, text: str) -> None:

@@ -26,7 +26,7 @@ def assign_folds(
     random = np.random.default_rng(seed)
     if groups is None:
         num = min(folds, len(strata))
-        _refuse_one(num, "sample")
+        _require_two(num, "sample")
         # Dealt out like cards, class after class, so that no fold is larger than another by more than one.
         order = random.permutation(len(strata))
         order = order[np.argsort(strata[order], kind="stable")]
@@ -35,7 +35,7 @@ def assign_folds(
         return fold
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     num = min(folds, int(group.max()) + 1)
-    _refuse_one(num, "group")
+    _require_two(num, "group")
     return _deal_groups(strata, group, num, random)[group]
 
 
@@ -66,7 +66,7 @@ def _strata(targets: npt.NDArray[Any], task: str) -> Ints:
     return np.asarray(np.where(positive.any(axis=1), rarity.argmin(axis=1), targets.shape[1]), np.int64)
 
 
-def _refuse_one(num: int, what: str) -> None:
+def _require_two(num: int, what: str) -> None:
     if num < 2:
         raise TrainingError(
             f"cross-validation has one {what} alone",

@@ -24,12 +24,13 @@ _OUTPUTS_AT_ONCE = 2**21
 
 
 class LinearFits:
-    """What all kinds have in common. A kind gives `fitted` and `finished`."""
+    """What all kinds have in common. A kind gives `fit_folds` and `refine`."""
 
     def __init__(self, x: Tensor, targets: Tensor, fold: Tensor, weights: Tensor) -> None:
         """x: float32 [samples, features + 1], the last column 1; fold: int64 [samples].
 
-        weights: float32 [samples], what each counts in the loss. targets: as those of `fit_probe`.
+        weights: float32 [samples], what each counts in the loss (`RidgeFits`: all the same). targets: as in
+        `fit_probe`.
         """
         self.x, self.targets, self.fold = x, targets, fold
         num = int(fold.max()) + 1
@@ -37,11 +38,11 @@ class LinearFits:
         self.weights = used / used.sum(dim=0)
         """float32 [samples, folds + 1], of sum 1"""
 
-    def fitted(self, layers: Tensor, strength: float) -> Tensor:
+    def fit_folds(self, layers: Tensor, strength: float) -> Tensor:
         """The layers with the least loss, to what cross-validation needs; looked for from `layers` on."""
         raise NotImplementedError
 
-    def finished(self, layer: Tensor, strength: float) -> Tensor:
+    def refine(self, layer: Tensor, strength: float) -> Tensor:
         """The one of all samples, to the last digits that float32 tells: [classes, features + 1]."""
         raise NotImplementedError
 
@@ -71,7 +72,7 @@ class RidgeFits(LinearFits):
         rest = [tuple(all - part for all, part in zip(whole, some, strict=True)) for some in parts] + [whole]
         self._moments = [(second / count, cross / count) for (second, cross), count in zip(rest, num, strict=True)]
 
-    def fitted(self, layers: Tensor, strength: float) -> Tensor:  # noqa: ARG002  # needs no start
+    def fit_folds(self, layers: Tensor, strength: float) -> Tensor:  # noqa: ARG002  # needs no start
         penalty = self.penalty(strength).double()
         found = []
         for second, cross in self._moments:
@@ -79,33 +80,33 @@ class RidgeFits(LinearFits):
             found.append(torch.cholesky_solve(cross, factor).T.float())
         return torch.stack(found)
 
-    def finished(self, layer: Tensor, strength: float) -> Tensor:  # noqa: ARG002  # it is exact
+    def refine(self, layer: Tensor, strength: float) -> Tensor:  # noqa: ARG002  # it is exact
         return layer
 
 
 class LogisticFits(LinearFits):
     """Logistic regression, by what the kinds below know of their loss."""
 
-    chances: Callable[[Tensor], Tensor]
+    probabilities: Callable[[Tensor], Tensor]
     """Logits [..., classes] -> probabilities."""
-    apart: bool
+    one_problem_per_class: bool
     """Whether each class is a problem of its own."""
 
     def loss(self, layers: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(the loss of each problem, float32 [problems]; gradients, as `layers`)."""
         raise NotImplementedError
 
-    def fitted(self, layers: Tensor, strength: float) -> Tensor:
+    def fit_folds(self, layers: Tensor, strength: float) -> Tensor:
         return self._minimised(layers, self.weights, strength, _TOLERANCE, _MOST_STEPS)
 
-    def finished(self, layer: Tensor, strength: float) -> Tensor:
+    def refine(self, layer: Tensor, strength: float) -> Tensor:
         return self._minimised(layer[None], self.weights[:, -1:], strength, _LAST_TOLERANCE, _MOST_LAST_STEPS)[0]
 
     def _minimised(
         self, layers: Tensor, weights: Tensor, strength: float, tolerance: float, max_steps: int
     ) -> Tensor:  # fmt: skip
         penalty, size = self.penalty(strength), self.x.shape[1]
-        inverse = self._like_inverse_hessian(layers[-1], penalty)
+        inverse = self._preconditioner(layers[-1], penalty)
 
         def function(flat: Tensor) -> tuple[Tensor, Tensor]:
             here = flat.view(layers.shape)
@@ -116,14 +117,14 @@ class LogisticFits(LinearFits):
         def precondition(flat: Tensor) -> Tensor:
             return (flat.reshape(-1, size) @ inverse).view(flat.shape)
 
-        num_problems = layers.shape[0] * (layers.shape[1] if self.apart else 1)
+        num_problems = layers.shape[0] * (layers.shape[1] if self.one_problem_per_class else 1)
         start = layers.reshape(num_problems, -1)
         return minimise(function, start, precondition, tolerance, max_steps).view(layers.shape)
 
-    def _like_inverse_hessian(self, layer: Tensor, penalty: Tensor) -> Tensor:
+    def _preconditioner(self, layer: Tensor, penalty: Tensor) -> Tensor:
         """float32 [features + 1, features + 1]: of the second moments times the mean variance of the probabilities."""
-        chances = self.chances(self.x @ layer.T)
-        near = float((chances * (1 - chances)).mean().clamp_min(1e-4)) * self._second_moments
+        probabilities = self.probabilities(self.x @ layer.T)
+        near = float((probabilities * (1 - probabilities)).mean().clamp_min(1e-4)) * self._second_moments
         near.diagonal().add_(penalty + _DAMPING * near.diagonal().mean())
         return torch.cholesky_inverse(torch.linalg.cholesky(near)).float()
 
@@ -142,10 +143,10 @@ class LogisticFits(LinearFits):
 class SoftmaxFits(LogisticFits):
     """Of one class a sample. targets: int64 [samples]."""
 
-    apart = False
+    one_problem_per_class = False
 
     @staticmethod
-    def chances(outputs: Tensor) -> Tensor:
+    def probabilities(outputs: Tensor) -> Tensor:
         return outputs.softmax(-1)
 
     def loss(self, layers: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,18 +154,18 @@ class SoftmaxFits(LogisticFits):
         values, gradients = torch.zeros(num), torch.zeros_like(flat)
         for rows in self._blocks(len(flat)):
             x, weight = self.x[rows], weights[rows]
-            chances = (x @ flat.T).view(len(x), num, -1).log_softmax(-1)
+            probabilities = (x @ flat.T).view(len(x), num, -1).log_softmax(-1)
             target = self.targets[rows][:, None, None].expand(-1, num, 1)
-            values -= (chances.gather(-1, target)[..., 0] * weight).sum(0)
-            chances.exp_().scatter_add_(-1, target, chances.new_full((1, 1, 1), -1.0).expand(target.shape))
-            gradients.addmm_((chances * weight[..., None]).view(len(x), -1).T, x)
+            values -= (probabilities.gather(-1, target)[..., 0] * weight).sum(0)
+            probabilities.exp_().scatter_add_(-1, target, probabilities.new_full((1, 1, 1), -1.0).expand(target.shape))
+            gradients.addmm_((probabilities * weight[..., None]).view(len(x), -1).T, x)
         return values, gradients.view(layers.shape)
 
 
 class SigmoidFits(LogisticFits):
     """Of any number of classes a sample. targets: float32 [samples, classes], 0 or 1."""
 
-    apart = True
+    one_problem_per_class = True
 
     def __init__(self, x: Tensor, targets: Tensor, fold: Tensor, weights: Tensor, of_positive: Tensor) -> None:
         """of_positive: float32 [classes], what a class's positive samples count."""
@@ -172,7 +173,7 @@ class SigmoidFits(LogisticFits):
         self._of_positive = of_positive
 
     @staticmethod
-    def chances(outputs: Tensor) -> Tensor:
+    def probabilities(outputs: Tensor) -> Tensor:
         return outputs.sigmoid()
 
     def loss(self, layers: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

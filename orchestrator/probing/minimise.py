@@ -12,7 +12,7 @@ _MEMORY = 8
 _ARMIJO = 1e-4
 _ROUNDING = 1e-6
 """Of a value in float32: a step that makes it larger by no more is not taken for a bad one."""
-_MOST_HALVINGS = 20
+_MOST_BACKTRACKS = 20
 _LEAST_SLOPE = 1e-6
 """Of what the preconditioner alone gives."""
 
@@ -45,7 +45,7 @@ def minimise(
         if done.all():
             break
         step = (~done).to(value.dtype)
-        for _ in range(_MOST_HALVINGS):
+        for _ in range(_MOST_BACKTRACKS):
             trial = point + step[:, None] * direction
             new_value, new_gradient = function(trial)
             worse = ~(new_value <= value + _ARMIJO * step * slope + _ROUNDING * value.abs())
@@ -53,12 +53,16 @@ def minimise(
                 break
             step = torch.where(worse, _shorter(step, slope, new_value - value), step)
         done |= worse  # nothing below it that float32 could tell
-        moved, turned = trial - point, new_gradient - gradient
-        moved[worse] = turned[worse] = 0
-        curvature = _dot(moved, turned)
+        step_difference, gradient_difference = trial - point, new_gradient - gradient
+        step_difference[worse] = gradient_difference[worse] = 0
+        curvature = _dot(step_difference, gradient_difference)
         inverse = torch.where(curvature > 0, 1 / curvature.clamp_min(1e-38), 0.0)
-        scale = torch.where(curvature > 0, curvature / _dot(turned, precondition(turned)).clamp_min(1e-38), scale)
-        history.append((moved, turned, inverse))
+        scale = torch.where(
+            curvature > 0,
+            curvature / _dot(gradient_difference, precondition(gradient_difference)).clamp_min(1e-38),
+            scale,
+        )
+        history.append((step_difference, gradient_difference, inverse))
         point = torch.where(worse[:, None], point, trial)
         value = torch.where(worse, value, new_value)
         gradient = torch.where(worse[:, None], gradient, new_gradient)
@@ -71,13 +75,13 @@ def _newton_like(
 ) -> Tensor:  # fmt: skip
     """The two loops of L-BFGS."""
     vector, factors = gradient.clone(), []
-    for moved, turned, inverse in reversed(history):
-        factor = inverse * _dot(moved, vector)
-        vector -= factor[:, None] * turned
+    for step_difference, gradient_difference, inverse in reversed(history):
+        factor = inverse * _dot(step_difference, vector)
+        vector -= factor[:, None] * gradient_difference
         factors.append(factor)
     vector = scale[:, None] * precondition(vector)
-    for (moved, turned, inverse), factor in zip(history, reversed(factors), strict=True):
-        vector += (factor - inverse * _dot(turned, vector))[:, None] * moved
+    for (step_difference, gradient_difference, inverse), factor in zip(history, reversed(factors), strict=True):
+        vector += (factor - inverse * _dot(gradient_difference, vector))[:, None] * step_difference
     return vector
 
 

@@ -21,10 +21,10 @@ from orchestrator.tasks import Objective, Predictions, compute_metrics
 STRENGTHS = (100.0, 10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 """Of the L2 term, strongest first: a decade apart, from what 50 samples of 1,000 features need to next to none."""
 SCORES = {"single-label": "accuracy", "multi-label": "macro_f1", "regression": "r2"}
-"""Task -> the figure of `metrics.measure` that is the score."""
+"""Task -> the key of what `tasks.compute_metrics` gives that is the score."""
 
 _CONSTANT = 1e-6
-"""Of its mean: a feature that deviates less is constant, but for rounding."""
+"""A feature whose standard deviation is less than this share of its mean is constant, but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,13 @@ def fit_probe(
     of targets brought to one scale. targets: int64 [samples], or float32 [samples, classes] of 0 and 1, or of numbers.
     Features are standardised (over all samples, which needs no targets), and that is folded back into the layer.
 
-    The strength is the one of `strengths` with the best cross-validation: the most accurate for single-label, of equals
-    the one with the least loss; the least loss elsewhere, as a run chooses its epoch. The folds hold classes in equal
-    proportions and never tear a group. A class that no training fold has cannot be right; the layer is fitted anyway.
+    `class_weights`, float32 [classes]: what the loss of a sample of a class counts (multi-label: of its positives
+    alone; regression: nothing). `groups`: one a sample; those of a group are in one fold. `seed`: of the folds.
+
+    The strength is the one of `strengths` with the best cross-validation, tried from the strongest on until two in a
+    row are better in nothing: the most accurate for single-label, of equals the one with the least loss; the least loss
+    elsewhere, as a run chooses its epoch. The folds hold classes in equal proportions and never tear a group. A class
+    that no training fold has cannot be right; the layer is fitted anyway.
 
     The same for the same arguments and number of threads. Raises `TrainingError` where features or targets are not
     finite, and where there is one sample or one group alone.
@@ -91,7 +95,7 @@ def fit_probe(
         fits = _fits(objective, x, targets, torch.from_numpy(fold), class_weights)
         start = torch.zeros(int(fold.max()) + 2, num_classes, x.shape[1])
         strength, layers, outputs = _best_of_path(fits, objective, targets, start, strengths)
-        layer = restored(fits.finished(layers[-1], strength)) * objective.std[:, None]
+        layer = restored(fits.refine(layers[-1], strength)) * objective.std[:, None]
         layer[:, -1] += objective.mean
     predictions = _predictions(objective, outputs, targets)
     figure, whole = SCORES[task], _measured(task, predictions, num_classes)
@@ -114,7 +118,7 @@ def _best_of_path(
     best: tuple[float, Tensor, Tensor] | None = None
     best_accuracy, loss_there, least_loss, num_worse = -1.0, math.inf, math.inf, 0
     for strength in sorted(set(strengths), reverse=True):
-        layers = fits.fitted(layers, strength)
+        layers = fits.fit_folds(layers, strength)
         outputs = fits.held_out(layers)
         loss = float(objective.each_loss(outputs, targets).double().mean())
         accuracy = float(objective.num_right(outputs, targets)) if objective.task == "single-label" else 0.0
@@ -144,8 +148,9 @@ def _fits(
 def _standardised(features: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """(float32 [samples, size + 1], the last column 1; a layer on that -> the same layer on features).
 
-    Features of mean 0 and variance 1. Where samples are fewer than features, these are turned so that all but as many
-    as there are samples are 0, and left out: the best layer lies in what samples span, and its squares stay the same.
+    Features of mean 0 and variance 1. Where samples are fewer than features, these are rotated (QR) into the space that
+    the samples span, and the rest, which is 0, is left out: the L2 term does not change by a rotation, so that the
+    best layer is the same.
     """
     rounded = features.mean(dim=0, dtype=torch.float64).float()
     x = features - rounded
@@ -155,13 +160,13 @@ def _standardised(features: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]
     std = x.square().mean(dim=0, dtype=torch.float64).sqrt()
     scale = torch.where(std > _CONSTANT * mean.abs(), 1 / std, 0.0)
     x *= scale.float()
-    turned = None
+    basis = None
     if len(x) < x.shape[1]:
-        turned, corner = torch.linalg.qr(x.T)
+        basis, corner = torch.linalg.qr(x.T)
         x = corner.T
 
     def restored(layer: Tensor) -> Tensor:
-        weight = layer[:, :-1] if turned is None else layer[:, :-1] @ turned.T
+        weight = layer[:, :-1] if basis is None else layer[:, :-1] @ basis.T
         weight = weight.double() * scale
         bias = layer[:, -1].double() - weight @ mean
         return torch.cat([weight, bias[:, None]], dim=1).float()

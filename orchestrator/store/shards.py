@@ -8,7 +8,8 @@
                 <32 hex digits>.json          its manifest, written last: what is in it, and its digest
 
 A shard is never changed. One without its manifest does not exist; one whose bytes are not those of its manifest is
-removed, and made again by the job that met it. So jobs need no lock: what two of them computed at once is there twice.
+removed, and made again by the job that met it. So what is there is right without a lock: what two jobs computed at once
+is there twice. The locks of sets.py spare that, and keep what a job reads from being pruned.
 """
 
 from __future__ import annotations

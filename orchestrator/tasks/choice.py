@@ -3,7 +3,8 @@
 The comparison is paired: what both get right, or both wrong, tells nothing of the difference and is no noise of it
 (McNemar 1947). A large validation split decides alone: beyond one standard error, else the phase before is kept, whose
 body is nearer to what it was and so holds better on other data (Kumar et al. 2022, arXiv 2202.10054). A small one
-cannot see what the later phase usually gives (docs/methods.md), so it only keeps what is worse beyond noise away.
+cannot see what the later phase usually gives (docs/methods.md), so it decides only against: the later phase is kept
+unless it is worse by more than one standard error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from orchestrator.job import Plan, figure
 from orchestrator.tasks.metrics import Predictions
 
 _TELLS = 0.02
-"""A standard error from which on validation decides alone: of the accuracy, or of the loss in parts of it."""
+"""Up to this standard error validation decides alone: of the accuracy, or of the relative difference of the losses."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Comparison:
     """A network against the one that is kept so far."""
 
     difference: float
-    """Of the accuracy, above 0 where it is better; of the loss where the task has no accuracy, in parts of it."""
+    """Of the accuracies, above 0 where it is better; without an accuracy of the losses: (kept - other) / kept."""
     noise: float
     """The difference's standard error."""
     num_samples: int
@@ -69,7 +70,7 @@ def compare(task: str, kept: Predictions, other: Predictions) -> Comparison:
     if task == "single-label":
         better = (other.predicted == other.targets).astype(np.float64) - (kept.predicted == kept.targets)
         difference = float(better.mean())
-        # One more pair that differs than there are: no difference seen is not one of no noise.
+        # One pair that differs is added: no difference seen must not give a standard error of 0.
         noise = math.sqrt(max(0.0, (np.abs(better).sum() + 1) / num - difference**2) / num)
         return Comparison(difference, noise, num)
     scale = max(float(kept.loss.mean()), 1e-12)

@@ -15,7 +15,7 @@ from orchestrator.tasks.intervals import Floats, Ranks, Scale, resampled_counts,
 Counts = npt.NDArray[Any]
 
 MAX_SCORES = 4_000_000
-"""Of samples x classes: more are not kept, and AUROC and average precision are left out."""
+"""Scores (samples x classes) that are kept at most: of more, AUROC and average precision are left out."""
 _MAX_RESAMPLED = 1_000_000  # of samples x classes: more, and the bootstrap of AUROC takes minutes
 _MAX_CONFUSED = 200  # classes: a larger matrix is for nobody to read
 _SAME = 1e-9  # of their squares: targets that spread less are all equal, but for rounding
@@ -26,7 +26,7 @@ class Predictions:
     """What the model says of labelled samples; arrays with one entry a sample."""
 
     rows: npt.NDArray[np.int64]
-    """Of the sample table."""
+    """Their row numbers in the sample table."""
     targets: npt.NDArray[Any]
     """int64 [samples], the class; multi-label, regression: float32 [samples, classes]."""
     predicted: npt.NDArray[Any]
@@ -39,7 +39,11 @@ class Predictions:
 
 
 def compute_metrics(task: str, predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
-    """The figures that suit the task; `x_95` is the 95 % interval of `x`, and holds it. Plain JSON.
+    """The figures that suit the task, as plain JSON.
+
+    single-label: accuracy, macro_f1, auroc, average_precision, per_class, confusion. multi-label: exact_match instead
+    of accuracy. regression: r2, scaled_mae, mae, rmse, per_class. All: loss. `x_95` is the 95 % interval of `x`, which
+    lies in it; not all have one.
 
     A figure that is not defined on these samples is None, and so is its interval. {"num_samples": 0} without samples.
     """

@@ -20,13 +20,13 @@ from orchestrator.tasks.metrics import MAX_SCORES
 class Objective:
     """The loss of a plan's task, in the form that microbatches and workers add up.
 
-    Outputs may be in any precision, bfloat16 out of autocast too: everything is computed in float32, and stays on their
-    device, so that nobody has to wait for a GPU.
+    Outputs may be in any precision, bfloat16 out of autocast too: everything is computed in float32. Losses and
+    predictions stay on their device, so that nobody has to wait for a GPU; `prediction_fields` copies to the CPU.
     """
 
     task: str
     class_weights: Tensor | None
-    """float32 [classes]"""
+    """float32 [classes]: what a sample of the class counts (multi-label: its positives); None: all the same."""
     label_smoothing: float
     mean: Tensor
     """float32 [classes]: what the network's outputs are shifted by (0 but for regression)."""
@@ -36,8 +36,8 @@ class Objective:
     def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(sum over the samples, the weight to divide it by once all microbatches are added up), float32 [] each.
 
-        outputs: float [samples, classes]; targets: int64 [samples] or float32 [samples, classes], which of one class
-        a sample are shares, where samples were mixed.
+        outputs: float [samples, classes]; targets: int64 [samples], or float32 [samples, classes]: 0 and 1 of several
+        labels, numbers, or of one class a sample the shares of each class, where samples were mixed.
         """
         class_weights = None if self.class_weights is None else self.class_weights.to(outputs.device)
         each, weights = _LOSSES[self.task](outputs.float(), self._scaled(targets), class_weights, self.label_smoothing)
@@ -75,8 +75,11 @@ class Objective:
         right = self.predict(outputs) == targets
         return (right if right.ndim == 1 else right.all(dim=-1)).sum().float()
 
-    def columns(self, rows: Any, outputs: Tensor, targets: Tensor, num_rows: int) -> list[Any]:
-        """The fields of `metrics.Predictions` for one batch; the scores only of splits that are not too large."""
+    def prediction_fields(self, rows: Any, outputs: Tensor, targets: Tensor, num_rows: int) -> list[Any]:
+        """The fields of `Predictions` for one batch, on the CPU.
+
+        `num_rows`: samples of the whole split; where scores of so many would be too many, there are none.
+        """
         outputs, targets = outputs.float().cpu(), targets.cpu()
         scores = self.scores(outputs).numpy()
         if num_rows * scores.shape[1] > MAX_SCORES:
@@ -89,9 +92,9 @@ class Objective:
 def make_objective(plan: Plan, network: Network) -> Objective:
     """The objective of a plan, on the network's device.
 
-    For regression the network learns targets of mean 0 and variance 1, so that learning rates mean the same
-    whatever the unit; `fold` puts the unit into its last layer. Where that layer has no bias, only the scale
-    is taken out.
+    For regression the network learns targets of mean 0 and variance 1, so that learning rates mean the same whatever
+    the unit; `fold_target_scale` puts the unit into its last layer, where that of a trained network is already. Where
+    that layer has no bias, only the scale is taken out.
     """
     num = len(plan.classes)
     mean, std = torch.zeros(num), torch.ones(num)

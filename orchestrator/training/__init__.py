@@ -12,10 +12,10 @@ The same in one process and on many; knows nothing of Ray.
     refit       training anew on training and validation samples
     rates       the schedule of the learning rate
     batches     which samples a step takes, and how they get onto the device
-    evaluate    what a network says of a split
-    mixing      samples of a batch mixed with each other, and their labels
-    averaging   a moving average of the weights
-    patience    whether a phase ends before its epochs are over
+    evaluate    a network's predictions for a split
+    mixing      mixup and CutMix: a modality mixes samples of a batch, and their labels
+    averaging   an exponential moving average of the weights
+    patience    early stopping
     nonfinite   a loss that is no number: whose fault it is
     convergence  whether a run has learnt anything, and why not
     finish      the stages behind the last step: final figures, export, results
@@ -23,7 +23,7 @@ The same in one process and on many; knows nothing of Ray.
     handed_over  the backbone's files on each node, downloaded once or had from another node
     checkpoint  save, newest whole one, restore; safetensors and JSON
     audit       which samples each step took, on which worker
-    outbox      what goes to the storage beside the loop
+    outbox      a thread that uploads checkpoints while the loop goes on
     record      metrics.jsonl, TensorBoard's events, lineage.json
     loaded      a finished run in memory, for new inputs
     export      the Hugging Face directory

@@ -21,7 +21,7 @@ def is_to_be_fitted(session: Session) -> bool:
 
 
 def seconds_of(take: Callable[[int], object]) -> list[float]:
-    """Of some steps; `take` takes the one of a number, from 0. The first is left out: it makes the others ready."""
+    """Of steps 1 to 3, by `take(number)`; step 0, which gets everything ready, is not among them."""
     seconds = []
     for number in range(_NUM_MEASURED):
         started = time.monotonic()
@@ -41,7 +41,10 @@ def epochs_that_fit(
 
 
 def fit_epochs(session: Session, step_s: Sequence[float]) -> None:
-    """Settle how many epochs the phase has, as rank 0 measured; one that has to win may have none. All call this."""
+    """Settle how many epochs the phase has, as rank 0 measured; one that `must_win` may have none.
+
+    Half of what is left is kept for a phase that refits. All workers call this.
+    """
     phase, budget_s = session.phase, session.plan.recipe.budget_s
     assert budget_s is not None
     num_train, num_validation = (len(session.samples.rows(name)) for name in ("train", "validation"))

@@ -154,7 +154,8 @@ def _step_of(name: str) -> int | None:
 
 def trained_tensors(module: nn.Module, moving: tuple[str, ...]) -> Tensors:
     """The module's own tensors that training changes: parameters with gradients, and the buffers below the
-    submodules named in `moving` ('' for all)."""
+    submodules named in `moving` ('' for all).
+    """
     tensors: Tensors = {name: p.data for name, p in module.named_parameters() if p.requires_grad}
     for prefix in moving:
         for name, buffer in module.get_submodule(prefix).named_buffers():

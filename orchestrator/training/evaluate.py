@@ -35,7 +35,7 @@ def predict_split(session: Session, split: str) -> Predictions | None:
             continue
         inputs = batch.to(worker.device).inputs
         outputs = evaluate_batch(session.forward, inputs, autocast(session.plan, worker))
-        parts.append(session.objective.columns(batch.rows, outputs, batch.targets, len(rows)))
+        parts.append(session.objective.prediction_fields(batch.rows, outputs, batch.targets, len(rows)))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else None
     gathered = worker.all_gather((columns, stopped))
     if any(stopped for _, stopped in gathered):

@@ -1,4 +1,4 @@
-"""Samples of a training batch mixed with each other by their modality, and their labels in the same shares."""
+"""`training.mix` (mixup, CutMix, or a plugin's own): samples of a batch are mixed, and labels in the same shares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.modality import Modality
 
 
 def make_mix(plan: Plan, modality: Modality) -> Callable[[Batch], Batch] | None:
-    """What is done to a microbatch; None where nothing is. Its targets are float32 [samples, classes] afterwards."""
+    """What mixes the samples of a microbatch; None without a mix. Targets are float32 [samples, classes] afterwards."""
     if plan.job.training.mix == "none":
         return None
     mix, num_classes = modality.mixes[plan.job.training.mix], len(plan.classes)

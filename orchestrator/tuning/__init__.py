@@ -10,7 +10,7 @@ share is done once: the data is read, a frozen body runs, and heads are trained 
     trials      what came of each trial, and the record of it
     layout      a trial's job -> its plan and its run, on data that was read once
     work        which trials are trained how, and what is told of them
-    tasks       a trial that is to be done, and what it is done with
+    pending     a trial that is to be done, and what it is done with
     stacks      trials of a frozen body: features once, heads side by side
     heads       many heads on the same features, trained at once
     arithmetic  their losses and optimizers
@@ -22,9 +22,9 @@ share is done once: the data is read, a frozen body runs, and heads are trained 
     directory   where a search or a ranking works
     ranking     rank: candidates through the gate, the race, the table
     candidates  each candidate through the gate, on data that is read once
-    race        features and probes on a sample that grows for those still in it
+    race        successive halving: features and probes on more samples for those still in it
     standings   what came of a candidate, and whether two differ by more than the noise
-    neighbours  nearest neighbours on features, over the same folds
+    neighbours  k-NN on features, over the same folds
     sent_search  a search as a job for a cluster
     sent_ranking  a ranking as a job for a cluster
     steps       how long full fine-tuning would take: a few steps are measured

@@ -30,9 +30,9 @@ from orchestrator.job import EpochEnded, Event, PhaseBegan, Plan, Run
 from orchestrator.modality import Modality, registry
 from orchestrator.train import train_as_planned
 from orchestrator.training import FINAL_FIGURES
+from orchestrator.tuning.pending import PendingTrial, TrialContext
 from orchestrator.tuning.probes import FOLDER, keep_probe
 from orchestrator.tuning.stopping import LAST_EPOCH
-from orchestrator.tuning.tasks import Means, Task
 from orchestrator.tuning.trials import Key, State, Trial
 
 _MOST_HERE = 8
@@ -41,7 +41,7 @@ _RUN, _NUMBER, _REPEAT, _PROBES = "run", "number", "repeat", "probes"
 _DRIVER_BYTES = 2**20
 """What a trial asks for that has workers of its own: a place, and no core."""
 _DRIVER_SHARE = 0.001
-"""Of what stands for its node."""
+"""Of Ray's resource `node:ADDRESS`, which ties the driver of a trial to this node."""
 _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are ours
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "20",  # a step may take long; after it the process serves the next trial
@@ -68,29 +68,29 @@ class Room:
 class TuneTrials:
     """Runs trials with Ray Tune until nothing comes next."""
 
-    means: Means
+    context: TrialContext
     began_one: Callable[[], None]
     """Called when a trial begins."""
-    next: Callable[[], Task | None]
+    next: Callable[[], PendingTrial | None]
     """The next trial, None once there is none."""
     running: set[Key] = field(default_factory=set)
-    _tasks: dict[Key, Task] = field(default_factory=dict)
+    _tasks: dict[Key, PendingTrial] = field(default_factory=dict)
     _started: dict[Key, float] = field(default_factory=dict)
     _lines: dict[Key, list[dict[str, Any]]] = field(default_factory=dict)
     _stopping: bool = False
     _room: Room = field(default_factory=lambda: Room(1, 1, False))
 
-    def run(self, first: Plan, most: int, num_trials: int | None) -> Any:
+    def run(self, first: Plan, most: int, max_concurrent: int | None) -> Any:
         """Run all trials that come; Tune's own `ResultGrid`.
 
         `first`: the plan of one of them, which says what each wants of a cluster; `most`: trials in all.
-        `num_trials`: side by side, None: as many as there is room for. Raises `RefusedError` where there is room for
-        none, and `InterruptedRunError` where `should_stop` says so.
+        `max_concurrent`: side by side, None: as many as there is room for. Raises `RefusedError` where there is room
+        for none, and `InterruptedRunError` where `should_stop` says so.
         """
         os.environ.update(_ENVIRONMENT)
-        self.means.report(PhaseBegan("starting Ray"))
+        self.context.report(PhaseBegan("starting Ray"))
         with joined(first, num_cpus=num_cores(), dashboard=None):
-            self._room = room_for(first, most, num_trials)
+            self._room = room_for(first, most, max_concurrent)
             modality = first.job.modality
             own = registry.get(modality) if registry.is_registered(modality) else None
             # Beside what Tune writes there itself, so that a search that is killed leaves nothing anywhere else.
@@ -106,12 +106,13 @@ class TuneTrials:
         tuner = tune.Tuner(
             tune.with_resources(trial, self._resources(first)),
             tune_config=tune.TuneConfig(
-                search_alg=_Feed(self), scheduler=self.means.stopping, num_samples=most,
+                search_alg=_TrialFeed(self), scheduler=self.context.stopping, num_samples=most,
                 max_concurrent_trials=self._room.num_side_by_side, reuse_actors=True,
                 trial_dirname_creator=lambda one: str(one.trial_id),
             ),
             run_config=tune.RunConfig(
-                name="trials", storage_path=str(folder), verbose=0, callbacks=[_Hears(self)], stop=_Stops(self),
+                name="trials", storage_path=str(folder), verbose=0, callbacks=[_TrialCallback(self)],
+                stop=_SearchStopper(self),
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )  # fmt: skip
@@ -146,9 +147,9 @@ class TuneTrials:
             "threads_per_worker": self._room.threads,
             "ray": task.plan.num_workers > 1 or task.plan.num_extractors > 0,
         })  # fmt: skip
-        run = self.means.layout.lay_out(task.key, task.config, plan)
+        run = self.context.layout.lay_out(task.key, task.config, plan)
         self._tasks[task.key] = task
-        probes = self.means.layout.search.folder / FOLDER
+        probes = self.context.layout.search.folder / FOLDER
         probes.mkdir(exist_ok=True)
         own = {_RUN: str(run.path), _NUMBER: task.key[0], _REPEAT: task.key[1], _PROBES: str(probes)}
         return {**own, **task.config}
@@ -164,27 +165,27 @@ class TuneTrials:
         line = {name: result[name] for name in ("epoch", *_FIGURES) if name in result}
         # Those of earlier processes the run itself has; it writes down those of this one when it finds the time.
         known = self._lines.get(key) or [
-            one for one in lines_of(self.means.layout.run_of(key)) if one["epoch"] < line["epoch"]
+            one for one in lines_of(self.context.layout.run_of(key)) if one["epoch"] < line["epoch"]
         ]
         self._lines[key] = [*known, line]
-        self.means.heard(key, line)
+        self.context.heard(key, line)
 
     def over(self, key: Key, error: str = "") -> None:
         """A trial has ended; where all are stopped, it goes on another time."""
         self.running.discard(key)
         if self._stopping:
             return
-        task, lines = self._tasks[key], self._lines.get(key) or lines_of(self.means.layout.run_of(key))
+        task, lines = self._tasks[key], self._lines.get(key) or lines_of(self.context.layout.run_of(key))
         epochs = task.plan.recipe.num_epochs
         finished = bool(lines) and lines[-1]["epoch"] == epochs
         state: State = "failed" if error else "finished" if finished else "stopped"
-        score = None if error else self.means.metric.value(lines)
+        score = None if error else self.context.metric.value(lines)
         seconds = round(time.monotonic() - self._started.get(key, time.monotonic()), 3)
-        self.means.ended([Trial(key[0], task.config, state, score, epochs, lines, seconds, error, key[1])])
+        self.context.ended([Trial(key[0], task.config, state, score, epochs, lines, seconds, error, key[1])])
 
     def stops(self) -> bool:
         """Whether all trials are to end."""
-        self._stopping = self._stopping or self.means.should_stop()
+        self._stopping = self._stopping or self.context.should_stop()
         return self._stopping
 
 
@@ -262,7 +263,7 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
 # --- Tune's parts ---
 
 
-class _Feed(Searcher):  # type: ignore[misc]  # Ray has no types
+class _TrialFeed(Searcher):  # type: ignore[misc]  # Ray has no types
     """Gives Tune one trial after the other."""
 
     def __init__(self, trials: TuneTrials) -> None:
@@ -282,7 +283,7 @@ class _Feed(Searcher):  # type: ignore[misc]  # Ray has no types
     restore = save
 
 
-class _Hears(tune.Callback):  # type: ignore[misc]
+class _TrialCallback(tune.Callback):  # type: ignore[misc]
     """Passes on what Tune's trials do."""
 
     def __init__(self, trials: TuneTrials) -> None:
@@ -319,7 +320,7 @@ def _key_of(trial: Any) -> Key:
     return trial.config[_NUMBER], trial.config[_REPEAT]
 
 
-class _Stops(tune.Stopper):  # type: ignore[misc]
+class _SearchStopper(tune.Stopper):  # type: ignore[misc]
     """Ends all trials at once, when the search is to end."""
 
     def __init__(self, trials: TuneTrials) -> None:

@@ -24,7 +24,7 @@ from orchestrator.tuning.race import Race
 from orchestrator.tuning.standings import RankRow, RankTable, compare
 
 NUM_SAMPLES = 10_000
-"""Of the largest sample, by default: more change no order."""
+"""Samples of the last comparison, by default: more change no order."""
 NUM_FROM_HUB = 8
 
 
@@ -66,7 +66,7 @@ def rank(
                 known[name] = gate.resolved(name)
             except RefusedError as error:
                 rows.append(refused_row(name, error))
-        _refuse_none(known, rows)
+        _require_some(known, rows)
         gate.job = job = _with_rows(job, fields, known)
         candidates: list[Candidate] = []
         for name, resolved in known.items():
@@ -76,7 +76,7 @@ def rank(
                 if not candidates and error.reason == "data":  # nobody could be trained on it
                     raise
                 rows.append(refused_row(name, error))
-        _refuse_none(candidates, rows)
+        _require_some(candidates, rows)
         first = candidates[0].plan
         with start_worker(first.threads_per_worker, find_device(job.scaling.device)) as worker:
             race = Race(run, worker, registry.get(job.modality), first.job.training.seed, report, should_stop)
@@ -91,7 +91,7 @@ def ranked_job(
 ) -> tuple[list[str], Job]:
     """(the candidates, the job that they have in common), as `rank` takes them. Raises `RefusedError`."""
     names, rows = _names(backbones, from_hub, num_from_hub)
-    _refuse_none(names, rows)
+    _require_some(names, rows)
     return names, _job(names, rows, num_samples, fields)
 
 
@@ -110,7 +110,7 @@ def first_candidate(names: Sequence[str], job: Job, report: Report) -> Candidate
                 if error.reason == "data":  # nobody could be trained on it
                     raise
                 rows.append(refused_row(name, error))
-    _refuse_none((), rows)
+    _require_some((), rows)
     raise AssertionError("a ranking has a candidate")
 
 
@@ -166,7 +166,7 @@ def _with_rows(job: Job, fields: dict[str, Any], known: dict[str, ResolvedBackbo
     return job.model_copy(update={"data": written.data})
 
 
-def _refuse_none(accepted: Any, rows: Sequence[RankRow]) -> None:
+def _require_some(accepted: Any, rows: Sequence[RankRow]) -> None:
     """Raise `RefusedError` where no candidate was let through."""
     if accepted:
         return

@@ -18,7 +18,7 @@ from orchestrator.network import Cut, Network, autocast, find_device, start_work
 from orchestrator.tasks import make_objective
 from orchestrator.training import assembled
 from orchestrator.tuning.heads import HeadInputs, HeadStack, Outcome, Weights, can_be_stacked, head_weights, in_pieces
-from orchestrator.tuning.tasks import Means, Task
+from orchestrator.tuning.pending import PendingTrial, TrialContext
 from orchestrator.tuning.trials import Trial
 
 _FEATURES_FILE = "features.json"
@@ -28,14 +28,14 @@ _FEATURES_FILE = "features.json"
 class Stacks:
     """Trains groups of heads in this process."""
 
-    means: Means
+    context: TrialContext
 
-    def train(self, tasks: Sequence[Task]) -> list[Task]:
+    def train(self, tasks: Sequence[PendingTrial]) -> list[PendingTrial]:
         """Train the heads of one group; the tasks whose network does not allow it, which need a run of their own.
 
         Raises `InterruptedRunError` where `should_stop` says so.
         """
-        plan, report, layout = tasks[0].plan, self.means.report, self.means.layout
+        plan, report, layout = tasks[0].plan, self.context.report, self.context.layout
         modality = registry.get(plan.job.modality)
         device = find_device(plan.job.scaling.device)
         threads = plan.threads_per_worker or num_cores()
@@ -45,7 +45,9 @@ class Stacks:
             run = layout.search
             network, raw = assembled(plan, run, worker, modality, resources)
             run.delete(_FEATURES_FILE)  # of another backbone, perhaps
-            ref = compute_features(plan, run, network, modality, raw, worker, report, self.means.should_stop, resources)
+            ref = compute_features(
+                plan, run, network, modality, raw, worker, report, self.context.should_stop, resources
+            )
             run.delete(_FEATURES_FILE)
             if isinstance(ref, NoCut) or not can_be_stacked(network, ref.cache.cut):
                 why = "no cut holds" if isinstance(ref, NoCut) else "the head has dropout or statistics of its own"
@@ -60,26 +62,28 @@ class Stacks:
             self._train(tasks, network, ref.cache.cut, inputs, modality)
         return []
 
-    def _train(self, tasks: Sequence[Task], network: Network, cut: Cut, inputs: HeadInputs, modality: Modality) -> None:
+    def _train(
+        self, tasks: Sequence[PendingTrial], network: Network, cut: Cut, inputs: HeadInputs, modality: Modality
+    ) -> None:  # fmt: skip
         first = _FirstWeights(network, cut, tasks[0].plan, modality)
         pieces = in_pieces(len(tasks), sum(one.numel() for one in head_weights(network, cut).values()))
         epochs = tasks[0].plan.recipe.num_epochs
-        self.means.report(PhaseBegan(f"training {len(tasks)} heads side by side", len(tasks) * epochs))
+        self.context.report(PhaseBegan(f"training {len(tasks)} heads side by side", len(tasks) * epochs))
         for piece in pieces:
             some = [tasks[i] for i in piece]
             started = time.monotonic()
             stack = HeadStack(network, cut, [one.plan for one in some], [first.of(one.plan) for one in some], inputs)
 
-            def goes_on(head: int, line: Mapping[str, Any], some: Sequence[Task] = some) -> bool:
-                self.means.heard(some[head].key, line)
-                return self.means.stopping.goes_on(some[head].key, line)
+            def goes_on(head: int, line: Mapping[str, Any], some: Sequence[PendingTrial] = some) -> bool:
+                self.context.heard(some[head].key, line)
+                return self.context.stopping.goes_on(some[head].key, line)
 
             stopped = False
 
             def tick(num: int) -> bool:
                 nonlocal stopped
-                self.means.report(Advanced(num))
-                stopped = self.means.should_stop()
+                self.context.report(Advanced(num))
+                stopped = self.context.should_stop()
                 return stopped
 
             outcomes = stack.train(goes_on, tick)
@@ -89,22 +93,22 @@ class Stacks:
                 over = outcome.failed_at is not None or not stopped or len(outcome.lines) == epochs
                 if over:
                     trials.append(self._trial(task, outcome, seconds, len(some)))
-            self.means.ended(trials)
+            self.context.ended(trials)
             if stopped:
                 raise InterruptedRunError(
                     "stopped while heads were trained", mend="the same command goes on; these heads begin anew"
                 )
 
-    def _trial(self, task: Task, outcome: Outcome, seconds: float, together: int) -> Trial:
+    def _trial(self, task: PendingTrial, outcome: Outcome, seconds: float, together: int) -> Trial:
         epochs = task.plan.recipe.num_epochs
         number, repeat = task.key
         failed = outcome.failed_at is not None
         if not failed:
-            self.means.stopping.ended(task.key, outcome.lines[-1])
+            self.context.stopping.ended(task.key, outcome.lines[-1])
         return Trial(
             number, task.config,
             "failed" if failed else "finished" if len(outcome.lines) == epochs else "stopped",
-            None if failed else self.means.metric.value(outcome.lines), epochs, outcome.lines, round(seconds, 3),
+            None if failed else self.context.metric.value(outcome.lines), epochs, outcome.lines, round(seconds, 3),
             f"the loss at step {outcome.failed_at} is not finite" if failed else "", repeat, together,
         )  # fmt: skip
 

@@ -21,7 +21,7 @@ class RankRow:
     name: str
     """Short."""
     state: Literal["ranked", "left", "refused", "failed"]
-    """left: it fell behind on fewer samples, and was not looked at further."""
+    """left: out of the race, as it fell behind on fewer samples."""
     score: float | None = None
     """Of the linear probe, cross-validated on `num_samples`: accuracy, macro F1 or R2."""
     interval: tuple[float, float] | None = None
@@ -29,9 +29,9 @@ class RankRow:
     neighbours: float | None = None
     """The same figure of its 10 nearest neighbours."""
     num_samples: int = 0
-    """Of the last sample that it was measured on."""
+    """Samples that it was measured on at last."""
     behind: float | None = None
-    """How much lower its score is than that of the best, on the same folds of the same sample."""
+    """How much lower its score is than that of the best, on the same folds of the same samples."""
     is_beyond_noise: bool | None = None
     """Whether that is more than chance."""
     parameters: int | None = None
@@ -93,7 +93,7 @@ class RankTable:
 
 @dataclass(frozen=True)
 class Standing:
-    """What a candidate reached on one sample."""
+    """What a candidate reached on so many samples."""
 
     num_samples: int
     score: float | None

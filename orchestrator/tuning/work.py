@@ -13,13 +13,13 @@ from ray.tune.search import Searcher
 from orchestrator.errors import InterruptedRunError, RefusedError, TrainingError, counted
 from orchestrator.job import Noted, Report, Stop, TrialsAdvanced
 from orchestrator.tuning.layout import Layout
+from orchestrator.tuning.pending import PendingTrial, TrialContext, grouped, is_stackable
 from orchestrator.tuning.proposals import NUM_AT_ONCE, Proposals
 from orchestrator.tuning.result import ranked, shown_config
 from orchestrator.tuning.settings import SearchSettings
 from orchestrator.tuning.space import Config, Space
 from orchestrator.tuning.stacks import Stacks
 from orchestrator.tuning.stopping import make_stopping
-from orchestrator.tuning.tasks import Means, Task, grouped, is_stackable
 from orchestrator.tuning.trials import Book, Key, Metric, Trial
 
 _NUM_SHOWN = 3
@@ -46,13 +46,15 @@ class Work:
     _only_failed: TrainingError | None = None
     _num_before: int = 0
     _running: set[Key] = field(default_factory=set)
-    _means: Means = field(init=False)
+    _context: TrialContext = field(init=False)
     _proposals: Proposals = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises `JobError` for a scheduler or an algorithm that cannot be used."""
         stopping = make_stopping(self.settings.scheduler, self.metric, self.num_epochs)
-        self._means = Means(self.layout, self.metric, stopping, self.report, self._is_over, self._heard, self._ended)
+        self._context = TrialContext(
+            self.layout, self.metric, stopping, self.report, self._is_over, self._heard, self._ended
+        )
         self._proposals = Proposals(
             self.space, self.algorithm, self.num_trials, self.settings.seed, self.metric, self.book
         )
@@ -65,7 +67,7 @@ class Work:
         """
         self._num_before = len(self.book.trials)
         for trial in self.book.trials.values():
-            self._means.stopping.hear_again(trial)
+            self._context.stopping.hear_again(trial)
         if self._num_before:
             self.report(Noted(f"{counted(self._num_before, 'trial')} ended before, and are not done again"))
         grid = None
@@ -120,28 +122,28 @@ class Work:
         others += self._stacked([task for task in there if is_stackable(task.plan)])
         return self._on_tune(deque(others), None) if others else None
 
-    def _task(self, key: Key, config: Config) -> Task | None:
+    def _task(self, key: Key, config: Config) -> PendingTrial | None:
         """The trial as it is to be done; None where its settings do not go together, which is its row then."""
         try:
-            return Task(key, config, self.layout.plan_of(key, config))
+            return PendingTrial(key, config, self.layout.plan_of(key, config))
         except RefusedError as error:
             self._ended([Trial(key[0], config, "refused", None, 0, error=str(error), repeat=key[1])])
             return None
 
-    def _stacked(self, tasks: Sequence[Task]) -> list[Task]:
+    def _stacked(self, tasks: Sequence[PendingTrial]) -> list[PendingTrial]:
         """Train heads side by side; those whose network does not allow it."""
-        stacks = Stacks(self._means)
-        left: list[Task] = []
+        stacks = Stacks(self._context)
+        left: list[PendingTrial] = []
         for group in grouped(tasks):
             if self._is_over():
                 raise InterruptedRunError("stopped between groups of trials", mend="the same command goes on")
             left += stacks.train(group)
         return left
 
-    def _on_tune(self, waiting: deque[Task], proposals: Proposals | None) -> Any:
+    def _on_tune(self, waiting: deque[PendingTrial], proposals: Proposals | None) -> Any:
         from orchestrator.tuning.on_tune import TuneTrials  # noqa: PLC0415  # heads alone need no cluster
 
-        def following() -> Task | None:
+        def following() -> PendingTrial | None:
             while not waiting:
                 numbers = proposals.next(1) if proposals is not None else []
                 if not numbers:
@@ -152,7 +154,7 @@ class Work:
             return waiting.popleft()
 
         most = len(waiting) + (self.num_trials - len(self.book.proposed) if proposals is not None else 0)
-        tune = TuneTrials(self._means, self._tell, following, self._running)
+        tune = TuneTrials(self._context, self._tell, following, self._running)
         return tune.run(waiting[0].plan, most, self.settings.max_concurrent)
 
     # --- what is heard of them ---

@@ -33,7 +33,8 @@ class LargeImage:
 
 def decode(sample: Sample) -> Image | LargeImage:
     """The image in the mode of its file, RGBA where that has transparency; upright by its EXIF orientation, the first
-    frame of several."""
+    frame of several.
+    """
     content = sample["image"]
     if not content:
         raise BadSampleError("the file is empty")

@@ -92,7 +92,7 @@ def ours(storage: str, epochs: int, data: Path = DIGITS / "data", size: int = SI
         data={"path": str(data), "validation_fraction": 0.0},
         method="full",
         training={"epochs": epochs, "batch_size": BATCH_SIZE, "clip_norm": None, "checkpoint_every_s": 1e9},
-        settings={"size": size},
+        settings={"size": size, "augment": "none"},  # as the plain loop
         storage=storage,
         report=events,
     )
@@ -111,7 +111,7 @@ def main() -> None:
         next(turns.loop)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            ours(folder, 1000, report=turns)
+            ours(folder, 1000, events=turns)
         except OrchestratorError:  # the run's word for what its callback raised
             if not turns.enough:
                 raise

@@ -104,7 +104,8 @@ FORMS: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 def mutate(content: bytes, other: bytes, chance: random.Random) -> bytes:
     """One to three of: bits flipped, bytes changed, a field of the header at an extreme, a piece lost, put in twice,
-    or ingested from another file, the end cut off."""
+    or ingested from another file, the end cut off.
+    """
     changed = bytearray(content)
     for _ in range(chance.choice((1, 1, 2, 3))):
         size = max(1, len(changed))

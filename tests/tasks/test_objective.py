@@ -47,7 +47,9 @@ def test_outputs_in_bf16_are_what_they_are_in_float32(task: str, weights: tuple[
         assert function(rounded).dtype == function(exact).dtype
     for function in (ours.num_right, ours.each_loss):
         assert torch.equal(function(rounded, targets), function(exact, targets))
-    columns = zip(*(ours.columns(range(12), one.detach(), targets, 12) for one in (rounded, exact)), strict=True)
+    columns = zip(
+        *(ours.prediction_fields(range(12), one.detach(), targets, 12) for one in (rounded, exact)), strict=True
+    )
     for one, other in columns:
         assert np.array_equal(one, other)
 

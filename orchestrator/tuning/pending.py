@@ -15,7 +15,7 @@ from orchestrator.tuning.trials import Key, Metric, Trial
 
 
 @dataclass(frozen=True)
-class Task:
+class PendingTrial:
     """A trial that is to be done."""
 
     key: Key
@@ -24,7 +24,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Means:
+class TrialContext:
     """What all trials of a search are done with, heads in stacks and runs of Tune's alike."""
 
     layout: Layout
@@ -46,9 +46,9 @@ def is_stackable(plan: Plan) -> bool:
     return one and not plan.views and plan.num_workers == 1 and not plan.num_extractors
 
 
-def grouped(tasks: Sequence[Task]) -> list[list[Task]]:
+def grouped(tasks: Sequence[PendingTrial]) -> list[list[PendingTrial]]:
     """The tasks whose heads have the same features, batch size, number of steps and optimizer."""
-    groups: dict[str, list[Task]] = {}
+    groups: dict[str, list[PendingTrial]] = {}
     for task in tasks:
         plan, recipe = task.plan, task.plan.recipe
         training = plan.job.training
