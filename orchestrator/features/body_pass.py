@@ -99,7 +99,9 @@ class BodyPass:
         self._started = self._started or time.monotonic()
         ordered = self.source.samples.order_by_length(rows) if self.length_bucketing else rows
         # A sample is changed at random by torch's one generator: a body may draw from it as well (vit_mae does).
-        bodies = bodies_for(self.body, self.worker.device, most=1 if view is not None else None)
+        bodies = bodies_for(
+            self.body, self.worker.device, most=1 if view is not None else None, format=self.format
+        )  # fmt: skip
         batches = list(self.source.samples.batches(ordered, bodies.batch_size, len(bodies.copies)))
         loading = Loading(self.source, features, self.worker.device, self.seed, view)
         self._compile(loading, bodies, batches, max(1.0, to_come / max(1, len(rows))))

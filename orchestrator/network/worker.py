@@ -19,7 +19,9 @@ from torch import Tensor
 from orchestrator.errors import RefusedError
 from orchestrator.job import Plan
 
-_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
+_M_MMAP_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -4, -3, -1  # of glibc's malloc.h
+_MMAP_THRESHOLD = 32 * 2**20
+"""Up to which glibc raises the size from which on it gives memory back at once, as tensors of that size are freed."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _exact(deterministic: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept_memory() -> Iterator[None]:
-    """Tell glibc to keep freed memory, and after it to go by its defaults again.
+    """Tell glibc to keep freed memory, and after it to do as it does in a process that has freed large tensors.
 
     By default it hands every large tensor back to the kernel and faults it in again: 2.0 to 3.7 times the
     time of a forward pass on a 2-core machine. Other C libraries have no such switch and need none.
@@ -155,9 +157,12 @@ def _kept_memory() -> Iterator[None]:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
-    finally:  # what they were cannot be asked for: what the environment says, else glibc's own numbers
+    finally:
+        # What they were cannot be asked for, and glibc adjusts no threshold any more once one was set: its own limits
+        # are where it would be by now, unless the environment says otherwise.
         mallopt(_M_MMAP_MAX, int(os.environ.get("MALLOC_MMAP_MAX_", 65536)))
-        mallopt(_M_TRIM_THRESHOLD, int(os.environ.get("MALLOC_TRIM_THRESHOLD_", 128 * 1024)))
+        mallopt(_M_MMAP_THRESHOLD, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _MMAP_THRESHOLD)))
+        mallopt(_M_TRIM_THRESHOLD, int(os.environ.get("MALLOC_TRIM_THRESHOLD_", 2 * _MMAP_THRESHOLD)))
         malloc_trim(0)
 
 

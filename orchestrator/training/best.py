@@ -65,14 +65,17 @@ class BestEpoch:
         self._before = None  # from here on epochs compete with one another, where validation can tell them apart
         if is_highest:
             state.best_accuracy, state.best_loss, state.highest_epoch = rank[0], -rank[1], line["epoch"]
-        return is_highest or compared is not None or self._may_be_as_good(line, len(predictions.rows))
+        return is_highest or compared is not None or self._may_be_as_good(line, rank[0], len(predictions.rows))
 
-    def _may_be_as_good(self, line: Mapping[str, Any], num: int) -> bool:
-        """Whether this later epoch replaces the one that is kept, although another one had higher figures."""
+    def _may_be_as_good(self, line: Mapping[str, Any], accuracy: float, num: int) -> bool:
+        """Whether this later epoch replaces the one that is kept, although another one had higher figures.
+
+        `accuracy`: below 0 where its loss is no number.
+        """
         session = self._session
         if self._phase.must_win or session.plan.job.task != "single-label":
             return False
-        if is_kept := may_be_as_good(line["validation_accuracy"], session.state.best_accuracy, num):
+        if is_kept := may_be_as_good(accuracy, session.state.best_accuracy, num):
             session.note_of(session.state.phase, **line)
         return is_kept
 

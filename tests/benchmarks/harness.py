@@ -38,7 +38,7 @@ def options(doc: str | None, repeats: int) -> argparse.ArgumentParser:
 
 
 def same_settings() -> None:
-    """The threads and the allocator that our workers run with, for a peer in a process of its own."""
+    """The threads and the allocator that our workers run with, for a peer: a job of ours puts them back at its end."""
     import torch
 
     torch.set_num_threads(THREADS)
@@ -55,11 +55,15 @@ def silent(_event: object) -> None:
 def in_turn(
     sides: dict[str, Callable[[int], Any]], repeats: int, say: Callable[[Any], str] = str
 ) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
-    """({side: seconds of each repeat}, {side: what it returned}). Every second repeat begins with the last side."""
+    """({side: seconds of each repeat}, {side: what it returned}). Every second repeat begins with the last side.
+
+    Each turn begins with `same_settings`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     found: dict[str, list[Any]] = {name: [] for name in sides}
     for repeat in range(repeats):
         for name in list(sides)[:: 1 if repeat % 2 == 0 else -1]:
+            same_settings()
             started = time.monotonic()
             found[name].append(sides[name](repeat))
             seconds[name].append(round(time.monotonic() - started, 3))

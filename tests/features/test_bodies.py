@@ -73,6 +73,38 @@ def test_the_copies_have_the_weights_in_common() -> None:
     assert other.network.module is not body.network.module
 
 
+class Tied(nn.Module):
+    """Layers that autocast runs in bfloat16, one of which has its weights from an embedding, which it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.back = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.back.weight = self.words.weight
+        self.conv, self.norm, self.linear = nn.Conv1d(8, 8, 3, padding=1), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        found = self.conv(self.words(values.long()).transpose(1, 2)).transpose(1, 2)
+        outputs: torch.Tensor = self.back(self.linear(self.norm(found))).mean(dim=1)
+        return outputs
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_in_bfloat16_weights_are_rounded_once_and_give_the_same(attention: bool) -> None:
+    torch.manual_seed(0)
+    module = Tied()
+    if attention:  # whose fast path wants all weights in one format
+        module.linear = nn.TransformerEncoderLayer(8, 2, batch_first=True)  # type: ignore[assignment]
+    body = a_body(module.eval())
+    copies = bodies_for(body, torch.device("cpu"), threads=2, format="bfloat16").copies
+    formats = {name: one.dtype for name, one in copies[0].network.module.named_parameters()}
+    in_bfloat16 = {name for name, dtype in formats.items() if dtype == torch.bfloat16}
+    assert in_bfloat16 == (set() if attention else {"0.conv.weight", "0.linear.weight", "1.weight"})
+    assert all(one.dtype == torch.float32 for one in module.parameters())
+    values = {"values": torch.randint(20, (4, 6)).float()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(one(values), body(values)) for one in copies)
+
+
 def test_what_cannot_be_copied_runs_in_one_thread() -> None:
     first = Keeping()
     first.lock = threading.Lock()  # type: ignore[assignment]

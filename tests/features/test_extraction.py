@@ -21,7 +21,7 @@ from tests.features.conftest import FORMATS, head
 from tests.features.test_stage import computed, same_head
 from tests.whole.test_train import train, weights_of
 
-# Each batch takes its time.
+# Each sample takes its time.
 SLOW = """
 import sys, time
 from pathlib import Path
@@ -29,9 +29,9 @@ import orchestrator, orchestrator.train, orchestrator.training.loop, orchestrato
 from orchestrator.features import body_pass
 backbone, data, precision = sys.argv[1:4]
 compute = body_pass.compute
-def slowly(*what):
-    time.sleep(0.08)
-    return compute(*what)
+def slowly(body, inputs, *more):
+    time.sleep(0.005 * len(next(iter(inputs.values()))))
+    return compute(body, inputs, *more)
 body_pass.compute = slowly
 def job(name, report):
     return orchestrator.finetune(
