@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import time
 import uuid
@@ -163,9 +164,12 @@ class DirectoryStorage(Storage):
     # --- folders ---
 
     def commits(self, below: str) -> list[str]:
-        folders = (file.parent.relative_to(self.path / below) for file in (self.path / below).rglob(MANIFEST_FILE))
-        shown = (folder for folder in folders if not any(part.startswith(".") for part in folder.parts))
-        return sorted(f"{below}/{folder.as_posix()}" for folder in shown)
+        found = []
+        for folder, inner, files in os.walk(self.path / below):  # what is removed meanwhile is passed over
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            if MANIFEST_FILE in files:
+                found.append(Path(folder).relative_to(self.path).as_posix())
+        return sorted(found)
 
     def find(self, name: str) -> Manifest | None:
         text = self.read(f"{name}/{MANIFEST_FILE}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -103,3 +105,27 @@ def test_a_lock_of_an_earlier_version_and_a_lost_number_do_no_harm(tmp_path: Pat
         (tmp_path / "run" / ".lease.json").unlink()
         with pytest.raises(OrchestratorError, match="it is not known who works on the run"):
             storage.check(lease)
+
+
+def test_commits_are_listed_while_others_are_removed(tmp_path: Path) -> None:
+    """Checkpoints come and go while somebody looks at a run: `orchestrator runs` beside its training."""
+    storage = DirectoryStorage(tmp_path / "runs")
+    with storage.acquire("run", "me") as lease:
+        storage.commit(folder_of(tmp_path, "x"), "run/checkpoints/kept", lease)
+        ended = threading.Event()
+
+        def come_and_go() -> None:
+            while not ended.is_set():
+                for number in range(8):
+                    (tmp_path / f"runs/run/checkpoints/step-{number}/inner").mkdir(parents=True)
+                for number in range(8):
+                    shutil.rmtree(tmp_path / f"runs/run/checkpoints/step-{number}")
+
+        thread = threading.Thread(target=come_and_go)
+        thread.start()
+        try:
+            for _ in range(300):
+                assert storage.commits("run") == ["run/checkpoints/kept"]
+        finally:
+            ended.set()
+            thread.join()
