@@ -72,14 +72,16 @@ def _driver(work: Work) -> None:
 
 
 def _extractor(work: Work) -> None:
+    """At any moment from its start on: while it loads the network, or runs it."""
     work.start()
     for _ in range(2):
-        shards = len(list(work.runs.glob(".features/**/*.json")))
-        if not work.wait(lambda at=shards: len(list(work.runs.glob(".features/**/*.json"))) > at):  # type: ignore[misc]
+        if not work.wait(lambda: bool(work.on_ray("Extractor"))):
             return
-        time.sleep(work.random.random() * 0.2)
+        time.sleep(work.random.random() * 5)
         if found := work.on_ray("Extractor"):
-            work.kill("kill -9 of an extractor", work.random.choice(found))
+            killed = work.random.choice(found)
+            work.kill("kill -9 of an extractor", killed)
+            work.wait(lambda pid=killed: pid not in work.on_ray("Extractor"))  # type: ignore[misc]
 
 
 def _worker_and_driver(work: Work) -> None:
@@ -289,7 +291,7 @@ def _signals(work: Work) -> None:
 ON_RAY = ("--address", "local")
 TWO = ("--address", "local", "--workers", "2", "--set", "training.num_microbatches=2")
 NODES = ("--workers", "2", "--set", "training.num_microbatches=2")
-HEAD = ("--method", "head", "--address", "local", "--set", "scaling.num_extractors=1", "--set", "settings.size=128")
+HEAD = ("--method", "head", "--address", "local", "--set", "scaling.num_extractors=1", "--set", "settings.size=384")
 
 ROWS: dict[str, Row] = {
     "driver": Row(_driver),
