@@ -28,6 +28,8 @@ FILES = (
 
 _OF_INPUT = ("preprocessor_config.json", "processor_config.json")
 _MOST_OF_INPUT = 1_000_000
+_MOST_MODULES = 10_000
+_COUNTS_MODULES = re.compile(r"\w*(layers?|depths?|blocks|experts|heads|stages)")
 
 _OTHER_FILE = "names another file to read settings from, which nobody looked at"
 _OPENS = "would be opened, whatever file of this machine it is"
@@ -137,6 +139,7 @@ def _require_harmless(card: BackboneCard, file: str, settings: Mapping[str, Any]
             tables.get(key),
             _problem_of_value(key, value),
             _too_large(key, value) if file in _OF_INPUT else None,
+            _too_many(key, value) if file == "config.json" else None,
             _problem_of_tokenizer(card, file, key, value) if of_tokenizer else None,
         ):
             if problem is not None:
@@ -162,6 +165,15 @@ def _too_large(key: str, value: Any) -> tuple[str, str] | None:
     if not is_number or abs(value) <= _MOST_OF_INPUT or "pixels" in key:
         return None
     return "bad_config", f"is no size, rate or window of a sample (more than {_MOST_OF_INPUT:,})"
+
+
+def _too_many(key: str, value: Any) -> tuple[str, str] | None:
+    """Numbers of layers and their like that would be built for hours, and take all memory."""
+    values = value if isinstance(value, list) else [value]
+    numbers = (one for one in values if isinstance(one, (int, float)))
+    if not _COUNTS_MODULES.fullmatch(key) or all(abs(one) <= _MOST_MODULES for one in numbers):
+        return None
+    return "bad_config", f"is no number of layers or their like (more than {_MOST_MODULES:,})"
 
 
 def _problem_of_value(key: str, value: Any) -> tuple[str, str] | None:

@@ -55,7 +55,7 @@ def require_weights(card: BackboneCard) -> None:
         "no_weights",
         f"{card.source} holds no weights{also}",
         expected="model.safetensors",
-        mend="use method scratch to train this architecture from random weights",
+        mend="train this architecture from random weights: orchestrator finetune with --method scratch",
     )
 
 

@@ -55,8 +55,8 @@ def _refuse_contradictions(table: IngestedTable, first: int, row: int) -> None:
         )
 
 
-def notes_on_leaks(table: IngestedTable, rows: Ints, split: Ints) -> list[str]:
-    """A note for each split that holds contents which are trained on, too. rows, split: int64 [samples]."""
+def warn_of_leaks(table: IngestedTable, rows: Ints, split: Ints) -> list[str]:
+    """A warning for each split that holds contents which are trained on, too. rows, split: int64 [samples]."""
     contents = table.ingested.contents()[rows]
     trained = contents[(split == TRAIN) & (contents != 0)]
     trained.sort()
@@ -69,7 +69,7 @@ def notes_on_leaks(table: IngestedTable, rows: Ints, split: Ints) -> list[str]:
             what = counted(len(leaked), "sample")
             notes.append(
                 f"{what} of {SPLITS[side]} {'has' if len(leaked) == 1 else 'have'} the same content as a training "
-                f"sample, such as {table.place(int(rows[leaked[0]]))}"
+                f"sample, such as {table.place(int(rows[leaked[0]]))}: the figures of {SPLITS[side]} are too good"
             )
     return notes
 

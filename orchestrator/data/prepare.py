@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.contents import Ints, fingerprint
-from orchestrator.data.duplicates import drop_duplicates, notes_on_leaks, warn_of_contradictions
+from orchestrator.data.duplicates import drop_duplicates, warn_of_contradictions, warn_of_leaks
 from orchestrator.data.ingest import ingest
 from orchestrator.data.ingested import Example, IngestedTable, Skip, view
 from orchestrator.data.labels import (
@@ -89,14 +89,14 @@ def _prepare(
     warnings = warn_of_contradictions(table, rows) if task != "regression" else []
     if classes:
         split = split_for_evaluation(table, rows)
-        notes += notes_on_leaks(table, rows, split)
+        warnings += warn_of_leaks(table, rows, split)
     else:
         strata, strata_names = strata_of(targets, names, task)
         split = split_samples(table, rows, strata, strata_names, len(names), source.ready_made, spec, fewest_validation)
         hint = hint_of_separator(ingested, spec, task)
         refuse_unlearnable(exact, split, names, task, hint)
         warnings += [hint] if hint else []
-        notes += notes_on_leaks(table, rows, split)
+        warnings += warn_of_leaks(table, rows, split)
         notes += notes_on_labels(ingested, names, spec, task, hint)
         notes += _notes_on_splits(split, spec.validation_fraction is None and fewest_validation > 0)
     if keep:

@@ -22,9 +22,11 @@ def figures_of(task: str, *splits: Mapping[str, Any]) -> tuple[tuple[str, str], 
 
 
 def figure(value: float | None) -> str:
-    """A figure of the results, '' where there is none: four digits that count."""
+    """A figure of the results, '' where there is none: three digits that count, or more."""
     if value is None:
         return ""
+    if 0 < abs(value) < 0.01:
+        return f"{value:.3g}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}"
 
 

@@ -135,10 +135,17 @@ def _asked(number: int, one: Any, modality: Modality, columns: Columns) -> Itera
         )  # fmt: skip
     elif is_text and not isinstance(one, Path):
         yield _text(one, modality)
-    elif os.path.isfile(one) and Path(one).suffix.lower() in TABLE_SUFFIXES:
+    elif _names_samples(one, modality, columns):
         yield from _rows(str(one), modality, columns)
     else:
         yield from _files(one, modality)
+
+
+def _names_samples(file: str | Path, modality: Modality, columns: Columns) -> bool:
+    """Whether it is a table of samples; not where samples are files of that suffix, unless the user names a column."""
+    suffix = Path(file).suffix.lower()
+    is_sample = suffix in modality.sample[0].suffixes and not columns.given
+    return os.path.isfile(file) and suffix in TABLE_SUFFIXES and not is_sample
 
 
 def _is_table(one: object) -> bool:

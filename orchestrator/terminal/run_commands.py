@@ -125,8 +125,8 @@ def show(
     _show_epochs(opened.metrics, summary["best_epoch"])
     if opened.finished:
         show_results(opened.results)
-        if opened.results.get("warnings"):
-            out.print(pairs([("warning", name_flags(one)) for one in opened.results["warnings"]]))
+        if warnings := [*opened.plan.data.warnings, *opened.results.get("warnings", ())]:
+            out.print(pairs([("warning", name_flags(one)) for one in warnings]))
     else:
         out.print(pairs([("next", opened.mend)]))
 

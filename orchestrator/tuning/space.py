@@ -101,7 +101,8 @@ def make_space(given: Mapping[str, Any], draft: Draft) -> Space:
     if not isinstance(given, Mapping) or not given:
         raise JobError(
             "the space of a search is empty", expected="keys of the job and what to draw them from",
-            mend="for example space={'learning_rate': tune.loguniform(1e-4, 1e-1)}",
+            mend="for example --space learning_rate='{loguniform: [1e-4, 1e-1]}', a block search: with space: in the "
+            "job file, or space={'learning_rate': tune.loguniform(1e-4, 1e-1)} in Python",
         )  # fmt: skip
     modality = str(draft.tree.get("modality", Job.model_fields["modality"].default))
     domains: dict[str, Any] = {}

@@ -206,7 +206,7 @@ def _empty(profile: Profile, background: str) -> list[str]:
     return [
         f"{num} of the {profile.num_measured} images that were looked at are transparent throughout: nothing of them "
         f"is seen but the background, {background}; mend or remove them, or show the colours behind it: "
-        "settings.background = none"
+        "--set settings.background=none"
     ]
 
 
@@ -222,9 +222,7 @@ def _flattened(profile: Profile, background: str) -> list[str]:
     best = min(("white", "black", "grey", "none"), key=share)
     how = "without their transparency" if background == "none" else f"laid over {background}"
     left = f" ({share(best):.0%})" if share(best) else ""
-    mend = (
-        f"choose settings.background = {best}{left}" if share(best) < lost else "lay them over a background beforehand"
-    )
+    mend = f"--set settings.background={best}{left}" if share(best) < lost else "lay them over a background beforehand"
     return [f"{lost:.0%} of the images lose most of their variance {how} (transparency): they become alike; {mend}"]
 
 

@@ -93,6 +93,8 @@ HOSTILE: list[tuple[str, str, dict[str, Any], str, str]] = [
     ("image", "config", {"backbone_kwargs": CHECKPOINT["model_args"]}, "bad_config", "another network's constructor"),
     ("image", "config", {"configuration_files": ["config.5.0.json"]}, "unsupported", "which nobody looked at"),
     ("image", "config", {"transformers_weights": "../" + SECRET}, "unsupported", "model.safetensors"),
+    ("image", "config", {"num_hidden_layers": 10**30}, "bad_config", "no number of layers"),
+    ("image", "config", {"depths": [2, 10**6]}, "bad_config", "no number of layers"),
     ("image", "config", {"torch_dtype": "_C"}, "bad_config", "no number format"),
     ("image", "config", {"text_config": {"quantization_config": {"bits": 4}}}, "quantised", "quantised from"),
     ("image", "config", {"image_processor_type": "RagRetriever"}, "bad_config", "none of the kind"),

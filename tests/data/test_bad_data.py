@@ -218,7 +218,7 @@ def test_a_background_that_hides_the_drawing_is_a_warning_whose_mend_mends(
     (note,) = lost(planned(tiny_resnet, data, background=background))
     assert note.startswith("100% of the images")
     assert "(transparency)" in note
-    assert f"settings.background = {mend}" in note
+    assert f"--set settings.background={mend}" in note
     assert not lost(planned(tiny_resnet, data, background=mend))
 
 

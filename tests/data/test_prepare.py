@@ -300,7 +300,7 @@ def test_the_same_content_in_two_splits_is_said(folder: Path, tmp_path: Path) ->
     shutil.copytree(folder, root / "train")
     put(root / "test" / "cat" / "copy.png", (folder / "cat" / "1.png").read_bytes())
     put(root / "test" / "dog" / "new.png", png(77))
-    assert "1 sample of test has the same content as a training sample" in read(root).summary.notes[0]
+    assert "1 sample of test has the same content as a training sample" in read(root).summary.warnings[0]
 
 
 def test_tables_with_wrong_columns(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_one_run_is_shown_whole(screen: Screen, storage: Path) -> None:
     out = screen("runs", "show", "second", "--storage", storage)[1]
     run = orchestrator.open_run(storage / "second")
     assert "training.epochs 3" in " ".join(out.split())
-    assert f"{run.results['best_epoch']} best" in out
+    assert f"{run.results['best_epoch']} kept" in out
     assert f"{run.accuracy:.3f}" in out
     assert "orchestrator finetune" in screen("runs", "show", storage / "cut")[1]
     told = json.loads(screen("runs", "show", storage / "second", "--json")[1])

@@ -18,6 +18,7 @@ import orchestrator
 from orchestrator.errors import DataError
 from orchestrator.job import Data
 from orchestrator.modality import Modality, registry
+from orchestrator.predictor.inputs import Columns, asked_about
 from tests.conftest import REPOSITORY, save_backbone
 from tests.plugins.test_audio import encoded, of_ast, tone
 
@@ -172,3 +173,16 @@ def test_texts_are_taken_by_their_length_and_come_back_in_order(tmp_path: Path) 
     assert [one.input for one in found] == texts
     for i in (0, 1, 79):
         assert orchestrator.predict(run, texts[i])[0].score == pytest.approx(found[i].score, abs=1e-5)
+
+
+@pytest.mark.parametrize("given", [(), ("file",)])
+def test_a_table_is_one_sample_where_the_modality_says_so(given: tuple[str, ...], tmp_path: Path) -> None:
+    """Recordings of a sensor as .csv files: `predict` read each as a table of paths."""
+    image = registry.get("image")
+    modality = dataclasses.replace(image, sample=(dataclasses.replace(image.sample[0], suffixes=(".csv",)),))
+    file = tmp_path / "recording.csv"
+    file.write_text("file,y\na.csv,2\nb.csv,3\n")
+    asked = list(asked_about([str(file)], modality, Columns(Data(path="-"), print, given)))
+    assert [(one.path, one.table) for one in asked] == (
+        [(str(tmp_path / name), str(file)) for name in ("a.csv", "b.csv")] if given else [(str(file), "")]
+    )
