@@ -60,18 +60,18 @@ def warn_of_leaks(table: IngestedTable, rows: Ints, split: Ints) -> list[str]:
     contents = table.ingested.contents()[rows]
     trained = contents[(split == TRAIN) & (contents != 0)]
     trained.sort()
-    notes = []
+    warnings = []
     for side in (VALIDATION, TEST):
         samples = np.flatnonzero(split == side)
         at = np.searchsorted(trained, contents[samples]).clip(max=max(0, len(trained) - 1))
         leaked = samples[trained[at] == contents[samples]] if len(trained) else samples[:0]
         if len(leaked):
             what = counted(len(leaked), "sample")
-            notes.append(
+            warnings.append(
                 f"{what} of {SPLITS[side]} {'has' if len(leaked) == 1 else 'have'} the same content as a training "
                 f"sample, such as {table.place(int(rows[leaked[0]]))}: the figures of {SPLITS[side]} are too good"
             )
-    return notes
+    return warnings
 
 
 def warn_of_contradictions(table: IngestedTable, rows: Ints) -> list[str]:

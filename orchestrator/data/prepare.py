@@ -89,16 +89,15 @@ def _prepare(
     warnings = warn_of_contradictions(table, rows) if task != "regression" else []
     if classes:
         split = split_for_evaluation(table, rows)
-        warnings += warn_of_leaks(table, rows, split)
     else:
         strata, strata_names = strata_of(targets, names, task)
         split = split_samples(table, rows, strata, strata_names, len(names), source.ready_made, spec, fewest_validation)
         hint = hint_of_separator(ingested, spec, task)
         refuse_unlearnable(exact, split, names, task, hint)
         warnings += [hint] if hint else []
-        warnings += warn_of_leaks(table, rows, split)
         notes += notes_on_labels(ingested, names, spec, task, hint)
         notes += _notes_on_splits(split, spec.validation_fraction is None and fewest_validation > 0)
+    warnings += warn_of_leaks(table, rows, split)
     if keep:
         _write_index(directory / INDEX_FILE, table, rows, targets, split, grouped=spec.group_column is not None)
     summary = DataSummary(

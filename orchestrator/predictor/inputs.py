@@ -145,7 +145,7 @@ def _names_samples(file: str | Path, modality: Modality, columns: Columns) -> bo
     """Whether it is a table of samples; not where samples are files of that suffix, unless the user names a column."""
     suffix = Path(file).suffix.lower()
     is_sample = suffix in modality.sample[0].suffixes and not columns.given
-    return os.path.isfile(file) and suffix in TABLE_SUFFIXES and not is_sample
+    return suffix in TABLE_SUFFIXES and not is_sample and os.path.isfile(file)
 
 
 def _is_table(one: object) -> bool:

@@ -10,9 +10,11 @@ answers better. Knows nothing of features, and of no run's storage.
 """
 
 from orchestrator.tasks.choice import (
+    LOWEST as LOWEST,
     Comparison as Comparison,
     compare as compare,
     may_be_as_good as may_be_as_good,
+    rank_of as rank_of,
     what_was_chosen as what_was_chosen,
 )
 from orchestrator.tasks.intervals import wilson as wilson

@@ -53,15 +53,35 @@ class Comparison:
         return replace(self, difference=difference)
 
 
-def may_be_as_good(accuracy: float, highest: float, num_samples: int) -> bool:
-    """Whether a validation split is so small that it cannot tell this accuracy from the highest one so far.
+Rank = tuple[float, float]
+"""(accuracy, 0 where the task has none; the loss below 0): the larger the better."""
+LOWEST: Rank = (-1.0, -math.inf)
+"""Of what has no figures, or a loss that is no number."""
+
+
+def rank_of(task: str, figures: Mapping[str, Any]) -> Rank:
+    """How good an epoch is, by its validation figures: the most right; of equals the surest.
+
+    Small validation sets have many equals, and with several labels a sample hardly any is wholly right at first:
+    there the loss decides.
+    """
+    loss = figures.get("validation_loss")
+    if loss is None or math.isnan(loss):
+        return LOWEST
+    return (figures["validation_accuracy"] if task == "single-label" else 0.0), -loss
+
+
+def may_be_as_good(task: str, rank: Rank, highest: Rank, num_samples: int) -> bool:
+    """Whether a validation split is so small that it cannot tell an epoch's accuracy from the highest so far.
 
     Of many epochs the one that a small split likes best is the luckiest; the last one of those that may be as good has
     the lowest learning rate. The noise is the standard error of the highest accuracy, by Laplace's rule of succession.
     """
-    share = (highest * num_samples + 1) / (num_samples + 2)
+    if task != "single-label" or LOWEST in (rank, highest):
+        return False
+    share = (highest[0] * num_samples + 1) / (num_samples + 2)
     noise = math.sqrt(share * (1 - share) / max(1, num_samples))
-    return noise > _TELLS and accuracy >= highest - noise
+    return noise > _TELLS and rank[0] >= highest[0] - noise
 
 
 def compare(task: str, kept: Predictions, other: Predictions) -> Comparison:

@@ -5,13 +5,12 @@ Where the validation split is too small to tell epochs apart, the last one that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from orchestrator.job import Phase
-from orchestrator.tasks import Comparison, Predictions, compare, may_be_as_good
+from orchestrator.tasks import Comparison, Predictions, compare, may_be_as_good, rank_of
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.evaluate import predict_split
 from orchestrator.training.state import Session
@@ -52,31 +51,24 @@ class BestEpoch:
         if "validation_loss" not in line:
             session.note_of(state.phase, **line)
             return True
-        rank = self._rank(line)
-        is_noted = rank > self._rank(state.candidates.get(str(state.phase), {}))
+        task, highest = session.plan.job.task, (state.best_accuracy, -state.best_loss)
+        rank = rank_of(task, line)
+        is_noted = rank > rank_of(task, state.candidates.get(str(state.phase), {}))
         compared = self._compared(line, predictions)
         if compared is not None and (is_noted or compared.is_won):
-            state.comparison, is_noted = asdict(compared), True
-        if is_noted:
+            state.comparison = asdict(compared)
+        if compared is not None:
+            is_kept = compared.is_won
+        else:
+            is_kept = rank > highest
+            if not self._phase.must_win:  # else its comparison says whether validation can tell
+                is_kept |= may_be_as_good(task, rank, highest, len(predictions.rows))
+        if is_noted or is_kept:
             session.note_of(state.phase, **line)
-        if compared is not None and not compared.is_won:
-            return False
-        is_highest = rank > (state.best_accuracy, -state.best_loss) or self._before is not None
-        self._before = None  # from here on epochs compete with one another, where validation can tell them apart
-        if is_highest:
+        if is_kept and (rank > highest or self._before is not None):
             state.best_accuracy, state.best_loss, state.highest_epoch = rank[0], -rank[1], line["epoch"]
-        return is_highest or compared is not None or self._may_be_as_good(line, rank[0], len(predictions.rows))
-
-    def _may_be_as_good(self, line: Mapping[str, Any], accuracy: float, num: int) -> bool:
-        """Whether this later epoch replaces the one that is kept, although another one had higher figures.
-
-        `accuracy`: below 0 where its loss is no number.
-        """
-        session = self._session
-        if self._phase.must_win or session.plan.job.task != "single-label":
-            return False
-        if is_kept := may_be_as_good(accuracy, session.state.best_accuracy, num):
-            session.note_of(session.state.phase, **line)
+        if is_kept:
+            self._before = None  # from here on epochs compete with one another, where validation can tell them apart
         return is_kept
 
     def _compared(self, line: Mapping[str, Any], predictions: Predictions) -> Comparison | None:
@@ -92,14 +84,3 @@ class BestEpoch:
             return None
         won = Comparison(**state.comparison)
         return None if won.tells else won.of_later(task, state.candidates[str(state.phase - 1)], line)
-
-    def _rank(self, line: Mapping[str, Any]) -> tuple[float, float]:
-        """The most right; of equals the surest.
-
-        Small validation sets have many equals, and with several labels a sample hardly any is wholly right at first:
-        there the loss decides.
-        """
-        loss = line.get("validation_loss")
-        if loss is None or math.isnan(loss):
-            return -1.0, -math.inf
-        return (line["validation_accuracy"] if self._session.plan.job.task == "single-label" else 0.0), -loss

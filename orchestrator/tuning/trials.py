@@ -8,14 +8,13 @@ trials.jsonl     what came of each that has ended
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestrator.errors import JobError, RefusedError, did_you_mean
 from orchestrator.job import SEARCH_FILE, HeldRun, Run, read_lines
-from orchestrator.tasks import may_be_as_good
+from orchestrator.tasks import LOWEST, may_be_as_good, rank_of
 from orchestrator.tuning.space import Config
 
 PROPOSED_FILE, TRIALS_FILE = "proposed.jsonl", "trials.jsonl"
@@ -43,15 +42,12 @@ class Metric:
 
     def best_line(self, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
         """The line of the epoch whose weights a run of the task keeps; None where nothing was held back."""
-        best, highest = None, (-1.0, -math.inf)
+        best, highest = None, LOWEST
         for line in lines:
-            if line.get("validation_loss") is None:
-                continue
-            accuracy = line["validation_accuracy"] if self.task == "single-label" else 0.0
-            rank = (accuracy, -line["validation_loss"])
+            rank = rank_of(self.task, line)
             if rank > highest:
                 best, highest = line, rank
-            elif self.task == "single-label" and may_be_as_good(accuracy, highest[0], self.num_validation):
+            elif may_be_as_good(self.task, rank, highest, self.num_validation):
                 best = line
         return best
 

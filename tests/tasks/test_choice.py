@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from orchestrator.tasks.choice import Comparison, compare, may_be_as_good
+from orchestrator.tasks.choice import LOWEST, Comparison, compare, may_be_as_good, rank_of
 from orchestrator.tasks.metrics import Predictions
 
 
@@ -65,7 +67,15 @@ def test_many_samples_decide_and_few_keep_away_what_is_worse(num: int, worse: in
 def test_few_samples_cannot_tell_an_accuracy_from_the_highest(
     accuracy: float, highest: float, num: int, may_be: bool
 ) -> None:
-    assert may_be_as_good(accuracy, highest, num) is may_be
+    assert may_be_as_good("single-label", (accuracy, -0.5), (highest, -0.5), num) is may_be
+    assert not may_be_as_good("regression", (0.0, -0.5), (0.0, -0.4), num)
+
+
+def test_what_is_no_number_is_never_as_good() -> None:
+    nothing = rank_of("single-label", {"validation_loss": math.nan, "validation_accuracy": 0.5})
+    assert nothing == rank_of("single-label", {}) == LOWEST
+    for highest in (LOWEST, (0.1, -2.0)):
+        assert not may_be_as_good("single-label", nothing, highest, 10)
 
 
 def test_no_difference_seen_in_few_samples_is_not_one_without_noise() -> None:
