@@ -68,6 +68,8 @@ FIXED_SIZE = {
     "vit_msn",
     "siglip2",
 }
+# What they write into tensors, or fill them with, is float32, or too large for bfloat16, whatever the others are.
+FP32_ONLY = {"deberta", "xmod"}
 # Their windows do not fit into feature maps smaller than those of their own size.
 NOT_SMALLER = {"swin", "donut-swin"}
 
@@ -252,6 +254,7 @@ def rows_of(modality: str) -> dict[str, Any]:
             "may_be_new": MAY_BE_NEW.get(model_type, may_be_new),
             **({"size": "fixed"} if model_type in FIXED_SIZE else {}),
             **({"size": "larger"} if model_type in NOT_SMALLER else {}),
+            **({"fp32_only": True} if model_type in FP32_ONLY else {}),
             **({"prefix": PREFIX[model_type]} if modality == "image" and model_type in PREFIX else {}),
         }
     pooled = {}

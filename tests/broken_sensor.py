@@ -279,6 +279,18 @@ def build_infinite(plan: Any, directory: Any) -> Any:
     return _after(plan, directory, lambda output: output * float("nan"))
 
 
+def _into_float32(output: Any) -> Any:
+    import torch
+
+    logits = torch.zeros(output.shape)
+    logits[torch.arange(len(output))] = output
+    return logits
+
+
+def build_for_float32(plan: Any, directory: Any) -> Any:
+    return _after(plan, directory, _into_float32)
+
+
 def build_detached(plan: Any, directory: Any) -> Any:
     return _after(plan, directory, lambda output: output.detach())
 

@@ -116,7 +116,7 @@ class _Pool:
                 fn_constructor_args=(work, [todo]),  # in a list: the reference itself, not what it stands for
                 compute=ray.data.ActorPoolStrategy(size=min(self.of.num, len(pieces)), max_tasks_in_flight_per_actor=1),
                 num_cpus=self.of.threads,
-                num_gpus=1 if self.of.use_gpu else None,
+                num_gpus=plan.job.scaling.gpus_per_worker if self.of.use_gpu else None,
                 # Where a sample kills whoever decodes it, it would else be tried for ever.
                 max_task_retries=plan.job.scaling.max_failures,
             )

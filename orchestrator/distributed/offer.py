@@ -70,6 +70,11 @@ def _kind(plan: Plan) -> dict[str, float]:
     return {f"accelerator_type:{kind}": 0.001} if kind else {}
 
 
+def gpu_places(num_gpus: float, share: float) -> int:
+    """How many processes have a place on so many GPUs, each with that share of one: a process is on one GPU alone."""
+    return int(num_gpus) * int(1 / share + 1e-9)
+
+
 def _num_gpus(plan: Plan) -> float:
     return _num_processes(plan) * plan.job.scaling.gpus_per_worker
 
@@ -87,7 +92,8 @@ def _use_gpu(plan: Plan, most: Mapping[str, float], report: Report) -> bool:
             report(Noted("device auto: the cluster has no GPU, so all run on CPUs"))
         return False
     lacks = [kind.partition(":")[2] for kind in _kind(plan) if not most.get(kind)]
-    if gpus >= least and not lacks:
+    places = gpu_places(gpus, scaling.gpus_per_worker)
+    if places >= _num_processes(plan) and not lacks:
         if wanted == "auto":
             report(Noted(f"device auto: on {least:g} of the cluster's {gpus:g} GPUs"))
         return True
@@ -99,7 +105,7 @@ def _use_gpu(plan: Plan, most: Mapping[str, float], report: Report) -> bool:
     if wanted == "gpu":
         lower = "correct scaling.accelerator_type" if lacks else "lower scaling.num_workers"
         raise RefusedError("resources", what, mend=f"{lower}, or use device cpu")
-    report(Noted(f"{what}: all run on CPUs; for the GPUs, lower scaling.num_workers to {max(1, int(gpus))}"))
+    report(Noted(f"{what}: all run on CPUs; for the GPUs, lower scaling.num_workers to {max(1, places)}"))
     return False
 
 
@@ -139,7 +145,7 @@ def _threads_of(plan: Plan, num: int, use_gpu: bool) -> int:
     for nodes in (today, [*today, *_node_types()]):
         for threads in range(int(max((node.get("CPU", 0) for node in nodes), default=1)), 0, -1):
             places = (
-                min(node.get("CPU", 0) // threads, node.get("GPU", 0) // share if use_gpu else math.inf)
+                min(node.get("CPU", 0) // threads, gpu_places(node.get("GPU", 0), share) if use_gpu else math.inf)
                 for node in nodes
             )
             if sum(places) >= num:

@@ -133,7 +133,7 @@ def compute_features(
         choice = Choice(used_before.format)
     else:
         choice = choose(
-            plan.job.training.precision, body, source, rows["train"], worker, cache.group,
+            plan.precision, body, source, rows["train"], worker, cache.group,
             lambda format: _num_missing(set_of(format), samples, catalog, everything),
         )  # fmt: skip
         if worker.rank == 0:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from orchestrator.errors import JobError
-from orchestrator.job import DataSummary, Job, Recipe
+from orchestrator.job import BackboneRow, DataSummary, Job, Recipe
 from orchestrator.modality import Modality
 
 
-def refuse_senseless(job: Job, modality: Modality, data: DataSummary, recipe: Recipe) -> None:
+def refuse_senseless(job: Job, modality: Modality, row: BackboneRow, data: DataSummary, recipe: Recipe) -> None:
     """Raise `JobError` for what cannot be meant together."""
     if job.training.patience is not None and not data.num_samples.get("validation"):
         raise JobError(
             "training.patience waits for a better validation, and there are no validation samples",
             expected="a validation split", mend="set data.validation_fraction = 0.1, or leave training.patience out",
+        )  # fmt: skip
+    if job.training.precision == "bf16" and row.fp32_only:
+        raise JobError(
+            f"training.precision = 'bf16', and {row.architecture} has layers that fail on bfloat16",
+            expected="auto, which is fp32 for it, or fp32", mend="leave training.precision out",
         )  # fmt: skip
     if job.training.mix != "none":
         refuse_unknown_mix(job, modality)

@@ -60,7 +60,7 @@ def make_plan(
         job, data.num_samples["train"], keeps_features=may_keep_features(job) and (views > 0 or not adapted.augmented),
         kind=kind_of(tensors), num_validation=data.num_samples["validation"],
     )  # fmt: skip
-    refuse_senseless(job, modality, data, recipe)
+    refuse_senseless(job, modality, row, data, recipe)
     num_extractors = (job.scaling.num_extractors or 0) if recipe.needs_features else 0
     extractor_threads = _threads(job, num_extractors, "extractors", num_cores)
     return Plan(

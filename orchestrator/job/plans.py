@@ -97,6 +97,8 @@ class BackboneRow(_Plain):
     size: Literal["any", "fixed", "larger", "patches"] = "any"
     """Whether the input's size can be chosen: freely, not at all, not below the backbone's own, or in whole
     patches."""
+    fp32_only: bool = False
+    """Whether its layers fail on bfloat16: `precision` auto means fp32 then, wherever it runs."""
 
 
 class Adaptation(_Plain):
@@ -274,6 +276,11 @@ class Plan(_Plain):
     extractor_threads: int = 1
     ray: bool = False
     """Whether workers are processes of a Ray cluster, or this process."""
+
+    @property
+    def precision(self) -> Literal["auto", "fp32", "bf16"]:
+        """The job's, or fp32 where the network takes nothing else."""
+        return "fp32" if self.row.fp32_only else self.job.training.precision
 
 
 def read_plan_json(text: str) -> Plan:

@@ -45,7 +45,10 @@ from orchestrator.network.network import (
     is_adapter as is_adapter,
     set_mode as set_mode,
 )
-from orchestrator.network.optimizer import make_optimizer as make_optimizer
+from orchestrator.network.optimizer import (
+    make_optimizer as make_optimizer,
+    take_step as take_step,
+)
 from orchestrator.network.pooled import build_pooled as build_pooled
 from orchestrator.network.strategy import (
     GradientReduction as GradientReduction,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orchestrator.job import Phase, Training
 from orchestrator.network.network import Network, within
@@ -42,3 +42,14 @@ def _optimizer(training: Training, groups: list[dict[str, Any]], fused: bool) ->
             groups, lr=0.0, momentum=training.momentum, nesterov=training.momentum > 0, fused=fused or None
         )
     return torch.optim.AdamW(groups, lr=0.0, fused=fused or None)
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Move the parameters, unless the loss of their gradients is not finite: it is told later whose fault that is.
+
+    That goes without waiting for a GPU, whose fused optimizers look themselves (`found_inf`, as GradScaler uses it).
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = (~loss.detach().isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.step()

@@ -213,7 +213,7 @@ def channels_last(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def autocast(plan: Plan, worker: Worker) -> contextlib.AbstractContextManager[Any]:
     """bf16 where the plan wants it and the device has it."""
-    wanted = plan.job.training.precision
+    wanted = plan.precision
     cuda = worker.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "bf16" or (wanted == "auto" and cuda):
         return torch.autocast(worker.device.type, dtype=torch.bfloat16)

@@ -185,6 +185,9 @@ def _check_steps(trial: Trial, modality: Modality) -> None:
             "batch", "samples of both classes give the same logits: what is in them does not reach the network",
             expected="logits that depend on the sample",
         )  # fmt: skip
+    if not plan.row.fp32_only:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), _in_bfloat16():
+            logits_of(trial, inputs)
     before = _state(network)
     objective = make_objective(plan, network)
     with torch.random.fork_rng(), torch.enable_grad():
@@ -206,6 +209,19 @@ def _check_steps(trial: Trial, modality: Modality) -> None:
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     _check_moved(network, before)
+
+
+@contextlib.contextmanager
+def _in_bfloat16() -> Iterator[None]:
+    """Name what fails there: on a GPU, `precision` auto is bfloat16."""
+    try:
+        yield
+    except ContractError as error:
+        raise ContractError(
+            "build", f"in bfloat16, which is what a GPU trains in unless it is told otherwise: {error.message}",
+            expected="a network that runs under torch.autocast",
+            mend="cast what is written into tensors to their dtype, or say fp32_only=True in the type's BackboneRow",
+        ) from error  # fmt: skip
 
 
 def _check_moved(network: Network, before: Mapping[str, Tensor]) -> None:

@@ -204,6 +204,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, nn.Para
                 f"the checkpoint is of another network: its optimizer had {name}", mend="start over with --fresh"
             )
         parameter = named[name]
-        on_host = entry == "step" and not optimizer.defaults.get("fused")  # as torch itself keeps it
-        device = "cpu" if on_host else parameter.device
-        optimizer.state[parameter][entry] = value.clone().to(device)
+        if value.shape == parameter.shape and entry != "step":
+            # In the parameter's memory format too, without which a fused optimizer refuses it.
+            kept = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+        else:
+            on_host = entry == "step" and not optimizer.defaults.get("fused")  # as torch itself keeps it
+            kept = value.clone().to("cpu" if on_host else parameter.device)
+        optimizer.state[parameter][entry] = kept

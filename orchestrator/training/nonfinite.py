@@ -59,7 +59,7 @@ def blame(session: Session, moving: ckpt.Tensors, own: Own, number: int, loss: f
         else:
             seen.bad_inputs += bad
         seen.bad_outputs += _fails(session, batch)
-        if session.plan.job.training.precision != "fp32":
+        if session.plan.precision != "fp32":
             seen.in_fp32 += _fails(session, batch, exact=True)
     earlier = _step_of_checkpoint(session, moving)
     if earlier is not None:
@@ -91,7 +91,7 @@ def _judge(
         return f"the backbone's weights are to blame: {names[0]} of them is not finite", (
             "fetch or save the backbone again"
         )
-    if seen.bad_outputs and not broken and not seen.in_fp32 and session.plan.job.training.precision != "fp32":
+    if seen.bad_outputs and not broken and not seen.in_fp32 and session.plan.precision != "fp32":
         return f"the precision is to blame: in fp32 the network gives finite values for {_named(seen.bad_outputs)}", (
             "set training.precision = fp32, and start over with --fresh"
         )

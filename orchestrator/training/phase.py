@@ -30,6 +30,7 @@ from orchestrator.network import (
     freeze,
     make_optimizer,
     set_mode,
+    take_step,
 )
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.averaging import Average
@@ -219,13 +220,13 @@ class PhaseLoop:
         told = worker.all_reduce_sum(torch.tensor([num_samples, session.should_stop(), due], dtype=torch.float64))
         num_samples, stop, due = told.tolist()
         self._unread.append((sums, num_samples, number, own))
-        # What a GPU has computed is looked at a step later, when it is there: so nobody waits for it. On a CPU before
-        # the step, so that a loss that is not finite spoils no weights.
+        # What a GPU has computed is looked at a step later, when it is there: so nobody waits for it. A loss that is
+        # not finite moves no weights there either.
         self._read_sums(keep=0 if worker.device.type == "cpu" else 1)
         # Of a batch that nobody could read there is nothing to learn.
         reduction.finish((1.0 / sums[1]).float() if num_samples else 0.0)
         if num_samples:
-            self._take_step()
+            self._take_step(sums[0])
             statistics.average()
             if self.average is not None:
                 self.average.update(state.step)
@@ -236,14 +237,14 @@ class PhaseLoop:
         worker, num = self.session.worker, self.session.plan.recipe.num_microbatches
         return [(one, split_evenly(rows, one, num)) for one in range(worker.rank, num, worker.num_workers)]
 
-    def _take_step(self) -> None:
+    def _take_step(self, loss: Tensor) -> None:
         training = self.session.plan.job.training
         if training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.named.values(), training.clip_norm)
         factor = rate_factor(self.session.plan, self.phase.num_steps, self.session.state.step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        self.optimizer.step()
+        take_step(self.optimizer, loss)
 
     def _read_sums(self, keep: int = 0) -> None:
         """Add what steps summed up to the epoch's figures, but for the `keep` newest. Raises `TrainingError`."""

@@ -67,9 +67,9 @@ def can_be_stacked(network: Network, cut: Cut) -> bool:
 
 
 def head_weights(network: Network, cut: Cut) -> Weights:
-    """A copy of the weights behind the cut, by their names in the network: float32, as they are before training."""
+    """A copy in main memory of the weights behind the cut, by their names in the network: float32, before training."""
     return {
-        f"{name}.{inner}": parameter.detach().clone()
+        f"{name}.{inner}": parameter.detach().to("cpu", copy=True)
         for name in cut.modules for inner, parameter in network.module.get_submodule(name).named_parameters()
     }  # fmt: skip
 

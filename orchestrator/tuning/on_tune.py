@@ -24,6 +24,7 @@ from ray.tune.search import Searcher
 
 from orchestrator.distributed.cluster import failures_of
 from orchestrator.distributed.joining import joined
+from orchestrator.distributed.offer import gpu_places, resources_of
 from orchestrator.errors import InterruptedRunError, RefusedError
 from orchestrator.gate import num_cores
 from orchestrator.job import EpochEnded, Event, PhaseBegan, Plan, Run
@@ -127,7 +128,7 @@ class TuneTrials:
             # On this node: another one that is lost takes workers with it, which are replaced, and no trial.
             here = f"node:{ray.util.get_node_ip_address()}"
             return tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES, here: _DRIVER_SHARE}])
-        return tune.PlacementGroupFactory([{"CPU": self._room.threads, **({"GPU": 1} if self._room.use_gpu else {})}])
+        return tune.PlacementGroupFactory([resources_of(plan, self._room.threads, self._room.use_gpu)])
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its parts into a folder that nobody reads."""
@@ -218,11 +219,12 @@ def room_for(plan: Plan, most: int, asked: int | None) -> Room:
     there = ray.cluster_resources()
     cores, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
     scaling = plan.job.scaling
-    use_gpu = gpus > 0 and scaling.device != "cpu"
     processes = max(plan.num_workers, plan.num_extractors)
-    wanted = min(most, asked or (gpus // processes if use_gpu else _MOST_HERE))
+    places = gpu_places(gpus, scaling.gpus_per_worker)
+    use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and places >= processes)
+    wanted = min(most, asked or (places // processes if use_gpu else _MOST_HERE))
     threads = scaling.threads_per_worker or max(1, cores // (processes * max(1, wanted)))
-    room = min(cores // (processes * threads), gpus // processes if use_gpu else cores)
+    room = min(cores // (processes * threads), places // processes if use_gpu else cores)
     if room < 1:
         raise RefusedError(
             "resources",

@@ -53,7 +53,7 @@ def grouped(tasks: Sequence[PendingTrial]) -> list[list[PendingTrial]]:
         plan, recipe = task.plan, task.plan.recipe
         training = plan.job.training
         alike = [
-            plan.backbone.source, plan.input, plan.job.settings, plan.data.fingerprint, training.precision,
+            plan.backbone.source, plan.input, plan.job.settings, plan.data.fingerprint, plan.precision,
             training.optimizer, recipe.batch_size, recipe.num_steps,
         ]  # fmt: skip
         groups.setdefault(json.dumps(alike, sort_keys=True), []).append(task)

@@ -100,10 +100,26 @@ def test_gpus_are_shared_and_of_one_kind(plan: Plan) -> None:
     assert offer.resources_of(shared, 2, use_gpu=True) == {"CPU": 2, "GPU": 0.5}
     with pytest.raises(RefusedError, match=r"3 processes want 0\.5 of a GPU each, and the cluster has 1"):
         offer.offer_of(with_scaling(plan, num_workers=3, gpus_per_worker=0.5, device="gpu"), notes.append)
+    uneven = with_scaling(plan, gpus_per_worker=0.4, num_workers=3)  # two fit on a GPU, and none on what is left
+    assert not offer.offer_of(uneven, notes.append)["use_gpu"]
+    assert "lower scaling.num_workers to 2" in str(notes[-1])
     assert offer.offer_of(with_scaling(plan, num_workers=1, accelerator_type="L4"), notes.append)["use_gpu"]
     with pytest.raises(RefusedError, match="the kind H100 are wanted, and the cluster has L4") as caught:
         offer.offer_of(with_scaling(plan, num_workers=1, accelerator_type="H100"), notes.append)
     assert "scaling.accelerator_type" in caught.value.mend
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_trials_share_gpus_as_workers_do(plan: Plan) -> None:
+    from orchestrator.tuning.on_tune import Room, room_for
+
+    one = with_scaling(plan, num_workers=1)
+    assert room_for(one, 8, None) == Room(1, 6, use_gpu=True)
+    assert room_for(with_scaling(one, gpus_per_worker=0.25), 8, None) == Room(4, 1, use_gpu=True)
+    assert room_for(with_scaling(plan, gpus_per_worker=0.5), 8, None) == Room(1, 3, use_gpu=True)
+    assert not room_for(plan, 8, None).use_gpu  # two workers and one GPU: on CPUs, as a job that is no search
+    with pytest.raises(RefusedError, match="2 processes of 3 threads and a GPU each, and the cluster has 6 CPUs and 1"):
+        room_for(with_scaling(plan, device="gpu"), 8, None)
 
 
 @pytest.mark.usefixtures("_two_nodes")

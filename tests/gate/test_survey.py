@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +30,8 @@ from orchestrator.network.network import Network
 MODALITIES = ("image", "audio", "text")
 CUTS: dict[tuple[str, str], Cut | None] = {}
 """(type, kind of checkpoint) -> where it is cut into body and head; filled while the classes run."""
+IN_BFLOAT16: dict[str, str] = {}
+"""Type -> what its network raises in bfloat16, as a GPU trains by default, or ""; filled with `CUTS`."""
 SUFFIXES = ("ForImageClassification", "ForAudioClassification", "ForSequenceClassification")
 NUM_LABELS = 5
 
@@ -254,6 +256,19 @@ def look_at_the_cut(model: Any, modality: str, batch: dict[str, Any]) -> None:
         assert not frozen, f"{model.config.model_type}, {checkpoint}: {frozen[0]} is random, and frozen"
         cut, _ = find_cut(Network(model, head, (), (), lambda *_: None), of_all_lengths(batch, model.config))
         CUTS[model.config.model_type, checkpoint] = cut
+    IN_BFLOAT16[model.config.model_type] = in_bfloat16(lambda: model(**batch))
+
+
+def in_bfloat16(call: Callable[[], Any]) -> str:
+    """What it raises there, or ""."""
+    import torch
+
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def of_all_lengths(batch: dict[str, Any], config: Any) -> dict[str, Any]:
@@ -386,6 +401,7 @@ def test_the_gate_accepts_the_right_pairs_of_some_types() -> None:
     for model_type, modalities in right.items():
         assert {name for name in MODALITIES if answer(card(model_type), name) == "accepted"} == modalities
         assert any(kind == model_type and cut is not None for (kind, _), cut in CUTS.items())
+    those_that_fail_on_bfloat16_say_so()
 
 
 @pytest.mark.long
@@ -394,6 +410,7 @@ def test_the_gate_accepts_the_right_pairs_and_no_other_and_every_type_is_cut() -
     """One test, since all types run for it, which takes a minute: nothing random is frozen either."""
     accepts_the_right_pairs(run_all())
     all_are_cut()
+    those_that_fail_on_bfloat16_say_so()
 
 
 def all_are_cut() -> None:
@@ -407,6 +424,12 @@ def all_are_cut() -> None:
     assert len(seen) > 150
     print("not looked at:", sorted(set(accepted) - seen))
     assert {key for key, cut in CUTS.items() if cut is None} == EVERY_STEP
+
+
+def those_that_fail_on_bfloat16_say_so() -> None:
+    rows = {name: row for modality in MODALITIES for name, row in registry.get(modality).rules.accepts.items()}
+    say = {name for name in IN_BFLOAT16 if rows[name].fp32_only}
+    assert {name: problem for name, problem in IN_BFLOAT16.items() if problem}.keys() == say, IN_BFLOAT16
 
 
 def accepts_the_right_pairs(right: dict[str, set[str]]) -> None:

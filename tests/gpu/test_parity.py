@@ -1,8 +1,8 @@
 """The same on a GPU as on the CPU, in float32: forward, training, going on, features, two ranks over NCCL.
 
-    python -m pytest -m gpu -rs tests/gpu
+    python -m pytest -m gpu -rs tests
 
-Skipped, and said to be, where torch finds no GPU.
+Skipped, and said to be, where torch finds no GPU. Tests that run on both stand elsewhere (`tests.devices.both`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ import orchestrator
 from orchestrator.errors import InterruptedRunError
 from orchestrator.modality import registry
 from orchestrator.network import channels_last, find_device, freeze, make_optimizer, on_device, set_mode, start_worker
+from tests.devices import on_a_gpu
 from tests.network.test_strategy import assert_as_one, on_two_ranks
 from tests.tiny import WORDS, make_bert
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
-]
+pytestmark = on_a_gpu
 TOLERANCE = 1e-4  # relative to the largest, of sums in another order
 
 
@@ -79,7 +77,7 @@ def test_logits_are_the_cpus(name: str, backbones: dict[str, Path], flat_digits:
         with start_worker(2, device):  # float32 is float32 there, whatever the caller allows
             network = plugin.build(plan, backbones[name])
             network.module.to(device, memory_format=torch.channels_last)
-            set_mode(network, plan, training=False)
+            set_mode(network, plan.recipe.phases[0], training=False)
             with torch.no_grad():
                 logits.append(network.logits(channels_last(on_device(inputs, device))).cpu())
     assert logits[1].dtype == torch.float32
@@ -131,8 +129,9 @@ def test_the_optimizer_is_fused(tiny_resnet: Path, flat_digits: Path) -> None:
     assert plugin.build is not None
     network = plugin.build(plan, tiny_resnet)
     network.module.to("cuda")
-    freeze(network, plan)
-    optimizer, _ = make_optimizer(network, plan)
+    phase = plan.recipe.phases[0]
+    freeze(network, phase)
+    optimizer, _ = make_optimizer(network, plan.job.training, phase)
     assert optimizer.defaults["fused"]
 
 

@@ -162,6 +162,8 @@ def test_the_body_is_the_checkpoints_and_the_head_stands_on_it(
         assert torch.equal(value, theirs[name]), name
     with torch.no_grad():
         whole = network.logits(batch)
+        with torch.autocast("cpu", torch.bfloat16):  # as a GPU trains by default
+            assert network.logits(batch).isfinite().all()
         cut, error = find_cut(network, batch)
         assert cut is not None
         assert error <= 1e-4

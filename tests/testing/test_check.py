@@ -177,6 +177,7 @@ def test_the_own_entry_point_is_no_collision(tmp_path: Path, monkeypatch: pytest
         ({"build": broken.build_head_of_no_name}, "build", "the head 'last' is no module"),
         ({"build": broken.build_wide}, "build", "logits float32 [8, 9]"),
         ({"build": broken.build_infinite}, "build", "the loss is nan"),
+        ({"build": broken.build_for_float32}, "build", "in bfloat16, which is what a GPU trains in"),
         ({"build": broken.build_still}, "build", "a step changes nothing: no gradient reaches the head"),
         ({"build": broken.build_detached}, "build", "the backward pass raises"),
         ({"build": broken.build_thawed}, "build", "steps with method head change"),
@@ -289,6 +290,12 @@ def test_every_task_that_is_declared_is_trained_for() -> None:
     error = caught(dataclasses.replace(SENSOR, tasks=tasks, build=broken.build_wide_for_numbers))
     assert error.field == "build"
     assert "for the task regression, the network gives logits float32 [8, 9]" in str(error)
+
+
+def test_a_network_for_float32_alone_says_so() -> None:
+    row = BackboneRow(head=("8",), fp32_only=True)
+    rules = dataclasses.replace(SENSOR.rules, accepts={"sensor-cnn": row})
+    check_modality(dataclasses.replace(SENSOR, build=broken.build_for_float32, rules=rules), BACKBONE)
 
 
 def test_two_fields_and_an_optional_one() -> None:

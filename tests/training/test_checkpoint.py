@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import nn
 
 from orchestrator.errors import CheckpointError, RefusedError
 from orchestrator.job import HeldRun
+from orchestrator.network import take_step
 from orchestrator.training import checkpoint as ckpt
 from tests.held import held
 from tests.training.checkpoints import cut_at, made, place_of, same, steps_in
@@ -223,3 +225,32 @@ def test_an_optimizer_goes_on_as_if_it_had_not_stopped() -> None:
     assert same(tensors_of(module), tensors_of(other))
     with pytest.raises(CheckpointError, match=r"its optimizer had 0\.weight"):
         ckpt.restore_optimizer(again, {}, kept)
+
+
+def test_an_optimizers_state_is_restored_in_the_memory_format_of_its_parameter() -> None:
+    """A fused one on a GPU refuses another: no run with convolutions went on there."""
+    layer = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    named = dict(layer.named_parameters())
+    optimizer, again = (torch.optim.AdamW(layer.parameters(), fused=True) for _ in range(2))
+    layer(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    saved = {name: tensor.contiguous() for name, tensor in ckpt.optimizer_tensors(optimizer, named).items()}
+    ckpt.restore_optimizer(again, named, saved)
+    for entry in ("exp_avg", "exp_avg_sq"):
+        restored = again.state[layer.weight][entry]
+        assert restored.stride() == layer.weight.stride()
+        assert torch.equal(restored, optimizer.state[layer.weight][entry])
+        assert not restored.requires_grad
+    assert float(again.state[layer.weight]["step"]) == 1.0
+
+
+def test_a_loss_that_is_not_finite_moves_no_weight_of_a_fused_optimizer() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    before = ckpt.copy_of(tensors_of(layer))
+    for scale, moves in ((math.nan, False), (1.0, True)):
+        optimizer.zero_grad()
+        loss = layer(torch.ones(4, 3)).sum() * scale
+        loss.backward()
+        take_step(optimizer, loss)
+        assert same(before, tensors_of(layer)) != moves

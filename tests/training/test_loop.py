@@ -18,6 +18,7 @@ from orchestrator.errors import InterruptedRunError
 from orchestrator.gate import recipes
 from orchestrator.job import Event, Noted, PhaseBegan
 from tests.conftest import REPOSITORY
+from tests.devices import both
 from tests.whole.test_train import same, silent, weights_of
 
 TWO_PHASES = recipes._MethodRow(
@@ -47,8 +48,12 @@ def two_phases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_phases")
-def test_a_recipe_of_two_phases_goes_on_wherever_it_was_stopped(tiny_resnet: Path, digits: Path) -> None:
-    whole = train(tiny_resnet, digits, name="whole")
+@both
+def test_a_recipe_of_two_phases_goes_on_wherever_it_was_stopped(tiny_resnet: Path, digits: Path, device: str) -> None:
+    more: dict[str, Any] = {"scaling": {"threads_per_worker": 1, "device": device}}
+    if device == "gpu":
+        more["training"] = {**JOB["training"], "deterministic": True}
+    whole = train(tiny_resnet, digits, name="whole", **more)
     assert [line["epoch"] for line in whole.metrics] == [1, 2, 3, 4, 5]
     assert [line["step"] for line in whole.metrics] == [4, 8, 12, 16, 20]
     phases = []
@@ -56,7 +61,7 @@ def test_a_recipe_of_two_phases_goes_on_wherever_it_was_stopped(tiny_resnet: Pat
         notes: list[Event] = []
         for stop in (at_call(number), None):
             try:
-                run = train(tiny_resnet, digits, name=f"stopped-{number}", stop=stop, report=notes.append)
+                run = train(tiny_resnet, digits, name=f"stopped-{number}", stop=stop, report=notes.append, **more)
             except InterruptedRunError:
                 assert stop is not None
         assert same(weights_of(whole), weights_of(run)), number

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import orchestrator
 from orchestrator.errors import TrainingError
 from orchestrator.modality import Collate, Plan, registry
+from tests.devices import both
 from tests.whole.test_train import silent
 
 
@@ -77,8 +78,12 @@ def test_an_input_that_is_no_number_is_named(tiny_resnet: Path, with_a_black_one
 
 
 @pytest.mark.usefixtures("dividing")
-def test_an_input_that_overflows_in_the_network_is_named(tiny_resnet: Path, with_a_black_one: Path) -> None:
-    job = {"modality": "divided_and_a_little", "training": {"batch_norm": "frozen", "batch_size": 300}}
+@both
+def test_an_input_that_overflows_in_the_network_is_named(
+    tiny_resnet: Path, with_a_black_one: Path, device: str
+) -> None:
+    training = {"batch_norm": "frozen", "batch_size": 300, "precision": "fp32"}
+    job: dict[str, Any] = {"modality": "divided_and_a_little", "training": training, "scaling": {"device": device}}
     error = blamed(tiny_resnet, with_a_black_one, **job)
     assert "an input is to blame: with its weights as they began" in error.message
     assert "black.png" in error.message

@@ -10,6 +10,7 @@ import pytest
 
 import orchestrator
 from orchestrator.tuning import SearchResult
+from tests.devices import both
 from tests.toys import write_toys
 
 EXACT = {"precision": "fp32"}  # which number format is faster, each storage finds out for itself
@@ -34,12 +35,16 @@ def compare(result: SearchResult, base: dict[str, Any], numbers: list[int]) -> N
 
 
 @pytest.mark.parametrize("backbone", ["tiny_resnet", "tiny_vit"])
-def test_scores_are_those_of_separate_runs(backbone: str, digits: Path, request: pytest.FixtureRequest) -> None:
+@both
+def test_scores_are_those_of_separate_runs(
+    backbone: str, digits: Path, device: str, request: pytest.FixtureRequest
+) -> None:
     base: dict[str, Any] = {
         "backbone": str(request.getfixturevalue(backbone)),
         "data": str(digits),
         "method": "head",
         "epochs": 3,
+        "device": device,
         **EXACT,
     }
     space = {
