@@ -47,7 +47,8 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
     address = plan.job.scaling.address
     here = address in (None, "local")
     num_cpus = num_cpus or _num_cpus(plan)
-    if ray.is_initialized() and _started and (not here or _started[0] < num_cpus):
+    cores = _started.get(ray.get_runtime_context().gcs_address) if ray.is_initialized() else None
+    if cores is not None and (not here or cores < num_cpus):
         shut_down()
     if ray.is_initialized():
         yield
@@ -70,7 +71,8 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
                     include_dashboard=dashboard,
                     **quiet,
                 )
-            _started[:] = [num_cpus]
+            _started.clear()
+            _started[ray.get_runtime_context().gcs_address] = num_cpus
         else:
             assert address is not None
             _refuse_unknown(_resolved(address))
@@ -111,8 +113,8 @@ def _of_the_job() -> list[str]:
     return list((job.get("runtime_env") or {}).get("env_vars") or {})
 
 
-_started: list[int] = []
-"""The cores of the cluster that this process has started, if it has."""
+_started: dict[str, int] = {}
+"""The address of the cluster that this process has started, if it has, and its cores. Another one is the caller's."""
 
 
 def shut_down() -> None:

@@ -19,6 +19,7 @@ from orchestrator.features.sources import (
     FeatureSource as FeatureSource,
     SampleSource as SampleSource,
     Source as Source,
+    SourceSpec as SourceSpec,
     collated as collated,
     split_evenly as split_evenly,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from orchestrator.data import Ints, Samples
 from orchestrator.errors import BadSampleError, TrainingError, fault_of_sample
-from orchestrator.modality import Collate, Decode
+from orchestrator.job import Plan
+from orchestrator.modality import Collate, Decode, Modality, registry
 from orchestrator.network import Inputs, on_device
 from orchestrator.store import Values
 
@@ -34,6 +36,34 @@ class Batch:
         return Batch(on_device(self.inputs, device), self.targets.to(device), self.rows)
 
 
+@dataclass(frozen=True)
+class SourceSpec:
+    """What another process of this machine makes the same source of samples from."""
+
+    plan_json: str
+    table: Path
+    """The directory of the sample table."""
+    backbone: Path
+    """The directory of the backbone's files."""
+    modality: Modality | None
+    """Where no other process could look it up."""
+
+    def opened(self, pool: ThreadPoolExecutor) -> SampleSource:
+        """The source. Raises what the plugin raises."""
+        plan = Plan.model_validate_json(self.plan_json)
+        modality = self.modality or registry.get(plan.job.modality)
+        assert modality.decode is not None
+        assert modality.batch is not None
+        return SampleSource(
+            Samples(self.table, tuple(field.name for field in modality.sample)),
+            modality.decode,
+            modality.batch(plan, self.backbone),
+            skip=plan.job.data.on_bad_sample == "skip",
+            pool=pool,
+            spec=self,
+        )
+
+
 @dataclass
 class SampleSource:
     """Samples, read, decoded and collated when they are asked for."""
@@ -46,6 +76,7 @@ class SampleSource:
     pool: ThreadPoolExecutor
     skipped: dict[int, str] = field(default_factory=dict)
     """Row -> why it was left out."""
+    spec: SourceSpec | None = None
 
     def batch(self, rows: Ints, train: bool) -> Batch | None:
         """The rows that can be read, None if there is none. Raises `TrainingError` unless `skip`."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.data import Samples, open_storage, table_of
+from orchestrator.data import open_storage, table_of
 from orchestrator.errors import TrainingError
-from orchestrator.features import SampleSource
+from orchestrator.features import SampleSource, SourceSpec
 from orchestrator.job import HeldRun, Lease, Plan
 from orchestrator.modality import Modality, registry
 from orchestrator.network import Network, Worker
@@ -68,14 +68,10 @@ def assembled(
             f"the run {run.name} has lost its sample table", expected="the storage as the driver sees it, on each node",
             mend="see that all nodes have the same storage, or start over with --fresh",
         )  # fmt: skip
-    source = SampleSource(
-        Samples(table, tuple(field.name for field in modality.sample)),
-        modality.decode,
-        modality.batch(plan, directory),
-        skip=plan.job.data.on_bad_sample == "skip",
-        pool=resources.enter_context(ThreadPoolExecutor(max_workers=worker.threads)),
-    )
-    return network, source
+    name = modality.name
+    is_installed = not registry.is_registered(name) and registry.claims(name) and registry.get(name) is modality
+    spec = SourceSpec(plan.model_dump_json(), table, directory, None if is_installed else modality)
+    return network, spec.opened(resources.enter_context(ThreadPoolExecutor(max_workers=worker.threads)))
 
 
 def _table(run: HeldRun, worker: Worker) -> Path | None:

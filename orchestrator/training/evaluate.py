@@ -26,15 +26,13 @@ def predict_split(session: Session, split: str) -> Predictions | None:
     if session.length_bucketing:
         own_rows = session.samples.order_by_length(own_rows)
     parts, stopped = [], False
-    for some in session.samples.batches(own_rows):
+    for batch in session.loader.each(session.source(split), session.samples.batches(own_rows)):
         stopped = session.should_stop()
         if stopped:
             break
-        batch = session.source(split).batch(some, train=False)
         if batch is None:
             continue
-        inputs = batch.to(worker.device).inputs
-        outputs = evaluate_batch(session.forward, inputs, autocast(session.plan, worker))
+        outputs = evaluate_batch(session.forward, batch.inputs, autocast(session.plan, worker))
         parts.append(session.objective.prediction_fields(batch.rows, outputs, batch.targets, len(rows)))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else None
     gathered = worker.all_gather((columns, stopped))

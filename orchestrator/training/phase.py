@@ -12,6 +12,7 @@ import contextlib
 import copy
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
@@ -125,7 +126,7 @@ class PhaseLoop:
         batches = self._epoch_batches(rows, 0)
         set_mode(session.network, self.phase, training=True)
         with session.strategy.reduction(list(self.named.values())) as reduction:
-            seconds = seconds_of(lambda number: self._step(batches[number % len(batches)], None, reduction))
+            seconds = seconds_of(lambda number: self._step(batches[number % len(batches)], (), reduction))
         self._read_sums()
         vars(state).update(before)
         ckpt.load_into(kept, self.tensors)
@@ -160,7 +161,8 @@ class PhaseLoop:
             if epoch != epoch_of_batches:
                 epoch_of_batches, batches = epoch, self._epoch_batches(rows, epoch)
                 set_mode(session.network, self.phase, training=True)  # only an epoch's evaluation changes it
-            following = batches[within + 1] if within + 1 < len(batches) else None
+            num_ahead = session.loader.num_ahead(len(self._own_microbatches(batches[within])))
+            following = batches[within + 1 : within + 1 + num_ahead]
             stop, is_due = self._step(batches[within], following, reduction)
             session.report(Advanced(1))
 
@@ -182,8 +184,11 @@ class PhaseLoop:
 
     # --- a step ---
 
-    def _step(self, rows: Ints, following: Ints | None, reduction: GradientReduction) -> tuple[bool, bool]:
-        """One optimizer step over all microbatches of a batch: (somebody asked to stop, a checkpoint is due)."""
+    def _step(self, rows: Ints, following: Sequence[Ints], reduction: GradientReduction) -> tuple[bool, bool]:
+        """One optimizer step over all microbatches of a batch: (somebody asked to stop, a checkpoint is due).
+
+        `following`: the batches of the next steps, which are prepared meanwhile.
+        """
         session, state = self.session, self.session.state
         plan, worker = session.plan, session.worker
         number = state.steps_done(plan.recipe)
@@ -210,9 +215,9 @@ class PhaseLoop:
             num_samples += len(batch.rows)
         reduction.begin()
         state.step += 1
-        if following is not None:
-            for microbatch, some in self._own_microbatches(following):
-                key = (plan.job.training.seed, number + 1, microbatch)
+        for after, later in enumerate(following, start=1):
+            for microbatch, some in self._own_microbatches(later):
+                key = (plan.job.training.seed, number + after, microbatch)
                 session.loader.prepare(session.source("train"), key, some)
         # Numbers that the host needs are exchanged apart from those that are on the device: so nobody waits for it.
         due = worker.rank == 0 and self._checkpoint_is_due()

@@ -341,10 +341,20 @@ for num_workers in (1, 1, 2):
         assert ray.cluster_resources()["CPU"] == num_workers
         assert ray.get(ray.remote(lambda: 3).remote()) == 3
 print(nodes[0] == nodes[1], nodes[1] == nodes[2])
+ray.shutdown()
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)  # the caller's own, which stays as it is
+own = ray.nodes()[0]["NodeID"]
+for address in ("auto", "local"):
+    plan = orchestrator.plan(
+        backbone=sys.argv[1], data=sys.argv[2],
+        scaling={"num_workers": 2, "address": address, "threads_per_worker": 1},
+    )
+    with cluster.joined(plan):
+        print(ray.nodes()[0]["NodeID"] == own)
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(tiny_resnet), str(flat_digits)],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["True", "False"]
+    assert done.stdout.split() == ["True", "False", "True", "True"]

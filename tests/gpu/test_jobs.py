@@ -91,7 +91,7 @@ def test_a_ranking(tiny_resnet: Path, tiny_vit: Path, flat_digits: Path) -> None
 def _cluster() -> Iterator[None]:
     import ray
 
-    ray.shutdown()  # that of a search
+    ray.shutdown()  # that of a search before
     ray.init(num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

@@ -1,0 +1,317 @@
+"""Processes beside a worker that read, decode and collate its samples, where a GPU would else wait for them.
+
+A fresh interpreter imports what the plugin needs and builds the same source of samples once; from it the readers are
+forked, so that they share its memory. Each gets a microbatch by its key and rows and puts the tensors into memory that
+it shares with the worker. What is random in them depends on the key alone, so it is the same whoever reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.data import Ints
+from orchestrator.features import Batch, SampleSource, Source, SourceSpec
+from orchestrator.job import Plan
+from orchestrator.modality import registry
+from orchestrator.network import seed_for
+from orchestrator.training.mixing import make_mix
+
+STEP = 2
+"""What the random numbers of a microbatch are for."""
+MOST_BYTES = 2 * 2**30
+"""Of batches that are read ahead."""
+_ALIGNED = 64  # bytes
+_READER = "from orchestrator.training.readers import serve; serve()"
+
+Key = tuple[int, ...]
+"""(seed, step, microbatch)"""
+Layout = list[tuple[str, str, tuple[int, ...], int]]
+"""(name, dtype, shape, where it begins in the shared memory) of each tensor."""
+
+
+Read = tuple[Batch | None, dict[int, str]]
+"""(the samples that could be read; row -> why it was left out)"""
+
+
+class ReadersLostError(Exception):
+    """A reader has died, or none could be started."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a reader is asked for."""
+
+    key: Key | None
+    """None: samples as they are, nothing random."""
+    rows: Ints
+    mixed: bool
+    """Whether the samples are mixed with each other, as the job says."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What it gives."""
+
+    layout: Layout | None
+    """None where no sample can be read."""
+    rows: Ints
+    skipped: dict[int, str]
+    """Row -> why it was left out."""
+
+
+@dataclass
+class Readers:
+    """The readers of one worker, as it sees them. Nothing starts before `start`."""
+
+    spec: SourceSpec
+    num: int
+    pinned: bool
+    """Whether tensors come in pinned memory, from which a GPU copies beside other work."""
+    note: Callable[[str], None]
+    ready: bool = False
+    started: bool = False
+    largest: int = 1
+    """Bytes of the largest batch so far."""
+    _free: queue.SimpleQueue[_Reader] = field(default_factory=queue.SimpleQueue)
+    _threads: ThreadPoolExecutor | None = None
+    process: subprocess.Popen[bytes] | None = None
+    """From which they are forked."""
+    _resources: ExitStack = field(default_factory=ExitStack)
+
+    def start(self) -> None:
+        """Begin to start them; `ready` tells when they are."""
+        self.started = True
+        try:
+            given = pickle.dumps(self.spec)
+        except Exception:
+            self.note(
+                "the modality stands in a script or a notebook, and another process cannot import it: the worker reads "
+                "the samples itself, and a GPU may wait for it; a module of its own is read by several processes"
+            )
+            return
+        readers = [_Reader(self._resources) for _ in range(self.num)]
+        fds = [fd for reader in readers for fd in reader.theirs]
+        errors = self._resources.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # on the stack
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _READER, *map(str, fds)], pass_fds=fds,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            start_new_session=True,  # Ctrl-C is the driver's: they end when it closes their pipes
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": "",
+                 "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+        for reader in readers:
+            reader.close_theirs()
+            self._free.put(reader)
+        self._threads = ThreadPoolExecutor(self.num, thread_name_prefix="reader")
+        threading.Thread(target=self._wait, args=(given, errors), daemon=True).start()
+
+    def _wait(self, given: bytes, errors: Any) -> None:
+        process = self.process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(OSError, ValueError):
+            process.stdin.write(given)
+            process.stdin.close()
+            if process.stdout.readline() == b"ready\n":
+                self.ready = True
+                return
+            process.wait()
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines()
+            self.note(f"no process that reads samples could be started, so the worker reads them: {said[-1:]}")
+
+    @property
+    def num_ahead(self) -> int:
+        """Microbatches that are worth to be asked for at once."""
+        return max(2, min(2 * self.num, MOST_BYTES // self.largest))
+
+    def begin(self, request: Request) -> Future[Read]:
+        """Ask for a batch: (it, or None where no sample can be read; row -> why it was left out).
+
+        The future raises what reading raises, and `ReadersLostError`.
+        """
+        assert self._threads is not None
+        return self._threads.submit(self._ask, request)
+
+    def _ask(self, request: Request) -> Read:
+        reader = self._free.get()
+        try:
+            answer = reader.ask(request)
+            if isinstance(answer, Exception):
+                raise answer
+            if answer.layout is None:
+                return None, answer.skipped
+            tensors = reader.tensors(answer.layout, self.pinned)
+        except (EOFError, ConnectionError) as error:
+            if self.ready:
+                self.ready = False
+                self.note("a process that reads samples has died, for lack of memory perhaps: the worker reads them")
+            raise ReadersLostError from error
+        finally:
+            self._free.put(reader)
+        self.largest = max(self.largest, sum(one.nbytes for one in tensors.values()))
+        return Batch(tensors, tensors.pop(""), answer.rows), answer.skipped
+
+    def close(self) -> None:
+        """End them."""
+        self.ready = False
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+        while not self._free.empty():
+            self._free.get().close()
+        if self.process is not None:
+            self.process.kill()  # readers end when their pipes are closed
+            self.process.wait()
+            for stream in (self.process.stdin, self.process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(OSError):
+                        stream.close()
+        self._resources.close()
+
+
+class _Reader:
+    """One of them, as the worker sees it: a pipe, and memory that both have."""
+
+    def __init__(self, resources: ExitStack) -> None:
+        self._pipe, self._their_pipe = Pipe()
+        self._memory = os.memfd_create("orchestrator-reader")
+        self._mapped: mmap.mmap | None = None
+        resources.callback(self.close)
+        self._closed = False
+
+    @property
+    def theirs(self) -> list[int]:
+        """File descriptors that the other process gets."""
+        return [self._their_pipe.fileno(), self._memory]
+
+    def close_theirs(self) -> None:
+        self._their_pipe.close()
+
+    def ask(self, request: Request) -> Answer | Exception:
+        self._pipe.send(request)
+        answer: Answer | Exception = self._pipe.recv()
+        return answer
+
+    def tensors(self, layout: Layout, pinned: bool) -> dict[str, Tensor]:
+        """Copies of what lies in the shared memory."""
+        size = os.fstat(self._memory).st_size
+        if self._mapped is None or len(self._mapped) < size:
+            self._mapped = mmap.mmap(self._memory, size)
+        found = {}
+        for name, dtype, shape, start in layout:
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=pinned)
+            if tensor.numel():
+                there = torch.frombuffer(self._mapped, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+                tensor.view(-1).copy_(there)
+            found[name] = tensor
+        return found
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._pipe.close()
+        self._their_pipe.close()
+        os.close(self._memory)
+
+
+# --- in the other process ---
+
+
+def serve() -> None:
+    """Build the source that standard input describes, and fork a reader for each (pipe, memory) of the arguments."""
+    fds = [int(fd) for fd in sys.argv[1:]]
+    torch.set_num_threads(1)
+    spec: SourceSpec = pickle.load(sys.stdin.buffer)
+    plan = Plan.model_validate_json(spec.plan_json)
+    modality = spec.modality or registry.get(plan.job.modality)
+    mix = make_mix(plan, modality)
+    source = spec.opened(ThreadPoolExecutor(1))  # whose thread begins with its first sample
+    pairs = list(zip(fds[::2], fds[1::2], strict=True))
+    for number, (pipe, memory) in enumerate(pairs):
+        if os.fork():
+            continue
+        for other, (theirs, its) in enumerate(pairs):
+            if other != number:
+                os.close(theirs)
+                os.close(its)
+        sys.stdout.close()
+        try:
+            _read_for(Connection(pipe), memory, source, mix)
+        finally:
+            os._exit(0)
+    for fd in fds:
+        os.close(fd)
+    print("ready", flush=True)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def _read_for(pipe: Connection, memory: int, source: SampleSource, mix: Callable[[Batch], Batch] | None) -> None:
+    """Answer until the worker has gone."""
+    shared: list[mmap.mmap] = []
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            request: Request = pipe.recv()
+            source.skipped.clear()
+            try:
+                batch = read(source, request, mix)
+                layout = None if batch is None else _put({"": batch.targets, **batch.inputs}, memory, shared)
+                rows = request.rows[:0] if batch is None else batch.rows
+                pipe.send(Answer(layout, rows, dict(source.skipped)))
+            except Exception as error:
+                pipe.send(_as_sent(error))
+
+
+def read(source: Source, request: Request, mix: Callable[[Batch], Batch] | None) -> Batch | None:
+    """The samples of a request that can be read; torch's generator of the CPU is that of its key."""
+    if request.key is None:
+        return source.batch(request.rows, train=False)
+    seed_for(STEP, *request.key, where="cpu")
+    batch = source.batch(request.rows, train=True)
+    return batch if batch is None or mix is None or not request.mixed else mix(batch)
+
+
+def _put(tensors: dict[str, Tensor], memory: int, shared: list[mmap.mmap]) -> Layout:
+    """Write the tensors there one behind the other; `shared` is the mapping, if there is one yet."""
+    layout: Layout = []
+    end = 0
+    for name, tensor in tensors.items():
+        layout.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), end))
+        end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+    if not shared or len(shared[0]) < end:
+        os.ftruncate(memory, max(end, mmap.PAGESIZE))
+        shared[:] = [mmap.mmap(memory, 0)]
+    for (_, _, _, start), tensor in zip(layout, tensors.values(), strict=True):
+        if tensor.numel():
+            there = torch.frombuffer(shared[0], dtype=tensor.dtype, count=tensor.numel(), offset=start)
+            there.copy_(tensor.detach().reshape(-1))
+    return layout
+
+
+def _as_sent(error: Exception) -> Exception:
+    """The error, or its words where it cannot cross to the worker."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
