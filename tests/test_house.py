@@ -32,6 +32,7 @@ BESIDE_THE_DOOR = {
     "orchestrator.distributed.fetching": "likewise",
     "orchestrator.distributed.following": "likewise",
     "orchestrator.distributed.head": "likewise",
+    "orchestrator.distributed.offer": "likewise",
     "orchestrator.distributed.preflight": "likewise",
     "orchestrator.distributed.request": "likewise",
     "orchestrator.distributed.telling": "likewise",

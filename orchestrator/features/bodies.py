@@ -122,12 +122,13 @@ def _rounded(module: nn.Module) -> dict[int, nn.Parameter]:
 
 
 def passed(
-    items: Iterable[T], load: Callable[[T], U], run: Callable[[Body, U], V], bodies: Bodies
-) -> Iterator[tuple[T, U, V]]:
+    items: Iterable[T], load: Callable[[T], U], run: Callable[[Body, U], V], bodies: Bodies,
+    num_loads: int = 1, loads_ahead: Callable[[], int] = lambda: 0,
+) -> Iterator[tuple[T, U, V]]:  # fmt: skip
     """Each item in its turn, with what `load` gives for it, and what `run` gives for that.
 
-    `load` is called in one thread, ahead; `run` in as many as there are bodies. An error of either is raised here, at
-    its item's turn.
+    `load` is called ahead, in `num_loads` threads; `run` in as many as there are bodies. An error of either is raised
+    here, at its item's turn. `loads_ahead`: so many more items are loaded before their turn.
     """
     free: queue.SimpleQueue[Body] = queue.SimpleQueue()
     for body in bodies.copies:
@@ -145,14 +146,14 @@ def passed(
     pending: deque[tuple[T, Future[U], Future[V]]] = deque()
     with (
         with_threads(),  # MKL has one number for all threads
-        ThreadPoolExecutor(1) as loader,
+        ThreadPoolExecutor(num_loads) as loader,
         ThreadPoolExecutor(num, initializer=torch.set_num_threads, initargs=(bodies.cores,)) as workers,
     ):
         try:
             for item in items:
                 loading = loader.submit(load, item)
                 pending.append((item, loading, workers.submit(work, loading)))
-                if len(pending) > 2 * num:
+                while len(pending) > 2 * num + loads_ahead():
                     yield _first(pending)
             while pending:
                 yield _first(pending)

@@ -6,6 +6,7 @@ batch, is not computed; what was computed is in the store before the pass ends, 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,8 @@ from orchestrator.features.bodies import (
     seconds_of,
 )
 from orchestrator.features.formats import compute, number_format
-from orchestrator.features.sources import SampleSource, collated
+from orchestrator.features.readers import ReadersLostError, Request, ready_readers
+from orchestrator.features.sources import Batch, SampleSource, collated
 from orchestrator.network import Body, Inputs, Worker, channels_last, on_device, seed_for, with_threads
 from orchestrator.store import FeatureSet, Format, Values
 
@@ -116,7 +118,7 @@ class BodyPass:
             return loading.through(body, loaded, self.format, self._compiled)
 
         try:
-            for batch, loaded, outputs in passed(batches, load, run, bodies):
+            for batch, loaded, outputs in passed(batches, load, run, bodies, loading.num_loads, loading.loads_ahead):
                 result.read.append(loaded.read)
                 for computed, values in outputs:
                     refuse_other_shape(features.shape or unwritten.shape or values.shape[1:], values)
@@ -230,7 +232,7 @@ class Loaded:
 
 @dataclass
 class Loading:
-    """Samples of one view, on their way to a set of features. `load` is for one thread, `through` for several."""
+    """Samples of one view, on their way to a set of features. `load` is for `num_loads` threads, `through` for more."""
 
     source: SampleSource
     features: FeatureSet
@@ -238,6 +240,8 @@ class Loading:
     seed: int
     view: int | None
     """Which random view of the samples, from 0; None: as they are."""
+    _reading: threading.Lock = field(default_factory=threading.Lock)
+    """Threads wait for readers side by side; what reads here, reads alone."""
     _collating: threading.Lock = field(default_factory=threading.Lock)
     """Tokenizers of transformers are for one thread at a time, and torch's random numbers are one sequence."""
 
@@ -248,6 +252,42 @@ class Loading:
         """
         shard, _ = self.features.find(ids)
         rows = rows[shard < 0]
+        readers = ready_readers(self.source) if self.view is None else None
+        if readers is not None and len(rows):
+            with contextlib.suppress(ReadersLostError):
+                return self._unless_stored(*readers.begin(Request(rows, with_contents=True)).result())
+        with self._reading:
+            began = time.monotonic()
+            loaded = self._load(rows)
+            if self.source.readers is not None:
+                self.source.readers.was_read(time.monotonic() - began)
+        return loaded
+
+    @property
+    def num_loads(self) -> int:
+        """Threads that `load` is called in: each waits for a reader, while there are readers."""
+        readers = self.source.readers
+        return 1 if readers is None or self.view is not None else readers.num
+
+    def loads_ahead(self) -> int:
+        """Batches that are worth to be loaded before a body is free."""
+        readers = ready_readers(self.source) if self.view is None else None
+        return 0 if readers is None else readers.num_ahead
+
+    def _unless_stored(self, batch: Batch | None, skipped: dict[int, str]) -> Loaded:
+        """What a reader gave, less what has features by now, or is there twice."""
+        self.source.skipped.update(skipped)
+        if batch is None or batch.contents is None:
+            nothing = np.zeros((0, 2), np.uint64)
+            return Loaded((np.zeros(0, np.int64), nothing), nothing, [], [])
+        at = np.sort(np.unique(batch.contents, axis=0, return_index=True)[1])
+        at = at[self.features.find(batch.contents[at])[0] < 0]
+        ids, inputs = batch.contents[at], batch.inputs
+        if len(at) < len(batch.rows):
+            inputs = {name: tensor[torch.from_numpy(at)] for name, tensor in inputs.items()}
+        return Loaded((batch.rows, batch.contents), ids, [], [(inputs, np.arange(len(ids)))] if len(ids) else [])
+
+    def _load(self, rows: Ints) -> Loaded:
         contents: dict[int, Content] = {}
         decoded: dict[Content, object] = {}  # the same content twice need not be computed twice; nor written
         for row, answer in zip(rows.tolist(), self.source.pool.map(self._read, rows.tolist()), strict=True):

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.data import Ints, Samples
+from orchestrator.data import Ids, Ints, Samples
 from orchestrator.errors import BadSampleError, TrainingError, fault_of_sample
 from orchestrator.job import Plan
 from orchestrator.modality import Collate, Decode, Modality, registry
 from orchestrator.network import Inputs, on_device
 from orchestrator.store import Values
+
+if TYPE_CHECKING:
+    from orchestrator.features.readers import Readers
 
 
 @dataclass
@@ -29,11 +33,13 @@ class Batch:
     """int64 [samples], the class; multi-label and regression: float32 [samples, classes]."""
     rows: Ints
     """Of the sample table, int64 [samples]."""
+    contents: Ids | None = None
+    """Of each sample's content, where they were asked for: uint64 [samples, 2]."""
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        return Batch(on_device(self.inputs, device), self.targets.to(device), self.rows)
+        return Batch(on_device(self.inputs, device), self.targets.to(device), self.rows, self.contents)
 
 
 @dataclass(frozen=True)
@@ -77,24 +83,34 @@ class SampleSource:
     skipped: dict[int, str] = field(default_factory=dict)
     """Row -> why it was left out."""
     spec: SourceSpec | None = None
+    readers: Readers | None = None
+    """Processes that read instead, once that is worth it; None where they never are."""
 
-    def batch(self, rows: Ints, train: bool) -> Batch | None:
+    def batch(self, rows: Ints, train: bool, with_contents: bool = False) -> Batch | None:
         """The rows that can be read, None if there is none. Raises `TrainingError` unless `skip`."""
-        decoded, readable = self.decoded(rows)
+        contents: dict[int, tuple[int, int]] | None = {} if with_contents else None
+        decoded, readable = self.decoded(rows, contents)
         inputs, faults = collated(self.collate, decoded, train)
         for place, error in faults.items():
             self.leave_out(int(readable[place]), error)
+        if inputs is None:
+            return None
         readable = np.delete(readable, list(faults))
-        return Batch(inputs, self.targets(readable), readable) if inputs is not None else None
+        ids = None if contents is None else np.array([contents[row] for row in readable.tolist()], np.uint64)
+        return Batch(inputs, self.targets(readable), readable, ids)
 
     def targets(self, rows: Ints) -> Tensor:
         """Of these rows."""
         return torch.from_numpy(self.samples.targets[rows])
 
-    def decoded(self, rows: Ints) -> tuple[list[object], Ints]:
-        """(the samples in memory, the rows that could be read). Raises `TrainingError` unless `skip`."""
+    def decoded(self, rows: Ints, contents: dict[int, tuple[int, int]] | None = None) -> tuple[list[object], Ints]:
+        """(the samples in memory, the rows that could be read). Raises `TrainingError` unless `skip`.
+
+        `contents` gets the ids of what was read, by row.
+        """
         decoded, readable = [], []
-        for row, one in zip(rows.tolist(), self.pool.map(self._decode, rows.tolist()), strict=True):
+        decode = partial(self._decode, contents=contents)
+        for row, one in zip(rows.tolist(), self.pool.map(decode, rows.tolist()), strict=True):
             if isinstance(one, BadSampleError):
                 self.leave_out(row, one)
                 continue
@@ -112,9 +128,12 @@ class SampleSource:
             )
         self.skipped[row] = error.message
 
-    def _decode(self, row: int) -> object:
+    def _decode(self, row: int, contents: dict[int, tuple[int, int]] | None) -> object:
         try:
-            return self.decode(self.samples.read(row))
+            sample = self.samples.read(row)
+            if contents is not None:
+                contents[row] = self.samples.id_of(sample)
+            return self.decode(sample)
         except BadSampleError as error:
             return error
 

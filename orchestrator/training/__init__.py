@@ -13,8 +13,6 @@ The same in one process and on many; knows nothing of Ray.
     rates       the schedule of the learning rate
     batches     which samples a step takes, and how they get onto the device
     evaluate    a network's predictions for a split
-    readers     processes that read samples where a GPU would wait for them
-    mixing      mixup and CutMix: a modality mixes samples of a batch, and their labels
     averaging   an exponential moving average of the weights
     patience    early stopping
     nonfinite   a loss that is no number: whose fault it is

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,11 +13,13 @@ import torch
 
 from orchestrator.data import open_storage, table_of
 from orchestrator.errors import TrainingError
-from orchestrator.features import SampleSource, SourceSpec
+from orchestrator.features import Readers, SampleSource, SourceSpec
 from orchestrator.job import HeldRun, Lease, Plan
 from orchestrator.modality import Modality, registry
 from orchestrator.network import Network, Worker
 from orchestrator.training.handed_over import backbone_files
+
+_MOST_READERS = 32
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,12 @@ class WorkerSpec:
 
 
 def assembled(
-    plan: Plan, run: HeldRun, worker: Worker, modality: Modality, resources: ExitStack
-) -> tuple[Network, SampleSource]:
+    plan: Plan, run: HeldRun, worker: Worker, modality: Modality, resources: ExitStack,
+    note: Callable[[str], None] = lambda _: None,
+) -> tuple[Network, SampleSource]:  # fmt: skip
     """The plan's network on the worker's device, as for evaluation, and the run's samples.
 
-    Samples are decoded in threads, which end with `resources`.
+    Samples are decoded in threads, which end with `resources`, as do the processes that read for a GPU.
 
     Raises `WeightsError` and what the plugin raises.
     """
@@ -71,7 +76,19 @@ def assembled(
     name = modality.name
     is_installed = not registry.is_registered(name) and registry.claims(name) and registry.get(name) is modality
     spec = SourceSpec(plan.model_dump_json(), table, directory, None if is_installed else modality)
-    return network, spec.opened(resources.enter_context(ThreadPoolExecutor(max_workers=worker.threads)))
+    source = spec.opened(resources.enter_context(ThreadPoolExecutor(max_workers=worker.threads)))
+    source.readers = _readers(spec, worker, note)
+    if source.readers is not None:
+        resources.callback(source.readers.close)
+    return network, source
+
+
+def _readers(spec: SourceSpec, worker: Worker, note: Callable[[str], None]) -> Readers | None:
+    """Processes that read samples beside a GPU, on all cores of this worker but one, which it needs itself."""
+    num = min(worker.threads - 1, _MOST_READERS)
+    if worker.device.type == "cpu" or num < 2 or not hasattr(os, "memfd_create"):
+        return None
+    return Readers(spec, num, worker.device.type == "cuda", note)
 
 
 def _table(run: HeldRun, worker: Worker) -> Path | None:

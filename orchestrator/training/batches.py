@@ -7,7 +7,6 @@ step, microbatch) alone, and the order of the samples on (seed, epoch).
 from __future__ import annotations
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,14 +16,23 @@ import numpy as np
 import torch
 
 from orchestrator.data import Ints, Samples
-from orchestrator.features import Batch, SampleSource, Source, split_evenly
+from orchestrator.features import (
+    STEP,
+    Batch,
+    Key,
+    Read,
+    ReadersLostError,
+    Request,
+    SampleSource,
+    Source,
+    read,
+    ready_readers,
+    split_evenly,
+)
 from orchestrator.network import seed_for
-from orchestrator.training.readers import STEP, Key, Read, Readers, ReadersLostError, Request, read
 
 _BUCKET_STEPS = 32
 _ORDER = 1  # what a random number is for
-_READ_S, _READ_SHARE = 1.0, 0.05
-"""Reading that a GPU waits for, or that the thread which feeds it shares Python with: more is worth processes."""
 
 
 def epoch_batches(samples: Samples, rows: Ints, seed: int, epoch: int, num: int, length_bucketing: bool) -> list[Ints]:
@@ -49,45 +57,39 @@ def epoch_batches(samples: Samples, rows: Ints, seed: int, epoch: int, num: int,
 class BatchLoader:
     """Microbatches on the worker's device.
 
-    On a GPU the next ones are read, collated and pinned in a thread while a step runs; where steps wait for it, by
-    processes (`readers`). On a CPU the network has all cores already: there a batch is read when it is asked for.
+    On a GPU the next ones are read, collated and pinned in a thread while a step runs; where that is heavy, by the
+    source's processes (`readers`). On a CPU the network has all cores already: there a batch
+    is read when it is asked for.
     """
 
-    def __init__(
-        self, device: torch.device, resources: ExitStack, ahead: bool | None = None, readers: Readers | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, resources: ExitStack, ahead: bool | None = None) -> None:
         """`ahead`: read ahead or not, whatever the device."""
         self._device = device
         self.mix: Callable[[Batch], Batch] | None = None
         """What is done to each batch of samples, on the CPU, with randomness of its own key."""
         self._ahead: dict[Key, Future[Read]] = {}
         self._reader: ThreadPoolExecutor | None = None
-        self._readers = readers
         if device.type != "cpu" if ahead is None else ahead:
             self._reader = resources.enter_context(ThreadPoolExecutor(1))
-            if readers is not None:
-                resources.callback(readers.close)
-        self._began, self._read_s = time.monotonic(), 0.0
-        """Since when the thread reads, and how long it did."""
 
-    def num_ahead(self, own: int) -> int:
+    def num_ahead(self, source: Source, own: int = 1) -> int:
         """The steps, of so many microbatches each, that are worth to be prepared; 0 where nothing is read ahead."""
         if self._reader is None:
             return 0
-        ready = self._readers is not None and self._readers.ready
-        return -(-self._readers.num_ahead // max(1, own)) if ready and self._readers is not None else 1
+        readers = ready_readers(source)
+        return 1 if readers is None else -(-readers.num_ahead // max(1, own))
 
     def prepare(self, source: Source, key: Key, rows: Ints) -> None:
         """Begin to read a microbatch that will be asked for."""
         if self._reader is not None and key not in self._ahead:
-            self._ahead[key] = self._begin(source, Request(key, rows, self.mix is not None))
+            self._ahead[key] = self._begin(source, Request(rows, key, self.mix is not None))
 
     def load(self, source: Source, key: Key, rows: Ints) -> Batch | None:
         """The samples that can be read, None if there is none. Torch's random numbers are seeded by `key` after it.
 
         Raises `TrainingError` for a sample that cannot be read, unless such are left out.
         """
-        request = Request(key, rows, self.mix is not None)
+        request = Request(rows, key, self.mix is not None)
         if self._reader is None:
             seed_for(STEP, *key)
             batch = read(source, request, self.mix)
@@ -110,8 +112,8 @@ class BatchLoader:
         coming: deque[tuple[Request, Future[Read]]] = deque()
         remaining = iter(pieces)
         while True:
-            for rows in itertools.islice(remaining, max(0, self.num_ahead(1) + 1 - len(coming))):
-                request = Request(None, rows, mixed=False)
+            for rows in itertools.islice(remaining, max(0, self.num_ahead(source) + 1 - len(coming))):
+                request = Request(rows)
                 coming.append((request, self._begin(source, request)))
             if not coming:
                 return
@@ -120,8 +122,9 @@ class BatchLoader:
             yield batch if batch is None else batch.to(self._device)
 
     def _begin(self, source: Source, request: Request) -> Future[Read]:
-        if self._readers is not None and self._readers.ready and isinstance(source, SampleSource):
-            return self._readers.begin(request)
+        readers = ready_readers(source)
+        if readers is not None:
+            return readers.begin(request)
         assert self._reader is not None
         return self._reader.submit(self._read, source, request)
 
@@ -134,18 +137,12 @@ class BatchLoader:
             batch, skipped = self._reader.submit(self._read, source, request).result()
         if isinstance(source, SampleSource):
             source.skipped.update(skipped)
-            if self._readers is not None and not self._readers.started and self._read_s > max(
-                _READ_S, _READ_SHARE * (time.monotonic() - self._began)
-            ):  # fmt: skip
-                self._readers.start()
         return batch
 
     def _read(self, source: Source, request: Request) -> Read:
         # Samples are changed at random by torch's generator of the CPU, which nothing else uses while the network is on
         # another device.
-        began = time.monotonic()
         batch = read(source, request, self.mix)
-        self._read_s += time.monotonic() - began
         if batch is None or self._device.type != "cuda":
             return batch, {}
         inputs = {name: tensor.pin_memory() for name, tensor in batch.inputs.items()}

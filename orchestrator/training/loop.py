@@ -6,14 +6,13 @@ The same in this process and in each process of a Ray cluster; phase.py has the 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from orchestrator.errors import InterruptedRunError, OrchestratorError
-from orchestrator.features import MakeRemoteExtractor, SampleSource, Source, run_body_once
+from orchestrator.features import MakeRemoteExtractor, Source, make_mix, run_body_once
 from orchestrator.job import SPLITS, Event, Noted, PhaseBegan, Report
 from orchestrator.network import Replicated, Worker, adapt
 from orchestrator.tasks import make_objective
@@ -23,15 +22,11 @@ from orchestrator.training.audit import Audit
 from orchestrator.training.batches import BatchLoader
 from orchestrator.training.finish import evaluate_splits, export_run
 from orchestrator.training.fitted import can_be_fitted
-from orchestrator.training.mixing import make_mix
 from orchestrator.training.outbox import Outbox
 from orchestrator.training.phase import PhaseLoop
-from orchestrator.training.readers import Readers
 from orchestrator.training.record import Record, write_lineage
 from orchestrator.training.refit import begin_refit, first_weights
 from orchestrator.training.state import Session, TrainState
-
-_MOST_READERS = 32
 
 
 def run_worker(
@@ -67,7 +62,7 @@ def _prepare(
     plan, run = spec.read_plan(), spec.held_run()
     modality = spec.find_modality(plan)
     report(PhaseBegan("loading the backbone"))
-    network, raw = assembled(plan, run, worker, modality, resources)
+    network, raw = assembled(plan, run, worker, modality, resources, lambda text: report(Noted(text)))
     if plan.recipe.adapter is not None:
         adapt(network, plan.recipe.adapter, plan.job.training.seed)
     strategy = Replicated(network, worker)
@@ -87,19 +82,11 @@ def _prepare(
     return Session(
         plan=plan, run=run, worker=worker, network=network, strategy=strategy, objective=make_objective(plan, network),
         samples=raw.samples, raw=raw, sources=sources, forwards=forwards,
-        loader=BatchLoader(worker.device, resources, readers=_readers(raw, worker, report)),
+        loader=BatchLoader(worker.device, resources),
         length_bucketing=modality.length_bucketing,
         mix=make_mix(plan, modality),
         report=report, should_stop=should_stop, started=started,
     )  # fmt: skip
-
-
-def _readers(raw: SampleSource, worker: Worker, report: Report) -> Readers | None:
-    """Processes that read samples beside a GPU, on all cores of this worker but one, which it needs itself."""
-    num = min(worker.threads - 1, _MOST_READERS)
-    if worker.device.type == "cpu" or num < 2 or raw.spec is None or not hasattr(os, "memfd_create"):
-        return None
-    return Readers(raw.spec, num, worker.device.type == "cuda", lambda text: report(Noted(text)))
 
 
 # --- the phases ---

@@ -161,7 +161,7 @@ class PhaseLoop:
             if epoch != epoch_of_batches:
                 epoch_of_batches, batches = epoch, self._epoch_batches(rows, epoch)
                 set_mode(session.network, self.phase, training=True)  # only an epoch's evaluation changes it
-            num_ahead = session.loader.num_ahead(len(self._own_microbatches(batches[within])))
+            num_ahead = session.loader.num_ahead(session.source("train"), len(self._own_microbatches(batches[within])))
             following = batches[within + 1 : within + 1 + num_ahead]
             stop, is_due = self._step(batches[within], following, reduction)
             session.report(Advanced(1))

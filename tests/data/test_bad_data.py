@@ -392,6 +392,7 @@ def test_large_images_are_decoded_when_they_are_used_and_give_the_same(
     assert not torch.equal(found[0], found[1])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_batch_of_large_images_takes_no_gigabytes(tiny_resnet: Path, tmp_path: Path) -> None:
     """8 of 40 million pixels: some kB as files, 120 MB each in memory."""

@@ -44,8 +44,9 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("version", [pytest.param("", marks=pytest.mark.long), "1.0.other"])
+@pytest.mark.parametrize("version", ["", "1.0.other"])
 def test_a_worker_that_would_compute_other_features_ends_the_job_on_all(
     version: str, tiny_resnet: Path, flat_digits: Path
 ) -> None:

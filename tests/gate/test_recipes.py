@@ -135,6 +135,7 @@ def test_numbers_may_be_of_what_a_random_change_moves(tiny_resnet: Path, tmp_pat
     assert plan.input["augment"] == "none"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_lp_ft_is_at_least_as_good_as_the_head_that_it_begins_with(efficientnet: Path, digits: Path) -> None:
     """Real weights, 100 digits: a head, and everything from there."""

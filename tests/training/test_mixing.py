@@ -14,11 +14,10 @@ import torch
 
 import orchestrator
 from orchestrator.errors import InterruptedRunError, JobError
-from orchestrator.features import Batch
+from orchestrator.features import Batch, make_mix
 from orchestrator.job import Plan
 from orchestrator.modality import registry
 from orchestrator.training.batches import BatchLoader
-from orchestrator.training.mixing import make_mix
 from tests.tasks.test_objective import objective, targets_of
 from tests.tiny import make_bert
 from tests.toys import write_toys

@@ -290,7 +290,7 @@ def test_groups_stay_together_in_the_folds(tiny_resnet: Path, digits: Path, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["auto", "full"])
+@pytest.mark.parametrize("method", ["auto", pytest.param("full", marks=pytest.mark.long)])
 def test_refitting_is_training_on_all_with_what_was_chosen(tiny_resnet: Path, digits: Path, method: str) -> None:
     job = {"method": method, "training": {**JOB["training"], "epochs": 4, "refit": True, "precision": "fp32"}}
     whole = train(tiny_resnet, digits, name="whole", **job)

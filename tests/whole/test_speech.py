@@ -205,7 +205,7 @@ def test_it_learns_from_some_speakers_what_others_say(backbones: dict[str, Path]
     assert scores[one.label] == pytest.approx(one.score, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["full", "scratch"])
+@pytest.mark.parametrize("method", ["full", pytest.param("scratch", marks=pytest.mark.long)])
 def test_everything_trains_and_goes_on_from_a_run(backbones: dict[str, Path], vowels: Path, method: str) -> None:
     fewer = subset(vowels, 2)
     more = {"settings": {"max_seconds": 1}, "training": {"epochs": 1, "batch_size": 10}}

@@ -238,8 +238,9 @@ KILLED = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["step-00000008/", pytest.param("/model/", marks=pytest.mark.long)])
+@pytest.mark.parametrize("where", ["step-00000008/", "/model/"])
 def test_a_driver_that_is_killed_at_an_upload_goes_on_bit_for_bit(
     where: str, proxy: s3_proxy.Proxy, whole: orchestrator.Run, tiny_resnet: Path, flat_digits: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -244,7 +244,8 @@ def test_a_base_checkpoint_without_a_head_gets_one(digits: Path, tmp_path: Path)
     assert (run.lineage["features"], run.lineage["cut"]) == ("once", "into norm")
 
 
-@pytest.mark.parametrize("architecture", [pytest.param("test_vit", marks=pytest.mark.long), "test_resnet"])
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ["test_vit", "test_resnet"])
 def test_a_repository_as_timm_saves_it(architecture: str, digits: Path, tmp_path: Path) -> None:
     import timm
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,19 +27,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.data import Ints
-from orchestrator.features import Batch, SampleSource, Source, SourceSpec
+from orchestrator.data import Ids, Ints
+from orchestrator.features.mixing import make_mix
+from orchestrator.features.sources import Batch, SampleSource, Source, SourceSpec
 from orchestrator.job import Plan
 from orchestrator.modality import registry
 from orchestrator.network import seed_for
-from orchestrator.training.mixing import make_mix
 
 STEP = 2
 """What the random numbers of a microbatch are for."""
 MOST_BYTES = 2 * 2**30
 """Of batches that are read ahead."""
+READ_S, _READ_SHARE = 1.0, 0.05
+"""Reading that a GPU waits for, or that the thread which feeds it shares Python with: more is worth processes."""
 _ALIGNED = 64  # bytes
-_READER = "from orchestrator.training.readers import serve; serve()"
+_READER = "from orchestrator.features.readers import serve; serve()"
 
 Key = tuple[int, ...]
 """(seed, step, microbatch)"""
@@ -56,13 +59,15 @@ class ReadersLostError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What a reader is asked for."""
+    """What a reader is asked for: a batch of samples."""
 
-    key: Key | None
-    """None: samples as they are, nothing random."""
     rows: Ints
-    mixed: bool
+    key: Key | None = None
+    """None: samples as they are, nothing random."""
+    mixed: bool = False
     """Whether the samples are mixed with each other, as the job says."""
+    with_contents: bool = False
+    """Whether the ids of their contents are asked for too."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,11 @@ class Answer:
     rows: Ints
     skipped: dict[int, str]
     """Row -> why it was left out."""
+    contents: Ids | None = None
+
+
+def _unheard(_text: str) -> None:
+    pass
 
 
 @dataclass
@@ -84,20 +94,34 @@ class Readers:
     num: int
     pinned: bool
     """Whether tensors come in pinned memory, from which a GPU copies beside other work."""
-    note: Callable[[str], None]
+    note: Callable[[str], None] = _unheard
+    """Called with what went wrong."""
+    read_s: float = 0.0
+    """How long the worker's own threads have read, which do so until the readers are ready."""
+    since: float = field(default_factory=time.monotonic)
     ready: bool = False
     started: bool = False
     largest: int = 1
     """Bytes of the largest batch so far."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _free: queue.SimpleQueue[_Reader] = field(default_factory=queue.SimpleQueue)
     _threads: ThreadPoolExecutor | None = None
     process: subprocess.Popen[bytes] | None = None
     """From which they are forked."""
     _resources: ExitStack = field(default_factory=ExitStack)
 
+    def was_read(self, seconds: float) -> None:
+        """A thread of the worker has read for so long: the readers are started once that is worth it."""
+        self.read_s += seconds
+        if not self.started and self.read_s > max(READ_S, _READ_SHARE * (time.monotonic() - self.since)):
+            self.start()
+
     def start(self) -> None:
         """Begin to start them; `ready` tells when they are."""
-        self.started = True
+        with self._lock:
+            if self.started:
+                return
+            self.started = True
         try:
             given = pickle.dumps(self.spec)
         except Exception:
@@ -168,7 +192,7 @@ class Readers:
         finally:
             self._free.put(reader)
         self.largest = max(self.largest, sum(one.nbytes for one in tensors.values()))
-        return Batch(tensors, tensors.pop(""), answer.rows), answer.skipped
+        return Batch(tensors, tensors.pop(""), answer.rows, answer.contents), answer.skipped
 
     def close(self) -> None:
         """End them."""
@@ -233,6 +257,12 @@ class _Reader:
         os.close(self._memory)
 
 
+def ready_readers(source: Source) -> Readers | None:
+    """Those that may be asked now."""
+    readers = source.readers if isinstance(source, SampleSource) else None
+    return readers if readers is not None and readers.ready else None
+
+
 # --- in the other process ---
 
 
@@ -276,19 +306,27 @@ def _read_for(pipe: Connection, memory: int, source: SampleSource, mix: Callable
             try:
                 batch = read(source, request, mix)
                 layout = None if batch is None else _put({"": batch.targets, **batch.inputs}, memory, shared)
-                rows = request.rows[:0] if batch is None else batch.rows
-                pipe.send(Answer(layout, rows, dict(source.skipped)))
+                rows, contents = (request.rows[:0], None) if batch is None else (batch.rows, batch.contents)
+                pipe.send(Answer(layout, rows, dict(source.skipped), contents))
             except Exception as error:
                 pipe.send(_as_sent(error))
 
 
 def read(source: Source, request: Request, mix: Callable[[Batch], Batch] | None) -> Batch | None:
     """The samples of a request that can be read; torch's generator of the CPU is that of its key."""
-    if request.key is None:
-        return source.batch(request.rows, train=False)
-    seed_for(STEP, *request.key, where="cpu")
-    batch = source.batch(request.rows, train=True)
-    return batch if batch is None or mix is None or not request.mixed else mix(batch)
+    began = time.monotonic()
+    if request.with_contents:
+        assert isinstance(source, SampleSource)
+        batch = source.batch(request.rows, train=False, with_contents=True)
+    elif request.key is None:
+        batch = source.batch(request.rows, train=False)
+    else:
+        seed_for(STEP, *request.key, where="cpu")
+        batch = source.batch(request.rows, train=True)
+        batch = batch if batch is None or mix is None or not request.mixed else mix(batch)
+    if isinstance(source, SampleSource) and source.readers is not None:
+        source.readers.was_read(time.monotonic() - began)
+    return batch
 
 
 def _put(tensors: dict[str, Tensor], memory: int, shared: list[mmap.mmap]) -> Layout:

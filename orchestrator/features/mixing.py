@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch.nn.functional import one_hot
 
-from orchestrator.features import Batch
+from orchestrator.features.sources import Batch
 from orchestrator.job import Plan
 from orchestrator.modality import Modality
 
