@@ -32,16 +32,19 @@ def plan(tiny_resnet: Path, flat_digits: Path) -> Plan:
 
 @pytest.fixture(scope="module")
 def _two_nodes() -> Iterator[None]:
-    """Nodes of 2 and of 4 cores, one of them with a GPU."""
+    """Nodes of 2 and of 4 cores, one of them with a GPU by its word."""
     import ray
     from ray.cluster_utils import Cluster
 
+    hidden = os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray takes no node's word for more than that
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=4, num_gpus=1, resources={"accelerator_type:L4": 1})
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
     cluster.shutdown()
+    if hidden is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = hidden
 
 
 def with_scaling(plan: Plan, **scaling: object) -> Plan:
