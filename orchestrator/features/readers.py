@@ -103,6 +103,7 @@ class Readers:
     started: bool = False
     largest: int = 1
     """Bytes of the largest batch so far."""
+    _closed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _free: queue.SimpleQueue[_Reader] = field(default_factory=queue.SimpleQueue)
     _threads: ThreadPoolExecutor | None = None
@@ -154,13 +155,16 @@ class Readers:
         with contextlib.suppress(OSError, ValueError):
             process.stdin.write(given)
             process.stdin.close()
-            if process.stdout.readline() == b"ready\n":
+            is_ready = process.stdout.readline() == b"ready\n"
+            if self._closed:  # the job was through before they were there
+                return
+            if is_ready:
                 self.ready = True
                 return
             process.wait()
             errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines()
-            self.note(f"no process that reads samples could be started, so the worker reads them: {said[-1:]}")
+            said = errors.read().decode(errors="replace").strip().splitlines() or ["it says nothing"]
+            self.note(f"no process that reads samples could be started, so the worker reads them: {said[-1]}")
 
     @property
     def num_ahead(self) -> int:
@@ -196,7 +200,7 @@ class Readers:
 
     def close(self) -> None:
         """End them."""
-        self.ready = False
+        self.ready, self._closed = False, True
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
         while not self._free.empty():

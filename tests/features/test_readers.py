@@ -200,8 +200,8 @@ def test_features_are_the_same_with_them(
 def test_they_start_where_reading_is_heavy(
     run: orchestrator.Run, tiny_resnet: Path, resources: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = source_of(run, tiny_resnet, resources)
-    readers = source.readers = Readers(source.spec, 2, False)
+    source, notes = source_of(run, tiny_resnet, resources), list[str]()
+    readers = source.readers = Readers(source.spec, 2, False, notes.append)
     resources.callback(readers.close)
     loader = BatchLoader(torch.device("cpu"), resources, True)
     loaded(loader, source, 1)
@@ -209,3 +209,9 @@ def test_they_start_where_reading_is_heavy(
     monkeypatch.setattr("orchestrator.features.readers.READ_S", 0.0)
     loaded(loader, source, 3)
     assert readers.started
+    readers.close()  # at once: the job is through
+    assert readers.process is not None
+    assert readers.process.returncode is not None
+    time.sleep(0.5)
+    assert not notes
+    assert not readers.ready
