@@ -254,12 +254,14 @@ class Loading:
         rows = rows[shard < 0]
         readers = ready_readers(self.source) if self.view is None else None
         if readers is not None and len(rows):
-            with contextlib.suppress(ReadersLostError):
-                return self._unless_stored(*readers.begin(Request(rows, with_contents=True)).result())
+            with contextlib.suppress(ReadersLostError, TrainingError):
+                batch, skipped = readers.begin(Request(rows, with_contents=True)).result()
+                if not skipped:  # on a sample that cannot be read the worker has the last word
+                    return self._unless_stored(batch)
         with self._reading:
             began = time.monotonic()
             loaded = self._load(rows)
-            if self.source.readers is not None:
+            if self.source.readers is not None and self.view is None:
                 self.source.readers.was_read(time.monotonic() - began)
         return loaded
 
@@ -274,9 +276,8 @@ class Loading:
         readers = ready_readers(self.source) if self.view is None else None
         return 0 if readers is None else readers.num_ahead
 
-    def _unless_stored(self, batch: Batch | None, skipped: dict[int, str]) -> Loaded:
+    def _unless_stored(self, batch: Batch | None) -> Loaded:
         """What a reader gave, less what has features by now, or is there twice."""
-        self.source.skipped.update(skipped)
         if batch is None or batch.contents is None:
             nothing = np.zeros((0, 2), np.uint64)
             return Loaded((np.zeros(0, np.int64), nothing), nothing, [], [])

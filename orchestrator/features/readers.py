@@ -12,11 +12,13 @@ import mmap
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -101,8 +103,8 @@ class Readers:
     since: float = field(default_factory=time.monotonic)
     ready: bool = False
     started: bool = False
-    largest: int = 1
-    """Bytes of the largest batch so far."""
+    largest: int = 0
+    """Bytes of the largest batch so far, 0 where none is known."""
     _closed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _free: queue.SimpleQueue[_Reader] = field(default_factory=queue.SimpleQueue)
@@ -126,11 +128,19 @@ class Readers:
         try:
             given = pickle.dumps(self.spec)
         except Exception:
+            given = b"__main__"
+        if b"__main__" in given:
             self.note(
                 "the modality stands in a script or a notebook, and another process cannot import it: the worker reads "
                 "the samples itself, and a GPU may wait for it; a module of its own is read by several processes"
             )
             return
+        try:
+            self._start(given)
+        except (OSError, TypeError, ValueError) as error:  # no descriptors, no memory, no folder for what is temporary
+            self._note_of(str(error))
+
+    def _start(self, given: bytes) -> None:
         readers = [_Reader(self._resources) for _ in range(self.num)]
         fds = [fd for reader in readers for fd in reader.theirs]
         errors = self._resources.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # on the stack
@@ -138,8 +148,8 @@ class Readers:
             [sys.executable, "-P", "-c", _READER, *map(str, fds)], pass_fds=fds,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             start_new_session=True,  # Ctrl-C is the driver's: they end when it closes their pipes
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": "",
-                 "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                 "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
         for reader in readers:
             reader.close_theirs()
@@ -147,29 +157,33 @@ class Readers:
         self._threads = ThreadPoolExecutor(self.num, thread_name_prefix="reader")
         threading.Thread(target=self._wait, args=(given, errors), daemon=True).start()
 
+    def _note_of(self, why: str) -> None:
+        if not self._closed:  # else the job was through before they were there
+            self.note(f"no process that reads samples could be started, so the worker reads them: {why}")
+
     def _wait(self, given: bytes, errors: Any) -> None:
         process = self.process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # it has died, and said why
             process.stdin.write(given)
             process.stdin.close()
-            is_ready = process.stdout.readline() == b"ready\n"
-            if self._closed:  # the job was through before they were there
-                return
-            if is_ready:
-                self.ready = True
+        with contextlib.suppress(OSError, ValueError):
+            if process.stdout.readline() == b"ready\n":
+                self.ready = not self._closed
                 return
             process.wait()
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip().splitlines() or ["it says nothing"]
-            self.note(f"no process that reads samples could be started, so the worker reads them: {said[-1]}")
+            self._note_of(said[-1])
 
     @property
     def num_ahead(self) -> int:
-        """Microbatches that are worth to be asked for at once."""
-        return max(2, min(2 * self.num, MOST_BYTES // self.largest))
+        """Microbatches that are worth to be asked for at once; each reader has memory for one beside."""
+        if not self.largest:
+            return 2
+        return max(2, min(2 * self.num, MOST_BYTES // self.largest - self.num))
 
     def begin(self, request: Request) -> Future[Read]:
         """Ask for a batch: (it, or None where no sample can be read; row -> why it was left out).
@@ -183,30 +197,48 @@ class Readers:
         reader = self._free.get()
         try:
             answer = reader.ask(request)
+        except (EOFError, OSError) as error:  # whatever says so, its end of the pipe is gone
+            self._end()
+            raise ReadersLostError from error
+        else:
             if isinstance(answer, Exception):
                 raise answer
             if answer.layout is None:
                 return None, answer.skipped
             tensors = reader.tensors(answer.layout, self.pinned)
-        except (EOFError, ConnectionError) as error:
-            if self.ready:
-                self.ready = False
-                self.note("a process that reads samples has died, for lack of memory perhaps: the worker reads them")
-            raise ReadersLostError from error
         finally:
             self._free.put(reader)
-        self.largest = max(self.largest, sum(one.nbytes for one in tensors.values()))
-        return Batch(tensors, tensors.pop(""), answer.rows, answer.contents), answer.skipped
+        batch = Batch(tensors, tensors.pop(""), answer.rows, answer.contents)
+        self.was_given(batch)
+        return batch, answer.skipped
+
+    def was_given(self, batch: Batch | None) -> None:
+        """A batch was read, by whom ever."""
+        if batch is not None:
+            self.largest = max(self.largest, sum(one.nbytes for one in (*batch.inputs.values(), batch.targets)))
+
+    def _end(self) -> None:
+        """Of one that has died the others are of no use, and have memory that is lacking perhaps."""
+        with self._lock:
+            was_ready, self.ready = self.ready, False
+        if was_ready and not self._closed:
+            self.note("a process that reads samples has died, for lack of memory perhaps: the worker reads them")
+        self._kill()
+
+    def _kill(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # a session of their own: the readers too
 
     def close(self) -> None:
-        """End them."""
+        """End them, at once, whatever they do."""
         self.ready, self._closed = False, True
+        self._kill()
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
         while not self._free.empty():
             self._free.get().close()
         if self.process is not None:
-            self.process.kill()  # readers end when their pipes are closed
             self.process.wait()
             for stream in (self.process.stdin, self.process.stdout):
                 if stream is not None:
@@ -273,6 +305,8 @@ def ready_readers(source: Source) -> Readers | None:
 def serve() -> None:
     """Build the source that standard input describes, and fork a reader for each (pipe, memory) of the arguments."""
     fds = [int(fd) for fd in sys.argv[1:]]
+    sign = os.dup(1)
+    os.dup2(2, 1)  # what a plugin prints is no sign
     torch.set_num_threads(1)
     spec: SourceSpec = pickle.load(sys.stdin.buffer)
     plan = Plan.model_validate_json(spec.plan_json)
@@ -287,14 +321,17 @@ def serve() -> None:
             if other != number:
                 os.close(theirs)
                 os.close(its)
-        sys.stdout.close()
+        os.close(sign)
         try:
             _read_for(Connection(pipe), memory, source, mix)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     for fd in fds:
         os.close(fd)
-    print("ready", flush=True)
+    os.write(sign, b"ready\n")
+    os.close(sign)
     with contextlib.suppress(ChildProcessError):
         while True:
             os.wait()
@@ -329,6 +366,7 @@ def read(source: Source, request: Request, mix: Callable[[Batch], Batch] | None)
         batch = source.batch(request.rows, train=True)
         batch = batch if batch is None or mix is None or not request.mixed else mix(batch)
     if isinstance(source, SampleSource) and source.readers is not None:
+        source.readers.was_given(batch)
         source.readers.was_read(time.monotonic() - began)
     return batch
 
@@ -351,9 +389,13 @@ def _put(tensors: dict[str, Tensor], memory: int, shared: list[mmap.mmap]) -> La
 
 
 def _as_sent(error: Exception) -> Exception:
-    """The error, or its words where it cannot cross to the worker."""
+    """The error, or its words where it cannot cross to the worker, with the trace, which cannot."""
+    said = f"in the process that reads:\n{traceback.format_exc()}"
+    error.add_note(said)
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        words = RuntimeError(f"{type(error).__name__}: {error}")
+        words.add_note(said)
+        return words
     return error

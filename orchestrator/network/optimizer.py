@@ -45,9 +45,10 @@ def _optimizer(training: Training, groups: list[dict[str, Any]], fused: bool) ->
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Move the parameters, unless the loss of their gradients is not finite: it is told later whose fault that is.
+    """Move the parameters; a fused optimizer leaves them where the loss of their gradients is not finite.
 
-    That goes without waiting for a GPU, whose fused optimizers look themselves (`found_inf`, as GradScaler uses it).
+    It looks on the GPU itself (`found_inf`, as GradScaler uses it), so that nobody waits for it to be told whose fault
+    that is. With any other, who calls this has looked.
     """
     if optimizer.defaults.get("fused"):
         optimizer.grad_scale = None  # type: ignore[attr-defined]

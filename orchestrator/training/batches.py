@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from orchestrator.data import Ints, Samples
+from orchestrator.errors import TrainingError
 from orchestrator.features import (
     STEP,
     Batch,
@@ -70,7 +71,10 @@ class BatchLoader:
         self._ahead: dict[Key, Future[Read]] = {}
         self._reader: ThreadPoolExecutor | None = None
         if device.type != "cpu" if ahead is None else ahead:
-            self._reader = resources.enter_context(ThreadPoolExecutor(1))
+            # One thread of torch's, as readers have: sums over many numbers depend on how many add them up.
+            self._reader = resources.enter_context(
+                ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+            )
 
     def num_ahead(self, source: Source, own: int = 1) -> int:
         """The steps, of so many microbatches each, that are worth to be prepared; 0 where nothing is read ahead."""
@@ -132,7 +136,10 @@ class BatchLoader:
         """What was read, once it is there; in the worker itself where its reader has died meanwhile."""
         try:
             batch, skipped = future.result()
-        except ReadersLostError:
+            if skipped:
+                raise ReadersLostError
+        except (ReadersLostError, TrainingError):
+            # The worker has the last word on a sample: what a script has set for its decoder is known here alone.
             assert self._reader is not None
             batch, skipped = self._reader.submit(self._read, source, request).result()
         if isinstance(source, SampleSource):

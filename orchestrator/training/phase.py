@@ -226,8 +226,8 @@ class PhaseLoop:
         num_samples, stop, due = told.tolist()
         self._unread.append((sums, num_samples, number, own))
         # What a GPU has computed is looked at a step later, when it is there: so nobody waits for it. A loss that is
-        # not finite moves no weights there either.
-        self._read_sums(keep=0 if worker.device.type == "cpu" else 1)
+        # not finite moves no weights there either, by the fused optimizer.
+        self._read_sums(keep=1 if self.optimizer.defaults.get("fused") else 0)
         # Of a batch that nobody could read there is nothing to learn.
         reduction.finish((1.0 / sums[1]).float() if num_samples else 0.0)
         if num_samples:

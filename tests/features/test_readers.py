@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ import torch
 import orchestrator
 from orchestrator.data import table_of
 from orchestrator.errors import TrainingError
-from orchestrator.features import Batch, Readers, SampleSource, SourceSpec
+from orchestrator.features import Batch, Readers, Request, SampleSource, SourceSpec
 from orchestrator.modality import Modality, registry
 from orchestrator.training import assembly, loop
 from orchestrator.training.batches import BatchLoader
@@ -96,8 +98,9 @@ def test_they_give_what_this_process_gives_and_where_one_dies_it_reads_itself(
     readers = started(source, resources, notes)
     assert readers.ready, notes
     loader = BatchLoader(torch.device("cpu"), resources, True)
-    assert loader.num_ahead(source) == 4
+    assert loader.num_ahead(source) == 2  # until it is known how large a batch is
     assert_equal(loaded(loader, source, 5), plain)
+    assert loader.num_ahead(source) == 4
     as_they_are = [source.batch(np.arange(9), train=False), source.batch(np.arange(9, 70), train=False)]
     assert_equal(list(loader.each(source, [np.arange(9), np.arange(9, 70)])), as_they_are)  # the second one is larger
     with pytest.raises(TrainingError, match="is no image") as caught:
@@ -115,6 +118,44 @@ def test_they_give_what_this_process_gives_and_where_one_dies_it_reads_itself(
     assert "has died" in notes[0]
     readers.close()
     assert not psutil.wait_procs(processes, timeout=20)[1]
+
+
+def loud(sample: Any) -> Any:
+    """Decodes as images do, prints, and fails as a reader's pipe does for the one that is no image."""
+    print("x" * 100_000)
+    if sample["image"] == b"nothing":
+        raise EOFError("the file ends early")
+    decode = registry.get("image").decode
+    assert decode is not None
+    return decode(sample)
+
+
+def test_what_a_plugin_prints_and_raises_is_not_taken_for_the_readers_own(
+    run: orchestrator.Run, tiny_resnet: Path, resources: ExitStack
+) -> None:
+    modality = dataclasses.replace(registry.get("image"), decode=loud)
+    source, notes = source_of(run, tiny_resnet, resources, modality), list[str]()
+    readers = started(source, resources, notes)
+    assert readers.ready, notes
+    plain = [source.batch(np.arange(9), train=False)]
+    assert_equal([readers.begin(Request(np.arange(9))).result()[0]], plain)
+    with pytest.raises(EOFError, match="the file ends early") as caught:
+        readers.begin(Request(np.arange(90, 100))).result()
+    assert "in loud" in caught.value.__notes__[0]
+    assert readers.ready
+    assert not notes
+
+
+def test_where_none_can_be_started_the_worker_reads(
+    run: orchestrator.Run, tiny_resnet: Path, resources: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_name: str) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", full)
+    source, notes = source_of(run, tiny_resnet, resources), list[str]()
+    assert not started(source, resources, notes).ready
+    assert "Too many open files" in notes[0]
 
 
 def test_a_modality_of_a_notebook_is_read_in_the_worker(
@@ -166,7 +207,7 @@ def test_a_run_is_the_same_with_them(mix: str, tiny_resnet: Path, digits: Path, 
     plain = train(tiny_resnet, digits, name="plain", **fields)
     made = request.getfixturevalue("with_readers")
     run = train(tiny_resnet, digits, name="ahead", **fields)
-    assert made[0].largest > 1  # they were asked
+    assert made[0].largest  # they were asked
     assert same(weights_of(run), weights_of(plain))
     assert [line["validation_loss"] for line in run.metrics] == [line["validation_loss"] for line in plain.metrics]
 
@@ -188,7 +229,7 @@ def test_features_are_the_same_with_them(
     plain = orchestrator.finetune(**job, name="plain", storage="one")
     made = request.getfixturevalue("with_readers")
     run = orchestrator.finetune(**job, name="ahead", storage="other")
-    assert made[0].largest > 1
+    assert made[0].largest
     contents = {file.read_bytes() for file in data.glob("*/*/*.png")} - {b"nothing"}
     # Whoever has it twice among what is on its way, in two batches, computes it twice.
     assert len(contents) <= run.lineage["num_computed"] <= len(contents) + 1
