@@ -6,18 +6,14 @@ batch, is not computed; what was computed is in the store before the pass ends, 
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import torch
 
 from orchestrator.data import Ids, Ints
-from orchestrator.errors import BadSampleError, TrainingError
+from orchestrator.errors import TrainingError
 from orchestrator.features.bodies import (
     WORTH_S,
     Bodies,
@@ -28,10 +24,10 @@ from orchestrator.features.bodies import (
     passed,
     seconds_of,
 )
-from orchestrator.features.formats import compute, number_format
-from orchestrator.features.readers import ReadersLostError, Request, ready_readers
-from orchestrator.features.sources import Batch, SampleSource, collated
-from orchestrator.network import Body, Inputs, Worker, channels_last, on_device, seed_for, with_threads
+from orchestrator.features.formats import number_format
+from orchestrator.features.loading import Loaded, Loading
+from orchestrator.features.sources import SampleSource
+from orchestrator.network import Body, Worker, channels_last, on_device, with_threads
 from orchestrator.store import FeatureSet, Format, Values
 
 FLUSH_S = 10.0
@@ -44,12 +40,9 @@ _FLUSH_SHARE = 0.02
 _FLUSH_BYTES = 64 * 2**20
 _LEAST_BATCHES = 50
 """Of fewer it is not even looked how long they take."""
-_VIEW = 3  # what a random number is for, beside those of the loop
 
 Note = Callable[[str], None]
 """Takes a line for whoever watches the job."""
-Content = tuple[int, int]
-"""(low, high) of a content's id."""
 
 
 @dataclass
@@ -210,165 +203,3 @@ class _Unwritten:
         name = features.add(np.concatenate(self.ids), np.concatenate(self.values), format)
         self.ids, self.values, self.num_bytes, self.since = [], [], 0, time.monotonic()
         return name
-
-
-# --- samples on their way into the body ---
-
-
-@dataclass
-class Loaded:
-    """A batch on its way into the body."""
-
-    read: tuple[Ints, Ids]
-    """(the rows that were read, the ids of their contents)."""
-    ids: Ids
-    """The contents that have no features yet, uint64 [samples, 2], each once."""
-    decoded: list[tuple[Content, Any]]
-    """(content, decoded sample) of each of them; empty where `inputs` are made already."""
-    inputs: list[tuple[Inputs, Ints]] | None
-    """What the body takes, in pieces: (tensors [samples, ...], the places of their samples in `ids`). None while they
-    are not made."""
-
-
-@dataclass
-class Loading:
-    """Samples of one view, on their way to a set of features. `load` is for `num_loads` threads, `through` for more."""
-
-    source: SampleSource
-    features: FeatureSet
-    device: torch.device
-    seed: int
-    view: int | None
-    """Which random view of the samples, from 0; None: as they are."""
-    _reading: threading.Lock = field(default_factory=threading.Lock)
-    """Threads wait for readers side by side; what reads here, reads alone."""
-    _collating: threading.Lock = field(default_factory=threading.Lock)
-    """Tokenizers of transformers are for one thread at a time, and torch's random numbers are one sequence."""
-
-    def load(self, rows: Ints, ids: Ids) -> Loaded:
-        """What the body has to compute for these rows: read, held against the features there are, decoded, collated.
-
-        `ids`, uint64 [samples, 2]: of their contents, as far as they are known without reading.
-        """
-        shard, _ = self.features.find(ids)
-        rows = rows[shard < 0]
-        readers = ready_readers(self.source) if self.view is None else None
-        if readers is not None and len(rows):
-            with contextlib.suppress(ReadersLostError, TrainingError):
-                batch, skipped = readers.begin(Request(rows, with_contents=True)).result()
-                if not skipped:  # on a sample that cannot be read the worker has the last word
-                    return self._unless_stored(batch)
-        with self._reading:
-            began = time.monotonic()
-            loaded = self._load(rows)
-            if self.source.readers is not None and self.view is None:
-                self.source.readers.was_read(time.monotonic() - began)
-        return loaded
-
-    @property
-    def num_loads(self) -> int:
-        """Threads that `load` is called in: each waits for a reader, while there are readers."""
-        readers = self.source.readers
-        return 1 if readers is None or self.view is not None else readers.num
-
-    def loads_ahead(self) -> int:
-        """Batches that are worth to be loaded before a body is free."""
-        readers = ready_readers(self.source) if self.view is None else None
-        return 0 if readers is None else readers.num_ahead
-
-    def _unless_stored(self, batch: Batch | None) -> Loaded:
-        """What a reader gave, less what has features by now, or is there twice."""
-        if batch is None or batch.contents is None:
-            nothing = np.zeros((0, 2), np.uint64)
-            return Loaded((np.zeros(0, np.int64), nothing), nothing, [], [])
-        at = np.sort(np.unique(batch.contents, axis=0, return_index=True)[1])
-        at = at[self.features.find(batch.contents[at])[0] < 0]
-        ids, inputs = batch.contents[at], batch.inputs
-        if len(at) < len(batch.rows):
-            inputs = {name: tensor[torch.from_numpy(at)] for name, tensor in inputs.items()}
-        return Loaded((batch.rows, batch.contents), ids, [], [(inputs, np.arange(len(ids)))] if len(ids) else [])
-
-    def _load(self, rows: Ints) -> Loaded:
-        contents: dict[int, Content] = {}
-        decoded: dict[Content, object] = {}  # the same content twice need not be computed twice; nor written
-        for row, answer in zip(rows.tolist(), self.source.pool.map(self._read, rows.tolist()), strict=True):
-            if isinstance(answer, BadSampleError):
-                self.source.leave_out(row, answer)
-                continue
-            contents[row], sample = answer
-            if sample is not None:
-                decoded[contents[row]] = sample
-        missing = np.array(list(decoded), np.uint64).reshape(-1, 2)
-        read = (np.fromiter(contents, np.int64, len(contents)),
-                np.array(list(contents.values()), np.uint64).reshape(-1, 2))  # fmt: skip
-        # On a CPU the bodies have all cores: another set of OpenMP threads, for the collate function, cost them 11 %.
-        loaded = Loaded(read, missing, list(decoded.items()), None)
-        if self.device.type == "cpu":
-            return loaded
-        pieces = self._collate(loaded)
-        if self.device.type == "cuda":  # from pinned memory a copy need not be waited for
-            pieces = [({name: value.pin_memory() for name, value in inputs.items()}, at) for inputs, at in pieces]
-        return Loaded(loaded.read, missing, [], pieces)
-
-    def _read(self, row: int) -> tuple[Content, object] | BadSampleError:
-        """(the content's id, the decoded sample; None for one whose features are stored), or why it cannot be read."""
-        try:
-            sample = self.source.samples.read(row)
-            content = self.source.samples.id_of(sample)
-            if self.features.find(np.array([content], np.uint64))[0][0] >= 0:
-                return content, None
-            return content, self.source.decode(sample)
-        except BadSampleError as error:
-            return error
-
-    def _collate(self, loaded: Loaded) -> list[tuple[Inputs, Ints]]:
-        """What the body takes of a batch, in pieces; samples that cannot be collated are left out of it."""
-        pieces, faults = self.collated(loaded.decoded)
-        for content, error in faults.items():
-            rows, ids = loaded.read
-            is_it = (ids == np.array(content, np.uint64)).all(axis=1)
-            for row in rows[is_it].tolist():
-                self.source.leave_out(row, error)
-            loaded.read = rows[~is_it], ids[~is_it]
-        return pieces
-
-    def collated(
-        self, decoded: Sequence[tuple[Content, Any]]
-    ) -> tuple[list[tuple[Inputs, Ints]], dict[Content, BadSampleError]]:
-        """What the body takes of these samples, in pieces, and those that it cannot take: content -> why.
-
-        A piece is (tensors [samples, ...], which of the samples they are).
-        """
-        faults: dict[Content, BadSampleError] = {}
-        if self.view is None:
-            inputs, wrong = collated(self.source.collate, [sample for _, sample in decoded], False)
-            faults = {decoded[place][0]: error for place, error in wrong.items()}
-            at = np.delete(np.arange(len(decoded)), list(wrong))
-            return ([(inputs, at)] if inputs is not None else []), faults
-        # How a sample is changed depends on its content alone, not on those beside it: so it is the same for every job.
-        groups: dict[Any, list[tuple[int, Inputs]]] = {}
-        for i, (content, sample) in enumerate(decoded):
-            seed_for(_VIEW, self.seed, self.view, *content)
-            one, wrong = collated(self.source.collate, [sample], True)
-            if one is None:
-                faults[content] = wrong[0]
-                continue
-            groups.setdefault(tuple((name, value.shape) for name, value in one.items()), []).append((i, one))
-        pieces: list[tuple[Inputs, Ints]] = [
-            ({name: torch.cat([one[name] for _, one in group]) for name in group[0][1]},
-             np.array([i for i, _ in group]))
-            for group in groups.values()
-        ]  # fmt: skip
-        return pieces, faults
-
-    def through(
-        self, body: Body, loaded: Loaded, format: Format, compiled: Compiled | None
-    ) -> list[tuple[Ids, Values]]:
-        """What the body gives for a batch: [(ids, [samples, ...] as float32 or the bits of bfloat16)]."""
-        pieces = loaded.inputs
-        if pieces is None:
-            with self._collating:
-                pieces = self._collate(loaded)
-        return [
-            (loaded.ids[at], compute(body, on_device(inputs, self.device), format, compiled)) for inputs, at in pieces
-        ]

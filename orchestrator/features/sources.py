@@ -46,7 +46,7 @@ class Batch:
 class SourceSpec:
     """What another process of this machine makes the same source of samples from."""
 
-    plan_json: str
+    plan: Plan
     table: Path
     """The directory of the sample table."""
     backbone: Path
@@ -54,17 +54,20 @@ class SourceSpec:
     modality: Modality | None
     """Where no other process could look it up."""
 
+    def find_modality(self) -> Modality:
+        """The plan's. Raises `PluginError`."""
+        return self.modality or registry.get(self.plan.job.modality)
+
     def opened(self, pool: ThreadPoolExecutor) -> SampleSource:
         """The source. Raises what the plugin raises."""
-        plan = Plan.model_validate_json(self.plan_json)
-        modality = self.modality or registry.get(plan.job.modality)
+        modality = self.find_modality()
         assert modality.decode is not None
         assert modality.batch is not None
         return SampleSource(
             Samples(self.table, tuple(field.name for field in modality.sample)),
             modality.decode,
-            modality.batch(plan, self.backbone),
-            skip=plan.job.data.on_bad_sample == "skip",
+            modality.batch(self.plan, self.backbone),
+            skip=self.plan.job.data.on_bad_sample == "skip",
             pool=pool,
             spec=self,
         )

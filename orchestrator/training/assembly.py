@@ -75,7 +75,7 @@ def assembled(
         )  # fmt: skip
     name = modality.name
     is_installed = not registry.is_registered(name) and registry.claims(name) and registry.get(name) is modality
-    spec = SourceSpec(plan.model_dump_json(), table, directory, None if is_installed else modality)
+    spec = SourceSpec(plan, table, directory, None if is_installed else modality)
     source = spec.opened(resources.enter_context(ThreadPoolExecutor(max_workers=worker.threads)))
     source.readers = _readers(spec, worker, note)
     if source.readers is not None:

@@ -82,8 +82,7 @@ def _prepare(
     return Session(
         plan=plan, run=run, worker=worker, network=network, strategy=strategy, objective=make_objective(plan, network),
         samples=raw.samples, raw=raw, sources=sources, forwards=forwards,
-        loader=BatchLoader(worker.device, resources),
-        length_bucketing=modality.length_bucketing,
+        loader=BatchLoader(worker.device, resources), length_bucketing=modality.length_bucketing,
         mix=make_mix(plan, modality),
         report=report, should_stop=should_stop, started=started,
     )  # fmt: skip

@@ -26,13 +26,13 @@ SLOW = """
 import sys, time
 from pathlib import Path
 import orchestrator, orchestrator.train, orchestrator.training.loop, orchestrator_image.network, ray.train.torch
-from orchestrator.features import body_pass
+from orchestrator.features import body_pass, loading
 backbone, data, precision = sys.argv[1:4]
-compute = body_pass.compute
+compute = loading.compute
 def slowly(body, inputs, *more):
     time.sleep(0.005 * len(next(iter(inputs.values()))))
     return compute(body, inputs, *more)
-body_pass.compute = slowly
+loading.compute = slowly
 def job(name, report):
     return orchestrator.finetune(
         backbone=backbone, data=data, name=name, report=report, method="head", scaling={"threads_per_worker": 1},
@@ -81,7 +81,7 @@ def together(*what):
     while not Path(f"{other}-began").exists():
         time.sleep(0.01)
     return slowly(*what)
-body_pass.compute = together
+loading.compute = together
 print(job(name, lambda event: None).lineage["num_computed"])
 """
 )
@@ -130,10 +130,10 @@ def test_two_jobs_at_once_share_the_work_and_end_right(precision: str, tiny_resn
 def test_stopped_while_the_body_ran_it_goes_on(
     tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.features import body_pass
+    from orchestrator.features import loading
 
     asked: list[int] = []
-    compute = body_pass.compute
+    compute = loading.compute
 
     def stopping(*what: Any) -> Any:
         asked.append(1)
@@ -142,7 +142,7 @@ def test_stopped_while_the_body_ran_it_goes_on(
         return compute(*what)
 
     with monkeypatch.context() as patch:
-        patch.setattr(body_pass, "compute", stopping)
+        patch.setattr(loading, "compute", stopping)
         with pytest.raises(InterruptedRunError):
             train(tiny_resnet, digits, **head(), name="stopped")
     run = train(tiny_resnet, digits, **head(), name="stopped")

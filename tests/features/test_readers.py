@@ -52,7 +52,7 @@ def source_of(run: orchestrator.Run, backbone: Path, resources: ExitStack, modal
     """The run's samples."""
     table = table_of(run)
     assert table is not None
-    spec = SourceSpec(run.plan.model_dump_json(), table, backbone, modality)
+    spec = SourceSpec(run.plan, table, backbone, modality)
     return spec.opened(resources.enter_context(ThreadPoolExecutor(2)))
 
 
