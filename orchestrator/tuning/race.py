@@ -90,7 +90,9 @@ class Race:
                     self._features(candidate, network, source, np.sort(rows), resources)
                 if candidate.full is not None:
                     self.report(PhaseBegan(f"{candidate.name}: some steps of full fine-tuning"))
-                    candidate.full_minutes = measured_minutes(candidate.full, network, source, self.worker)
+                    candidate.full_minutes = measured_minutes(
+                        candidate.full, network, source, self.worker, self.modality.length_bucketing
+                    )
                     candidate.full_is_measured = True
         for candidate in candidates:
             if candidate.full_minutes is None and candidate.full is not None and candidate.samples_per_s:

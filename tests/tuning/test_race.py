@@ -12,7 +12,10 @@ from orchestrator.backbone import read_card
 from orchestrator.data import Samples, prepare_data
 from orchestrator.job import SPLITS, Data
 from orchestrator.modality import registry
+from orchestrator.training import epoch_batches
 from orchestrator.tuning.race import flat, stratified
+from orchestrator.tuning.steps import mean_batch
+from tests.tiny import make_bert
 
 
 @pytest.fixture
@@ -40,6 +43,22 @@ def test_a_part_of_a_table_is_that_part_of_its_splits(samples: Samples) -> None:
         assert np.array_equal(some.rows(name), np.intersect1d(samples.rows(name), rows))
         assert len(samples.rows(name)) > len(some.rows(name))
     assert some.read(int(rows[3])) == samples.read(int(rows[3]))
+
+
+def test_the_steps_that_are_timed_are_of_a_batch_as_training_makes_them(tmp_path: Path) -> None:
+    """Of texts most of which are short: a batch with the longest of all beside the others is none of them."""
+    backbone, table = make_bert(tmp_path / "bert"), tmp_path / "texts.csv"
+    lines = [f"{'word ' * (300 if number % 40 == 0 else 1 + number % 5)},{number % 2}" for number in range(800)]
+    table.write_text("text,label\n" + "\n".join(lines))
+    prepare_data(Data(path=str(table)), registry.get("text"), read_card(str(backbone)), directory=tmp_path)
+    samples = Samples(tmp_path, ("text",))
+    batches = epoch_batches(samples, samples.rows("train"), 3, 0, 40, length_bucketing=True)
+    rows = mean_batch(samples, 3, 40, length_bucketing=True)
+    assert any(np.array_equal(rows, batch) for batch in batches)
+    longest = [samples.num_bytes[batch].max() * len(batch) for batch in batches]
+    assert max(longest) > 10 * np.mean(longest) / 2
+    chosen = samples.num_bytes[rows].max() * len(rows)
+    assert abs(chosen - np.mean(longest)) == min(abs(one - np.mean(longest)) for one in longest)
 
 
 def test_features_with_places_are_their_mean() -> None:
