@@ -28,6 +28,7 @@ reads rows of the table when they are used. Faulty data is a `DataError` that na
     samples       the sample table on disk: written once, memory-mapped
     table_store   the sample tables of a storage directory, each kept once for all of its runs
     shared_tables  the same of an object store; which table a run uses
+    seen          which samples a run was trained on
     contents      digests that samples and data are known by, and a catalogue of files
 """
 
@@ -37,6 +38,7 @@ from orchestrator.data.ingested import Example as Example
 from orchestrator.data.materialise import materialise_rows as materialise_rows
 from orchestrator.data.prepare import LEAVE_OUT as LEAVE_OUT, Prepared as Prepared, prepare_data as prepare_data
 from orchestrator.data.samples import MAX_AT_ONCE as MAX_AT_ONCE, Samples as Samples, split_by_size as split_by_size
+from orchestrator.data.seen import num_seen as num_seen, num_seen_by_backbone as num_seen_by_backbone
 from orchestrator.data.shared_tables import SharedTables as SharedTables, table_of as table_of, tables_in as tables_in
 from orchestrator.data.sources import columns_of as columns_of, formed_as_run as formed_as_run
 from orchestrator.data.table_store import (

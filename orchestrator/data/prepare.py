@@ -27,7 +27,8 @@ from orchestrator.data.labels import (
     refuse_unlearnable,
     strata_of,
 )
-from orchestrator.data.samples import INDEX_FILE, ROWS_FILE, SampleWriter, write_index
+from orchestrator.data.samples import INDEX_FILE, ROWS_FILE, Samples, SampleWriter, write_index
+from orchestrator.data.seen import warn_of_seen
 from orchestrator.data.sources import open_source
 from orchestrator.data.spellings import unify_spellings
 from orchestrator.data.splits import TEST, TRAIN, UNUSED, VALIDATION, split_for_evaluation, split_samples
@@ -98,8 +99,12 @@ def _prepare(
         notes += notes_on_labels(ingested, names, spec, task, hint)
         notes += _notes_on_splits(split, spec.validation_fraction is None and fewest_validation > 0)
     warnings += warn_of_leaks(table, rows, split)
-    if keep:
+    of_a_run = card.kind == "run" and not classes
+    if keep or of_a_run:
         _write_index(directory / INDEX_FILE, table, rows, targets, split, grouped=spec.group_column is not None)
+    if of_a_run:
+        fields = tuple(one.name for one in modality.sample)
+        warnings += warn_of_seen(card, Samples(directory, fields), fields)
     summary = DataSummary(
         fingerprint=fingerprint(
             (ingested.column(ingested.uri_id), ingested.label_keys(), ingested.known_by()), rows, split

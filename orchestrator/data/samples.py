@@ -7,7 +7,6 @@ are used, with their targets and splits. So nothing that is large is copied or h
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -184,13 +183,13 @@ class Samples:
         for piece in split_by_size(self.num_bytes[rows], most, beside):
             yield rows[piece]
 
-    def num_among(self, other: Samples, rows: Ints) -> int:
-        """How many of the samples are among those `rows` of the other table: the same file, or the same content.
+    def num_among(self, rows: Ints, other: Samples, others: Ints) -> int:
+        """How many of `rows` are among the rows `others` of the other table: the same file, or the same content.
 
         What differs in size differs, and is not looked at: a file that has another size by now is another sample.
         """
-        others = set(other._known_by(rows, self.num_bytes))
-        return sum(one in others for one in self._known_by(np.arange(len(self.targets)), other.num_bytes[rows]))
+        known = set(other._known_by(others, self.num_bytes[rows]))
+        return sum(one in known for one in self._known_by(rows, other.num_bytes[others]))
 
     def _known_by(self, rows: Ints, sizes: Ints) -> Iterator[str]:
         """`known_by` of rows whose size is among `sizes`, and of all files in stores, whose sizes may be unknown."""
@@ -199,11 +198,12 @@ class Samples:
             yield self.known_by(row)
 
     def known_by(self, row: int) -> str:
-        """What tells this sample from others: its file, or the digest of its content."""
+        """What tells this sample from others: its file, or what its content is known by."""
         if self._uri[int(self._row[row])].as_py():
             place = self.place(row)
             return place if is_uri(place) else os.path.realpath(place)
-        return hashlib.sha256(repr(sorted(self.read(row).items())).encode()).hexdigest()
+        content = tuple(int(column[row]) for column in self._contents)
+        return "%016x%016x" % (content if any(content) else self.id_of(self.read(row)))
 
     def place(self, row: int) -> str:
         """What the sample is called in a message: its file, or its row in the table."""

@@ -194,7 +194,13 @@ def drafted(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[st
     # Each by itself: a field wins over a file, by whatever name of the two it stands there.
     base = make_draft(job, {})
     modality = fields.get("modality") or base.tree.get("modality", Job.model_fields["modality"].default)
-    return make_draft(_with_plugin_settings(base, modality), _of_plugin(fields, modality))
+    draft = make_draft(_with_plugin_settings(base, modality), _of_plugin(fields, modality))
+    return replace(draft, of_plugin=tuple(_settings_of_plugin(modality)))
+
+
+def _settings_of_plugin(modality: object) -> Mapping[str, object]:
+    """Those of a modality by name; none of one that nobody has registered, which is refused elsewhere."""
+    return registry.get(modality).settings.model_fields if modality in registry.names() else {}
 
 
 def _of_plugin(fields: Mapping[str, Any], modality: object) -> dict[str, Any]:
@@ -203,7 +209,7 @@ def _of_plugin(fields: Mapping[str, Any], modality: object) -> dict[str, Any]:
     Raises `JobError` where `settings` has it as well.
     """
     given, group = dict(fields), fields.get("settings")
-    own = registry.get(modality).settings.model_fields if modality in registry.names() else {}
+    own = _settings_of_plugin(modality)
     for name in [name for name in fields if name not in Job.model_fields and name in own and not homes(name)]:
         if f"settings.{name}" in given or (isinstance(group, Mapping) and name in group):
             raise JobError(f"{name} is settings.{name}, and both are set", mend=f"leave out {name}")

@@ -47,16 +47,55 @@ class Draft:
     """Dotted key -> its line there."""
     notes: tuple[str, ...] = ()
     """What is to be said of how it was written."""
+    of_plugin: tuple[str, ...] = ()
+    """Names of the modality's own settings, for one that is misspelt."""
 
     def job(self) -> Job:
         """The checked job. Raises `JobError`."""
         try:
             made = Job.model_validate(self.tree)
         except ValidationError as error:
-            raise _as_job_error(error, self.source, self.lines) from None
+            raise self._as_job_error(error) from None
         made._places.update({key: f"{self.source}:{line}: " for key, line in self.lines.items()})
         made._notes = self.notes
         return made
+
+    def _as_job_error(self, error: ValidationError) -> JobError:
+        """The first fault, with its place and the values that would do."""
+        source, lines = self.source, self.lines
+        faults = error.errors(include_url=False)
+        # What is misspelt comes before what is missing: the one is mostly the reason of the other.
+        fault = min(faults, key=lambda one: one["type"] != "extra_forbidden")
+        place = ".".join(str(part) for part in fault["loc"]) or "the job"
+        where = f"{source}:{lines[place]}: " if place in lines else (f"{source}: " if source else "")
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        given = fault.get("input")
+        if fault["type"] == "extra_forbidden":
+            *group, name = map(str, fault["loc"])
+            of_plugin = {one: f"settings.{one}" for one in self.of_plugin}
+            names = _keys_beside(fault["loc"]) if group else _nearest(name, of_plugin)
+            names = names or [*all_keys(), *(of_plugin.values() or ["settings.… of the modality"])]
+            return JobError(
+                f"{where}unknown key {place}{more}",
+                expected="one of " + ", ".join(names),
+                mend=_ELSEWHERE.get(place)
+                or meant(name, ".".join(group), of_plugin)
+                or "take it out, or use one of the keys above (orchestrator settings)",
+            )
+        if fault["type"] == "missing":
+            flag = f", or --{place}" if place in ("backbone", "data") else ""
+            return JobError(
+                f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]),
+                mend=f"give it: {place}=...{flag}; in a job file {place}: ...",
+            )  # fmt: skip
+        message = str(fault["msg"]).removeprefix("Value error, ")
+        if fault["type"] == "model_type":
+            message = "is a group of settings, not one value"
+        if fault["type"] == "string_type":
+            message += "; put it in quotes"
+        secret = isinstance(given, dict) or (isinstance(given, str) and holds_secret(given))
+        shown = "" if secret else f" = {given!r}"
+        return JobError(f"{where}{place}{shown}: {message[:1].lower()}{message[1:]}{more}", mend=nearest_value(fault))
 
 
 def make_draft(job: Job | Draft | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
@@ -64,10 +103,11 @@ def make_draft(job: Job | Draft | Mapping[str, Any] | str | Path | None, fields:
     lines: dict[str, int] = {}
     source = ""
     noted: tuple[str, ...] = ()
+    of_plugin: tuple[str, ...] = ()
     if job is None:
         base: dict[str, Any] = {}
     elif isinstance(job, Draft):
-        base, source, lines, noted = dict(job.tree), job.source, dict(job.lines), job.notes
+        base, source, lines, noted, of_plugin = dict(job.tree), job.source, dict(job.lines), job.notes, job.of_plugin
     elif isinstance(job, Job):
         base = job.model_dump(mode="json", exclude_unset=True)
     elif isinstance(job, Mapping):
@@ -97,7 +137,7 @@ def make_draft(job: Job | Draft | Mapping[str, Any] | str | Path | None, fields:
         notes = (*notes, *more)
         _put(base, today, renamed)
         lines.pop(today, None)
-    return Draft(base, source, lines, tuple(dict.fromkeys(notes)))
+    return Draft(base, source, lines, tuple(dict.fromkeys(notes)), of_plugin)
 
 
 def _in_groups(tree: dict[str, Any], lines: dict[str, int], source: str) -> dict[str, Any]:
@@ -245,44 +285,9 @@ def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int], path
         _note_lines(value, f"{name}.", lines, path)
 
 
-def _as_job_error(error: ValidationError, source: str, lines: dict[str, int]) -> JobError:
-    """The first fault, with its place and the values that would do."""
-    faults = error.errors(include_url=False)
-    # What is misspelt comes before what is missing: the one is mostly the reason of the other.
-    fault = min(faults, key=lambda one: one["type"] != "extra_forbidden")
-    place = ".".join(str(part) for part in fault["loc"]) or "the job"
-    where = f"{source}:{lines[place]}: " if place in lines else (f"{source}: " if source else "")
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    given = fault.get("input")
-    if fault["type"] == "extra_forbidden":
-        *group, name = map(str, fault["loc"])
-        names = _keys_beside(fault["loc"]) if group else _nearest(name) or [*all_keys(), "settings.… of the modality"]
-        return JobError(
-            f"{where}unknown key {place}{more}",
-            expected="one of " + ", ".join(names),
-            mend=_ELSEWHERE.get(place)
-            or meant(name, ".".join(group))
-            or "take it out, or use one of the keys above (orchestrator settings)",
-        )
-    if fault["type"] == "missing":
-        flag = f", or --{place}" if place in ("backbone", "data") else ""
-        return JobError(
-            f"{where}{place} is missing{more}", expected=_meaning(fault["loc"]),
-            mend=f"give it: {place}=...{flag}; in a job file {place}: ...",
-        )  # fmt: skip
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "model_type":
-        message = "is a group of settings, not one value"
-    if fault["type"] == "string_type":
-        message += "; put it in quotes"
-    secret = isinstance(given, dict) or (isinstance(given, str) and holds_secret(given))
-    shown = "" if secret else f" = {given!r}"
-    return JobError(f"{where}{place}{shown}: {message[:1].lower()}{message[1:]}{more}", mend=nearest_value(fault))
-
-
-def _nearest(name: str) -> list[str]:
+def _nearest(name: str, of_plugin: Mapping[str, str]) -> list[str]:
     """The few keys of a job that are like the name: nobody reads all of them."""
-    keys = {key.rpartition(".")[2]: key for key in reversed(all_keys())}
+    keys = {**of_plugin, **{key.rpartition(".")[2]: key for key in reversed(all_keys())}}
     return [keys[near] for near in difflib.get_close_matches(name, keys, n=5)]
 
 

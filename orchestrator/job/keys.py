@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel
@@ -65,10 +66,13 @@ def at_home(tree: Mapping[str, Any], where: Mapping[str, str]) -> tuple[dict[str
     return kept, moved
 
 
-def meant(name: str, group: str) -> str:
-    """`did you mean training.epochs?` of a key that the group lacks, "" for the job itself; "" if none is near."""
+def meant(name: str, group: str, of_plugin: Mapping[str, str] = MappingProxyType({})) -> str:
+    """`did you mean training.epochs?` of a key that the group lacks, "" for the job itself; "" if none is near.
+
+    `of_plugin`: name -> key of the modality's own settings.
+    """
     keys = all_keys()
-    inner = {key.partition(".")[2] or key: key for key in reversed(keys)}
+    inner = {**of_plugin, **{key.partition(".")[2] or key: key for key in reversed(keys)}}
     beside = [key.partition(".")[2] for key in keys if group and key.startswith(f"{group}.")]
     near = did_you_mean(name, beside)
     if near:

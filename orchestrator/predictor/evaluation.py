@@ -19,8 +19,8 @@ from orchestrator.data import (
     formed_as_run,
     input_columns,
     label_columns,
+    num_seen,
     prepare_data,
-    table_of,
 )
 from orchestrator.errors import DataError, TrainingError, fault_of_sample
 from orchestrator.features import SampleSource
@@ -55,13 +55,14 @@ def evaluate(run: Run | str | Path, labelled: str | Path | Data | Iterable[Any])
             raise DataError(
                 f"{shown(spec.path)} holds no sample that can be read", mend="mend the data, or name other data"
             )
-        num_seen = _num_seen(loaded, samples)
-        if num_seen is None:
+        every = np.arange(len(samples.targets))
+        seen = num_seen(loaded.run, samples, every, loaded.fields, "train", "validation")
+        if seen is None:
             notes.append("the run has no sample table of this version: nothing tells whether it was trained on these")
         return {
             "task": task,
             **compute_metrics(task, predictions, classes),
-            "num_seen": num_seen,
+            "num_seen": seen,
             "num_skipped": len(prepared.skipped) + len(source.skipped),
             "notes": [*notes, *prepared.summary.warnings, *prepared.summary.notes],
         }
@@ -144,12 +145,3 @@ def _in_order(spec: Data, plan: Plan) -> tuple[Data, list[str]]:
             mend="name the columns in the order of the model's targets",
         )
     return spec, [f"the target {target!r} is compared with the column {name!r}" for target, name in pairs]
-
-
-def _num_seen(loaded: LoadedRun, samples: Samples) -> int | None:
-    """How many of the samples the run itself was trained on, or its best epoch chosen by; None if nothing tells."""
-    table = table_of(loaded.run)
-    if table is None:
-        return None
-    own = Samples(table, loaded.fields)
-    return samples.num_among(own, np.concatenate([own.rows("train"), own.rows("validation")]))
