@@ -71,6 +71,7 @@ def write(
         loaded = load_run(run, resources)
         task, classes = loaded.plan.job.task, loaded.plan.classes
         names = _names(task, classes)
+        resources.enter_context(_written_or_refused(output))
         resources.callback(partial.unlink, missing_ok=True)
         with _WRITERS[place.suffix.lower()](partial, names) as write_rows:
             rows: list[dict[str, Any]] = []
@@ -84,6 +85,18 @@ def write(
             write_rows(rows)
         os.replace(partial, place)
     return Written(place, num_rows, num_problems)
+
+
+@contextmanager
+def _written_or_refused(output: str | Path) -> Iterator[None]:
+    """What the system refuses to a file is raised as `JobError`, under the name that the user gave."""
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"{output} cannot be written: {error.strerror or error}", expected="a folder to write into, with room",
+            mend="make room, or name another place",
+        ) from error  # fmt: skip
 
 
 def _names(task: str, classes: Sequence[str]) -> dict[str, pa.DataType]:

@@ -89,7 +89,7 @@ def runs(
     if sort == "date":
         rows.sort(key=lambda row: row["changed"], reverse=True)
     elif sort == "result":
-        rows.sort(key=lambda row: (row["task"] or "", _badness(row)))
+        rows.sort(key=_by_result)
     _show_list(rows, storage, num_all, json_)
 
 
@@ -255,10 +255,12 @@ def _outputs(plan: Plan) -> str:
     return "targets" if plan.job.task == "regression" else "classes"
 
 
-def _badness(row: Mapping[str, Any]) -> float:
+def _by_result(row: Mapping[str, Any]) -> tuple[bool, str, str, float]:
+    """The best first among those of one task and figure; behind all of them those without any."""
     if row["value"] is None:
-        return float("inf")
-    return float(row["value"]) if row["figure"] in _ERRORS else -float(row["value"])
+        return True, "", "", 0.0
+    badness = float(row["value"]) if row["figure"] in _ERRORS else -float(row["value"])
+    return False, row["task"] or "", row["figure"] or "", badness
 
 
 # --- how it is shown ---

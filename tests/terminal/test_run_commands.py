@@ -64,6 +64,7 @@ def test_the_list_is_filtered_and_sorted(screen: Screen, storage: Path) -> None:
     finished = [orchestrator.open_run(storage / name) for name in TWO]
     best = max(finished, key=lambda run: run.accuracy).name
     assert names("--state", "finished", "--sort", "result")[0] == best
+    assert names("--sort", "result")[2:] == ["cut", "damaged"]  # what has no figure comes last, whatever its task
     assert names("--state", "finished", "--sort", "date") == ["second", "first"]
     code, _, err = screen("runs", "--sort", "size")
     assert code == 2

@@ -293,6 +293,17 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed
         assert refused_output.value.mend.endswith(mend)
 
 
+def test_what_the_system_refuses_is_told_of_the_output_and_not_of_the_file_beside_it(
+    seer: orchestrator.Run, tmp_path: Path
+) -> None:
+    from orchestrator.predictor import write
+
+    write_table(tmp_path / "t.csv", [{"path": "a.png"}])
+    output = "x" * 250 + ".csv"
+    with pytest.raises(JobError, match=f"^{output} cannot be written: File name too long"):
+        write(seer, str(tmp_path / "t.csv"), output)
+
+
 def test_a_table_that_cannot_be_read_leaves_no_output(seer: orchestrator.Run, tmp_path: Path) -> None:
     from orchestrator.predictor import write
 
