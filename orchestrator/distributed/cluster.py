@@ -41,7 +41,7 @@ _EXCHANGE_TIMEOUT_S = 1800
 """How long a worker waits for the others: while rank 0 exports the model, say."""
 _BODY_PASS_TIMEOUT_S = 12 * 3600
 """The same where each runs the frozen body over its share first."""
-_STALE_RESOURCES_S = "12"
+_STALE_RESOURCES_S = "5"
 """How long a new elastic group waits for its place: what it was planned by may be of before a node was lost."""
 _MOST_RENDEZVOUS = 3
 _LOOK_EVERY_S = 2.0
