@@ -49,6 +49,8 @@ trap ended EXIT
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')
 # Its first address: CHANGE where that is not of the network that the machines reach each other by.
 address=$(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" hostname --all-ip-addresses | awk '{print $1}')
+srun --overlap --ntasks-per-node=1 mkdir -p "$folder/tmp"
+export TMPDIR=$folder/tmp # what libraries put there goes with the job
 start=(ray start --block --disable-usage-stats --num-cpus="$cpus" --temp-dir="$folder")
 
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" --cpus-per-task="$cpus" \
