@@ -1,18 +1,20 @@
 """What the header of an audio file says of its length, held against the bytes that there are.
 
 libsndfile reads a file that was cut off as far as it goes, in silence, and sound behind the end that a header names
-not at all. A program that writes to a pipe cannot know the length when it writes the header, and puts a placeholder
-there: such a file is whole, as far as anybody can tell.
+not at all; of an OGG file it leaves out the pages whose checksum is wrong. A program that writes to a pipe cannot know
+the length when it writes the header, and puts a placeholder there: such a file is whole, as far as anybody can tell.
 """
 
 from __future__ import annotations
 
 import re
 import struct
+import zlib
 from dataclasses import dataclass
 
 _XING_WITHIN = 64  # bytes from the start of a frame
-_OGG_FLAGS, _OGG_LAST = 5, 4  # RFC 3533: the byte of a page's flags, and the flag of the last page
+_OGG_HEADER, _OGG_FIRST, _OGG_LAST = 27, 2, 4  # RFC 3533: bytes of a page's header, its flags in a stream
+_OGG_MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte, its bits turned round
 _SLACK = 8  # bytes: some writers count the header of the file, or leave out the last padding
 _MOST_LEFT = 64  # bytes behind the sound that are no chunk, and do not matter
 _CHUNK_NAME = re.compile(rb"[\x20-\x7e]{4}")
@@ -121,11 +123,55 @@ def _find_sound(content: bytes, order: str) -> tuple[int, int, int] | None:
 
 
 def _of_ogg(content: bytes) -> Length:
-    page = content[content.rfind(b"OggS") :]
-    if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
-        return Length("is cut off: its last page is not whole")
+    """By the pages, one after the other: each has a checksum, and its number in its stream."""
+    at, flags = 0, 0
+    streams: dict[int, tuple[int, bool]] = {}  # by serial number: the last page, and whether there was sound by then
+    while at < len(content):
+        if not content.startswith(b"OggS", at):
+            following = content.find(b"OggS", at)
+            rest = content[at : following if following >= 0 else None]
+            is_behind_the_last = following < 0 and flags & _OGG_LAST
+            if not (is_behind_the_last or rest[:3] == b"TAG" or not rest.strip(b"\0")):
+                return Length(f"is damaged: what follows byte {at} is no page")
+            at += len(rest)
+            continue
+        page = content[at : _end_of_page(content, at)]
+        if not page:
+            is_last = content.find(b"OggS", at + 4) < 0
+            what = "is cut off: its last page" if is_last else f"is damaged: its page at byte {at}"
+            return Length(f"{what} is not whole")
+        if not _has_its_checksum(page):
+            return Length(f"is damaged: the checksum of its page at byte {at} is wrong")
+        flags, granule, serial, number = struct.unpack("<BqII", page[5:22])
+        if flags & _OGG_FIRST:
+            streams[serial] = number - 1, False
+        elif serial not in streams:
+            return Length(f"is damaged: the first page of a stream is missing before byte {at}")
+        last, has_sound = streams[serial]
+        # Who listens to a stream late gets its headers, and then the pages from there on.
+        if number != last + 1 and (has_sound or number <= last):
+            return Length(f"is damaged: page {number} of a stream follows page {last}, at byte {at}")
+        streams[serial] = number, has_sound or granule > 0
+        at += len(page)
     # A last page that is not marked as the last says nothing: a third of Debian's klettres are so.
-    return Length(marked=bool(page[_OGG_FLAGS] & _OGG_LAST))
+    return Length(marked=bool(flags & _OGG_LAST))
+
+
+def _end_of_page(content: bytes, at: int) -> int:
+    """Where the page that begins there ends; `at` itself where the file ends before."""
+    body = at + _OGG_HEADER
+    if body > len(content):
+        return at
+    num_segments = content[body - 1]
+    end = body + num_segments + sum(content[body : body + num_segments])
+    return end if end <= len(content) else at
+
+
+def _has_its_checksum(page: bytes) -> bool:
+    """CRC-32 from 0, highest bit first. zlib's begins with the lowest one, so every byte is turned round."""
+    mirrored = page.translate(_OGG_MIRROR)
+    crc = zlib.crc32(mirrored[26:], zlib.crc32(bytes(4), zlib.crc32(mirrored[:22], 0xFFFFFFFF))) ^ 0xFFFFFFFF
+    return mirrored[22:26] == crc.to_bytes(4, "big")
 
 
 def _of_mp3(content: bytes) -> Length:

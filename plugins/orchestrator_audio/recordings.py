@@ -61,8 +61,9 @@ def decode(sample: Sample) -> Recording:
             if not 1 <= rate <= _HIGHEST_RATE:
                 raise BadSampleError(f"claims a sample rate of {rate} Hz")
             wanted = min(frames, MAX_SECONDS_READ * rate, _MAX_VALUES // file.channels)
-            if frames >= _UNKNOWN:
-                file.seekable = lambda: False  # soundfile seeks behind each read, which needs the length
+            is_ogg = file.format == "OGG"
+            if is_ogg or frames >= _UNKNOWN:  # soundfile seeks behind each read, which needs the length, and
+                file.seekable = lambda: False  # goes back by granule position, over a gap: samples come twice
             samples = _read_mono(file, wanted)
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
@@ -71,7 +72,8 @@ def decode(sample: Sample) -> Recording:
         raise BadSampleError("holds no sound: 0 samples")
     if frames >= _UNKNOWN:
         frames = wanted = len(samples)
-    if len(samples) < wanted - max(_FRAMES_LOST, wanted // 100):
+    rounding = 0 if is_ogg else wanted // 100  # granule positions are exact
+    if len(samples) < wanted - max(_FRAMES_LOST, rounding):
         raise BadSampleError(f"is cut off: {len(samples)} of {wanted} samples")
     low, high = float(samples.min()), float(samples.max())  # a NaN among the samples is both; no copy is made
     if not (math.isfinite(low) and math.isfinite(high)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import warnings
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 _LARGE = 2**24
 """Pixels of an image: 48 MB in RGB, of which up to 64 are in memory at once."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_OTHER_FRAMES = (b"fcTL", b"fdAT")  # those before the pixels, which are the first frame's, Pillow checks
 _HEADERS = threading.Lock()  # filters of warnings are the whole process's, and decoding runs in threads
 
 
@@ -38,8 +41,27 @@ def decode(sample: Sample) -> Image | LargeImage:
     content = sample["image"]
     if not content:
         raise BadSampleError("the file is empty")
+    if content.startswith(_PNG):
+        _check_png(content)
     image = _decoded(content)
     return LargeImage(content) if image.width * image.height > _LARGE else image
+
+
+def _check_png(content: bytes) -> None:
+    """Every chunk's checksum, later frames' aside: from the pixels on Pillow checks none, and shows other ones."""
+    at, view = len(_PNG), memoryview(content)
+    while at + 8 <= len(content):
+        end = at + 12 + int.from_bytes(view[at : at + 4])
+        name = bytes(view[at + 4 : at + 8])
+        if name == b"IEND":
+            return
+        if name not in _PNG_OTHER_FRAMES:
+            what = f"its {ascii(name)[2:-1]} chunk at byte {at}"
+            if end > len(content):
+                raise BadSampleError(f"is cut off: {what} is not whole")
+            if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end]):
+                raise BadSampleError(f"is damaged: the checksum of {what} is wrong")
+        at = end
 
 
 def _decoded(content: bytes) -> Image:
