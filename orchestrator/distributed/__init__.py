@@ -17,6 +17,7 @@ Beside a cluster, from a laptop, without Ray:
     head        a cluster's head over HTTP: jobs, their output, what is delivered
     address     where the head is, and the token for it
     wheels      the code of a job, as it travels
+    leftovers   what Ray leaves behind where its driver is killed
     request     what a job is asked for, delivered with it
     telling     events as lines of a job's output, and back
     following   the lines of a job from the first one to the last

@@ -22,6 +22,7 @@ with warnings.catch_warnings():
 
 from orchestrator.distributed.address import refuse_unreadable_token
 from orchestrator.distributed.events import EventQueue
+from orchestrator.distributed.leftovers import end_with_driver
 from orchestrator.errors import RefusedError, first_line
 from orchestrator.job import Plan
 
@@ -73,6 +74,7 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
                 )
             _started.clear()
             _started[ray.get_runtime_context().gcs_address] = num_cpus
+            _watching.append(end_with_driver())
         else:
             assert address is not None
             _refuse_unknown(_resolved(address))
@@ -115,6 +117,9 @@ def _of_the_job() -> list[str]:
 
 _started: dict[str, int] = {}
 """The address of the cluster that this process has started, if it has, and its cores. Another one is the caller's."""
+
+_watching: list[object] = []
+"""Processes that end what is left of such clusters, should this one be killed."""
 
 
 def shut_down() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -65,23 +65,14 @@ class Draft:
         source, lines = self.source, self.lines
         faults = error.errors(include_url=False)
         # What is misspelt comes before what is missing: the one is mostly the reason of the other.
-        fault = min(faults, key=lambda one: one["type"] != "extra_forbidden")
+        unknown = [one["loc"] for one in faults if one["type"] == "extra_forbidden"]
+        if unknown:
+            return self._unknown(unknown)
+        fault = faults[0]
         place = ".".join(str(part) for part in fault["loc"]) or "the job"
         where = f"{source}:{lines[place]}: " if place in lines else (f"{source}: " if source else "")
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         given = fault.get("input")
-        if fault["type"] == "extra_forbidden":
-            *group, name = map(str, fault["loc"])
-            of_plugin = {one: f"settings.{one}" for one in self.of_plugin}
-            names = _keys_beside(fault["loc"]) if group else _nearest(name, of_plugin)
-            names = names or [*all_keys(), *(of_plugin.values() or ["settings.… of the modality"])]
-            return JobError(
-                f"{where}unknown key {place}{more}",
-                expected="one of " + ", ".join(names),
-                mend=_ELSEWHERE.get(place)
-                or meant(name, ".".join(group), of_plugin)
-                or "take it out, or use one of the keys above (orchestrator settings)",
-            )
         if fault["type"] == "missing":
             flag = f", or --{place}" if place in ("backbone", "data") else ""
             return JobError(
@@ -96,6 +87,28 @@ class Draft:
         secret = isinstance(given, dict) or (isinstance(given, str) and holds_secret(given))
         shown = "" if secret else f" = {given!r}"
         return JobError(f"{where}{place}{shown}: {message[:1].lower()}{message[1:]}{more}", mend=nearest_value(fault))
+
+    def _unknown(self, places: Sequence[tuple[int | str, ...]]) -> JobError:
+        """Of keys that there are not: each with its line, and the one that may be meant."""
+        of_plugin = {one: f"settings.{one}" for one in self.of_plugin}
+        named, near, mends = [], [], []
+        for loc in places:
+            *group, name = map(str, loc)
+            place = ".".join(map(str, loc))
+            named.append(f"{place} (line {self.lines[place]})" if place in self.lines and len(places) > 1 else place)
+            near += _keys_beside(loc) if group else _nearest(name, of_plugin)
+            mends.append(
+                _ELSEWHERE.get(place)
+                or meant(name, ".".join(group), of_plugin)
+                or "take it out (orchestrator settings lists those that there are)"
+            )
+        first = ".".join(map(str, places[0]))
+        line = f":{self.lines[first]}" if first in self.lines and len(places) == 1 else ""
+        return JobError(
+            f"{self.source}{line}: " * bool(self.source) + f"unknown key{'s' * (len(places) > 1)} {', '.join(named)}",
+            expected="one of " + ", ".join(dict.fromkeys(near or Job.model_fields)),
+            mend=mends[0] if len(places) == 1 else "; ".join(map(": ".join, zip(named, mends, strict=True))),
+        )
 
 
 def make_draft(job: Job | Draft | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
@@ -141,7 +154,20 @@ def make_draft(job: Job | Draft | Mapping[str, Any] | str | Path | None, fields:
 
 
 def _in_groups(tree: dict[str, Any], lines: dict[str, int], source: str) -> dict[str, Any]:
-    """The tree of a file or a dict, with names that stand for one setting of a group put there, and their lines."""
+    """The tree of a file or a dict, with names that stand for one setting of a group put there, and their lines.
+
+    So are dotted ones, as `training.epochs: 3`. Raises `JobError` where the group has it as well.
+    """
+    for dotted in [key for key in tree if "." in key and key.partition(".")[0] in Job.model_fields]:
+        group, _, name = dotted.partition(".")
+        there = tree.get(group)
+        if isinstance(there, Mapping) and name in there:
+            line = f"{source}:{lines[dotted]}: " if dotted in lines else ""
+            raise JobError(
+                f"{line}{dotted} stands here, and {name} below {group} as well", mend="take one of the two out"
+            )
+        tree = dict(tree)
+        _put(tree, dotted, tree.pop(dotted))
     kept, moved = at_home(tree, {key: f"{source}:{line}: " for key, line in lines.items()})
     for name, key in moved.items():
         _put(kept, key, tree[name])
@@ -288,6 +314,7 @@ def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int], path
 def _nearest(name: str, of_plugin: Mapping[str, str]) -> list[str]:
     """The few keys of a job that are like the name: nobody reads all of them."""
     keys = {**of_plugin, **{key.rpartition(".")[2]: key for key in reversed(all_keys())}}
+    keys |= {name: name for name in Job.model_fields}
     return [keys[near] for near in difflib.get_close_matches(name, keys, n=5)]
 
 

@@ -73,6 +73,7 @@ def meant(name: str, group: str, of_plugin: Mapping[str, str] = MappingProxyType
     """
     keys = all_keys()
     inner = {**of_plugin, **{key.partition(".")[2] or key: key for key in reversed(keys)}}
+    inner |= {name: name for name in Job.model_fields}
     beside = [key.partition(".")[2] for key in keys if group and key.startswith(f"{group}.")]
     near = did_you_mean(name, beside)
     if near:

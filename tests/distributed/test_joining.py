@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.errors import RefusedError
@@ -152,3 +153,29 @@ def test_a_plugin_that_a_node_lacks_is_refused_with_the_node(
     assert "on every node of the cluster" in refusal["mend"]
     assert not list(Path().glob("runs/*/plan.json")), "a start that was refused leaves nothing to go on with"
     assert "InvalidAuthToken" not in done.stderr
+
+
+_STARTED = """
+import sys, time
+import psutil, ray
+from orchestrator.distributed.leftovers import end_with_driver
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+kept = end_with_driver()
+print(*(one.pid for one in psutil.Process().children(recursive=True)), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_nothing_of_a_cluster_outlives_its_killed_driver(tmp_path: Path) -> None:
+    """Its agents stayed for a minute."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", _STARTED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert driver.stdout is not None
+    left = [psutil.Process(int(pid)) for pid in driver.stdout.readline().split()]
+    assert any("Agent" in one.name() for one in left)
+    driver.kill()
+    driver.wait()
+    assert psutil.wait_procs(left, timeout=30)[1] == []
+    driver.communicate()
