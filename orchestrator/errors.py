@@ -224,11 +224,16 @@ def fault_of_sample(error: Exception) -> BadSampleError | None:
     return BadSampleError(f"{type(error).__name__}: {first_line(error)}")
 
 
+def marked(name: str) -> str:
+    """The name, in quotation marks where one cannot see where it ends."""
+    return f"'{name}'" if name != name.strip() or "," in name else name
+
+
 def did_you_mean(given: object, names: Iterable[str]) -> str:
     """`did you mean head?`, '' where no name is like the one that was given."""
     lower = {name.lower(): name for name in reversed(list(names))}
     near = difflib.get_close_matches(str(given).lower(), lower, n=1)
-    return f"did you mean {lower[near[0]]}?" if near else ""
+    return f"did you mean {marked(lower[near[0]])}?" if near else ""
 
 
 EXTRA_LIBRARIES = frozenset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.data.tables import Table
-from orchestrator.errors import DataError, did_you_mean
+from orchestrator.errors import DataError, did_you_mean, marked
 from orchestrator.job import Data
 from orchestrator.modality import SampleField, registry
 
@@ -37,7 +37,7 @@ def _require_column(table: Table, column: str, setting: str) -> None:
     if column not in table.columns:
         raise DataError(
             f"{table.text} has no column {column!r} (data.{setting})",
-            expected="one of " + ", ".join(table.columns),
+            expected="one of " + ", ".join(map(marked, table.columns)),
             mend=_delimiter_hint(table)
             or _header_hint(table)
             or did_you_mean(column, table.columns)
@@ -67,7 +67,7 @@ def find_inputs(table: Table, spec: Data, sample: Sequence[SampleField]) -> Sequ
             return names
     kind = "texts" if sample[0].kind == "text" else f"{sample[0].name} paths or bytes"
     raise DataError(
-        f"{table.text} has no column of {kind}: it has {', '.join(table.columns)}",
+        f"{table.text} has no column of {kind}: it has {', '.join(map(marked, table.columns))}",
         expected="one of " + ", ".join(" + ".join(names) for names in wanted),
         mend=_delimiter_hint(table) or _modality_hint(table.columns, sample) or "name it: data.input_column",
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -58,8 +60,10 @@ def _classes_met(ingested: IngestedRows, source: Source, rows: Ints, spec: Data,
     met = [name for name, number in ingested.names.items() if counts[number]]
     empty = [name for name in named if name not in met]
     if empty:
+        bad = next((one for one in ingested.skipped if empty[0] in PurePath(one.place).parts), None)
         raise DataError(
-            f"the class {empty[0]!r} has no usable sample", mend="remove its folder, or put samples into it"
+            f"the class {empty[0]!r} has no usable sample" + (f": {bad.place}: {bad.problem}" if bad else ""),
+            mend="remove its folder, or put samples into it" + (" that can be used" if bad else ""),
         )
     if task == "multi-label" and not met:
         raise DataError(
@@ -156,8 +160,7 @@ def notes_on_labels(
         notes.append(
             f"{odd[0]!r} is learnt as a label like any other; if it stands for one that is missing: leave it empty"
         )
-    notes += [f"the labels {listed(same)} differ by case alone, and are learnt as {len(same)} labels"
-              for same in _alike_but_for_case(names if task != "regression" else ())]  # fmt: skip
+    notes += _notes_on_alike(names if task != "regression" else ())
     if task != "multi-label":
         return notes
     num_without = ingested.num_labels.count(0)
@@ -173,11 +176,26 @@ def notes_on_labels(
     return notes
 
 
-def _alike_but_for_case(names: Sequence[str]) -> list[list[str]]:
-    alike: dict[str, list[str]] = {}
+def _notes_on_alike(names: Sequence[str]) -> list[str]:
+    """On labels that differ by case alone, or by what one cannot see: a no-break space, a space of no width."""
+    notes = []
+    seen: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(name.casefold(), []).append(name)
-    return [same for same in alike.values() if len(same) > 1]
+        seen.setdefault(_as_seen(name), []).append(name)
+    for same in (found for found in seen.values() if len(found) > 1):
+        notes.append(f"the labels {listed(same)} look the same, and are learnt as {len(same)} labels")
+    alike: dict[str, list[str]] = {}
+    for shown_as, (first, *_) in seen.items():
+        alike.setdefault(shown_as.casefold(), []).append(first)
+    for same in (found for found in alike.values() if len(found) > 1):
+        notes.append(f"the labels {listed(same)} differ by case alone, and are learnt as {len(same)} labels")
+    return notes
+
+
+def _as_seen(name: str) -> str:
+    """Without characters that have no width, and with each kind of space as one space."""
+    kept = "".join(mark for mark in unicodedata.normalize("NFC", name) if unicodedata.category(mark) != "Cf")
+    return " ".join(kept.split())
 
 
 def hint_of_separator(ingested: IngestedRows, spec: Data, task: TaskName) -> str:

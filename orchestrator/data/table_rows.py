@@ -14,7 +14,7 @@ from orchestrator.data.columns import find_inputs, label_columns, require_column
 from orchestrator.data.rows import TRIMMED, Origin, Row, Source, is_unicode
 from orchestrator.data.spellings import meaning
 from orchestrator.data.tables import Table
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, marked
 from orchestrator.job import Data, TaskName, split_of
 from orchestrator.job.locations import Location, path_or_location
 from orchestrator.modality import SampleField
@@ -85,7 +85,7 @@ def _refuse_label_as_input(table: Table, inputs: Sequence[str], labelled: Sequen
         raise DataError(
             f"{table.text}: the column {both[0]!r} is both the input and the label (data.input_column, "
             "data.label_column), so that there is nothing to learn",
-            expected="two columns" + (f", out of {', '.join(table.columns)}" if others else ""),
+            expected="two columns" + (f", out of {', '.join(map(marked, table.columns))}" if others else ""),
             mend="name another column in one of them" if others else "add a column of labels",
         )
 
@@ -161,7 +161,7 @@ def _fill_label(row: Row, cells: Sequence[object], spec: Data, task: TaskName, i
             parts = [cell]
         names = [_label_text(part) for part in parts]
         if None in names:
-            row.problem = f"has no label in {column!r}"
+            row.problem = f"has {'an empty label among others' if any(names) else 'no label'} in {column!r}"
         row.label = tuple(sorted({name for name in names if name is not None}))
         return
     if isinstance(cell, list):

@@ -19,6 +19,17 @@ BLOCK_BYTES = 8 * 2**20
 """What is read at once; no row of a table may be longer."""
 POINTER_PROBLEM = "is a pointer of Git LFS, not the file itself: git lfs pull fetches it"
 _ENCODING_MEND = "write it in UTF-8, or name its encoding, such as cp1252: data.encoding (--encoding)"
+_NO_TEXT = (
+    (b"\x1f\x8b", "it is compressed, by gzip", "unpack it: gunzip"),
+    (b"BZh91AY&SY", "it is compressed, by bzip2", "unpack it: bunzip2"),
+    (b"\xfd7zXZ\0", "it is compressed, by xz", "unpack it: unxz"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed, by zstd", "unpack it: zstd -d"),
+    (b"PK\3\4", "it is a ZIP archive, as Excel's files are too", "unpack it, or save the sheet as CSV"),
+    (b"\xd0\xcf\x11\xe0", "it is a file of Excel", "save the sheet as CSV"),
+    (b"PAR1\x15", "it is Parquet", "name it .parquet"),
+    (b"ARROW1\0\0", "it is Arrow", "name it .arrow"),
+)
+"""First bytes of files that are no text, what they are, and what to do."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
@@ -46,6 +57,9 @@ def open_text(place: Path | Location, encoding: str | None, notes: list[str] | N
         head = file.peek(64)[:64]
         if head.startswith(POINTER):
             raise pointer_error()
+        for first, what, mend in _NO_TEXT:
+            if head.startswith(first):
+                raise UnreadableError(what, mend)
         marked = next((name for mark, name in _MARKS if head.startswith(mark)), None)
         if marked in ("utf-16", "utf-32") and encoding is None and notes is not None:
             notes.append(f"read as {marked.upper()}, as the mark at its beginning says")

@@ -106,7 +106,8 @@ class Draft:
         line = f":{self.lines[first]}" if first in self.lines and len(places) == 1 else ""
         return JobError(
             f"{self.source}{line}: " * bool(self.source) + f"unknown key{'s' * (len(places) > 1)} {', '.join(named)}",
-            expected="one of " + ", ".join(dict.fromkeys(near or Job.model_fields)),
+            expected="one of "
+            + ", ".join(dict.fromkeys(near or [*Job.model_fields, *all_keys(), *of_plugin.values()])),
             mend=mends[0] if len(places) == 1 else "; ".join(map(": ".join, zip(named, mends, strict=True))),
         )
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.errors import OrchestratorError, counted
+from orchestrator.errors import OrchestratorError, counted, marked
 from orchestrator.job import OF_TARGETS, Parameters, Phase, Plan, Training, figure, figures_of, interval
 from orchestrator.progress import err
 
@@ -203,13 +203,8 @@ def when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 
-def _marked(name: str) -> str:
-    """The name, in quotation marks where one cannot see where it ends."""
-    return f"'{name}'" if name != name.strip() or "," in name else name
-
-
 def _some(names: Sequence[str], num: int) -> str:
-    return ", ".join(map(_marked, names[:num])) + (f" and {len(names) - num} more" if len(names) > num else "")
+    return ", ".join(map(marked, names[:num])) + (f" and {len(names) - num} more" if len(names) > num else "")
 
 
 def _spread(counts: Sequence[int]) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import csv
+import gzip
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +228,28 @@ def test_an_encoding_that_is_not_told_is_asked_for(tmp_path: Path) -> None:
     marked = tmp_path / "marked.csv"
     marked.write_bytes(codecs.BOM_UTF8 + b"text,label\n" + b"a,x\nb,y\n" * 10)
     assert read(marked, encoding="utf-8").classes == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("packed", "words"),
+    [(gzip.compress, "compressed, by gzip"), (bz2.compress, "bzip2"), (lzma.compress, "by xz"),
+     (lambda rows: b"PK\3\4" + rows, "a ZIP archive")],
+)  # fmt: skip
+def test_what_is_packed_is_said_to_be(tmp_path: Path, packed: Callable[[bytes], bytes], words: str) -> None:
+    """The mend named one encoding after the other."""
+    file = tmp_path / "t.csv"
+    file.write_bytes(packed(b"text,label\n" + b"one,a\ntwo,b\n" * 20))
+    error = refusal(file)
+    assert words in error.message
+    assert error.mend.startswith("unpack it")
+
+
+def test_names_of_columns_show_where_they_end(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("text, label\n" + "one,a\ntwo,b\n" * 20)
+    error = refusal(file, label_column="label")
+    assert error.mend == "did you mean ' label'?"
+    assert error.expected == "one of text, ' label'"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".feather"])

@@ -262,7 +262,10 @@ def test_a_path_that_leaves_the_root_is_refused(folder: Path, tmp_path: Path, wa
 def test_one_class_an_empty_class_and_no_class(folder: Path, tmp_path: Path) -> None:
     (folder / "bird").mkdir()
     assert "the class 'bird' has no usable sample" in refusal(folder).message
-    (folder / "bird").rmdir()
+    put(folder / "bird" / "0.png", b"nothing")
+    assert "has no usable sample: " in refusal(folder, on_bad_sample="skip").message
+    assert "bird/0.png: " in refusal(folder, on_bad_sample="skip").message
+    shutil.rmtree(folder / "bird")
     shutil.rmtree(folder / "cat")
     assert "one class only: 'dog'" in refusal(folder).message
     shutil.rmtree(folder / "dog")

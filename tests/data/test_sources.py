@@ -181,6 +181,20 @@ def test_labels_that_differ_by_case_alone_are_named(tmp_path: Path) -> None:
     assert note == "the labels 'CAT', 'Cat' and 'cat' differ by case alone, and are learnt as 3 labels"
 
 
+def test_labels_that_look_the_same_are_named(tmp_path: Path) -> None:
+    """By a space of no width and a no-break space: three classes stood in the plan under one name."""
+    rows = [{"text": f"text {i}", "label": ("a tool", "a tool\u200b", "a\xa0tool", "dog")[i % 4]} for i in range(40)]
+    (note,) = read(jsonl(tmp_path / "t.jsonl", rows)).summary.notes
+    assert "'a tool', 'a tool\\u200b' and 'a\\xa0tool' look the same, and are learnt as 3 labels" in note
+
+
+def test_an_empty_label_among_others_is_called_so(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": ["a", "b"][: 1 + i % 2]} for i in range(40)]
+    rows[3]["label"] = ["a", None]
+    message = refusal(parquet(tmp_path / "t.parquet", rows), task="multi-label").message
+    assert "has an empty label among others in 'label'" in message
+
+
 def test_texts_and_files_that_were_mixed_up_are_told_apart(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "t.jsonl", texts())
     assert "--modality text" in refusal(file, "image").mend

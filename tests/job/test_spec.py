@@ -95,6 +95,17 @@ def test_where_a_run_is_put_does_not_change_its_digest() -> None:
     assert job.digest() != make_job(job, method="full").digest()
 
 
+def test_a_dotted_key_of_a_file_or_a_dict_stands_for_its_setting(tmp_path: Path) -> None:
+    """As a mend names it, and Python takes it."""
+    (tmp_path / "job.yaml").write_text(
+        "backbone: a/b\ndata.path: x\ntraining.epochs: 3\ntraining: {batch_size: 4}\ndata: {seed: 5}\n"
+    )
+    for one in (tmp_path / "job.yaml", {"backbone": "a/b", "data": {"path": "x", "seed": 5}, "training.epochs": 3,
+                                          "training": {"batch_size": 4}}):  # fmt: skip
+        job = make_job(one)
+        assert (job.training.epochs, job.training.batch_size, job.data.path, job.data.seed) == (3, 4, "x", 5)
+
+
 @pytest.mark.parametrize(
     ("text", "message", "expected", "mend"),
     [
@@ -141,7 +152,27 @@ def test_where_a_run_is_put_does_not_change_its_digest() -> None:
             "",
             "",
         ),
-        ("backbon: a/b\ndata: x\n", "job.yaml:1: unknown key backbon (and 1 more)", "one of backbone", "backbone?"),
+        ("backbon: a/b\ndata: x\n", "job.yaml:1: unknown key backbon", "one of backbone", "backbone?"),
+        (
+            "backbone: a/b\ndata: x\nepocs: 3\nnmae: x\ntraining: {schedul: cosine}\n",
+            "job.yaml: unknown keys training.schedul (line 5), epocs (line 3), nmae (line 4)",
+            "training.epochs, name",
+            "did you mean schedule?; epocs (line 3): did you mean training.epochs?; nmae (line 4): did you mean name?",
+        ),
+        ("backbone: a/b\ndata: x\ntrainig: {epochs: 3}\n", "unknown key trainig", "training", "did you mean training?"),
+        ("backbone: a/b\ndatas: x\n", "job.yaml:2: unknown key datas", "data", "did you mean data?"),
+        (
+            "backbone: a/b\ndata: x\nqqqq: 1\n",
+            "job.yaml:3: unknown key qqqq",
+            "one of modality, backbone, data, task, method, training, scaling",
+            "take it out (orchestrator settings lists those that there are)",
+        ),
+        (
+            "backbone: a/b\ndata: x\ntraining.epochs: 3\ntraining: {epochs: 4}\n",
+            "job.yaml:4: training.epochs stands here, and epochs below training as well",
+            "",
+            "take one of the two out",
+        ),
         ("backbone: a/b\ndata: x\nname: 2024\n", "job.yaml:3: name = 2024", "", ""),
         ("data: x\n", "backbone is missing", "org/name", "give it: backbone=..., or --backbone; in a job file"),
         ("backbone: a/b\ndata: x\ntraining: 3\n", "job.yaml:3: training = 3: is a group of settings", "", ""),
