@@ -38,6 +38,7 @@ from orchestrator.gate.planning import (
     resolve_backbone as resolve_backbone,
     without_rows as without_rows,
 )
+from orchestrator.gate.remaking import makes_again as makes_again, note_lost_plan as note_lost_plan
 from orchestrator.gate.resolve import run_name as run_name
 from orchestrator.gate.resume import (
     gone_on_with as gone_on_with,
