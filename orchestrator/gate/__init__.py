@@ -12,6 +12,7 @@ Ray.
     resolve   pure: (modality, card, profile, job) -> Plan
     beginning  what a run's directory begins with
     resume    a plan against the one that an unfinished run began with
+    remaking  whether what a run has lost is made again, and from what
     given_rows  rows that a program holds, on the storage of its runs
     planning  check and plan: reads what these are given
 """

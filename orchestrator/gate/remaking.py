@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from orchestrator.data import table_of
 from orchestrator.job import CHECKPOINTS, HeldRun, Noted, Report, Run
 
 
@@ -11,6 +10,8 @@ def makes_again(run: Run, held: HeldRun, report: Report) -> bool:
 
     Without a checkpoint that would be to train again, which is done only where the model is of no use.
     """
+    from orchestrator.data import table_of  # noqa: PLC0415  # it imports numpy and pyarrow
+
     damage = run.damage
     if not damage:
         return False

@@ -14,6 +14,8 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     plans     the plain data that travels: BackboneCard, Plan
     dropped_keys  keys of config.json that no network is built with
     runs      a run as others see it: what is in it, whether it is done, who works on it
+    opening   runs by their places and names, and those of a storage
+    damage    what is gone of a run, by the names and sizes of its files
     held      a run that somebody works on: what is written goes to its storage, under a lease
     storage   one interface for runs in a directory and in an object store, with leases
     directories  the same for a directory
