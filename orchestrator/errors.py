@@ -27,7 +27,7 @@ REASONS: dict[str, str] = {
     "plugin": "no such modality, a plugin that does not import, or two that claim one name",
     "missing_extra": "a library is needed that this installation lacks",
     "changed": "data, backbone or job are not those that the run began with",
-    "damaged": "a file of a run of ours was cut or changed by something else",
+    "damaged": "a file of a run of ours is gone, or was cut or changed by something else",
     "busy": "another process is working on this run",
     "not_built": "declared, but not built yet in this version",
     "wrong_modality": "the backbone takes another kind of input",

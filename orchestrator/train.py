@@ -24,6 +24,8 @@ from orchestrator.gate import (
     drafted,
     gone_on_with,
     idle_workers,
+    makes_again,
+    note_lost_plan,
     prepare,
     refuse_changes,
     refuse_inside_data,
@@ -157,7 +159,8 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
     with hold(run.storage, run.name) as held:
         was_there = held.read("plan.json") is not None
         plan = _laid_out(run, held, job, resolved, options)
-        if run.finished:
+        again = makes_again(run, held, options.report)
+        if run.finished and not again:
             text = "this run was finished before: these are its figures, nothing was trained (--fresh starts over)"
             options.report(Noted(text))
             for warning in run.results.get("warnings", ()):
@@ -265,6 +268,8 @@ def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, opt
         return plan
     from orchestrator.data import tables_in
 
+    if not options.fresh:
+        note_lost_plan(run, options.report)
     with held.scratch() as folder:
         plan, prepared = prepare(job, resolved, folder)
         plan = rehearsed(plan, prepared, resolved)

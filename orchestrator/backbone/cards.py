@@ -18,7 +18,7 @@ from orchestrator.backbone.hub import ask_hub, offline
 from orchestrator.backbone.stored import commit_of, fetch_stored, is_stored, small_files, stored_model
 from orchestrator.backbone.timm_settings import without_sources
 from orchestrator.errors import RefusedError
-from orchestrator.job import BackboneCard, Run, is_uri, local_path
+from orchestrator.job import GONE, BackboneCard, Run, is_run_at, is_uri, local_path
 
 METADATA = (
     "config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json", "tokenizer_config.json",
@@ -29,16 +29,17 @@ _NAMES_OF_NOTHING = ("backbone", "model", "checkpoint", "final", "best", "output
 _REPO_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
-def read_card(source: str) -> BackboneCard:
+def read_card(source: str, with_lineage: bool = True) -> BackboneCard:
     """The card of `org/name[@revision]`, a local directory, or an earlier run, also one in an object store.
 
-    A directory of that name wins over a repository. Raises `RefusedError`; asks for no weight byte.
+    A directory of that name wins over a repository. Raises `RefusedError`; asks for no weight byte. `with_lineage`: of
+    a run, where it came from too, which needs its lineage.json.
     """
     if is_uri(source) and not source.startswith("hf://"):
-        return _read_stored(source)
+        return _read_stored(source, with_lineage)
     path = local_path(source)
     if path.is_dir():
-        return _read_run(source, path) if (path / "plan.json").is_file() else _read_directory(source, path)
+        return _read_run(source, path, with_lineage) if is_run_at(path) else _read_directory(source, path)
     if path.is_file():
         raise RefusedError(
             "not_found",
@@ -58,24 +59,25 @@ def read_card(source: str) -> BackboneCard:
     return _read_repository(source, repo_id, revision or None)
 
 
-def _read_run(source: str, path: Path) -> BackboneCard:
+def _read_run(source: str, path: Path, with_lineage: bool) -> BackboneCard:
+    run = Run(path)
+    if not (path / "plan.json").exists():
+        raise run.damaged({"plan.json": GONE})
     if not (path / "results.json").is_file():
         raise RefusedError(
             "not_found",
             f"the run {source} has not finished, so it has no model yet",
             expected="a finished run",
-            mend=f"go on with it: orchestrator finetune {path / 'job.yaml'}",
+            mend=run.mend,
         )
-    if not (path / "model").is_dir():
-        raise RefusedError(
-            "damaged", f"the run {source} has lost its model", mend="the command that made the run writes it again"
-        )
-    card = _read_directory(source, path / "model")
-    lineage = Run(path).lineage
+    _ = run.results  # refuses one that has lost its model
+    with run.explained():
+        card = _read_directory(source, path / "model")
+    lineage = run.lineage if with_lineage else None
     return card.model_copy(update={"kind": "run", "name": path.resolve().name, "lineage": lineage})
 
 
-def _read_stored(source: str) -> BackboneCard:
+def _read_stored(source: str, with_lineage: bool) -> BackboneCard:
     """That of a run in an object store."""
     run, manifest = stored_model(source)
     card = _read_directory(source, small_files(run))
@@ -84,7 +86,8 @@ def _read_stored(source: str) -> BackboneCard:
         name: file.size for name, file in manifest.files.items()
         if "/" not in name or (modules and name.endswith("/config.json"))
     }  # fmt: skip
-    found = {"kind": "run", "name": run.name, "lineage": run.lineage, "path": None, "commit": commit_of(manifest)}
+    lineage = run.lineage if with_lineage else None
+    found = {"kind": "run", "name": run.name, "lineage": lineage, "path": None, "commit": commit_of(manifest)}
     return card.model_copy(update={**found, "files": files})
 
 

@@ -12,6 +12,7 @@ Ray.
     resolve   pure: (modality, card, profile, job) -> Plan
     beginning  what a run's directory begins with
     resume    a plan against the one that an unfinished run began with
+    remaking  whether what a run has lost is made again, and from what
     given_rows  rows that a program holds, on the storage of its runs
     planning  check and plan: reads what these are given
 """
@@ -38,6 +39,7 @@ from orchestrator.gate.planning import (
     resolve_backbone as resolve_backbone,
     without_rows as without_rows,
 )
+from orchestrator.gate.remaking import makes_again as makes_again, note_lost_plan as note_lost_plan
 from orchestrator.gate.resolve import run_name as run_name
 from orchestrator.gate.resume import (
     gone_on_with as gone_on_with,

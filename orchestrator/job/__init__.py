@@ -14,6 +14,8 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     plans     the plain data that travels: BackboneCard, Plan
     dropped_keys  keys of config.json that no network is built with
     runs      a run as others see it: what is in it, whether it is done, who works on it
+    opening   runs by their places and names, and those of a storage
+    damage    what is gone of a run, by the names and sizes of its files
     held      a run that somebody works on: what is written goes to its storage, under a lease
     storage   one interface for runs in a directory and in an object store, with leases
     directories  the same for a directory
@@ -81,6 +83,17 @@ from orchestrator.job.keys import (
     meant as meant,
     only_home as only_home,
 )
+from orchestrator.job.opening import (
+    BEST_OF_SEARCH as BEST_OF_SEARCH,
+    SEARCH_FILE as SEARCH_FILE,
+    is_run_at as is_run_at,
+    is_search as is_search,
+    is_trial_of as is_trial_of,
+    list_runs as list_runs,
+    list_searches as list_searches,
+    open_finished as open_finished,
+    open_run as open_run,
+)
 from orchestrator.job.places import (
     DATA_FOLDER as DATA_FOLDER,
     SPLIT_KEYS as SPLIT_KEYS,
@@ -119,15 +132,7 @@ from orchestrator.job.reference import (
     settings_of as settings_of,
 )
 from orchestrator.job.runs import (
-    BEST_OF_SEARCH as BEST_OF_SEARCH,
-    SEARCH_FILE as SEARCH_FILE,
     Run as Run,
-    is_search as is_search,
-    is_trial_of as is_trial_of,
-    list_runs as list_runs,
-    list_searches as list_searches,
-    open_finished as open_finished,
-    open_run as open_run,
     open_storage as open_storage,
     read_lines as read_lines,
     run_in as run_in,
@@ -149,6 +154,7 @@ from orchestrator.job.split_names import (
 )
 from orchestrator.job.stopping import Stop as Stop, stop_on_signal as stop_on_signal
 from orchestrator.job.storage import (
+    GONE as GONE,
     VERSION as VERSION,
     Lease as Lease,
     Manifest as Manifest,

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,9 +162,14 @@ def hold(storage: Storage, name: str) -> Iterator[HeldRun]:
                     storage.give_up(lease)
 
 
+def foreign_in(names: Iterable[str]) -> list[str]:
+    """Those of the names in a run's directory that are none of a run's."""
+    return [name for name in names if name.removesuffix(PARTIAL) not in _WRITTEN]
+
+
 def _refuse_foreign(storage: Storage, name: str) -> None:
     there = storage.children(name)
-    foreign = [child for child in there if child.removesuffix(PARTIAL) not in _WRITTEN]
+    foreign = foreign_in(there)
     is_file = storage.local_folder(name).is_file()
     if is_file or (foreign and "plan.json" not in there):
         raise RefusedError(

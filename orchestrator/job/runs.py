@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
-import os
-import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import RefusedError, first_line, missing_extra
+from orchestrator.job.damage import damage_of, explaining, lost_in
 from orchestrator.job.directories import DirectoryStorage
 from orchestrator.job.held import METRICS_FILE, MODEL
 from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path
 from orchestrator.job.plans import Plan, read_plan_json
-from orchestrator.job.spec import Job
-from orchestrator.job.storage import Storage
-
-_ASKED_AT_ONCE = 16
-"""Runs of an object store that are looked at together."""
+from orchestrator.job.storage import GONE, Storage
 
 
 def open_storage(
@@ -97,7 +90,13 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the figures and the model are there; results.json is written last."""
-        return {"results.json", MODEL} <= set(self.storage.children(self.name))
+        there = {"results.json", MODEL} <= set(self.storage.children(self.name))
+        return there and not lost_in(self.damage)
+
+    @property
+    def damage(self) -> dict[str, str]:
+        """{file: what is wrong with it} where the figures are there, and not all that was written with them."""
+        return damage_of(self.storage, self.name)
 
     @property
     def busy(self) -> bool:
@@ -106,13 +105,13 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`running`, `finished`, `unfinished` or, where its results cannot be understood, `damaged`."""
+        """`running`, `finished`, `unfinished` or, without its model or readable results, `damaged`."""
         if self.busy:
             return "running"
         if not self.finished:
-            return "unfinished"
+            return "damaged" if self.damage else "unfinished"
         try:
-            _ = self.results
+            _ = self.read_object("results.json")
         except RefusedError:
             return "damaged"
         return "finished"
@@ -131,24 +130,57 @@ class Run:
     def results(self) -> dict[str, Any]:
         """The final figures: accuracy with its interval, macro F1, loss, confusion, for each split."""
         if not self.finished:
-            raise RefusedError(
-                "not_found",
-                f"the run {self.place} has not finished",
-                mend=self.mend,
-            )
-        return self._object("results.json")
+            lost = lost_in(self.damage)
+            unfinished = RefusedError("not_found", f"the run {self.place} has not finished", mend=self.mend)
+            raise self.damaged(lost) if lost else unfinished
+        return self.read_object("results.json")
 
     @property
     def mend(self) -> str:
         """How one that has not finished goes on."""
         if isinstance(self.at, str):
             return "go on with it: the command that began it, on any machine"
-        return f"go on with it: orchestrator finetune {self.at / 'job.yaml'}"
+        return f"go on with it: {self._command or 'the command that began it'}"
+
+    @property
+    def over(self) -> str:
+        """How one that is of no use is trained again."""
+        return f"start that run over with --fresh{f': {self._command} --fresh' if self._command else ''}"
+
+    @property
+    def _command(self) -> str:
+        """That which makes it again, '' where it has no job.yaml to make it by."""
+        there = isinstance(self.at, Path) and (self.at / "job.yaml").is_file()
+        return f"orchestrator finetune {self.at}/job.yaml" if there else ""
+
+    def damaged(self, wrong: Mapping[str, str], why: str = "") -> RefusedError:
+        """The refusal for who needs these files, {file: what is wrong with it}; `why`: what that led to."""
+        told = "; ".join([*([why] if why else []), *(f"{file} {what}" for file, what in wrong.items())])
+        does = "starts it over" if "plan.json" in wrong else "writes it again"
+        mend = f"the command that made the run {does}{f': {self._command}' if self._command else ''}"
+        return RefusedError("damaged", f"the run {self.place} is damaged: {told}", expected="what it wrote", mend=mend)
+
+    def unbuildable(self, why: str) -> RefusedError:
+        """The refusal where nothing can be built from its model, with the files that are not as they were written."""
+        wrong = explaining(self.damage)
+        return self.damaged(wrong, why) if wrong else RefusedError(
+            "damaged", why, expected="its files, and those beside it, as the run wrote them",
+            mend=f"put back what was changed, or {self.over}",
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """A refusal that its model's files lead to says which of them are not as they were written, if some are."""
+        try:
+            yield
+        except RefusedError as error:
+            wrong = explaining(self.damage)
+            raise self.damaged(wrong, error.message) if wrong and error.reason != "damaged" else error from error
 
     @property
     def lineage(self) -> dict[str, Any]:
         """Where the model came from: commits, fingerprint, versions, what only the running job knew."""
-        return self._object("lineage.json")
+        return self.read_object("lineage.json")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -159,7 +191,7 @@ class Run:
     def plan(self) -> Plan:
         """What it was decided to do."""
         try:
-            return read_plan_json(self.read("plan.json") or "")
+            return read_plan_json(self._text("plan.json"))
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged("plan.json", error) from None
 
@@ -197,9 +229,16 @@ class Run:
             )  # fmt: skip
         return float(self.figures["accuracy"])
 
-    def _object(self, file: str) -> dict[str, Any]:
+    def _text(self, file: str) -> str:
+        text = self.read(file)
+        if text is None:
+            raise self.damaged({file: GONE})
+        return text
+
+    def read_object(self, file: str) -> dict[str, Any]:
+        """That of a small JSON file. Raises `RefusedError` (`damaged`) where it is gone, or holds none."""
         try:
-            value = json.loads(self.read(file) or "")
+            value = json.loads(self._text(file))
             if not isinstance(value, dict):
                 raise ValueError("no object")
         except ValueError as error:
@@ -211,117 +250,14 @@ class Run:
             "damaged",
             f"{self.place}/{file} cannot be understood: {first_line(error)}",
             expected="the file as this version wrote it",
-            mend="start that run over with --fresh, or give the new one another name: --name",
+            mend=f"{self.over}; or give the new one another name: --name",
         )
-
-
-SEARCH_FILE, BEST_OF_SEARCH = "search.json", "best"
-"""What the directory of a search holds instead of a plan, and the key there of the name of its best run."""
 
 
 def run_in(storage: Storage, name: str) -> Run:
     """The run of that name in a storage, whether it is there or not."""
     at = storage.path / name if isinstance(storage, DirectoryStorage) else storage.place_of(name)
     return Run(at, storage)
-
-
-_USUAL = Job.model_fields["storage"].default
-"""The storage of a run that names none."""
-
-
-def open_run(place: str | Path) -> Run:
-    """The run at that directory or URI, of a search its best one; a name alone may be that of one in `runs`.
-
-    Raises `RefusedError` where there is none.
-    """
-    text = plain_path(str(place)).rstrip("/") if isinstance(place, str) else ""
-    run = Run(text if is_uri(text) else local_path(text or place).absolute())
-    if is_search(run):
-        return _best_of(run)
-    if run.storage.read(f"{run.name}/plan.json") is None:
-        run.storage.require()
-        usual = Path(_USUAL)
-        if isinstance(run.at, Path) and run.at.parent == Path.cwd() and (usual / run.name / "plan.json").is_file():
-            return open_run(usual / run.name)
-        raise RefusedError(
-            "not_found",
-            f"there is no run {place}",
-            expected="a directory, or a place in a store, that a finetune or pretrain command made",
-            mend=_nearest(run, Path(place)) or "list them: orchestrator runs",
-        )
-    return run
-
-
-def _nearest(run: Run, given: Path) -> str:
-    """`did you mean ...?` of a part of a run, and of a name that is like that of a run beside it, else ''."""
-    if not isinstance(run.at, Path):
-        return ""
-    above = next((one for one in run.at.parents if (one / "plan.json").is_file()), None)
-    if above is not None:
-        return f"did you mean {above if given.is_absolute() else os.path.relpath(above)}?"
-    places = [given.parent, *([Path(_USUAL)] if run.at.parent == Path.cwd() else [])]
-    beside = {file.parent.name: file.parent for place in reversed(places) for file in place.glob("*/plan.json")}
-    near = difflib.get_close_matches(given.name, beside, n=1)
-    return f"did you mean {beside[near[0]]}?" if near else ""
-
-
-def is_search(run: Run) -> bool:
-    """Whether the directory is a search's, whose trials are runs beside it."""
-    return run.storage.read(f"{run.name}/{SEARCH_FILE}") is not None
-
-
-def _best_of(search: Run) -> Run:
-    best = search._object(SEARCH_FILE).get(BEST_OF_SEARCH)
-    if not isinstance(best, str) or not best.startswith(f"{search.name}."):
-        raise RefusedError(
-            "not_found", f"the search {search.place} has not ended, so that it has no best run yet",
-            expected="a search that has ended", mend="go on with it by the command that it began with",
-        )  # fmt: skip
-    return run_in(search.storage, best)
-
-
-def open_finished(place: str | Path) -> Run:
-    """The run at that directory or URI, which has finished. Raises `RefusedError` where it has not, or is none."""
-    run = open_run(place)
-    _ = run.results
-    return run
-
-
-def list_searches(storage: str | Path) -> list[Run]:
-    """The directories of searches below a storage directory, by name; in an object store there are none."""
-    if is_uri(str(storage)):
-        return []
-    place = local_path(storage)
-    return [Run(place / name) for name in DirectoryStorage(place).children() if (place / name / SEARCH_FILE).is_file()]
-
-
-def is_trial_of(search: Run, name: str) -> bool:
-    """Whether that is the name of a run of a search's trial: `the-search.0007`, `the-search.0007.1`."""
-    return re.fullmatch(rf"{re.escape(search.name)}\.\d{{4,}}(\.\d+)?", name) is not None
-
-
-def list_runs(storage: str | Path) -> list[Run]:
-    """The runs of a storage, by name. Raises `RefusedError` where it is a file, or a store that refuses us."""
-    if is_uri(str(storage)):
-        return _in_store(open_storage(str(storage)))
-    place = local_path(storage)
-    if place.exists() and not place.is_dir():
-        raise RefusedError(
-            "usage",
-            f"{storage} is a file",
-            expected="the directory that holds the runs",
-            mend="name a directory: --storage runs",
-        )
-    names = DirectoryStorage(place).children()
-    return [Run(place / name) for name in names if (place / name / "plan.json").is_file()]
-
-
-def _in_store(storage: Storage) -> list[Run]:
-    storage.require()
-    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        names = storage.children()
-        there = pool.map(lambda name: "plan.json" in storage.times(name), names)
-        return [run_in(storage, name) for name, is_run in zip(names, there, strict=True) if is_run]
 
 
 def read_lines(text: str | None) -> list[dict[str, Any]]:

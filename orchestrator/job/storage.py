@@ -29,6 +29,7 @@ from orchestrator.job.files import beside, file_sha256
 
 MANIFEST_FILE = ".manifest.json"
 """In a committed folder of a directory; what a local folder holds under this name is not committed."""
+GONE = "is not there"
 VERSION = re.compile(r"(\d{8})-(\d{6})-[0-9a-f]{8}")
 """Of a commit: the number of its lease, which commit of that name it is, and what makes it unlike any other."""
 
@@ -107,12 +108,15 @@ class Manifest(BaseModel):
 
     def problem(self, sizes: Mapping[str, int]) -> str:
         """What is wrong with files of these sizes, '' if nothing is."""
-        for name, file in self.files.items():
-            if name not in sizes:
-                return f"{name} is not there"
-            if sizes[name] != file.size:
-                return f"{name} has {sizes[name]} bytes, not {file.size}"
-        return ""
+        return next((f"{name} {what}" for name, what in self.problems(sizes).items()), "")
+
+    def problems(self, sizes: Mapping[str, int]) -> dict[str, str]:
+        """{file: what is wrong with it} of files of these sizes."""
+        found = {name: sizes.get(name) for name in self.files}
+        return {
+            name: GONE if size is None else f"has {size} bytes, not {self.files[name].size}"
+            for name, size in found.items() if size != self.files[name].size
+        }  # fmt: skip
 
 
 def _digest(version: str, files: Mapping[str, StoredFile]) -> str:
@@ -137,11 +141,9 @@ def make_manifest(folder: Path, version: str) -> Manifest:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise RefusedError(
-                "usage",
-                f"{path} is a link or a device",
-                expected="files and folders alone",
+                "usage", f"{path} is a link or a device", expected="files and folders alone",
                 mend="put a copy of what it stands for in its place",
-            )
+            )  # fmt: skip
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST_FILE:
             files[name] = StoredFile(size=path.stat().st_size, sha256=file_sha256(path))
@@ -290,6 +292,13 @@ class Storage(ABC):
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return manifest
+
+    def problems_of(self, name: str) -> dict[str, str] | None:
+        """{file: what is wrong with it} of a commit, by names and sizes alone; None where no manifest tells."""
+        with contextlib.suppress(RefusedError):
+            manifest = self.find(name)
+            return None if manifest is None else manifest.problems(self._sizes(name, manifest))
+        return None
 
     def _manifest(self, name: str) -> Manifest:
         manifest = self.find(name)

@@ -166,7 +166,7 @@ def show_evaluation(figures: Mapping[str, Any], as_json: bool) -> None:
         what = "accuracy" if figures["task"] == "single-label" else "F1"
         out.print(table(["class", what], [[name, figure(value)] for value, name in worst], right=(1,)))
     if figures["num_skipped"]:
-        out.print(f"left out, as they cannot be read: {counted(figures['num_skipped'], 'sample')}")
+        out.print(f"left out, as they cannot be used: {counted(figures['num_skipped'], 'sample')}")
 
 
 def show_plugins(listings: Sequence[Listing], as_json: bool) -> None:

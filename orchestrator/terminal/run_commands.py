@@ -19,6 +19,7 @@ from orchestrator.job import (
     Run,
     figure,
     figures_of,
+    is_run_at,
     is_trial_of,
     is_uri,
     list_runs,
@@ -173,7 +174,7 @@ def _open(run: str, storage: str) -> Run:
 
 
 def _is_there(place: Path) -> bool:
-    return (place / "plan.json").is_file() or (place / SEARCH_FILE).is_file()
+    return is_run_at(place) or (place / SEARCH_FILE).is_file()
 
 
 def _summary(run: Run) -> dict[str, Any]:

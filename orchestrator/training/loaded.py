@@ -78,13 +78,14 @@ def load_run(run: Run | str | Path, resources: ExitStack) -> LoadedRun:
     Raises `RefusedError` for one that has not finished, or whose files are damaged.
     """
     run = run if isinstance(run, Run) else open_run(run)
-    _ = run.results  # refuses an unfinished one
-    card = read_card(run.place)
-    require_harmless(card)
-    try:
-        read_tensors(card)
-    except RefusedError as error:
-        raise RefusedError("damaged", error.message, mend="train it again: --fresh") from None
+    _ = run.results  # refuses an unfinished one, and one that has lost its model
+    with run.explained():
+        card = read_card(run.place, with_lineage=False)
+        require_harmless(card)
+        try:
+            read_tensors(card)
+        except RefusedError as error:
+            raise RefusedError("damaged", error.message, mend=run.over) from None
     began = run.plan
     here = began.job.scaling.model_copy(update={"device": "auto"})  # not where it was trained, but where we are
     changes = {"job": began.job.model_copy(update={"scaling": here}), "threads_per_worker": num_cores()}
@@ -94,7 +95,7 @@ def load_run(run: Run | str | Path, resources: ExitStack) -> LoadedRun:
     assert modality.build is not None
     assert modality.batch is not None
     worker = resources.enter_context(start_worker(plan.threads_per_worker, find_device("auto")))
-    with _built_from_its_files(run):
+    with run.explained(), _built_from_its_files(run):
         network = modality.build(plan, run.model)
         network.module.to(worker.device, memory_format=torch.channels_last)
         network.module.eval().requires_grad_(False)
@@ -110,11 +111,8 @@ def _built_from_its_files(run: Run) -> Iterator[None]:
     except (OrchestratorError, ImportError):
         raise
     except Exception as error:
-        raise RefusedError(
-            "damaged", f"nothing can be built from {run.place}/{MODEL}: {type(error).__name__}: {first_line(error)}",
-            expected="its files, and those beside it, as the run wrote them",
-            mend="put back what was changed, or train it again: --fresh",
-        ) from error  # fmt: skip
+        why = f"nothing can be built from {run.place}/{MODEL}: {type(error).__name__}: {first_line(error)}"
+        raise run.unbuildable(why) from error
 
 
 def _problem_of(error: Exception) -> str:

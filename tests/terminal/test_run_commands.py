@@ -26,7 +26,7 @@ def storage(tiny_resnet: Path, flat_digits: Path, tmp_path_factory: pytest.TempP
         )  # fmt: skip
     for name, file in (("cut", "results.json"), ("damaged", "model")):
         (place / name).mkdir()
-        for part in ("plan.json", "metrics.jsonl", "results.json"):
+        for part in ("job.yaml", "plan.json", "metrics.jsonl", "results.json"):
             if part != file:
                 (place / name / part).write_bytes((place / "second" / part).read_bytes())
     (place / "damaged" / "plan.json").write_text("{")
@@ -43,7 +43,7 @@ def test_the_list_says_what_each_run_is(screen: Screen, storage: Path, flat_digi
     told = {row["name"]: row for row in rows(screen, "--storage", storage)}
     assert list(told) == ["cut", "damaged", "first", "second"]
     assert (told["cut"]["state"], told["cut"]["epochs"]) == ("unfinished", 3)
-    assert (told["damaged"]["state"], told["damaged"]["backbone"]) == ("unfinished", None)
+    assert (told["damaged"]["state"], told["damaged"]["backbone"]) == ("damaged", None)
     second = told["second"]
     assert second["state"] == "finished"
     assert (second["method"], second["data"]) == ("full", str(flat_digits))
@@ -60,7 +60,8 @@ def test_the_list_is_filtered_and_sorted(screen: Screen, storage: Path) -> None:
 
     assert names("--method", "head") == ["first"]
     assert names("--state", "finished", "--data", "no such") == []
-    assert names("--state", "unfinished") == ["cut", "damaged"]
+    assert names("--state", "unfinished") == ["cut"]
+    assert names("--state", "damaged") == ["damaged"]
     finished = [orchestrator.open_run(storage / name) for name in TWO]
     best = max(finished, key=lambda run: run.accuracy).name
     assert names("--state", "finished", "--sort", "result")[0] == best

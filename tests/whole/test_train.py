@@ -469,7 +469,7 @@ def test_a_damaged_run_is_said_to_be_damaged(tiny_resnet: Path, flat_digits: Pat
             reads()
         assert caught.value.reason == "damaged"
         rows = json.loads(cli("runs", "--json").stdout)
-        states = {"results.json": "damaged", "model": "unfinished"}
+        states = {"results.json": "damaged", "model": "damaged"}
         assert rows[0]["state"] == states.get(name, "finished")
     assert train(tiny_resnet, flat_digits, name="bad", training={"epochs": 1}).model.is_dir()  # written again
     assert same(weights_of(orchestrator.open_run("runs/bad")), weights_of(run))

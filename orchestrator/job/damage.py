@@ -1,0 +1,52 @@
+"""What is gone of a run, by the names and the sizes of its files: none of them is read whole."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from orchestrator.job.held import CHECKPOINTS, METRICS_FILE, MODEL, foreign_in
+from orchestrator.job.storage import GONE, Storage
+
+_FILES = {"job.yaml", "results.json", "lineage.json", METRICS_FILE}
+_WEIGHTS = ".safetensors"
+_FOR_PEOPLE = (f"{MODEL}/README.md", f"{MODEL}/lineage.json", "lineage.json")
+"""What nothing is built from."""
+
+
+def is_run(names: Collection[str]) -> bool:
+    """Whether a directory that holds these is a run; one that has lost its plan.json is, by the rest of it."""
+    there = set(names)
+    left = there & (_FILES | {CHECKPOINTS, MODEL})
+    return "plan.json" in there or (len(left) > 1 and bool(left & _FILES) and not foreign_in(there))
+
+
+def damage_of(storage: Storage, name: str) -> dict[str, str]:
+    """{file: what is wrong with it} of a run that has its figures, {} if nothing is.
+
+    The model's card may have been edited, so that its size says nothing.
+    """
+    there = storage.children(name)
+    if "results.json" not in there:
+        return {}
+    if MODEL not in there:
+        return {MODEL: GONE}
+    found = storage.problems_of(f"{name}/{MODEL}")
+    if found is None:  # its manifest is gone too
+        files = storage.children(f"{name}/{MODEL}")
+        found = {} if "config.json" in files else {"config.json": GONE}
+        found |= {} if any(file.endswith(_WEIGHTS) for file in files) else {f"model{_WEIGHTS}": GONE}
+    wrong = {f"{MODEL}/{file}": what for file, what in found.items() if what == GONE or not file.endswith(".md")}
+    return wrong if "lineage.json" in there else {**wrong, "lineage.json": GONE}
+
+
+def lost_in(damage: Mapping[str, str]) -> dict[str, str]:
+    """Of the damage that without which the model cannot be built; another size of a text may be somebody's edit."""
+    return {
+        file: what for file, what in damage.items()
+        if file not in _FOR_PEOPLE and (what == GONE or file.endswith(_WEIGHTS))
+    }  # fmt: skip
+
+
+def explaining(damage: Mapping[str, str]) -> dict[str, str]:
+    """Of the damage that which may be why a model cannot be built."""
+    return {file: what for file, what in damage.items() if file not in _FOR_PEOPLE}
