@@ -23,10 +23,10 @@ HEAD = """\
 # The settings
 
 This page is written by `scripts/write_settings.py` from the models that check a job; `orchestrator settings [GROUP]`
-prints the same. A job file has the groups as they stand here; `--set GROUP.KEY=VALUE` sets any of them on the command
-line, `finetune(**{"GROUP.KEY": value})` from Python. The name of a setting that one group alone has will do without its
-group (`epochs: 3`, `finetune(epochs=3)`), and so will one of the modality's own (`size: 64`). Where a default stands in
-the meaning, the plan shows what it comes to.
+prints the same. A job file has the groups as they stand here, or `GROUP.KEY: value`; on the command line
+`--set GROUP.KEY=VALUE` sets any of them, from Python `finetune(**{"GROUP.KEY": value})`. The name of a setting that one
+group alone has will do without its group (`epochs: 3`, `finetune(epochs=3)`), and so will one of the modality's own
+(`size: 64`). Where a default stands in the meaning, the plan shows what it comes to.
 
 ```yaml
 backbone: microsoft/resnet-50

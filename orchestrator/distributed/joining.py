@@ -74,7 +74,7 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
                 )
             _started.clear()
             _started[ray.get_runtime_context().gcs_address] = num_cpus
-            _watching.append(end_with_driver())
+            _watching.extend(end_with_driver())
         else:
             assert address is not None
             _refuse_unknown(_resolved(address))
@@ -118,7 +118,7 @@ def _of_the_job() -> list[str]:
 _started: dict[str, int] = {}
 """The address of the cluster that this process has started, if it has, and its cores. Another one is the caller's."""
 
-_watching: list[object] = []
+_watching: list[subprocess.Popen[bytes]] = []
 """Processes that end what is left of such clusters, should this one be killed."""
 
 
@@ -126,6 +126,10 @@ def shut_down() -> None:
     """Leave Ray; with this process go all that it has started on the cluster."""
     _started.clear()
     ray.shutdown()
+    for watch in _watching:
+        if watch.stdin is not None:
+            watch.stdin.close()
+    _watching[:] = [watch for watch in _watching if watch.poll() is None]
 
 
 def _num_cpus(plan: Plan) -> int:

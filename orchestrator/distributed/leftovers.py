@@ -17,22 +17,26 @@ _GRACE_S = 5.0
 """How long they may take to end by themselves; workers take three."""
 
 
-def end_with_driver() -> subprocess.Popen[bytes] | None:
-    """Have what the raylet that this process started leaves behind ended soon after this process; None if not Linux.
+def end_with_driver() -> list[subprocess.Popen[bytes]]:
+    """Have what the raylet that this process started leaves behind ended soon after this process; [] if not Linux.
 
     What is returned has to be kept: the end of its pipe is the sign.
     """
-    from ray._private.worker import _global_node  # noqa: PLC0415  # Ray has no public word for its own processes
+    try:  # Ray has no public word for its own processes: where it calls them otherwise, they stay for their minute
+        from ray._private.worker import _global_node  # noqa: PLC0415
 
-    raylets = _global_node.all_processes.get("raylet", []) if _global_node is not None else []
+        raylets = _global_node.all_processes.get("raylet", []) if _global_node is not None else []
+    except (ImportError, AttributeError):
+        return []
     if sys.platform != "linux" or not raylets:
-        return None
+        return []
     # Named now: with its driver a raylet is gone at once, and then nothing tells whose they were.
     named = [f"{pid}:{began}" for pid, began in _children(raylets[0].process.pid)]
-    return subprocess.Popen(
+    watch = subprocess.Popen(
         [sys.executable, "-S", "-E", __file__, *named], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
     )  # fmt: skip
+    return [watch]
 
 
 def _children(parent: int) -> Iterator[tuple[int, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.job import CHECKPOINTS, HeldRun, Noted, Report, Run
+from orchestrator.job import CHECKPOINTS, GONE, HeldRun, Noted, Report, Run
 
 
 def makes_again(run: Run, held: HeldRun, report: Report) -> bool:
@@ -12,8 +12,8 @@ def makes_again(run: Run, held: HeldRun, report: Report) -> bool:
     """
     from orchestrator.data import table_of  # noqa: PLC0415  # it imports numpy and pyarrow
 
-    damage = run.damage
-    if not damage:
+    damage = {file: what for file, what in run.damage.items() if what == GONE or file.endswith(".safetensors")}
+    if not damage:  # a text of another size may be somebody's edit
         return False
     gone = f"{'; '.join(f'{file} {what}' for file, what in damage.items())}: "
     if run.finished and table_of(run) is None:

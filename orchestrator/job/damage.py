@@ -20,12 +20,11 @@ def is_run(names: Collection[str]) -> bool:
     return "plan.json" in there or (len(left) > 1 and bool(left & _FILES) and not foreign_in(there))
 
 
-def damage_of(storage: Storage, name: str) -> dict[str, str]:
-    """{file: what is wrong with it} of a run that has its figures, {} if nothing is.
+def damage_of(storage: Storage, name: str, there: Collection[str]) -> dict[str, str]:
+    """{file: what is wrong with it} of a run that has its figures, {} if nothing is. `there`: what its folder holds.
 
     The model's card may have been edited, so that its size says nothing.
     """
-    there = storage.children(name)
     if "results.json" not in there:
         return {}
     if MODEL not in there:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import JobError, did_you_mean
-from orchestrator.job.keys import all_keys, at_home, meant
+from orchestrator.job.keys import all_keys, at_home, groups, meant
 from orchestrator.job.places import holds_secret
 from orchestrator.job.spec import Job
 
@@ -159,10 +159,11 @@ def _in_groups(tree: dict[str, Any], lines: dict[str, int], source: str) -> dict
 
     So are dotted ones, as `training.epochs: 3`. Raises `JobError` where the group has it as well.
     """
-    for dotted in [key for key in tree if "." in key and key.partition(".")[0] in Job.model_fields]:
+    for dotted in [key for key in tree if key.partition(".")[0] in (*groups(), "settings") and "." in key]:
         group, _, name = dotted.partition(".")
         there = tree.get(group)
-        if isinstance(there, Mapping) and name in there:
+        # data: photos/ is data.path
+        if name in (there if isinstance(there, Mapping) else {"path"} if there is not None and group == "data" else ()):
             line = f"{source}:{lines[dotted]}: " if dotted in lines else ""
             raise JobError(
                 f"{line}{dotted} stands here, and {name} below {group} as well", mend="take one of the two out"

@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.errors import RefusedError, first_line, missing_extra
 from orchestrator.job.damage import damage_of, explaining, lost_in
 from orchestrator.job.directories import DirectoryStorage
-from orchestrator.job.held import METRICS_FILE, MODEL
+from orchestrator.job.held import CHECKPOINTS, METRICS_FILE, MODEL
 from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path
 from orchestrator.job.plans import Plan, read_plan_json
 from orchestrator.job.storage import GONE, Storage
@@ -90,13 +90,13 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the figures and the model are there; results.json is written last."""
-        there = {"results.json", MODEL} <= set(self.storage.children(self.name))
-        return there and not lost_in(self.damage)
+        there = self.storage.children(self.name)
+        return {"results.json", MODEL} <= set(there) and not lost_in(damage_of(self.storage, self.name, there))
 
     @property
     def damage(self) -> dict[str, str]:
         """{file: what is wrong with it} where the figures are there, and not all that was written with them."""
-        return damage_of(self.storage, self.name)
+        return damage_of(self.storage, self.name, self.storage.children(self.name))
 
     @property
     def busy(self) -> bool:
@@ -108,8 +108,11 @@ class Run:
         """`running`, `finished`, `unfinished` or, without its model or readable results, `damaged`."""
         if self.busy:
             return "running"
-        if not self.finished:
-            return "damaged" if self.damage else "unfinished"
+        there = self.storage.children(self.name)
+        if "results.json" not in there:
+            return "unfinished"
+        if lost_in(damage_of(self.storage, self.name, there)):
+            return "damaged"
         try:
             _ = self.read_object("results.json")
         except RefusedError:
@@ -157,6 +160,8 @@ class Run:
         """The refusal for who needs these files, {file: what is wrong with it}; `why`: what that led to."""
         told = "; ".join([*([why] if why else []), *(f"{file} {what}" for file, what in wrong.items())])
         does = "starts it over" if "plan.json" in wrong else "writes it again"
+        if does != "starts it over" and not self.storage.commits(f"{self.name}/{CHECKPOINTS}"):
+            return RefusedError("damaged", f"the run {self.place} is damaged: {told}", mend=self.over)
         mend = f"the command that made the run {does}{f': {self._command}' if self._command else ''}"
         return RefusedError("damaged", f"the run {self.place} is damaged: {told}", expected="what it wrote", mend=mend)
 
@@ -174,8 +179,10 @@ class Run:
         try:
             yield
         except RefusedError as error:
-            wrong = explaining(self.damage)
-            raise self.damaged(wrong, error.message) if wrong and error.reason != "damaged" else error from error
+            wrong = explaining(self.damage) if error.reason != "damaged" else {}
+            if wrong:
+                raise self.damaged(wrong, error.message) from error
+            raise
 
     @property
     def lineage(self) -> dict[str, Any]:

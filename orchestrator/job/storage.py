@@ -296,8 +296,13 @@ class Storage(ABC):
     def problems_of(self, name: str) -> dict[str, str] | None:
         """{file: what is wrong with it} of a commit, by names and sizes alone; None where no manifest tells."""
         with contextlib.suppress(RefusedError):
-            manifest = self.find(name)
-            return None if manifest is None else manifest.problems(self._sizes(name, manifest))
+            manifest, newest = None, self.find(name)
+            problems: dict[str, str] = {}
+            while newest is not None and newest != manifest:  # else a newer one has replaced it meanwhile
+                manifest = newest
+                problems = manifest.problems(self._sizes(name, manifest))
+                newest = self.find(name) if problems else manifest
+            return None if newest is None else problems
         return None
 
     def _manifest(self, name: str) -> Manifest:

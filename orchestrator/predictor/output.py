@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,7 +72,7 @@ def write(
         loaded = load_run(run, resources)
         task, classes = loaded.plan.job.task, loaded.plan.classes
         names = _names(task, classes)
-        resources.enter_context(_written_or_refused(output))
+        resources.enter_context(_written_or_refused(output, partial))
         resources.callback(partial.unlink, missing_ok=True)
         with _WRITERS[place.suffix.lower()](partial, names) as write_rows:
             rows: list[dict[str, Any]] = []
@@ -88,11 +89,16 @@ def write(
 
 
 @contextmanager
-def _written_or_refused(output: str | Path) -> Iterator[None]:
-    """What the system refuses to a file is raised as `JobError`, under the name that the user gave."""
+def _written_or_refused(output: str | Path, partial: Path) -> Iterator[None]:
+    """What the system refuses to the file that is written is raised as `JobError`, under the output's name.
+
+    An error of another file is raised as it is.
+    """
     try:
         yield
     except OSError as error:
+        if error.filename not in (None, str(partial)) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise JobError(
             f"{output} cannot be written: {error.strerror or error}", expected="a folder to write into, with room",
             mend="make room, or name another place",

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from orchestrator.data import Prepared, Samples, TableStore, num_seen_by_backbone, table_of
+from orchestrator.data import Prepared, TableStore
 from orchestrator.errors import RefusedError
 from orchestrator.gate import ResolvedBackbone, measures_alike, parse_settings, plan_on, read_data, resolve_backbone
-from orchestrator.job import BackboneCard, HeldRun, Job, Noted, PhaseBegan, Plan, Report
+from orchestrator.job import BackboneCard, HeldRun, Job, PhaseBegan, Plan, Report
 from orchestrator.modality import registry
 from orchestrator.rehearsal import rehearsed
 from orchestrator.tuning.standings import RankRow, Standing
@@ -65,7 +63,6 @@ class Gate:
             full = plan_on(job.model_copy(update={"method": "full"}), resolved, prepared)
         except RefusedError:
             full = None
-        self._warn_of_seen(resolved.card)
         return Candidate(source, plan, full)
 
     def resolved(self, source: str) -> ResolvedBackbone:
@@ -75,18 +72,6 @@ class Gate:
 
     def _job(self, source: str) -> Job:
         return self.job.model_copy(update={"backbone": source})
-
-    def _warn_of_seen(self, card: BackboneCard) -> None:
-        """Say where the candidate was trained on what it is ranked by."""
-        table = table_of(self.held)
-        assert table is not None
-        fields = tuple(one.name for one in registry.get(self.job.modality).sample)
-        samples = Samples(table, fields)
-        rows = np.concatenate([samples.rows("train"), samples.rows("validation")])
-        num = num_seen_by_backbone(card, samples, rows, fields, "train")
-        if num:
-            what = f"{card.name} was trained on {num:,} of the {len(rows):,} samples that it is ranked by"
-            self.report(Noted(f"{what}: its figures are too good", is_warning=True))
 
     def _data_for(self, job: Job, resolved: ResolvedBackbone) -> Prepared:
         """What the data is to this backbone: where that is the same as to an earlier one, that. Raises `DataError`."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from orchestrator.data import Ints, Samples, table_of
+from orchestrator.data import Ints, Samples, num_seen_by_backbone, table_of
 from orchestrator.errors import InterruptedRunError, OrchestratorError, TrainingError, first_line
 from orchestrator.features import NoCut, SampleSource, compute_features, open_features
 from orchestrator.job import Event, HeldRun, Noted, PhaseBegan, Report, Stop, figure
@@ -56,6 +56,7 @@ class Race:
         pool = stratified(samples, np.sort(np.concatenate([samples.rows("train"), samples.rows("validation")])), 0)
         num_classes = len(candidates[0].plan.classes)
         sizes = sample_sizes(len(pool), num_classes, most)
+        self._warn_of_seen(candidates, samples, np.sort(pool[: sizes[-1]]))
         racing = list(candidates)
         for size in sizes if len(racing) > 1 else sizes[-1:]:
             for candidate in racing:
@@ -70,6 +71,16 @@ class Race:
                 racing = [one for one in racing if one.source not in gone]
         self._finish(racing, candidates, completes=len(pool) <= most)
         return racing
+
+    def _warn_of_seen(self, candidates: Sequence[Candidate], samples: Samples, rows: Ints) -> None:
+        """Say which candidates were trained on what they are ranked by."""
+        fields = [field.name for field in self.modality.sample]
+        for candidate in candidates:
+            card = candidate.plan.backbone
+            num = num_seen_by_backbone(card, samples, rows, fields, "train", "validation")
+            if num:
+                what = f"{card.name} was trained on {num:,} of the {len(rows):,} samples that it is ranked by"
+                self.report(Noted(f"{what}: its figures are too good", is_warning=True))
 
     def _measure(self, candidate: Candidate, rows: Ints) -> None:
         """Features of the rows, and what they are worth."""

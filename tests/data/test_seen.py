@@ -56,6 +56,9 @@ def test_texts_are_known_by_their_content(tmp_path: Path) -> None:
     found = warnings_of(modality="text", backbone=str(run.path), data=mixed)
     assert found
     assert all("are among those that the backbone" in one for one in found)
+    for file in Path("runs/.data").glob("*/*.arrow"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert warnings_of(modality="text", backbone=str(run.path), data=mixed) == []  # damaged: nothing to this job
     shutil.rmtree(Path("runs") / ".data")  # the run's table is gone: nothing tells any more, and nothing is in the way
     assert warnings_of(modality="text", backbone=str(run.path), data=mixed) == []
 
@@ -69,8 +72,7 @@ def test_a_ranking_says_who_was_trained_on_its_samples(
         [str(tiny_resnet), str(trained.path)], data=str(flat_digits), report=told.append, scaling=ONE_THREAD
     )
     said = [one.text for one in told if isinstance(one, Noted) and one.is_warning]
-    num = trained.plan.data.num_samples["train"]
-    every = num + trained.plan.data.num_samples["validation"]
+    num = trained.plan.data.num_samples["train"] + trained.plan.data.num_samples["validation"]
     assert said == [
-        f"{trained.name} was trained on {num:,} of the {every:,} samples that it is ranked by: its figures are too good"
+        f"{trained.name} was trained on {num:,} of the {num:,} samples that it is ranked by: its figures are too good"
     ]
