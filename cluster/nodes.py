@@ -121,6 +121,7 @@ class LocalCluster:
             "HOME": str(self.folder / node / "home"),
             "GLOO_SOCKET_IFNAME": interface,  # else gloo takes 127.0.0.1, and no other node reaches it
             "NCCL_SOCKET_IFNAME": interface,
+            "RAY_health_check_timeout_ms": "3000",  # of Ray's 10 s; a node here answers at once, or is gone
             "RAY_worker_niceness": "0",  # a node stands for a machine of its own, on which nothing else waits
             **self.environment,
             **self.env,
