@@ -178,18 +178,21 @@ def notes_on_labels(
 
 def _notes_on_alike(names: Sequence[str]) -> list[str]:
     """On labels that differ by case alone, or by what one cannot see: a no-break space, a space of no width."""
-    notes = []
-    seen: dict[str, list[str]] = {}
+    seen = _grouped(names, _as_seen)
+    cased = _grouped([first for first, *_ in seen], lambda name: _as_seen(name).casefold())
+    return [
+        f"the labels {listed(same)} {how}, and are learnt as {len(same)} labels"
+        for how, groups in (("look the same", seen), ("differ by case alone", cased))
+        for same in groups if len(same) > 1
+    ]  # fmt: skip
+
+
+def _grouped(names: Sequence[str], key: Callable[[str], str]) -> list[list[str]]:
+    """Names of one key together."""
+    found: dict[str, list[str]] = {}
     for name in names:
-        seen.setdefault(_as_seen(name), []).append(name)
-    for same in (found for found in seen.values() if len(found) > 1):
-        notes.append(f"the labels {listed(same)} look the same, and are learnt as {len(same)} labels")
-    alike: dict[str, list[str]] = {}
-    for shown_as, (first, *_) in seen.items():
-        alike.setdefault(shown_as.casefold(), []).append(first)
-    for same in (found for found in alike.values() if len(found) > 1):
-        notes.append(f"the labels {listed(same)} differ by case alone, and are learnt as {len(same)} labels")
-    return notes
+        found.setdefault(key(name), []).append(name)
+    return list(found.values())
 
 
 def _as_seen(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.job import CHECKPOINTS, GONE, HeldRun, Noted, Report, Run
+from orchestrator.job import CHECKPOINTS, HeldRun, Noted, Report, Run, no_edit_in
 
 
 def makes_again(run: Run, held: HeldRun, report: Report) -> bool:
@@ -12,8 +12,8 @@ def makes_again(run: Run, held: HeldRun, report: Report) -> bool:
     """
     from orchestrator.data import table_of  # noqa: PLC0415  # it imports numpy and pyarrow
 
-    damage = {file: what for file, what in run.damage.items() if what == GONE or file.endswith(".safetensors")}
-    if not damage:  # a text of another size may be somebody's edit
+    damage = no_edit_in(run.damage)
+    if not damage:
         return False
     gone = f"{'; '.join(f'{file} {what}' for file, what in damage.items())}: "
     if run.finished and table_of(run) is None:

@@ -7,6 +7,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     part      what every group of its settings has in common
     data_spec, training_spec, scaling_spec  the groups: where the samples are, how weights move, where it runs
     drafts    what a person wrote -> a Job, each fault with its place
+    faults    what pydantic found wrong with a job, in our words
     keys      every key of a job, and what a name without its group stands for
     reference  what each key takes, its default and its meaning, out of the models
     places    what a place of the user's means: a path, a URI, a data set of the Hub
@@ -17,6 +18,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     opening   runs by their places and names, and those of a storage
     damage    what is gone of a run, by the names and sizes of its files
     held      a run that somebody works on: what is written goes to its storage, under a lease
+    manifests  what a committed folder holds
     storage   one interface for runs in a directory and in an object store, with leases
     directories  the same for a directory
     object_storage, leases  the same for an object store, and who works on what lies there; need pyarrow
@@ -28,13 +30,13 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
     figures   which figures of a task are shown, and how they are written
 """
 
+from orchestrator.job.damage import no_edit_in as no_edit_in
 from orchestrator.job.data_spec import VALIDATION_FRACTION as VALIDATION_FRACTION, Data as Data
 from orchestrator.job.directories import DirectoryStorage as DirectoryStorage
 from orchestrator.job.drafts import (
     Draft as Draft,
     make_draft as make_draft,
     make_job as make_job,
-    nearest_value as nearest_value,
     parse_setting as parse_setting,
 )
 from orchestrator.job.dropped_keys import DROPPED as DROPPED
@@ -48,6 +50,7 @@ from orchestrator.job.events import (
     Report as Report,
     TrialsAdvanced as TrialsAdvanced,
 )
+from orchestrator.job.faults import nearest_value as nearest_value
 from orchestrator.job.figures import (
     FIGURES as FIGURES,
     OF_TARGETS as OF_TARGETS,
@@ -82,6 +85,14 @@ from orchestrator.job.keys import (
     homes as homes,
     meant as meant,
     only_home as only_home,
+)
+from orchestrator.job.manifests import (
+    GONE as GONE,
+    VERSION as VERSION,
+    Manifest as Manifest,
+    make_manifest as make_manifest,
+    next_version as next_version,
+    number_of as number_of,
 )
 from orchestrator.job.opening import (
     BEST_OF_SEARCH as BEST_OF_SEARCH,
@@ -154,14 +165,8 @@ from orchestrator.job.split_names import (
 )
 from orchestrator.job.stopping import Stop as Stop, stop_on_signal as stop_on_signal
 from orchestrator.job.storage import (
-    GONE as GONE,
-    VERSION as VERSION,
     Lease as Lease,
-    Manifest as Manifest,
     Storage as Storage,
-    make_manifest as make_manifest,
-    next_version as next_version,
-    number_of as number_of,
     run_is_busy as run_is_busy,
     run_was_taken as run_was_taken,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from orchestrator.job.held import CHECKPOINTS, METRICS_FILE, MODEL, foreign_in
-from orchestrator.job.storage import GONE, Storage
+from orchestrator.job.manifests import GONE
+from orchestrator.job.storage import Storage
 
 _FILES = {"job.yaml", "results.json", "lineage.json", METRICS_FILE}
 _WEIGHTS = ".safetensors"
@@ -38,12 +39,14 @@ def damage_of(storage: Storage, name: str, there: Collection[str]) -> dict[str, 
     return wrong if "lineage.json" in there else {**wrong, "lineage.json": GONE}
 
 
+def no_edit_in(damage: Mapping[str, str]) -> dict[str, str]:
+    """Of the damage that which is nobody's edit: what is gone, and weights; a text of another size may be one."""
+    return {file: what for file, what in damage.items() if what == GONE or file.endswith(_WEIGHTS)}
+
+
 def lost_in(damage: Mapping[str, str]) -> dict[str, str]:
-    """Of the damage that without which the model cannot be built; another size of a text may be somebody's edit."""
-    return {
-        file: what for file, what in damage.items()
-        if file not in _FOR_PEOPLE and (what == GONE or file.endswith(_WEIGHTS))
-    }  # fmt: skip
+    """Of that the part without which the model cannot be built."""
+    return explaining(no_edit_in(damage))
 
 
 def explaining(damage: Mapping[str, str]) -> dict[str, str]:

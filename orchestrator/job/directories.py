@@ -20,16 +20,8 @@ from typing import TextIO
 
 from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.job.files import PARTIAL, beside, remove_old, still_there, sync, write_file
-from orchestrator.job.storage import (
-    MANIFEST_FILE,
-    Lease,
-    Manifest,
-    Storage,
-    make_manifest,
-    next_version,
-    run_is_busy,
-    run_was_taken,
-)
+from orchestrator.job.manifests import MANIFEST_FILE, Manifest, make_manifest, next_version
+from orchestrator.job.storage import Lease, Storage, run_is_busy, run_was_taken
 
 LOCK_FILE, LEASE_FILE = ".lock", ".lease.json"
 _LOOKED_AT_S = (0.01, 0.05, 0.2)
@@ -181,7 +173,7 @@ class DirectoryStorage(Storage):
         before = None
         with contextlib.suppress(RefusedError):  # a damaged one may be replaced
             before = self.find(name)
-        manifest = make_manifest(folder, next_version(lease, before.version if before else None))
+        manifest = make_manifest(folder, next_version(lease.number, before.version if before else None))
         with self._writing(name):
             (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
             _make_folder(path.parent)

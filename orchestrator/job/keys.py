@@ -66,15 +66,19 @@ def at_home(tree: Mapping[str, Any], where: Mapping[str, str]) -> tuple[dict[str
     return kept, moved
 
 
+def by_name(of_plugin: Mapping[str, str]) -> dict[str, str]:
+    """{name: the key that may be meant by it}: fields of the job, then settings of its groups, then the plugin's."""
+    inner = {key.rpartition(".")[2]: key for key in reversed(all_keys())}
+    return {**of_plugin, **inner, **{name: name for name in Job.model_fields}}
+
+
 def meant(name: str, group: str, of_plugin: Mapping[str, str] = MappingProxyType({})) -> str:
     """`did you mean training.epochs?` of a key that the group lacks, "" for the job itself; "" if none is near.
 
     `of_plugin`: name -> key of the modality's own settings.
     """
-    keys = all_keys()
-    inner = {**of_plugin, **{key.partition(".")[2] or key: key for key in reversed(keys)}}
-    inner |= {name: name for name in Job.model_fields}
-    beside = [key.partition(".")[2] for key in keys if group and key.startswith(f"{group}.")]
+    inner = by_name(of_plugin)
+    beside = [key.partition(".")[2] for key in all_keys() if group and key.startswith(f"{group}.")]
     near = did_you_mean(name, beside)
     if near:
         return near

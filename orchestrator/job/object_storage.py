@@ -28,16 +28,8 @@ from orchestrator.job.asking import PATIENCE_S, Answer, Asker
 from orchestrator.job.files import PARTIAL, beside, remove_old
 from orchestrator.job.leases import Leases
 from orchestrator.job.locations import Location, cached
-from orchestrator.job.storage import (
-    VERSION,
-    Lease,
-    Manifest,
-    Storage,
-    make_manifest,
-    next_version,
-    number_of,
-    run_was_taken,
-)
+from orchestrator.job.manifests import VERSION, Manifest, make_manifest, next_version, number_of
+from orchestrator.job.storage import Lease, Storage, run_was_taken
 
 TTL_S = 60.0
 """A lease that is not renewed for so long may be taken."""
@@ -189,7 +181,7 @@ class ObjectStorage(Storage):
         before = self._versions(name)
         if before and number_of(before[-1]) > lease.number:
             raise run_was_taken(self.place_of(lease.name), lease)
-        manifest = make_manifest(folder, next_version(lease, before[-1] if before else None))
+        manifest = make_manifest(folder, next_version(lease.number, before[-1] if before else None))
         self._send(folder, name, manifest)
         self.write(f"{name}/{manifest.version}.json", manifest.model_dump_json(indent=1).encode(), lease)
         with contextlib.suppress(OrchestratorError):  # it counts no more, and is collected another time

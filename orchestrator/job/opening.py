@@ -11,10 +11,11 @@ from pathlib import Path
 from orchestrator.errors import RefusedError
 from orchestrator.job.damage import is_run
 from orchestrator.job.directories import DirectoryStorage
+from orchestrator.job.manifests import GONE
 from orchestrator.job.places import is_uri, local_path, plain_path
 from orchestrator.job.runs import Run, open_storage, run_in
 from orchestrator.job.spec import Job
-from orchestrator.job.storage import GONE, Storage
+from orchestrator.job.storage import Storage
 
 _ASKED_AT_ONCE = 16
 """Runs of an object store that are looked at together."""

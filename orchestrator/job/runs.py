@@ -14,9 +14,10 @@ from orchestrator.errors import RefusedError, first_line, missing_extra
 from orchestrator.job.damage import damage_of, explaining, lost_in
 from orchestrator.job.directories import DirectoryStorage
 from orchestrator.job.held import CHECKPOINTS, METRICS_FILE, MODEL
+from orchestrator.job.manifests import GONE
 from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path
 from orchestrator.job.plans import Plan, read_plan_json
-from orchestrator.job.storage import GONE, Storage
+from orchestrator.job.storage import Storage
 
 
 def open_storage(
@@ -90,8 +91,12 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the figures and the model are there; results.json is written last."""
+        return self._lost() == {}
+
+    def _lost(self) -> dict[str, str] | None:
+        """{file: what is wrong with it} of what its model cannot be built without; None where it has no figures yet."""
         there = self.storage.children(self.name)
-        return {"results.json", MODEL} <= set(there) and not lost_in(damage_of(self.storage, self.name, there))
+        return lost_in(damage_of(self.storage, self.name, there)) if "results.json" in there else None
 
     @property
     def damage(self) -> dict[str, str]:
@@ -108,10 +113,10 @@ class Run:
         """`running`, `finished`, `unfinished` or, without its model or readable results, `damaged`."""
         if self.busy:
             return "running"
-        there = self.storage.children(self.name)
-        if "results.json" not in there:
+        lost = self._lost()
+        if lost is None:
             return "unfinished"
-        if lost_in(damage_of(self.storage, self.name, there)):
+        if lost:
             return "damaged"
         try:
             _ = self.read_object("results.json")
@@ -132,10 +137,11 @@ class Run:
     @property
     def results(self) -> dict[str, Any]:
         """The final figures: accuracy with its interval, macro F1, loss, confusion, for each split."""
-        if not self.finished:
-            lost = lost_in(self.damage)
-            unfinished = RefusedError("not_found", f"the run {self.place} has not finished", mend=self.mend)
-            raise self.damaged(lost) if lost else unfinished
+        lost = self._lost()
+        if lost is None:
+            raise RefusedError("not_found", f"the run {self.place} has not finished", mend=self.mend)
+        if lost:
+            raise self.damaged(lost)
         return self.read_object("results.json")
 
     @property
@@ -159,11 +165,13 @@ class Run:
     def damaged(self, wrong: Mapping[str, str], why: str = "") -> RefusedError:
         """The refusal for who needs these files, {file: what is wrong with it}; `why`: what that led to."""
         told = "; ".join([*([why] if why else []), *(f"{file} {what}" for file, what in wrong.items())])
-        does = "starts it over" if "plan.json" in wrong else "writes it again"
-        if does != "starts it over" and not self.storage.commits(f"{self.name}/{CHECKPOINTS}"):
-            return RefusedError("damaged", f"the run {self.place} is damaged: {told}", mend=self.over)
+        message = f"the run {self.place} is damaged: {told}"
+        starts_over = "plan.json" in wrong
+        if not starts_over and not self.storage.commits(f"{self.name}/{CHECKPOINTS}"):
+            return RefusedError("damaged", message, mend=self.over)
+        does = "starts it over" if starts_over else "writes it again"
         mend = f"the command that made the run {does}{f': {self._command}' if self._command else ''}"
-        return RefusedError("damaged", f"the run {self.place} is damaged: {told}", expected="what it wrote", mend=mend)
+        return RefusedError("damaged", message, expected="what it wrote", mend=mend)
 
     def unbuildable(self, why: str) -> RefusedError:
         """The refusal where nothing can be built from its model, with the files that are not as they were written."""

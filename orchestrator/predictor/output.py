@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -97,7 +96,7 @@ def _written_or_refused(output: str | Path, partial: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename not in (None, str(partial)) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.filename not in (None, str(partial)):
             raise
         raise JobError(
             f"{output} cannot be written: {error.strerror or error}", expected="a folder to write into, with room",

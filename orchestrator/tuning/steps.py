@@ -62,7 +62,7 @@ def mean_batch(samples: Samples, seed: int, num_steps: int, length_bucketing: bo
     some = np.sort(np.random.default_rng(seed).choice(rows, min(len(rows), _MOST_ROWS), replace=False))
     num = max(1, num_steps * len(some) // len(rows))
     batches = epoch_batches(samples, some, seed, 0, num, length_bucketing)
-    sizes = np.array([len(rows) * samples.num_bytes[rows].max() for rows in batches], np.float64)
+    sizes = np.array([len(batch) * samples.num_bytes[batch].max() for batch in batches], np.float64)
     return batches[int(np.abs(sizes - sizes.mean()).argmin())]
 
 

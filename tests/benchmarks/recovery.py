@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster.local import LocalCluster, namespaces_allowed
 from tests.benchmarks.harness import middle, options, report
-from tests.cluster.test_elastic import TRAINING, Driver
+from tests.cluster.test_elastic import Driver, long_job
 from tests.tiny import make_digits, make_resnet
 
 GOAL, REPEATS = 40.0, 3
@@ -24,12 +24,8 @@ def shrunk(folder: Path) -> dict[str, float]:
     """{what: seconds} of one loss."""
     folder.mkdir()
     with LocalCluster(num_nodes=2, cpus=1) as cluster:
-        job = {
-            "backbone": str(make_resnet(folder / "backbone")), "data": {"path": str(make_digits(folder / "digits"))},
-            "method": "full", "name": "run", "storage": str(folder / "runs"),
-            "training": {**TRAINING, "epochs": 2000, "checkpoint_every_s": 5},
-            "scaling": {"num_workers": 2, "min_workers": 1, "threads_per_worker": 1, "address": cluster.address},
-        }  # fmt: skip
+        backbone, digits = make_resnet(folder / "backbone"), make_digits(folder / "digits")
+        job = long_job(backbone, digits, folder / "runs", cluster.address)
         driver = Driver(cluster, folder, job)
         driver.wait_for_epoch(3)
         driver.wait_for_checkpoint()

@@ -74,6 +74,15 @@ def train_workers(cluster: LocalCluster, node: str) -> list[str]:
     return [line for line in cluster.processes(node).values() if "RayTrainWorker" in line]
 
 
+def long_job(backbone: Path, data: Path, storage: Path, address: str) -> dict[str, Any]:
+    """An elastic group of one or two workers that trains for longer than anybody watches it, a checkpoint every 5 s."""
+    return {
+        "backbone": str(backbone), "data": {"path": str(data)}, "method": "full", "name": "run",
+        "training": {**TRAINING, "epochs": 2000, "checkpoint_every_s": 5}, "storage": str(storage),
+        "scaling": {"num_workers": 2, "min_workers": 1, "threads_per_worker": 1, "address": address},
+    }  # fmt: skip
+
+
 @pytest.fixture
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(num_nodes=2, cpus=1) as started:
@@ -109,11 +118,7 @@ def test_a_notice_costs_no_step(cluster: LocalCluster, tiny_resnet: Path, digits
 def test_a_node_is_lost_and_another_one_joins(
     cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path
 ) -> None:
-    job = {
-        "backbone": str(tiny_resnet), "data": {"path": str(digits)}, "method": "full", "name": "run",
-        "training": {**TRAINING, "epochs": 2000, "checkpoint_every_s": 5}, "storage": str(tmp_path / "runs"),
-        "scaling": {"num_workers": 2, "min_workers": 1, "threads_per_worker": 1, "address": cluster.address},
-    }  # fmt: skip
+    job = long_job(tiny_resnet, digits, tmp_path / "runs", cluster.address)
     driver = Driver(cluster, tmp_path, job)
     driver.wait_for_epoch(3)
     driver.wait_for_checkpoint()

@@ -15,23 +15,11 @@ import soundfile
 from PIL import Image
 
 from orchestrator.errors import BadSampleError
-from orchestrator.modality import registry
+from tests.data.test_bad_data import bad, decode
 
 RATE_HZ = 8000
 SECONDS = 20
 NUM = SECONDS * RATE_HZ
-
-
-def decode(modality: str, content: bytes) -> Any:
-    function = registry.get(modality).decode
-    assert function is not None
-    return function({modality: content})
-
-
-def bad(modality: str, content: bytes) -> str:
-    with pytest.raises(BadSampleError) as caught:
-        decode(modality, content)
-    return caught.value.message
 
 
 def flipped(content: bytes, at: int, bits: int = 0x10) -> bytes:

@@ -175,7 +175,7 @@ def test_leftovers_of_an_earlier_version_and_of_ray_go_with_the_run(held_run: He
 def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(
     held_run: HeldRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.job import storage as module
+    from orchestrator.job import manifests as module
 
     ckpt.save(held_run, made(1))
     ckpt.save(held_run, made(2))
