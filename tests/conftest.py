@@ -68,6 +68,15 @@ def pytest_unconfigure() -> None:
     _stack.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_ray_is_left() -> Iterator[None]:
+    """A search leaves its Ray for the next call in this process; the next module wants one of its own."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+
+
 @pytest.fixture
 def hub() -> Hub:
     """The Hub on 127.0.0.1, empty, with no request recorded yet."""
