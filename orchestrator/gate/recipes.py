@@ -87,7 +87,7 @@ _METHODS: Mapping[Method, _MethodRow] = {
         "pretrained",
         (
             _PhaseRow("head", 40, 3e-3, is_first=True, solver="probe"),
-            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 5e-5, 5e-5), least_steps=_LEAST_STEPS),
+            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 1e-4, 1e-3), least_steps=_LEAST_STEPS),
         ),
     ),
     # Ten times the rate of `full`, whatever the rank (Schulman et al. 2025, LoRA Without Regret).
@@ -247,6 +247,7 @@ def _phase(
         learning_rate=rate or default_rate,
         head_learning_rate=(None if row.is_first else training.head_learning_rate) or rate or default_head_rate,
         batch_norm=_batch_norm(job, method, row, num_train, kind),
+        layer_decay=1.0 if row.trains == "head" else training.layer_decay,
         adapter=adapter_of(training) if row.trains == "adapter" else None,
     )
 

@@ -150,6 +150,8 @@ class Phase(_Plain):
     """Whether it begins anew, on training and validation samples, for as many epochs as turned out best."""
     adapter: Adapter | None = None
     """Where the phase trains one."""
+    layer_decay: float = 1.0
+    """Of the body's rate, for each block between a parameter and the head."""
 
     @property
     def steps_per_epoch(self) -> int:

@@ -34,6 +34,10 @@ class Training(Part):
         "times that for sgd"
     )  # fmt: skip
     head_learning_rate: float | None = Field(None, gt=0, description="of the new head; default: learning_rate")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="the body's rate is multiplied by it for each block between a parameter and the "
+        "head: 0.8 lets early layers move less"
+    )  # fmt: skip
     weight_decay: float = Field(0.01, ge=0, description="of all weights but vectors: biases, norms")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
     schedule: Literal["cosine", "constant"] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -16,23 +17,55 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
     """The optimizer of a phase over the parameters that it trains, and these by name.
 
-    Four groups at most: body and head have their own rates, and vectors (biases, norms) no weight decay.
+    A group has one rate and one weight decay, which vectors (biases, norms) are spared. The head has a rate of its
+    own; the body's is multiplied by `phase.layer_decay` for each block between a parameter and the head (layer-wise
+    decay: Clark et al. 2020, arXiv 2003.10555).
     """
     named = {name: p for name, p in network.module.named_parameters() if p.requires_grad}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    above = blocks_above(network) if phase.layer_decay < 1 else {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        groups.setdefault((within(name, network.head), parameter.ndim > 1), []).append(parameter)
-    rates = {False: phase.learning_rate, True: phase.head_learning_rate}
+        in_body = phase.learning_rate * phase.layer_decay ** above.get(name, 0)
+        rate = phase.head_learning_rate if within(name, network.head) else in_body
+        groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
     settings = [
-        {
-            "params": parameters,
-            "lr": rates[in_head],
-            "peak_lr": rates[in_head],
-            "weight_decay": training.weight_decay if decays else 0.0,
-        }
-        for (in_head, decays), parameters in groups.items()
+        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": training.weight_decay if decays else 0.0}
+        for (rate, decays), parameters in groups.items()
     ]
     return _optimizer(training, settings, fused=all(one.device.type == "cuda" for one in named.values())), named
+
+
+def blocks_above(network: Network) -> dict[str, int]:
+    """Each of the body's parameters by name, and how many blocks come behind the place where it lies.
+
+    A block is an entry of a `ModuleList` or `Sequential` several entries of which have parameters, the outermost one on
+    the way to the parameter: a transformer's layers, the stages of a convolutional network. What is before them all
+    (embeddings, stem) has all of them above it; the last one, and what is behind it (norm, pooler), none.
+    """
+    body = [name for name, _ in network.module.named_parameters() if not within(name, network.head)]
+    lists = {name for name, one in network.module.named_modules() if isinstance(one, nn.ModuleList | nn.Sequential)}
+    entries: dict[str, dict[str, None]] = {}
+    for name in body:
+        for place, entry in _entries(name, lists):
+            entries.setdefault(place, {}).setdefault(entry)
+    met: dict[str, None] = {}
+    num_met = {}
+    for name in body:
+        for place, entry in _entries(name, lists):
+            if len(entries[place]) > 1:
+                met.setdefault(entry)
+                break
+        num_met[name] = len(met)
+    return {name: len(met) - num for name, num in num_met.items()}
+
+
+def _entries(name: str, lists: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The lists of modules in which a parameter of that name lies, outermost first: (list, its entry), by name."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1):
+        place = ".".join(parts[:i])
+        if place in lists:
+            yield place, ".".join(parts[: i + 1])
 
 
 def _optimizer(training: Training, groups: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
