@@ -4,7 +4,9 @@ The comparison is paired: what both get right, or both wrong, tells nothing of t
 (McNemar 1947). A large validation split decides alone: beyond one standard error, else the phase before is kept, whose
 body is nearer to what it was and so holds better on other data (Kumar et al. 2022, arXiv 2202.10054). A small one
 cannot see what the later phase usually gives (docs/methods.md), so it decides only against: the later phase is kept
-unless it is worse by more than one standard error.
+unless it is worse by more than one standard error. Where groups are kept apart (speakers, patients), those that count
+are none of the split, and the phase before is kept unless the later one is better beyond the noise: a body that moves
+learns the few groups by heart.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ class Comparison:
     noise: float
     """The difference's standard error."""
     num_samples: int
+    groups_apart: bool = False
+    """Whether no group of samples is in both the training and the validation split."""
 
     @property
     def tells(self) -> bool:
@@ -42,7 +46,7 @@ class Comparison:
     @property
     def is_won(self) -> bool:
         """Whether it replaces the other."""
-        return self.difference > (self.noise if self.tells else -self.noise)
+        return self.difference > (self.noise if self.tells or self.groups_apart else -self.noise)
 
     def of_later(self, task: str, kept: Mapping[str, Any], other: Mapping[str, Any]) -> Comparison:
         """The same of a later epoch of the other, by the validation figures of both; the noise stays what it was."""
@@ -142,7 +146,7 @@ def _by_validation(
     noise = compared.noise
     if is_later:
         why = "more than its noise" if compared.difference > noise else "and so few cannot tell that it is worse"
-    elif compared.tells:
+    elif compared.tells or (compared.groups_apart and compared.difference >= -noise):
         why = "no more than its noise, and the body as it was is the safer one"
     else:
         why = "worse than its noise"

@@ -6,7 +6,7 @@ Where the validation split is too small to tell epochs apart, the last one that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from orchestrator.job import Phase
@@ -79,7 +79,9 @@ class BestEpoch:
         """
         state, task = self._session.state, self._session.plan.job.task
         if self._before is not None:
-            return compare(task, self._before, predictions)
+            return replace(
+                compare(task, self._before, predictions), groups_apart=self._session.samples.groups is not None
+            )
         if not self._phase.must_win or state.comparison is None:
             return None
         won = Comparison(**state.comparison)

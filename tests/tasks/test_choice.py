@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +50,11 @@ def test_the_difference_and_its_noise_are_of_pairs() -> None:
 )
 def test_many_samples_decide_and_few_keep_away_what_is_worse(num: int, worse: int, better: int, won: bool) -> None:
     assert pair(num, worse, better).is_won is won
+
+
+@pytest.mark.parametrize(("worse", "better", "won"), [(2, 8, True), (3, 3, False), (4, 3, False), (9, 2, False)])
+def test_where_groups_are_kept_apart_few_samples_have_to_say_it_is_better(worse: int, better: int, won: bool) -> None:
+    assert replace(pair(50, worse, better), groups_apart=True).is_won is won
 
 
 @pytest.mark.parametrize(
