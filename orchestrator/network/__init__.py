@@ -44,6 +44,7 @@ from orchestrator.network.network import (
     freeze as freeze,
     is_adapter as is_adapter,
     set_mode as set_mode,
+    within as within,
 )
 from orchestrator.network.optimizer import (
     make_optimizer as make_optimizer,

@@ -23,6 +23,8 @@ STRENGTHS = (100.0, 10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 SCORES = {"single-label": "accuracy", "multi-label": "macro_f1", "regression": "r2"}
 """Task -> the key of what `tasks.compute_metrics` gives that is the score."""
 
+_MOST_UNSURE = 0.9
+"""No temperature takes the loss above this share of what it is where all logits are 0: some direction is left."""
 _CONSTANT = 1e-6
 """A feature whose standard deviation is less than this share of its mean is constant, but for rounding."""
 
@@ -49,6 +51,9 @@ class Probe:
     """The score of each fold; NaN where it is not defined."""
     held_out: Predictions
     """The same predictions, without scores."""
+    temperature: float
+    """What the layer has to be divided by to be no surer of the samples that it was fitted to than of held-out ones: so
+    that the mean loss of both is the same. 1 where it is no surer, and of a regression."""
 
     def __call__(self, features: Tensor) -> Tensor:
         """float32 [samples, classes] of features float32 [samples, features]."""
@@ -98,14 +103,34 @@ def fit_probe(
         layer = restored(fits.refine(layers[-1], strength)) * objective.std[:, None]
         layer[:, -1] += objective.mean
     predictions = _predictions(objective, outputs, targets)
+    held_out_loss = float(predictions.loss.mean())
+    with torch.no_grad():
+        ours = functional.linear(features.float(), layer[:, :-1], layer[:, -1])
+        temperature = 1.0 if task == "regression" else _temperature(objective, ours, targets, held_out_loss)
     figure, whole = SCORES[task], _measured(task, predictions, num_classes)
     parts = [_measured(task, _some(predictions, fold == number), num_classes) for number in range(int(fold.max()) + 1)]
     interval = whole[f"{figure}_95"]
     return Probe(
         layer[:, :-1], layer[:, -1], strength, figure, whole[figure],
-        None if interval is None else (interval[0], interval[1]), float(predictions.loss.mean()),
-        tuple(math.nan if part[figure] is None else part[figure] for part in parts), predictions,
+        None if interval is None else (interval[0], interval[1]), held_out_loss,
+        tuple(math.nan if part[figure] is None else part[figure] for part in parts), predictions, temperature,
     )  # fmt: skip
+
+
+def _temperature(objective: Objective, logits: Tensor, targets: Tensor, loss: float) -> float:
+    """What float32 [samples, classes] are divided by for a mean loss as high as that; 1 where it is as high already."""
+
+    def loss_at(share: float) -> float:
+        return float(objective.each_loss(logits * share, targets).double().mean())
+
+    loss = min(loss, _MOST_UNSURE * loss_at(0.0))
+    if loss_at(1.0) >= loss:
+        return 1.0
+    low, high = 0.0, 1.0  # between them the loss falls: it is convex along the way, and least at 1 or beyond
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if loss_at(middle) > loss else (low, middle)
+    return 1 / high
 
 
 def _best_of_path(

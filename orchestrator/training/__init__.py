@@ -9,6 +9,7 @@ The same in one process and on many; knows nothing of Ray.
     best        which epoch's weights are kept
     budget      how many epochs fit into what a job may take
     fitted      a head that is fitted to stored features at once, by the probe
+    softening   that head, made less sure before the body is trained behind it
     refit       training anew on training and validation samples
     rates       the schedule of the learning rate
     batches     which samples a step takes, and how they get onto the device

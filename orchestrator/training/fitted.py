@@ -19,6 +19,11 @@ from orchestrator.training.state import Session
 _NUM_TRIED = 16
 _MOST_FLOATS = 2**28
 """Of features that are in memory at once: a gigabyte."""
+_DEAD = 1e-3
+"""A feature that varies by less than this share of what the others do counts for nothing. The probe would bring it to
+their scale, by a weight so large that the body's first step changes everything: all-MiniLM-L6-v2 has an output that
+varies by 1e-9 where the others do by 0.2, and an optimizer's step moves it by 1e-5."""
+_FACTS = ("num_samples", "strength", "figure", "cross_validation", "interval", "temperature")
 _AROUND = (nn.Flatten, nn.Identity, nn.Dropout)
 """What may stand beside the layer in its module, and changes no sample in eval mode."""
 
@@ -40,6 +45,8 @@ class Fitted:
     """Sum over the samples, in training's objective."""
     weight: float
     num_right: float
+    temperature: float
+    """Of `probing.Probe`: for where the body is trained behind it."""
 
 
 def can_be_fitted(session: Session) -> bool:
@@ -70,7 +77,7 @@ def fit_head(session: Session) -> Fitted:
 def facts_of(fitted: Fitted) -> dict[str, Any]:
     """For lineage.json."""
     kept = asdict(fitted)
-    return {name: kept[name] for name in ("num_samples", "strength", "figure", "cross_validation", "interval")}
+    return {name: kept[name] for name in _FACTS}
 
 
 def _layer(session: Session) -> nn.Linear | None:
@@ -103,6 +110,7 @@ def _fitted(session: Session) -> tuple[Tensor, Tensor, Fitted]:
     batch = session.sources["features"]["train"].batch(_some(session), train=False)
     assert batch is not None
     features = batch.inputs["features"].flatten(1)
+    features = features * varying(features)
     targets = batch.targets
     if plan.job.task == "regression":  # as the network learns them, whatever their unit
         targets = (targets - objective.mean.cpu()) / objective.std.cpu()
@@ -115,9 +123,15 @@ def _fitted(session: Session) -> tuple[Tensor, Tensor, Fitted]:
     loss, weight = objective.loss(outputs, batch.targets.to(device))
     fitted = Fitted(
         len(features), probe.strength, probe.figure, probe.score, probe.interval, float(loss), float(weight),
-        float(objective.num_right(outputs, batch.targets.to(device))),
+        float(objective.num_right(outputs, batch.targets.to(device))), probe.temperature,
     )  # fmt: skip
     return probe.weight, probe.bias, fitted
+
+
+def varying(features: Tensor) -> Tensor:
+    """bool [features]: which vary enough beside the others, for float [samples, features]."""
+    std = features.double().std(dim=0, correction=0)
+    return std > _DEAD * std.square().mean().sqrt()
 
 
 def _groups(samples: Samples, rows: Ints) -> Ints | None:

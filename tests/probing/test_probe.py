@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torch.nn import functional
 
 from orchestrator.errors import TrainingError
 from orchestrator.probing import Probe, fit_probe
@@ -146,6 +147,30 @@ def test_constant_features_weigh_nothing() -> None:
     assert probe.weight.isfinite().all()
     assert probe.score is not None
     assert probe.score > 0.8
+
+
+def test_at_its_temperature_it_is_no_surer_of_what_it_was_fitted_to_than_of_others() -> None:
+    features, labels = digits(60)
+    probe = fit_probe(features, labels, "single-label", num_classes=10)
+    logits = probe(features)
+    assert probe.temperature > 1.5
+    assert float(functional.cross_entropy(logits, labels)) < 0.6 * probe.loss
+    assert float(functional.cross_entropy(logits / probe.temperature, labels)) == pytest.approx(probe.loss, rel=1e-4)
+
+
+def test_with_labels_that_mean_nothing_some_direction_is_left() -> None:
+    features, _ = digits(60)
+    labels = torch.from_numpy(np.random.default_rng(0).integers(0, 10, 60))
+    probe = fit_probe(features, labels, "single-label", num_classes=10, strengths=[1e-4])
+    assert probe.loss > math.log(10)
+    logits = probe(features) / probe.temperature
+    assert float(functional.cross_entropy(logits, labels)) == pytest.approx(0.9 * math.log(10), rel=1e-4)
+
+
+def test_numbers_have_no_temperature() -> None:
+    features, labels = digits(60)
+    probe = fit_probe(features, labels.float()[:, None], "regression", num_classes=1)
+    assert probe.temperature == 1
 
 
 def test_two_samples() -> None:
