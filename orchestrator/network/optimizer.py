@@ -39,8 +39,9 @@ def blocks_above(network: Network) -> dict[str, int]:
     """Each of the body's parameters by name, and how many blocks come behind the place where it lies.
 
     A block is an entry of a `ModuleList` or `Sequential` several entries of which have parameters, the outermost one on
-    the way to the parameter: a transformer's layers, the stages of a convolutional network. What is before them all
-    (embeddings, stem) has all of them above it; the last one, and what is behind it (norm, pooler), none.
+    the way to the parameter: a transformer's layers, the stages of a convolutional network or their entries. Before and
+    behind are as the modules are registered. What is before them all (embeddings, stem) has all of them above it; the
+    last one, and what is behind it (norm, pooler), none.
     """
     body = [name for name, _ in network.module.named_parameters() if not within(name, network.head)]
     lists = {name for name, one in network.module.named_modules() if isinstance(one, nn.ModuleList | nn.Sequential)}

@@ -33,7 +33,7 @@ The same in one process and on many; knows nothing of Ray.
 from orchestrator.training.assembly import WorkerSpec as WorkerSpec, assembled as assembled
 from orchestrator.training.audit import Taken as Taken, read_audit as read_audit
 from orchestrator.training.batches import epoch_batches as epoch_batches
-from orchestrator.training.checkpoint import checkpoint_name as checkpoint_name
+from orchestrator.training.checkpoint import STATE_FILE as STATE_FILE, checkpoint_name as checkpoint_name
 from orchestrator.training.finish import FINAL_FIGURES as FINAL_FIGURES
 from orchestrator.training.loaded import LoadedRun as LoadedRun, load_run as load_run
 from orchestrator.training.loop import run_worker as run_worker

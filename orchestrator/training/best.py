@@ -74,8 +74,9 @@ class BestEpoch:
     def _compared(self, line: Mapping[str, Any], predictions: Predictions) -> Comparison | None:
         """An epoch against what the phase has to beat; None where it competes with the phase's other epochs.
 
-        Where validation cannot tell, the best of many epochs is the luckiest one: each that is not worse than what was
-        there before the phase replaces the one before it, so that the last one is kept, whose rate was the lowest.
+        Where validation cannot tell, the best of many epochs is the luckiest one: each that would be kept instead of
+        what was there before the phase replaces the one before it, so that the last one is kept, whose rate was the
+        lowest.
         """
         state, task = self._session.state, self._session.plan.job.task
         if self._before is not None:

@@ -25,6 +25,7 @@ from orchestrator.errors import CheckpointError, RefusedError
 from orchestrator.job import CHECKPOINTS, HeldRun
 
 NUM_KEPT = 2
+STATE_FILE = "state.json"
 _PREFIX = "step-"
 _TENSOR_FILES = ("weights", "best", "optimizer")
 _AVERAGE = "average"
@@ -51,7 +52,7 @@ def save(run: HeldRun, checkpoint: Checkpoint) -> None:
         for name in (*_TENSOR_FILES, *([_AVERAGE] if checkpoint.average else [])):
             tensors = {key: value.detach().contiguous().cpu() for key, value in getattr(checkpoint, name).items()}
             safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
-        (folder / "state.json").write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}, allow_nan=False))
+        (folder / STATE_FILE).write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}, allow_nan=False))
     prune(run)
 
 
@@ -115,7 +116,7 @@ def load(run: HeldRun, step: int) -> Checkpoint:
     """The checkpoint of that step. Raises `CheckpointError` where it is not there, or not whole."""
     try:
         with run.opened(checkpoint_name(step)) as folder:
-            state = json.loads((folder / "state.json").read_text())
+            state = json.loads((folder / STATE_FILE).read_text())
             names = (*_TENSOR_FILES, *([_AVERAGE] if (folder / f"{_AVERAGE}.safetensors").is_file() else []))
             tensors = {name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in names}
     except RefusedError as error:

@@ -20,8 +20,8 @@ _NUM_TRIED = 16
 _MOST_FLOATS = 2**28
 """Of features that are in memory at once: a gigabyte."""
 _DEAD = 1e-3
-"""A feature that varies by less than this share of what the others do counts for nothing. The probe would bring it to
-their scale, by a weight so large that the body's first step changes everything: all-MiniLM-L6-v2 has an output that
+"""A feature that varies by less than this share of the median counts for nothing. The probe would bring it to the
+others' scale, by a weight so large that the body's first step changes everything: all-MiniLM-L6-v2 has an output that
 varies by 1e-9 where the others do by 0.2, and an optimizer's step moves it by 1e-5."""
 _FACTS = ("num_samples", "strength", "figure", "cross_validation", "interval", "temperature")
 _AROUND = (nn.Flatten, nn.Identity, nn.Dropout)
@@ -110,7 +110,8 @@ def _fitted(session: Session) -> tuple[Tensor, Tensor, Fitted]:
     batch = session.sources["features"]["train"].batch(_some(session), train=False)
     assert batch is not None
     features = batch.inputs["features"].flatten(1)
-    features = features * varying(features)
+    alive = varying(features)
+    features = features if bool(alive.all()) else features * alive
     targets = batch.targets
     if plan.job.task == "regression":  # as the network learns them, whatever their unit
         targets = (targets - objective.mean.cpu()) / objective.std.cpu()
@@ -130,8 +131,8 @@ def _fitted(session: Session) -> tuple[Tensor, Tensor, Fitted]:
 
 def varying(features: Tensor) -> Tensor:
     """bool [features]: which vary enough beside the others, for float [samples, features]."""
-    std = features.double().std(dim=0, correction=0)
-    return std > _DEAD * std.square().mean().sqrt()
+    std = features.std(dim=0, correction=0)
+    return std > _DEAD * std[std > 0].median() if bool((std > 0).any()) else std > 0
 
 
 def _groups(samples: Samples, rows: Ints) -> Ints | None:

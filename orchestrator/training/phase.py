@@ -62,8 +62,7 @@ class PhaseLoop:
         self.tensors = session.strategy.state(ckpt.trained_tensors(network.module, moving))
         self._best_epoch = BestEpoch(session, self.phase)
         self._unread: list[tuple[Tensor, float, int, Own]] = []
-        """(sums of loss, weight and right ones on the device, samples, the step, this worker's microbatches) that were
-        not looked at yet."""
+        """(sums of loss, weight and right ones, samples, the step, this worker's microbatches), not looked at yet."""
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
         """When this process began with the epoch, and how many samples it has taken of it."""
         self._saved: tuple[int, int] | None = None
@@ -90,6 +89,7 @@ class PhaseLoop:
         rows = session.samples.rows("train")
         if self._saved is None:
             soften_head(session, self.tensors, self._epoch_batches(rows, 0)[:NUM_BATCHES], self._own_microbatches)
+            self.average = self._average({})
         self._keep_to_budget(rows)
         samples, what = len(rows) / max(1, self.phase.steps_per_epoch), f"training {_TRAINED[self.phase.trains]}"
         session.report(PhaseBegan(what, self.phase.num_steps, state.step, "steps", samples))

@@ -40,7 +40,8 @@ def soften_head(session: Session, tensors: StateDict, batches: Sequence[Ints], o
     own = [
         ((seed, first + i, microbatch), some) for i in range(len(batches)) for microbatch, some in own_of(batches[i])
     ]
-    temperature = max(known, 1 / _best_share(session, _while_training(session, tensors, own)))
+    found = max(known, 1 / _best_share(session, _while_training(session, tensors, own)))
+    temperature = session.worker.all_gather(found)[0]  # the same on all, whatever their arithmetic
     session.note_of(before, temperature=temperature)
     with torch.no_grad():
         for name, tensor in tensors.items():

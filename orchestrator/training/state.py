@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -68,7 +69,7 @@ class TrainState:
 
     def entries(self) -> dict[str, Any]:
         """For a checkpoint, null for a loss that there is not yet."""
-        entries = dict(vars(self))
+        entries = copy.deepcopy(vars(self))  # it is written while the loop goes on
         return entries if math.isfinite(self.best_loss) else {**entries, "best_loss": None}
 
     def recipe(self, planned: Recipe) -> Recipe:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from orchestrator.errors import RefusedError
 from orchestrator.job import METRICS_FILE, HeldRun, Plan, Run, read_lines
-from orchestrator.training import checkpoint_name
+from orchestrator.training import STATE_FILE, checkpoint_name
 
 FOLDER = "probes"
 _OF_LATER_PHASES = {
-    "learning_rate", "head_learning_rate", "epochs", "batch_norm", "checkpoint_every_s", "checkpoint_every_steps",
-    "num_microbatches",
+    "learning_rate", "head_learning_rate", "layer_decay", "epochs", "batch_norm", "checkpoint_every_s",
+    "checkpoint_every_steps", "num_microbatches",
 }  # fmt: skip
 """Of `training`: what the first phase does not go by, or what its own entry in the recipe says."""
 
@@ -46,6 +46,8 @@ def keep_probe(run: Run, probes: Path) -> None:
     source = run.path / checkpoint_name(plan.recipe.phases[0].num_steps)
     if key is None or (probes / key).exists() or not source.is_dir():
         return
+    if json.loads((source / STATE_FILE).read_text(encoding="utf-8"))["phase"]:
+        return  # the next phase's first one has its place by now, and with it what this trial alone has decided
     partial = probes / f".{key}.{uuid.uuid4().hex[:8]}"
     lines = [line for line in run.metrics if line.get("epoch", 0) <= plan.recipe.phases[0].epochs]
     with contextlib.suppress(OSError):  # another trial was first, or the disk is full: then each trains its own

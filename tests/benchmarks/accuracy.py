@@ -201,9 +201,10 @@ def report(rows: Mapping[tuple[str, int, str, int], Mapping[str, Any]]) -> None:
                     seconds[way].append(row["seconds"])
         print(f"\n{name}, {size} labels")
         for way, one in sorted(accuracy.items(), key=lambda one: -statistics.mean(one[1].values())):
-            values, took = list(one.values()), statistics.median(seconds[way])
+            values = list(one.values())
             error = f" ± {standard_error(values):.3f}" if len(values) > 1 else ""
-            print(f"  {way:9} {statistics.mean(values):.3f}{error}  {len(values)} seeds, {took:.0f} s")
+            took = f", {statistics.median(seconds[way]):.0f} s" if seconds[way] else ""
+            print(f"  {way:9} {statistics.mean(values):.3f}{error}  {len(values)} seeds{took}")
         if "auto" in accuracy and any(_is_plain(way) for way in accuracy):
             found = {"task": name, "size": size, **verdict(accuracy)}
             judged.append(found)
