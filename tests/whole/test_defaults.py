@@ -51,7 +51,8 @@ def test_a_transformer_that_is_trained_whole_is_better_than_its_frozen_body(glos
             method=method,
             report=silent,
         )
-        for method in ("head", "full")
+        for method in ("head", "full", "auto")
     }
     assert found["full"].results["test"]["num_samples"] == 1916
     assert found["full"].accuracy > found["head"].accuracy + 0.03
+    assert found["auto"].accuracy > found["head"].accuracy + 0.03
