@@ -43,7 +43,7 @@ from orchestrator.training.fitted import facts_of, fit_head
 from orchestrator.training.nonfinite import Own, blame
 from orchestrator.training.patience import is_over
 from orchestrator.training.rates import rate_factor
-from orchestrator.training.softening import NUM_BATCHES, soften_head
+from orchestrator.training.softening import soften_head
 from orchestrator.training.state import Session
 
 _TRAINED = {"head": "the head", "adapter": "head and adapter", "everything": "everything"}
@@ -77,6 +77,8 @@ class PhaseLoop:
                 ckpt.load_into(best, session.strategy.state(best))
             self.best = ckpt.copy_of(self.tensors) if best else {}
         session.loader.mix = session.mix if self.phase.source == "samples" else None
+        if resumed is None:
+            soften_head(session, self.tensors, self._epoch_batches, self._own_microbatches)
         self.average = self._average(resumed.average if resumed else {})
 
     def _average(self, before: ckpt.Tensors) -> Average | None:
@@ -87,11 +89,9 @@ class PhaseLoop:
         """Train to the phase's end; the best weights so far, which are in the network by then."""
         session, state = self.session, self.session.state
         rows = session.samples.rows("train")
-        if self._saved is None:
-            soften_head(session, self.tensors, self._epoch_batches(rows, 0)[:NUM_BATCHES], self._own_microbatches)
-            self.average = self._average({})
         self._keep_to_budget(rows)
-        samples, what = len(rows) / max(1, self.phase.steps_per_epoch), f"training {_TRAINED[self.phase.trains]}"
+        what = f"training {_TRAINED[self.phase.trains]}"
+        samples = len(rows) / max(1, self.phase.steps_per_epoch)
         session.report(PhaseBegan(what, self.phase.num_steps, state.step, "steps", samples))
         if self.phase.solver == "probe":
             self._fit()

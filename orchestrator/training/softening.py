@@ -21,22 +21,28 @@ from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.nonfinite import Own
 from orchestrator.training.state import Session
 
-NUM_BATCHES = 8
+_NUM_BATCHES = 8
 """Of training samples that are looked at."""
 _LEAST_SHARE = 1e-3
 
 
-def soften_head(session: Session, tensors: StateDict, batches: Sequence[Ints], own_of: Callable[[Ints], Own]) -> None:
+def soften_head(
+    session: Session,
+    tensors: StateDict,
+    batches_of: Callable[[Ints, int], Sequence[Ints]],
+    own_of: Callable[[Ints], Own],
+) -> None:
     """Divide the head that the phase before has fitted, if one has; `tensors`: those of the network, by name.
 
-    `batches`: the rows of the first steps; `own_of`: this worker's microbatches of one. All workers call it. What was
-    chosen is noted as the temperature of the phase before. The network is as it was but for the head.
+    `batches_of`: (rows, epoch) -> the rows of each step; `own_of`: this worker's microbatches of a step. All workers
+    call it. What was chosen is noted as the temperature of the phase before. The network is as it was but for the head.
     """
     before = session.state.phase - 1
     known = session.state.candidates.get(str(before), {}).get("temperature")
     if known is None or session.phase.trains != "everything" or session.plan.job.task == "regression":
         return
     seed, first = session.plan.job.training.seed, session.state.steps_done(session.plan.recipe)
+    batches = batches_of(session.samples.rows("train"), 0)[:_NUM_BATCHES]
     own = [
         ((seed, first + i, microbatch), some) for i in range(len(batches)) for microbatch, some in own_of(batches[i])
     ]
@@ -73,8 +79,10 @@ def _best_share(session: Session, said: Sequence[tuple[Tensor, Tensor]]) -> floa
 
     def loss_at(log_share: float) -> float:
         losses = [session.objective.each_loss(logits * math.exp(log_share), targets) for logits, targets in said]
-        return float(torch.cat(losses).double().sum()) if losses else -log_share
+        return float(torch.cat(losses).double().sum())
 
+    if not said:
+        return 1.0
     return math.exp(_lowest(loss_at, math.log(_LEAST_SHARE), 0.0))
 
 
