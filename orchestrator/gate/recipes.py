@@ -11,7 +11,7 @@ from typing import Any, Literal
 from orchestrator.backbone import Tensors
 from orchestrator.errors import JobError
 from orchestrator.gate.adapters import adapter_of, require_transformer
-from orchestrator.job import Job, Method, Phase, Recipe
+from orchestrator.job import DataSummary, Job, Method, Phase, Recipe
 from orchestrator.modality import Fit, Modality
 
 _SGD_FACTOR = 10.0
@@ -21,6 +21,8 @@ _LEAST_STEPS_OF_TRANSFORMERS, _MOST_EPOCHS_OF_TRANSFORMERS = 200, 100
 """A transformer takes fewer, and no more epochs for them than this."""
 _BATCH_SIZE, _BATCH_SIZE_OF_FEW, _FEW_FOR_A_BATCH = 32, 16, 500
 """Where the body moves, fewer samples than the last come in smaller batches: more steps of the same work."""
+_FEW_TO_CONTRAST, _FEWEST_COMPARED = 500, 4
+"""A transformer learns fewer samples by what is alike; so many have to be in a microbatch to be compared."""
 _FEWEST_ALIKE, _KERNELS = 4, 4
 """Of what tells a transformer: matrices of one shape; how many times as many matrices as kernels it has."""
 Kind = Literal["batch_norm", "transformer", "other", "unknown"]
@@ -54,6 +56,8 @@ class _PhaseRow:
     least_steps: int = 0
     """Of few samples it takes more epochs, until there are as many steps."""
     must_win: bool = False
+    may_contrast: bool = False
+    """Whether few samples may be learnt by what is alike: the head behind a fitted one can be fitted anew."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,15 @@ _METHODS: Mapping[Method, _MethodRow] = {
         "pretrained",
         (
             _PhaseRow("head", 40, 3e-3, is_first=True, solver="probe"),
-            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 1e-4, 1e-3), least_steps=_LEAST_STEPS, must_win=True),
+            _PhaseRow(
+                "everything",
+                20,
+                3e-4,
+                _OfTransformers(6, 1e-4, 1e-3),
+                least_steps=_LEAST_STEPS,
+                must_win=True,
+                may_contrast=True,
+            ),
         ),
         budget_min=60.0,
         fewest_validation=10,
@@ -87,7 +99,9 @@ _METHODS: Mapping[Method, _MethodRow] = {
         "pretrained",
         (
             _PhaseRow("head", 40, 3e-3, is_first=True, solver="probe"),
-            _PhaseRow("everything", 20, 3e-4, _OfTransformers(6, 1e-4, 1e-3), least_steps=_LEAST_STEPS),
+            _PhaseRow(
+                "everything", 20, 3e-4, _OfTransformers(6, 1e-4, 1e-3), least_steps=_LEAST_STEPS, may_contrast=True
+            ),
         ),
     ),
     # Ten times the rate of `full`, whatever the rank (Schulman et al. 2025, LoRA Without Regret).
@@ -159,15 +173,14 @@ def kind_of(tensors: Tensors | None) -> Kind:
     return "transformer" if attends and _KERNELS * num_kernels < matrices.total() else "other"
 
 
-def make_recipe(
-    job: Job, num_train: int, keeps_features: bool, kind: Kind = "unknown", num_validation: int = 0
-) -> Recipe:
+def make_recipe(job: Job, data: DataSummary, keeps_features: bool, kind: Kind = "unknown") -> Recipe:
     """The recipe of the job's method with every default resolved. Raises `JobError`.
 
     `keeps_features`: a frozen body gives the same for a sample in every epoch, so that it has to run once alone.
     `kind`: of the network, as far as its weights tell. BatchNorm wants two samples in a microbatch.
     """
     training, method = job.training, _METHODS[job.method]
+    num_train, num_validation = data.num_samples["train"], data.num_samples["validation"]
     num_microbatches = job.num_microbatches
     batch_size = min(training.batch_size or _batch_size(method, num_train, num_microbatches), num_train)
     if num_microbatches < job.scaling.num_workers:
@@ -181,6 +194,11 @@ def make_recipe(
     if any(phase.trains == "adapter" for phase in phases):
         require_transformer(kind)
     smallest = num_train // steps_per_epoch // num_microbatches
+    if _contrasts(job, method, data, smallest, kind):
+        phases = tuple(
+            phase.model_copy(update={"loss": "contrastive"}) if row.may_contrast else phase
+            for row, phase in zip(method.phases, phases, strict=True)
+        )
     if smallest < (2 if any(phase.batch_norm == "train" for phase in phases) else 1):
         raise JobError(
             f"{num_train} training samples in batches of {batch_size} leave microbatches of {smallest}",
@@ -200,6 +218,45 @@ def _batch_size(method: _MethodRow, num_train: int, num_microbatches: int) -> in
     moves = any(row.trains != "head" for row in method.phases)
     few = moves and num_train < _FEW_FOR_A_BATCH and num_microbatches <= 2
     return _BATCH_SIZE_OF_FEW if few else _BATCH_SIZE
+
+
+def _contrasts(job: Job, method: _MethodRow, data: DataSummary, smallest: int, kind: Kind) -> bool:
+    """Whether the body learns by what is alike. Raises `JobError` where that is asked for and cannot be.
+
+    `smallest`: samples of a microbatch, in which they are compared.
+    """
+    training = job.training
+    if training.loss == "task":
+        return False
+    num_train, per_class = data.num_samples["train"], data.per_class.get("train", ())
+    why_not = ""
+    if not any(row.may_contrast for row in method.phases):
+        why_not = f"method {job.method} has no head that is fitted to features"
+    elif job.task != "single-label":
+        why_not = f"with the task {job.task} samples have no single class to be alike by"
+    elif training.mix != "none":
+        why_not = f"training.mix = {training.mix!r} makes samples of several classes"
+    elif training.ema is not None:
+        why_not = f"training.ema = {training.ema:g} averages weights that no head is fitted to"
+    elif training.features != "once" or training.views is not None:
+        why_not = "a head that learns from samples changed at random is trained in steps"
+    elif smallest < _FEWEST_COMPARED:
+        why_not = f"a microbatch of {smallest} samples is too small to compare them"
+    elif max(per_class, default=0) < 2:
+        why_not = "no class has two training samples"
+    if training.loss == "contrastive":
+        if why_not:
+            raise JobError(
+                f"training.loss = 'contrastive', and {why_not}", expected="auto, or task",
+                mend="leave training.loss out",
+            )  # fmt: skip
+        return True
+    paired = sum(num for num in per_class if num > 1)
+    is_asked_otherwise = training.label_smoothing or training.head_learning_rate is not None
+    return (
+        not why_not and not is_asked_otherwise and kind == "transformer" and num_train < _FEW_TO_CONTRAST
+        and 2 * paired > num_train
+    )  # fmt: skip
 
 
 def _refitted(phase: Phase, steps_per_epoch: int) -> Phase:

@@ -51,6 +51,10 @@ class Training(Part):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="so much of each target is spread evenly over the classes"
     )
+    loss: Literal["auto", "task", "contrastive"] = Field(
+        "auto", description="contrastive: methods auto and lp-ft train the body to bring texts of one class together "
+        "and fit the head to what it gives; auto: that for a transformer with fewer than 500 samples of single classes"
+    )  # fmt: skip
     mix: str = Field(
         "none", examples=["none", "mixup", "cutmix", "both"],
         description="training samples are mixed with others of their batch, and so are their labels: images by "

@@ -15,13 +15,16 @@ from orchestrator.network.network import Network, within
 def make_optimizer(
     network: Network, training: Training, phase: Phase
 ) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
-    """The optimizer of a phase over the parameters that it trains, and these by name.
+    """The optimizer of a phase over the parameters that it trains, and these by name; a head that is fitted behind the
+    steps is not among them.
 
     A group has one rate and one weight decay, which vectors (biases, norms) are spared. The head has a rate of its
     own; the body's is multiplied by `phase.layer_decay` for each block between a parameter and the head (layer-wise
     decay: Clark et al. 2020, arXiv 2003.10555).
     """
     named = {name: p for name, p in network.module.named_parameters() if p.requires_grad}
+    if phase.loss == "contrastive":
+        named = {name: p for name, p in named.items() if not within(name, network.head)}
     above = blocks_above(network) if phase.layer_decay < 1 else {}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named.items():

@@ -11,4 +11,9 @@ schedule, no run: a convex problem, solved in closed form (ridge) or by L-BFGS (
 """
 
 from orchestrator.probing.folds import assign_folds as assign_folds
-from orchestrator.probing.probe import SCORES as SCORES, Probe as Probe, fit_probe as fit_probe
+from orchestrator.probing.probe import (
+    SCORES as SCORES,
+    STRENGTHS as STRENGTHS,
+    Probe as Probe,
+    fit_probe as fit_probe,
+)

@@ -117,7 +117,8 @@ def what_was_chosen(
     is_later = best_epoch > phases[0].epochs
     if is_later:
         num_epochs = sum(phase.epochs for phase in phases)  # counted as everywhere, those of the first phase too
-        chosen = f"everything, trained from {name}: epoch {best_epoch} of {num_epochs}."
+        how = f"from {name}" if phases[-1].loss == "task" else "by what is alike, a probe behind it"
+        chosen = f"everything, trained {how}: epoch {best_epoch} of {num_epochs}."
     else:
         chosen = f"{name}, on the body as it was."
     if not phases[-1].epochs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from torch.nn import functional
 from orchestrator.job import Plan
 from orchestrator.network import Network
 from orchestrator.tasks.metrics import MAX_SCORES
+
+_TEMPERATURE = 0.1
+"""Of the contrastive loss: docs/methods.md has others."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,22 @@ class Objective:
         class_weights = None if self.class_weights is None else self.class_weights.to(outputs.device)
         each, weights = _LOSSES[self.task](outputs.float(), self._scaled(targets), class_weights, self.label_smoothing)
         return each.sum(), weights.sum()
+
+    def contrastive(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of how far samples of one class are from each other, beside those of all others.
+
+        features: float [samples, ...], what the head reads; targets: int64 [samples]. The supervised contrastive loss
+        (Khosla et al. 2020, arXiv 2004.11362, equation 2) of directions in feature space, at a temperature of 0.1. A
+        sample that is the only one of its class here has others to keep away from it, and no loss of its own.
+        """
+        directions = functional.normalize(features.float().flatten(1), dim=1)
+        itself = torch.eye(len(targets), dtype=torch.bool, device=targets.device)
+        likeness = (directions @ directions.T / _TEMPERATURE).masked_fill(itself, -math.inf)
+        alike = (targets[:, None] == targets) & ~itself
+        log_shares = likeness.log_softmax(dim=1).masked_fill(~alike, 0.0)
+        each = -log_shares.sum(dim=1) / alike.sum(dim=1).clamp(min=1)
+        weights = torch.ones_like(each) if self.class_weights is None else self.class_weights.to(each.device)[targets]
+        return (each * weights).sum(), weights.sum()
 
     def each_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """float32 [samples]: the loss of every sample, unweighted and without label smoothing."""

@@ -107,11 +107,14 @@ def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
         ("training", f"{phase.epochs} epochs x {recipe.steps_per_epoch} steps of {recipe.batch_size} samples"),
         ("optimizer", plan.job.training.optimizer),
     ]
+    if phase.loss == "contrastive":
+        rows.insert(0, ("loss", "how far samples of a class are apart; the head is fitted after each epoch"))
     if phase.trains == "head":  # a frozen body has no rate of its own, and nothing else to decide
         rows.append(("rate", f"{phase.head_learning_rate:g}"))
     else:
         body = "adapter" if phase.adapter else "body"
-        rows.append(("rates", f"{body} {phase.learning_rate:g}, head {phase.head_learning_rate:g}"))
+        head = f", head {phase.head_learning_rate:g}" if phase.loss == "task" else ""
+        rows.append(("rates", f"{body} {phase.learning_rate:g}{head}"))
         if phase.adapter:
             rows.append(("adapter", f"rank {phase.adapter.rank}, alpha {phase.adapter.alpha:g}; merged in the end"))
         if phase.batch_norm != "none":

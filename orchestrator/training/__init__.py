@@ -8,7 +8,8 @@ The same in one process and on many; knows nothing of Ray.
     state       where a run stands, and what a worker holds
     best        which epoch's weights are kept
     budget      how many epochs fit into what a job may take
-    fitted      a head that is fitted to stored features at once, by the probe
+    losses      what a step's loss is of: the task, or which samples are alike
+    fitted      a head that is fitted at once, by the probe: to stored features, or to what the body gives by now
     softening   that head, made less sure before the body is trained behind it
     refit       training anew on training and validation samples
     rates       the schedule of the learning rate

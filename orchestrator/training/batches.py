@@ -55,6 +55,23 @@ def epoch_batches(samples: Samples, rows: Ints, seed: int, epoch: int, num: int,
     return [batches[i] for i in random.permutation(num)]
 
 
+def batches_of_pairs(samples: Samples, rows: Ints, seed: int, epoch: int, num: int) -> list[Ints]:
+    """The same, in another permutation: two samples of one class side by side, as far as there are two.
+
+    Of batches drawn at random a class would mostly have one sample, which nothing could be brought closer to.
+    """
+    random = np.random.default_rng((_ORDER, seed, epoch))
+    order = rows[random.permutation(len(rows))]
+    order = order[np.argsort(samples.targets[order], kind="stable")]
+    _, first, sizes = np.unique(samples.targets[order], return_index=True, return_counts=True)
+    within_class = np.arange(len(order)) - np.repeat(first, sizes)
+    is_odd_one = (np.repeat(sizes, sizes) % 2 == 1) & (within_class == np.repeat(sizes, sizes) - 1)
+    paired = np.concatenate([order[~is_odd_one], random.permutation(order[is_odd_one])])
+    pairs = [paired[i : i + 2] for i in range(0, len(paired), 2)]
+    shuffled = random.permutation(len(pairs))
+    return [np.concatenate([pairs[i] for i in split_evenly(shuffled, number, num)]) for number in range(num)]
+
+
 class BatchLoader:
     """Microbatches on the worker's device.
 

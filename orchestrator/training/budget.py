@@ -17,7 +17,8 @@ _NUM_MEASURED = 4
 
 def is_to_be_fitted(session: Session) -> bool:
     """Whether the phase's epochs are still to be made to fit into a budget. What was decided stays."""
-    return session.plan.recipe.budget_s is not None and str(session.state.phase) not in session.state.decided
+    decided = session.state.decided.get(str(session.state.phase), {})
+    return session.plan.recipe.budget_s is not None and "epochs" not in decided
 
 
 def seconds_of(take: Callable[[int], object]) -> list[float]:
@@ -31,12 +32,12 @@ def seconds_of(take: Callable[[int], object]) -> list[float]:
 
 
 def epochs_that_fit(
-    left_s: float, step_s: Sequence[float], steps_per_epoch: int, num_train: int, num_validation: int
+    left_s: float, step_s: Sequence[float], steps_per_epoch: int, num_train: int, num_evaluated: int
 ) -> tuple[int, float]:
     """(how many epochs fit into `left_s`, seconds of one with its validation)."""
     step = statistics.median(step_s)
-    validation = _STEPS_OF_A_FORWARD * step * steps_per_epoch * num_validation / max(1, num_train)
-    epoch = max(1e-9, steps_per_epoch * step + validation)
+    evaluation = _STEPS_OF_A_FORWARD * step * steps_per_epoch * num_evaluated / max(1, num_train)
+    epoch = max(1e-9, steps_per_epoch * step + evaluation)
     return max(0, int(left_s / epoch)), epoch
 
 
@@ -47,10 +48,12 @@ def fit_epochs(session: Session, step_s: Sequence[float]) -> None:
     """
     phase, budget_s = session.phase, session.plan.recipe.budget_s
     assert budget_s is not None
-    num_train, num_validation = (len(session.samples.rows(name)) for name in ("train", "validation"))
+    num_train, num_evaluated = (len(session.samples.rows(name)) for name in ("train", "validation"))
+    if phase.loss == "contrastive":  # the head is fitted to what the body gives for all of them
+        num_evaluated += num_train
     used = session.seconds()
     left = (budget_s - used) / (2 if any(one.refits for one in session.plan.recipe.phases) else 1)
-    fit = epochs_that_fit(left, step_s, phase.steps_per_epoch, num_train, num_validation)
+    fit = epochs_that_fit(left, step_s, phase.steps_per_epoch, num_train, num_evaluated)
     fitting, epoch_s, used = session.worker.all_gather((*fit, used))[0]
     epochs = min(phase.epochs, max(fitting, 0 if phase.must_win else 1))
     if epochs < phase.epochs:

@@ -1,7 +1,10 @@
-"""A head of one linear layer that is fitted to stored features at once, by the probe, instead of in steps."""
+"""A head of one linear layer that is fitted at once, by the probe, instead of in steps: to stored features, or to what
+a body that is trained gives by now.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.data import Ints, Samples
-from orchestrator.features import Batch
-from orchestrator.network import TOLERANCE, Head
-from orchestrator.probing import fit_probe
+from orchestrator.features import Batch, split_evenly
+from orchestrator.network import TOLERANCE, Body, Cut, Head, autocast, set_mode
+from orchestrator.probing import STRENGTHS, fit_probe
+from orchestrator.training.evaluate import evaluate_batch
 from orchestrator.training.state import Session
 
 _NUM_TRIED = 16
@@ -24,6 +28,8 @@ _DEAD = 1e-3
 others' scale, by a weight so large that the body's first step changes everything: all-MiniLM-L6-v2 has an output that
 varies by 1e-9 where the others do by 0.2, and an optimizer's step moves it by 1e-5."""
 _FACTS = ("num_samples", "strength", "figure", "cross_validation", "interval", "temperature")
+_STRENGTH_ANEW = 0.01
+"""Of 100 glosses the head is then about as sure of others as it is right (docs/methods.md)."""
 _AROUND = (nn.Flatten, nn.Identity, nn.Dropout)
 """What may stand beside the layer in its module, and changes no sample in eval mode."""
 
@@ -55,14 +61,62 @@ def can_be_fitted(session: Session) -> bool:
 
 
 def fit_head(session: Session) -> Fitted:
-    """Fit the head to the features of the training samples, the same on all workers, which all call this.
+    """Fit the head to the stored features of the training samples, the same on all workers, which all call this.
 
     Each sample as it is, without augmentation. Rank 0 alone fits; with several labels or classes weighed as the plan
     says, and groups kept together in the folds. Label smoothing means nothing here: the penalty does its work.
     """
-    found: tuple[Tensor, Tensor, Fitted] | None = None
+    found: _Found | None = None
     if session.worker.rank == 0:
-        found = _fitted(session)
+        batch = session.sources["features"]["train"].batch(_some(session), train=False)
+        assert batch is not None
+        found = _fitted(session, batch.inputs["features"].flatten(1), batch.targets, batch.rows)
+    return _put_into_head(session, found)
+
+
+def fit_head_anew(session: Session) -> Fitted | None:
+    """The same, to what the body gives for them by now; None if somebody asked to stop meanwhile.
+
+    Of no strength but one: of samples that the body has learnt, cross-validation has all right at any, and takes the
+    least, which is much too sure of others.
+    """
+    worker = session.worker
+    set_mode(session.network, session.phase, training=False)
+    body, parts, stopped = Body(session.network, cut_of(session)), [], False
+    own = split_evenly(_some(session), worker.rank, worker.num_workers)
+    if session.length_bucketing:
+        own = session.samples.order_by_length(own)
+    for batch in session.loader.each(session.sources["samples"]["train"], session.samples.batches(own)):
+        stopped = session.should_stop()
+        if stopped:
+            break
+        if batch is not None:
+            features = evaluate_batch(body, batch.inputs, autocast(session.plan, worker))
+            parts.append((features.flatten(1), batch.targets.cpu(), torch.from_numpy(batch.rows)))
+    everybodys = worker.all_gather((parts, stopped))
+    if any(stopped for _, stopped in everybodys):
+        return None
+    found: _Found | None = None
+    if worker.rank == 0:
+        columns = zip(*(one for parts, _ in everybodys for one in parts), strict=True)
+        features, targets, rows = (torch.cat(column) for column in columns)
+        order = rows.argsort()
+        found = _fitted(session, features[order], targets[order], rows[order].numpy(), (_STRENGTH_ANEW,))
+    return _put_into_head(session, found)
+
+
+def cut_of(session: Session) -> Cut:
+    """Where the network is cut, of a session whose head can be fitted."""
+    head = session.forwards["features"]
+    assert isinstance(head, Head)
+    return head.cut
+
+
+_Found = tuple[Tensor, Tensor, Fitted]
+
+
+def _put_into_head(session: Session, found: _Found | None) -> Fitted:
+    """What rank 0 has found, into all workers' heads."""
     weight, bias, fitted = session.worker.all_gather(found)[0]
     layer = _layer(session)
     assert layer is not None
@@ -105,26 +159,27 @@ def _is_all(head: Head, layer: nn.Linear, batch: Batch) -> bool:
     return whole.shape == alone.shape and bool((whole - alone).abs().max() <= TOLERANCE * whole.abs().max().clamp(1e-6))
 
 
-def _fitted(session: Session) -> tuple[Tensor, Tensor, Fitted]:
+def _fitted(
+    session: Session, features: Tensor, given: Tensor, rows: Ints, strengths: Sequence[float] = STRENGTHS
+) -> _Found:
+    """features: float32 [samples, features]; given: targets as batches have them; rows: int64 [samples]."""
     plan, objective, samples = session.plan, session.objective, session.samples
-    batch = session.sources["features"]["train"].batch(_some(session), train=False)
-    assert batch is not None
-    features = batch.inputs["features"].flatten(1)
     alive = varying(features)
     features = features if bool(alive.all()) else features * alive
-    targets = batch.targets
+    targets = given
     if plan.job.task == "regression":  # as the network learns them, whatever their unit
         targets = (targets - objective.mean.cpu()) / objective.std.cpu()
     probe = fit_probe(
         features, targets, plan.job.task, num_classes=len(plan.classes),
-        groups=_groups(samples, batch.rows), class_weights=plan.class_weights, seed=plan.job.training.seed,
+        groups=_groups(samples, rows), class_weights=plan.class_weights, seed=plan.job.training.seed,
+        strengths=strengths,
     )  # fmt: skip
     device = session.worker.device
     outputs = functional.linear(features, probe.weight, probe.bias).to(device)
-    loss, weight = objective.loss(outputs, batch.targets.to(device))
+    loss, weight = objective.loss(outputs, given.to(device))
     fitted = Fitted(
         len(features), probe.strength, probe.figure, probe.score, probe.interval, float(loss), float(weight),
-        float(objective.num_right(outputs, batch.targets.to(device))), probe.temperature,
+        float(objective.num_right(outputs, given.to(device))), probe.temperature,
     )  # fmt: skip
     return probe.weight, probe.bias, fitted
 

@@ -123,6 +123,9 @@ def train(session: Session) -> TrainState:
                 num = session.phase.epochs_in_steps
                 session.report(Noted(f"the head is not one linear layer on stored features: trained in {num} epochs"))
                 session.decide(number, solver="steps", epochs=num, num_steps=num * session.plan.recipe.steps_per_epoch)
+            if session.phase.loss == "contrastive" and not can_be_fitted(session):
+                session.report(Noted("the head is not one linear layer on features: trained by the task's loss"))
+                session.decide(number, loss="task")
             best = PhaseLoop(session, best, resumed).run()
             resumed = None
         _settle(session)

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ from orchestrator.job import Advanced, EpochEnded, Noted, PhaseBegan
 from orchestrator.network import (
     GradientReduction,
     MicrobatchStatistics,
-    autocast,
-    channels_last,
     freeze,
     make_optimizer,
     set_mode,
@@ -35,17 +33,19 @@ from orchestrator.network import (
 )
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.averaging import Average
-from orchestrator.training.batches import epoch_batches
+from orchestrator.training.batches import batches_of_pairs, epoch_batches
 from orchestrator.training.best import BestEpoch
 from orchestrator.training.budget import fit_epochs, is_to_be_fitted, seconds_of
 from orchestrator.training.evaluate import epoch_figures, epoch_line, predict_split
-from orchestrator.training.fitted import facts_of, fit_head
+from orchestrator.training.fitted import facts_of, fit_head, fit_head_anew
+from orchestrator.training.losses import step_loss_of
 from orchestrator.training.nonfinite import Own, blame
 from orchestrator.training.patience import is_over
 from orchestrator.training.rates import rate_factor
 from orchestrator.training.softening import soften_head
 from orchestrator.training.state import Session
 
+T = TypeVar("T")
 _TRAINED = {"head": "the head", "adapter": "head and adapter", "everything": "everything"}
 
 
@@ -58,6 +58,7 @@ class PhaseLoop:
         network, plan = session.network, session.plan
         freeze(network, self.phase)
         self.optimizer, self.named = make_optimizer(network, plan.job.training, self.phase)
+        self._loss = step_loss_of(session)
         moving = ("",) if self.phase.trains == "everything" else network.head
         self.tensors = session.strategy.state(ckpt.trained_tensors(network.module, moving))
         self._best_epoch = BestEpoch(session, self.phase)
@@ -176,13 +177,11 @@ class PhaseLoop:
         # A frozen body gives the same whatever is beside a sample, and its stored features have one length: the head is
         # trained on the same batches with and without them.
         bucketing = session.length_bucketing and self.phase.trains != "head"
-        seed = session.plan.job.training.seed
-        return epoch_batches(session.samples, rows, seed, self._epoch_number(epoch), num, bucketing)
-
-    def _epoch_number(self, epoch: int) -> int:
-        """Of all phases, from 0."""
-        state, recipe = self.session.state, self.session.plan.recipe
-        return state.num_epochs_ended(recipe) - state.epochs_ended + epoch
+        seed, state, recipe = session.plan.job.training.seed, session.state, session.plan.recipe
+        number = state.num_epochs_ended(recipe) - state.epochs_ended + epoch  # of all phases, from 0
+        if self.phase.loss == "contrastive":
+            return batches_of_pairs(session.samples, rows, seed, number, num)
+        return epoch_batches(session.samples, rows, seed, number, num, bucketing)
 
     # --- a step ---
 
@@ -206,13 +205,10 @@ class PhaseLoop:
             if session.audit is not None:
                 session.audit.took(state.num_epochs_ended(plan.recipe) + 1, number, microbatch, batch.rows.tolist())
             with statistics.of(microbatch):
-                with autocast(plan, worker):
-                    logits = session.forward(channels_last(batch.inputs))
-                loss, weight = session.objective.loss(logits, batch.targets)
+                loss, weight, right = self._loss(batch)
                 is_last = microbatch == own[-1][0]
                 with reduction.overlapped() if is_last else contextlib.nullcontext():
                     loss.backward()  # type: ignore[no-untyped-call]
-            right = session.objective.num_right(logits.detach(), batch.targets)
             sums += torch.stack([loss.detach(), weight, right])
             num_samples += len(batch.rows)
         reduction.begin()
@@ -274,10 +270,10 @@ class PhaseLoop:
         session, state, plan = self.session, self.session.state, self.session.plan
         seconds = time.monotonic() - self._epoch_started
         self._read_sums()
-        predictions = predict_split(session, "validation")
-        if predictions is None:
-            self._save()
-            self._interrupt()
+        if self.phase.loss == "contrastive":
+            fitted = self._or_stop(fit_head_anew(session))
+            state.epoch_correct, state.epoch_samples = fitted.num_right, float(fitted.num_samples)
+        predictions = self._or_stop(predict_split(session, "validation"))
         line = epoch_line(session, self.phase, predictions, self._epoch_samples / max(seconds, 1e-9))
         if self._best_epoch.is_found(line, predictions):
             state.best_epoch, state.best_is_average = line["epoch"], False
@@ -294,10 +290,7 @@ class PhaseLoop:
     def _end_epoch_of(self, average: Average, epoch: int) -> dict[str, float]:
         """The figures of the average, which is kept where it is better than all so far."""
         with average.in_place():
-            predictions = predict_split(self.session, "validation")
-        if predictions is None:
-            self._save()
-            self._interrupt()
+            predictions = self._or_stop(predict_split(self.session, "validation"))
         figures = epoch_figures(self.session.plan.job.task, predictions)
         if self._best_epoch.is_found({"epoch": epoch, **figures}, predictions):
             self.session.state.best_epoch, self.session.state.best_is_average = epoch, True
@@ -340,6 +333,13 @@ class PhaseLoop:
                 session.record.publish()  # the lines of the epochs that the checkpoint counts as ended
                 session.outbox.put(partial(ckpt.save, session.outbox.run, copied))
         session.saved_at = time.monotonic()
+
+    def _or_stop(self, found: T | None) -> T:
+        """What was found; where that is nothing, since somebody asked to stop, the phase ends here, resumable."""
+        if found is None:
+            self._save()
+            self._interrupt()
+        return found
 
     def _interrupt(self) -> NoReturn:
         self.session.worker.barrier()

@@ -39,7 +39,8 @@ def soften_head(
     """
     before = session.state.phase - 1
     known = session.state.candidates.get(str(before), {}).get("temperature")
-    if known is None or session.phase.trains != "everything" or session.plan.job.task == "regression":
+    behind = session.phase.trains == "everything" and session.phase.loss == "task"
+    if known is None or not behind or session.plan.job.task == "regression":
         return
     seed, first = session.plan.job.training.seed, session.state.steps_done(session.plan.recipe)
     batches = batches_of(session.samples.rows("train"), 0)[:_NUM_BATCHES]

@@ -20,7 +20,7 @@ from orchestrator.training import STATE_FILE, checkpoint_name
 
 FOLDER = "probes"
 _OF_LATER_PHASES = {
-    "learning_rate", "head_learning_rate", "layer_decay", "epochs", "batch_norm", "checkpoint_every_s",
+    "learning_rate", "head_learning_rate", "layer_decay", "loss", "epochs", "batch_norm", "checkpoint_every_s",
     "checkpoint_every_steps", "num_microbatches",
 }  # fmt: skip
 """Of `training`: what the first phase does not go by, or what its own entry in the recipe says."""

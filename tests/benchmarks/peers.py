@@ -33,7 +33,8 @@ def make_digits() -> None:
 
 def make_glosses(num_train: int = 2000, num_test: int = 1000) -> Path:
     """A table of glosses with their splits, and MiniLM."""
-    runpy.run_path(str(GLOSSES / "make_backbone.py"))["make_backbone"]()
+    if not (GLOSSES / "backbone" / "model.safetensors").is_file():  # else it would be written under who reads it
+        runpy.run_path(str(GLOSSES / "make_backbone.py"))["make_backbone"]()
     source = GLOSSES / "data" / "glosses.csv"
     if not source.is_file():
         runpy.run_path(str(GLOSSES / "make_data.py"))["make_data"]()

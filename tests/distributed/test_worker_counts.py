@@ -43,8 +43,8 @@ def train(backbone: Path, digits: Path, workers: int, training: dict[str, Any], 
     """One worker: in this process. Several: on Ray."""
     scaling = {"num_workers": workers, "threads_per_worker": 1, **({"address": "auto"} if workers > 1 else {})}
     return orchestrator.finetune(
-        backbone=str(backbone), data=str(digits), method="full", scaling=scaling, training={**SGD, **training},
-        **{"report": silent, **more},
+        backbone=str(backbone), data=str(digits), scaling=scaling, training={**SGD, **training},
+        **{"report": silent, "method": "full", **more},
     )  # fmt: skip
 
 
@@ -102,3 +102,18 @@ def test_the_number_of_workers_changes_twice_in_the_middle(tiny_resnet: Path, di
     for ours, theirs in zip(changed.metrics, alone.metrics, strict=True):
         assert abs(ours["train_loss"] - theirs["train_loss"]) < 1e-4
         assert abs(ours["validation_loss"] - theirs["validation_loss"]) < 1e-4
+
+
+def test_two_workers_learn_what_is_alike_as_one_does(tiny_vit: Path, flat_digits: Path) -> None:
+    """Samples are compared within a part of the batch; the head is fitted to what all workers' bodies gave."""
+    training = {"loss": "contrastive", "batch_norm": "auto", "epochs": 8, "batch_size": 32, "learning_rate": 0.3}
+    alone, both = (
+        train(tiny_vit, flat_digits, num, training, name=f"on-{num}", method="lp-ft") for num in (1, 2)
+    )  # fmt: skip
+    assert both.plan.recipe.phases[1].loss == "contrastive"
+    assert {one.worker for one in read_audit(both)} == {0, 1}
+    for ours, theirs in zip(both.metrics, alone.metrics, strict=True):
+        assert abs(ours["train_loss"] - theirs["train_loss"]) < 1e-4
+        assert ours["train_accuracy"] == theirs["train_accuracy"]
+        assert abs(ours["validation_loss"] - theirs["validation_loss"]) < 1e-4
+    assert alone.metrics[-1]["train_loss"] < alone.metrics[1]["train_loss"], "nothing was learnt"

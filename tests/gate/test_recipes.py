@@ -13,6 +13,7 @@ import orchestrator
 from orchestrator.errors import JobError
 from orchestrator.gate.recipes import kind_of
 from orchestrator.job import Phase, Recipe
+from tests.tiny import make_bert
 
 
 @pytest.fixture
@@ -93,6 +94,50 @@ def test_auto_is_lp_ft_that_has_to_win_within_a_budget(recipe_of: Any) -> None:
     assert recipe_of(training={"epochs": 3}).budget_s is None  # who gives epochs has them
     assert recipe_of(training={"epochs": 3, "budget_min": 2}).budget_s == 120.0
     assert recipe_of(method="full", training={"budget_min": 2}).budget_s == 120.0
+
+
+def test_a_transformer_learns_few_samples_by_what_is_alike(
+    tiny_vit: Path, flat_digits: Path, recipe_of: Any, tmp_path: Path
+) -> None:
+    def losses(**fields: Any) -> list[str]:
+        job: dict[str, Any] = {"backbone": str(tiny_vit), "data": str(flat_digits)}
+        return [phase.loss for phase in orchestrator.plan(**{**job, **fields}).recipe.phases]
+
+    assert losses() == losses(method="lp-ft") == ["task", "contrastive"]
+    assert losses(method="full") == ["task"]
+    assert losses(**{"training.refit": True}) == ["task", "contrastive"] * 2
+    for asked in (
+        {"loss": "task"}, {"mix": "mixup"}, {"ema": 0.9}, {"head_learning_rate": 1e-3}, {"label_smoothing": 0.1},
+        {"features": "every step"}, {"num_microbatches": 16},
+    ):  # fmt: skip
+        assert losses(training=asked) == ["task", "task"], asked
+    assert [phase.loss for phase in recipe_of().phases] == ["task", "task"]  # BatchNorm: no transformer
+    asked_for = recipe_of(training={"loss": "contrastive"})
+    assert [phase.loss for phase in asked_for.phases] == ["task", "contrastive"]
+    bert = make_bert(tmp_path / "bert")
+    for num, num_classes, expected in ((499, 60, "contrastive"), (500, 60, "task"), (60, 45, "task")):
+        table = tmp_path / f"{num}-{num_classes}.csv"
+        lines = [f"rain number {i},c{i % num_classes},train" for i in range(num)]
+        lines += [f"snow number {i},c{i % num_classes},validation" for i in range(num_classes)]
+        table.write_text("\n".join(["text,label,split", *lines]))
+        data = {"path": str(table), "split_column": "split"}
+        assert losses(modality="text", backbone=str(bert), data=data) == ["task", expected], (num, num_classes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"method": "full"}, "method full has no head that is fitted"),
+        ({"training.mix": "mixup"}, "samples of several classes"),
+        ({"training.ema": 0.9}, "averages weights"),
+        ({"training.features": "every step"}, "is trained in steps"),
+        ({"training.batch_size": 3}, "a microbatch of 3"),
+    ],
+)
+def test_what_cannot_be_learnt_by_what_is_alike_says_why(fields: dict[str, Any], why: str, recipe_of: Any) -> None:
+    with pytest.raises(JobError, match=why) as refused:
+        recipe_of(**{"training.loss": "contrastive", **fields})
+    assert refused.value.mend == "leave training.loss out"
 
 
 def test_few_samples_take_more_epochs(recipe_of: Any) -> None:

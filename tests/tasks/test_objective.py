@@ -84,3 +84,32 @@ def test_regression_is_learnt_in_units_of_its_deviation() -> None:
     assert ours.predict(outputs).flatten().tolist() == [100.0, 110.0]
     loss, weight = ours.loss(outputs, targets)
     assert (float(loss), weight) == (4.0, 2.0)
+
+
+@pytest.mark.parametrize("weights", [(), (0.5, 1.0, 4.0)])
+def test_the_contrastive_loss_is_that_of_khosla_et_al(weights: tuple[float, ...]) -> None:
+    """Equation 2, sample by sample; one of the samples is the only one of its class."""
+    torch.manual_seed(0)
+    features, targets = torch.randn(9, 5, dtype=torch.float64), torch.tensor([0, 1, 0, 2, 1, 1, 0, 0, 1])
+    z = features / features.norm(dim=1, keepdim=True)
+    expected, total = 0.0, 0.0
+    for i in range(9):
+        weight = weights[int(targets[i])] if weights else 1.0
+        others = [a for a in range(9) if a != i]
+        alike = [p for p in others if targets[p] == targets[i]]
+        below = sum(float((z[i] @ z[a] / 0.1).exp()) for a in others)
+        expected -= weight * sum(np.log(float((z[i] @ z[p] / 0.1).exp()) / below) for p in alike) / max(1, len(alike))
+        total += weight
+    loss, weight = objective("single-label", weights).contrastive(features.view(9, 1, 5), targets)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(weight) == pytest.approx(total)
+
+
+@pytest.mark.parametrize("targets", [[1], [0, 1, 2]])
+def test_without_two_of_a_class_nothing_moves_and_nothing_breaks(targets: list[int]) -> None:
+    features = torch.randn(len(targets), 4, requires_grad=True)
+    loss, weight = objective("single-label").contrastive(features, torch.tensor(targets))
+    loss.backward()
+    assert (loss.item(), weight.item()) == (0.0, len(targets))
+    assert features.grad is not None
+    assert not features.grad.any()

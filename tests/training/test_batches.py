@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from orchestrator.data import Ints, Samples
 from orchestrator.features import Batch, Source, split_evenly
-from orchestrator.training.batches import BatchLoader, epoch_batches
+from orchestrator.training.batches import BatchLoader, batches_of_pairs, epoch_batches
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Lengths:
     """Stands for a sample table, of which only the lengths are asked for."""
 
     num_bytes: Ints
+    targets: Ints
 
     def order_by_length(self, rows: Ints) -> Ints:
         return rows[np.argsort(self.num_bytes[rows], kind="stable")]
@@ -35,7 +37,7 @@ def test_each_sample_is_taken_once_an_epoch_whatever_computes_it(
 ) -> None:
     num_steps = min(num, num_steps)
     rows = np.arange(1000, 1000 + num)
-    lengths = cast(Samples, Lengths(np.random.default_rng(seed).integers(1, 99, 1000 + num)))
+    lengths = cast(Samples, Lengths(np.random.default_rng(seed).integers(1, 99, 1000 + num), rows))
     batches = epoch_batches(lengths, rows, seed, epoch, num_steps, bucketing)
     again = epoch_batches(lengths, rows, seed, epoch, num_steps, bucketing)
     assert len(batches) == num_steps
@@ -49,6 +51,37 @@ def test_each_sample_is_taken_once_an_epoch_whatever_computes_it(
         for rank in range(workers):  # as the loop shares them
             taken += [row for number in range(rank, parts, workers) for row in microbatches[number].tolist()]
     assert sorted(taken) == rows.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num=st.integers(1, 200), size=st.integers(2, 40), num_classes=st.integers(1, 60), seed=st.integers(0, 3),
+    epoch=st.integers(0, 3),
+)  # fmt: skip
+def test_two_of_a_class_are_side_by_side_as_far_as_there_are_two(
+    num: int, size: int, num_classes: int, seed: int, epoch: int
+) -> None:
+    rows, num_steps = np.arange(1000, 1000 + num), -(-num // size)
+    targets = np.random.default_rng(seed + 9).integers(0, num_classes, 1000 + num)
+    samples = cast(Samples, Lengths(np.zeros(0, np.int64), targets))
+    batches = batches_of_pairs(samples, rows, seed, epoch, num_steps)
+    again = batches_of_pairs(samples, rows, seed, epoch, num_steps)
+    assert all(np.array_equal(one, other) for one, other in zip(batches, again, strict=True))
+    assert len(batches) == num_steps
+    assert all(0 < len(batch) <= size + size % 2 for batch in batches)
+    assert sorted(np.concatenate(batches).tolist()) == rows.tolist()
+    in_batches = sum(count // 2 for batch in batches for count in Counter(targets[batch].tolist()).values())
+    assert in_batches == sum(count // 2 for count in Counter(targets[rows].tolist()).values())
+
+
+def test_each_epoch_has_its_own_pairs() -> None:
+    rows, targets = np.arange(40), np.arange(40) % 4
+    samples = cast(Samples, Lengths(np.zeros(0, np.int64), targets))
+    pairs = [
+        {frozenset(pair) for batch in batches_of_pairs(samples, rows, 0, epoch, 5) for pair in batch.reshape(-1, 2)}
+        for epoch in range(2)
+    ]
+    assert len(pairs[0] & pairs[1]) < 10  # of 20
 
 
 class Noisy:

@@ -8,7 +8,7 @@ from orchestrator.training.budget import epochs_that_fit, seconds_of
 
 
 @pytest.mark.parametrize(
-    ("left_s", "step_s", "num_validation", "epochs", "epoch_s"),
+    ("left_s", "step_s", "num_evaluated", "epochs", "epoch_s"),
     [
         (100.0, [0.5, 0.5, 0.5], 0, 20, 5.0),  # 10 steps an epoch
         (100.0, [0.5, 9.0, 0.5], 0, 20, 5.0),  # one step that something else held up
@@ -18,9 +18,9 @@ from orchestrator.training.budget import epochs_that_fit, seconds_of
     ],
 )
 def test_epochs_with_their_validation(
-    left_s: float, step_s: list[float], num_validation: int, epochs: int, epoch_s: float
+    left_s: float, step_s: list[float], num_evaluated: int, epochs: int, epoch_s: float
 ) -> None:
-    found = epochs_that_fit(left_s, step_s, steps_per_epoch=10, num_train=100, num_validation=num_validation)
+    found = epochs_that_fit(left_s, step_s, steps_per_epoch=10, num_train=100, num_evaluated=num_evaluated)
     assert found[0] == epochs
     assert found[1] == pytest.approx(epoch_s)
 
