@@ -23,6 +23,9 @@ STRENGTHS = (100.0, 10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 SCORES = {"single-label": "accuracy", "multi-label": "macro_f1", "regression": "r2"}
 """Task -> the key of what `tasks.compute_metrics` gives that is the score."""
 
+_HALF = math.sqrt(10)
+"""A step from a strength to those beside the best: of five vowels with their speakers apart a decade is two to three
+points too far."""
 _MOST_UNSURE = 0.9
 """No temperature takes the loss above this share of what it is where all logits are 0: some direction is left."""
 _CONSTANT = 1e-6
@@ -82,9 +85,10 @@ def fit_probe(
     alone; regression: nothing). `groups`: one a sample; those of a group are in one fold. `seed`: of the folds.
 
     The strength is the one of `strengths` with the best cross-validation, tried from the strongest on until two in a
-    row are better in nothing: the most accurate for single-label, of equals the one with the least loss; the least loss
-    elsewhere, as a run chooses its epoch. The folds hold classes in equal proportions and never tear a group. A class
-    that no training fold has cannot be right; the layer is fitted anyway.
+    row are better in nothing, and then, of several, half a decade beside the best: the most accurate for single-label,
+    of equals the one with the least loss; the least loss elsewhere, as a run chooses its epoch. The folds hold classes
+    in equal proportions and never tear a group. A class that no training fold has cannot be right; the layer is fitted
+    anyway.
 
     The same for the same arguments and number of threads. Raises `TrainingError` where features or targets are not
     finite, and where there is one sample or one group alone.
@@ -138,23 +142,52 @@ def _best_of_path(
 ) -> tuple[float, Tensor, Tensor]:
     """(the best strength, the layers there, what held-out samples get from them: float32 [samples, classes]).
 
-    From the strongest on, each from where the one before ended. Ends after two in a row that are better in nothing.
+    From the strongest on, each from where the one before ended. Ends after two in a row that are better in nothing;
+    then the two beside the best are tried from there.
     """
-    best: tuple[float, Tensor, Tensor] | None = None
-    best_accuracy, loss_there, least_loss, num_worse = -1.0, math.inf, math.inf, 0
+    best: _Tried | None = None
+    tried: _Tried | None = None
+    most_right, least_loss, num_worse = -1.0, math.inf, 0
     for strength in sorted(set(strengths), reverse=True):
-        layers = fits.fit_folds(layers, strength)
-        outputs = fits.held_out(layers)
-        loss = float(objective.each_loss(outputs, targets).double().mean())
-        accuracy = float(objective.num_right(outputs, targets)) if objective.task == "single-label" else 0.0
-        num_worse = 0 if accuracy > best_accuracy or loss < least_loss else num_worse + 1
-        least_loss = min(loss, least_loss)
-        if best is None or (accuracy, -loss) > (best_accuracy, -loss_there):
-            best, best_accuracy, loss_there = (strength, layers, outputs), accuracy, loss
+        tried = _Tried.of(fits, objective, targets, tried.layers if tried else layers, strength)
+        num_worse = 0 if tried.num_right > most_right or tried.loss < least_loss else num_worse + 1
+        least_loss = min(tried.loss, least_loss)
+        if best is None or tried.rank > best.rank:
+            best, most_right = tried, tried.num_right
         if num_worse == 2:
             break
     assert best is not None, "no strengths"
-    return best
+    if len(set(strengths)) > 1:
+        beside = (_Tried.of(fits, objective, targets, best.layers, best.strength * step) for step in (_HALF, 1 / _HALF))
+        best = max(best, *beside, key=lambda one: one.rank)
+    return best.strength, best.layers, best.outputs
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A strength, and what came of it."""
+
+    strength: float
+    layers: Tensor
+    outputs: Tensor
+    """float32 [samples, classes]: of held-out samples."""
+    loss: float
+    num_right: float
+    """Of the held-out samples; 0 where the task goes by the loss alone."""
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The larger the better."""
+        return self.num_right, -self.loss
+
+    @classmethod
+    def of(cls, fits: LinearFits, objective: Objective, targets: Tensor, start: Tensor, strength: float) -> _Tried:
+        """All folds' layers at that strength, by the way of those that are given."""
+        layers = fits.fit_folds(start, strength)
+        outputs = fits.held_out(layers)
+        loss = float(objective.each_loss(outputs, targets).double().mean())
+        num_right = float(objective.num_right(outputs, targets)) if objective.task == "single-label" else 0.0
+        return cls(strength, layers, outputs, loss, num_right)
 
 
 def _fits(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestrator.errors import TrainingError
-from orchestrator.probing import Probe, fit_probe
+from orchestrator.probing import STRENGTHS, Probe, fit_probe
 
 
 def digits(num: int) -> tuple[Tensor, Tensor]:
@@ -106,6 +106,22 @@ def test_it_is_no_worse_than_scikit_learn_chooses() -> None:
     assert probe.interval is not None
     assert probe.interval[0] < probe.score < probe.interval[1]
     assert probe.score == pytest.approx(np.mean(probe.fold_scores), abs=1e-6)
+
+
+@pytest.mark.parametrize("task", ["single-label", "regression"])
+def test_no_strength_near_the_chosen_one_is_better(task: str) -> None:
+    torch.manual_seed(0)
+    features, labels = digits(150)
+    targets = labels if task == "single-label" else torch.randn(150, 1) + features[:, 20:21]
+
+    def tried(*strengths: float) -> Probe:
+        num = 10 if task == "single-label" else 1
+        return fit_probe(features, targets, task, num_classes=num, strengths=strengths or STRENGTHS)
+
+    probe = tried()
+    for step in (10, math.sqrt(10), 1 / math.sqrt(10), 0.1):
+        other = tried(probe.strength * step)
+        assert (probe.score or 0, -probe.loss) >= (other.score or 0, -other.loss - 1e-5)
 
 
 def test_random_labels_score_as_chance_does() -> None:
