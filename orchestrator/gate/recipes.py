@@ -21,7 +21,7 @@ _LEAST_STEPS_OF_TRANSFORMERS, _MOST_EPOCHS_OF_TRANSFORMERS = 200, 100
 """A transformer takes fewer, and no more epochs for them than this."""
 _BATCH_SIZE, _BATCH_SIZE_OF_FEW, _FEW_FOR_A_BATCH = 32, 16, 500
 """Where the body moves, fewer samples than the last come in smaller batches: more steps of the same work."""
-_FEW_TO_CONTRAST, _FEWEST_COMPARED = 500, 4
+_FEW_A_CLASS, _FEWEST_COMPARED = 12, 4
 """A transformer learns fewer samples by what is alike; so many have to be in a microbatch to be compared."""
 _FEWEST_ALIKE, _KERNELS = 4, 4
 """Of what tells a transformer: matrices of one shape; how many times as many matrices as kernels it has."""
@@ -173,11 +173,12 @@ def kind_of(tensors: Tensors | None) -> Kind:
     return "transformer" if attends and _KERNELS * num_kernels < matrices.total() else "other"
 
 
-def make_recipe(job: Job, data: DataSummary, keeps_features: bool, kind: Kind = "unknown") -> Recipe:
+def make_recipe(job: Job, data: DataSummary, keeps_features: bool, is_augmented: bool, kind: Kind) -> Recipe:
     """The recipe of the job's method with every default resolved. Raises `JobError`.
 
     `keeps_features`: a frozen body gives the same for a sample in every epoch, so that it has to run once alone.
-    `kind`: of the network, as far as its weights tell. BatchNorm wants two samples in a microbatch.
+    `is_augmented`: samples are changed at random where the body moves. `kind`: of the network, as far as its weights
+    tell. BatchNorm wants two samples in a microbatch.
     """
     training, method = job.training, _METHODS[job.method]
     num_train, num_validation = data.num_samples["train"], data.num_samples["validation"]
@@ -194,7 +195,7 @@ def make_recipe(job: Job, data: DataSummary, keeps_features: bool, kind: Kind = 
     if any(phase.trains == "adapter" for phase in phases):
         require_transformer(kind)
     smallest = num_train // steps_per_epoch // num_microbatches
-    if _contrasts(job, method, data, smallest, kind):
+    if _contrasts(job, method, data, 2 * (num_train // 2 // steps_per_epoch // num_microbatches), kind, is_augmented):
         phases = tuple(
             phase.model_copy(update={"loss": "contrastive"}) if row.may_contrast else phase
             for row, phase in zip(method.phases, phases, strict=True)
@@ -220,15 +221,17 @@ def _batch_size(method: _MethodRow, num_train: int, num_microbatches: int) -> in
     return _BATCH_SIZE_OF_FEW if few else _BATCH_SIZE
 
 
-def _contrasts(job: Job, method: _MethodRow, data: DataSummary, smallest: int, kind: Kind) -> bool:
+def _contrasts(
+    job: Job, method: _MethodRow, data: DataSummary, smallest: int, kind: Kind, is_augmented: bool
+) -> bool:  # fmt: skip
     """Whether the body learns by what is alike. Raises `JobError` where that is asked for and cannot be.
 
-    `smallest`: samples of a microbatch, in which they are compared.
+    `smallest`: samples of a microbatch, in which they are compared. The default is what was measured: samples that are
+    never changed at random, of which a head that has them all right leaves the body little to learn, and no groups.
     """
-    training = job.training
+    training, per_class = job.training, data.per_class.get("train", ())
     if training.loss == "task":
         return False
-    num_train, per_class = data.num_samples["train"], data.per_class.get("train", ())
     why_not = ""
     if not any(row.may_contrast for row in method.phases):
         why_not = f"method {job.method} has no head that is fitted to features"
@@ -238,8 +241,10 @@ def _contrasts(job: Job, method: _MethodRow, data: DataSummary, smallest: int, k
         why_not = f"training.mix = {training.mix!r} makes samples of several classes"
     elif training.ema is not None:
         why_not = f"training.ema = {training.ema:g} averages weights that no head is fitted to"
-    elif training.features != "once" or training.views is not None:
-        why_not = "a head that learns from samples changed at random is trained in steps"
+    elif training.features != "once":
+        why_not = "training.features = 'every step' keeps no features that a head is fitted to"
+    elif training.views is not None:
+        why_not = "training.views keeps random views of each sample, from which a head learns in steps"
     elif smallest < _FEWEST_COMPARED:
         why_not = f"a microbatch of {smallest} samples is too small to compare them"
     elif max(per_class, default=0) < 2:
@@ -251,12 +256,11 @@ def _contrasts(job: Job, method: _MethodRow, data: DataSummary, smallest: int, k
                 mend="leave training.loss out",
             )  # fmt: skip
         return True
-    paired = sum(num for num in per_class if num > 1)
-    is_asked_otherwise = training.label_smoothing or training.head_learning_rate is not None
-    return (
-        not why_not and not is_asked_otherwise and kind == "transformer" and num_train < _FEW_TO_CONTRAST
-        and 2 * paired > num_train
-    )  # fmt: skip
+    is_measured = kind == "transformer" and not is_augmented and job.data.group_column is None
+    is_asked_otherwise = training.label_smoothing > 0 or training.head_learning_rate is not None
+    num, paired = sum(per_class), sum(num for num in per_class if num > 1)
+    is_few = num < _FEW_A_CLASS * len(per_class) and 2 * paired > num
+    return not why_not and is_measured and not is_asked_otherwise and is_few
 
 
 def _refitted(phase: Phase, steps_per_epoch: int) -> Phase:

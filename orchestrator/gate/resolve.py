@@ -57,7 +57,8 @@ def make_plan(
             mend="leave one of the two out",
         )
     recipe = make_recipe(
-        job, data, keeps_features=may_keep_features(job) and (views > 0 or not adapted.augmented), kind=kind_of(tensors)
+        job, data, keeps_features=may_keep_features(job) and (views > 0 or not adapted.augmented),
+        is_augmented=bool(adapted.augmented), kind=kind_of(tensors),
     )  # fmt: skip
     refuse_senseless(job, modality, row, data, recipe)
     num_extractors = (job.scaling.num_extractors or 0) if recipe.needs_features else 0
@@ -123,8 +124,10 @@ def _unused(job: Job, recipe: Recipe) -> list[str]:
             "training.refit is not used: there is no validation split, so that all samples are trained on anyway"
         )
     if any(phase.loss == "contrastive" for phase in recipe.phases):
-        fitted = {"label_smoothing", "head_learning_rate"} & job.training.model_fields_set
-        lines += [f"training.{name} is not used: the head is fitted" for name in sorted(fitted)]
+        lines += [
+            f"training.{name} is not used, unless no head can be fitted to features"
+            for name in ("label_smoothing", "head_learning_rate") if getattr(job.training, name)
+        ]  # fmt: skip
     if recipe.adapter is None and {"lora_rank", "lora_alpha"} & job.training.model_fields_set:
         lines.append(f"training.lora_rank and training.lora_alpha are not used: the method is {job.method}")
     return lines

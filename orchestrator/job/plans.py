@@ -157,6 +157,11 @@ class Phase(_Plain):
     the end of each epoch; where no head can be fitted, the task's loss after all."""
 
     @property
+    def highest_rate(self) -> float:
+        """At which something moves: a new head's, or the body's where the head is fitted."""
+        return self.learning_rate if self.loss == "contrastive" else self.head_learning_rate
+
+    @property
     def steps_per_epoch(self) -> int:
         """Of this phase."""
         return self.num_steps // max(1, self.epochs)

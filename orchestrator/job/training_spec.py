@@ -52,8 +52,9 @@ class Training(Part):
         0.0, ge=0, lt=1, description="so much of each target is spread evenly over the classes"
     )
     loss: Literal["auto", "task", "contrastive"] = Field(
-        "auto", description="contrastive: methods auto and lp-ft train the body to bring texts of one class together "
-        "and fit the head to what it gives; auto: that for a transformer with fewer than 500 samples of single classes"
+        "auto", description="contrastive: methods auto and lp-ft train the body to bring samples of one class "
+        "together and fit the head to what it gives; auto: that for a transformer with fewer than 12 samples a class, "
+        "none of them changed at random"
     )  # fmt: skip
     mix: str = Field(
         "none", examples=["none", "mixup", "cutmix", "both"],

@@ -15,5 +15,6 @@ from orchestrator.probing.probe import (
     SCORES as SCORES,
     STRENGTHS as STRENGTHS,
     Probe as Probe,
+    fit_layer as fit_layer,
     fit_probe as fit_probe,
 )

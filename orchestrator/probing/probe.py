@@ -121,6 +121,28 @@ def fit_probe(
     )  # fmt: skip
 
 
+def fit_layer(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    strength: float,
+    class_weights: Sequence[float] | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of the multinomial logistic regression of one strength: what `fit_probe` ends with, unjudged.
+
+    features: float32 [samples, features]; labels: int64 [samples]; class_weights as there. Raises `TrainingError`
+    where features are not finite.
+    """
+    with torch.no_grad():
+        _refuse_not_finite(features, "features")
+        x, restored = _standardised(features.float())
+        nobody = torch.full((len(x),), -1)
+        fits = _fits(_objective(labels, "single-label", num_classes), x, labels, nobody, class_weights)
+        layer = restored(fits.refine(torch.zeros(num_classes, x.shape[1]), strength))
+    return layer[:, :-1], layer[:, -1]
+
+
 def _temperature(objective: Objective, logits: Tensor, targets: Tensor, loss: float) -> float:
     """What float32 [samples, classes] are divided by for a mean loss as high as that; 1 where it is as high already."""
 

@@ -17,7 +17,7 @@ from orchestrator.network import Network
 from orchestrator.tasks.metrics import MAX_SCORES
 
 _TEMPERATURE = 0.1
-"""Of the contrastive loss: docs/methods.md has others."""
+"""Of the contrastive loss; docs/methods.md has what others gave."""
 
 
 @dataclass(frozen=True)

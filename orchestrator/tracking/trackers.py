@@ -62,6 +62,7 @@ def settings_of(plan: Plan) -> dict[str, str | int | float | bool]:
     resolved = {
         "batch_size": recipe.batch_size, "epochs": recipe.num_epochs, "steps": recipe.num_steps,
         "learning_rate": recipe.phases[-1].learning_rate, "head_learning_rate": recipe.phases[-1].head_learning_rate,
+        "loss": recipe.phases[-1].loss,
     }  # fmt: skip
     tree = {**plan.job.model_dump(mode="json"), "recipe": resolved, "num_classes": len(plan.classes)}
     return dict(_flat(tree, ""))

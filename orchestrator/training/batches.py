@@ -69,7 +69,14 @@ def batches_of_pairs(samples: Samples, rows: Ints, seed: int, epoch: int, num: i
     paired = np.concatenate([order[~is_odd_one], random.permutation(order[is_odd_one])])
     pairs = [paired[i : i + 2] for i in range(0, len(paired), 2)]
     shuffled = random.permutation(len(pairs))
-    return [np.concatenate([pairs[i] for i in split_evenly(shuffled, number, num)]) for number in range(num)]
+    batches = [[pairs[i] for i in split_evenly(shuffled, number, num)] for number in range(num)]
+    return [np.concatenate(sorted(some, key=len, reverse=True)) for some in batches]  # one that is alone comes last
+
+
+def split_in_pairs(rows: Ints, number: int, num_parts: int) -> Ints:
+    """`split_evenly` that tears no pair of those side by side."""
+    num_pairs = -(-len(rows) // 2)
+    return rows[number * num_pairs // num_parts * 2 : (number + 1) * num_pairs // num_parts * 2]
 
 
 class BatchLoader:

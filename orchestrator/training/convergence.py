@@ -142,7 +142,7 @@ def _lower_edge(figures: Mapping[str, Any], key: str) -> float | None:
 def _why_it_did_not_fall(plan: Plan, curve: Curve, alike: bool) -> tuple[str, str]:
     """(the likely cause, what to try)"""
     phase, training = plan.recipe.phases[-1], plan.job.training
-    rate = phase.head_learning_rate
+    rate = phase.highest_rate
     if alike:
         return _alike(plan)
     if curve.rose or curve.losses[-1] > _ROSE_BY * curve.losses[0]:
@@ -167,11 +167,12 @@ def _why_it_did_not_fall(plan: Plan, curve: Curve, alike: bool) -> tuple[str, st
 def _why_at_chance(plan: Plan, curve: Curve, alike: bool) -> tuple[str, str]:
     if alike:
         return _alike(plan)
-    if curve.is_learnt:
-        return _overfits(plan)
     phase = plan.recipe.phases[-1]
+    is_spoilt = phase.loss == "contrastive" and curve.rose  # a head that is fitted has its samples right all the same
+    if curve.is_learnt and not is_spoilt:
+        return _overfits(plan)
     if curve.rose:
-        return _too_high(phase.head_learning_rate)
+        return _too_high(phase.highest_rate)
     if phase.num_steps < 10 * _FEW_STEPS and len(curve.losses) < 5:
         return f"{phase.num_steps} steps may be too few", f"training.epochs = {_more_epochs(plan)}"
     return _labels(plan)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from orchestrator.features import split_evenly
+from orchestrator.data import Ints
+from orchestrator.features import Batch, Source, split_evenly
 from orchestrator.job import Phase
 from orchestrator.network import Inputs, autocast, channels_last, set_mode
 from orchestrator.tasks import Predictions
@@ -20,29 +22,47 @@ from orchestrator.training.state import Session
 
 def predict_split(session: Session, split: str) -> Predictions | None:
     """The predictions for a split's samples, on all workers; None if somebody asked to stop meanwhile."""
-    worker, rows = session.worker, session.samples.rows(split)
+    rows = session.samples.rows(split)
+
+    def fields_of(batch: Batch) -> list[Any]:
+        outputs = evaluate_batch(session.forward, batch.inputs, autocast(session.plan, session.worker))
+        return session.objective.prediction_fields(batch.rows, outputs, batch.targets, len(rows))
+
+    columns = columns_of(session, rows, session.source(split), fields_of)
+    if columns is None:
+        return None
+    if not columns:
+        empty = np.zeros(0, np.int64)
+        return Predictions(empty, empty, empty, np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
+    return Predictions(*columns)
+
+
+def columns_of(
+    session: Session, rows: Ints, source: Source, fields_of: Callable[[Batch], Sequence[npt.NDArray[Any]]]
+) -> list[npt.NDArray[Any]] | None:
+    """What `fields_of` gives for the samples, arrays of one entry each, put together: on all workers; all call this.
+
+    Each worker reads its share, with the network as for evaluation. [] where no sample can be read; None if somebody
+    asked to stop meanwhile.
+    """
+    worker = session.worker
     set_mode(session.network, session.phase, training=False)
     own_rows = split_evenly(rows, worker.rank, worker.num_workers)
     if session.length_bucketing:
         own_rows = session.samples.order_by_length(own_rows)
     parts, stopped = [], False
-    for batch in session.loader.each(session.source(split), session.samples.batches(own_rows)):
+    for batch in session.loader.each(source, session.samples.batches(own_rows)):
         stopped = session.should_stop()
         if stopped:
             break
-        if batch is None:
-            continue
-        outputs = evaluate_batch(session.forward, batch.inputs, autocast(session.plan, worker))
-        parts.append(session.objective.prediction_fields(batch.rows, outputs, batch.targets, len(rows)))
+        if batch is not None:
+            parts.append(fields_of(batch))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else None
     gathered = worker.all_gather((columns, stopped))
     if any(stopped for _, stopped in gathered):
         return None
     there = [columns for columns, _ in gathered if columns is not None]
-    if not there:
-        empty = np.zeros(0, np.int64)
-        return Predictions(empty, empty, empty, np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
-    return Predictions(*(np.concatenate(column) for column in zip(*there, strict=True)))
+    return [np.concatenate(column) for column in zip(*there, strict=True)]
 
 
 def evaluate_batch(
@@ -72,11 +92,11 @@ def epoch_line(session: Session, phase: Phase, predictions: Predictions, samples
         "step": state.steps_done(plan.recipe),
         "train_loss": state.epoch_loss / (state.epoch_weight or 1.0),
         "train_accuracy": state.epoch_correct / max(1.0, state.epoch_samples),
-        "learning_rate": phase.head_learning_rate * rate_factor(plan, phase.num_steps, state.step - 1),
+        "learning_rate": phase.highest_rate * rate_factor(plan, phase.num_steps, state.step - 1),
         "seconds": round(session.seconds(), 3),
         "samples_per_s": round(samples_per_s, 1),
     }
-    if plan.job.task == "regression":
+    if plan.job.task == "regression" or not state.epoch_samples:
         del line["train_accuracy"]
     if phase.solver == "probe":
         del line["learning_rate"]

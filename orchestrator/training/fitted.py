@@ -4,7 +4,6 @@ a body that is trained gives by now.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.data import Ints, Samples
-from orchestrator.features import Batch, split_evenly
+from orchestrator.features import Batch
 from orchestrator.network import TOLERANCE, Body, Cut, Head, autocast, set_mode
-from orchestrator.probing import STRENGTHS, fit_probe
-from orchestrator.training.evaluate import evaluate_batch
+from orchestrator.probing import fit_layer, fit_probe
+from orchestrator.training.evaluate import columns_of, evaluate_batch
 from orchestrator.training.state import Session
 
 _NUM_TRIED = 16
@@ -66,43 +65,50 @@ def fit_head(session: Session) -> Fitted:
     Each sample as it is, without augmentation. Rank 0 alone fits; with several labels or classes weighed as the plan
     says, and groups kept together in the folds. Label smoothing means nothing here: the penalty does its work.
     """
-    found: _Found | None = None
+    layer = _layer(session)
+    assert layer is not None
+    found: tuple[Tensor, Tensor, Fitted] | None = None
     if session.worker.rank == 0:
-        batch = session.sources["features"]["train"].batch(_some(session), train=False)
-        assert batch is not None
-        found = _fitted(session, batch.inputs["features"].flatten(1), batch.targets, batch.rows)
-    return _put_into_head(session, found)
+        found = _fitted(session, layer)
+    weight, bias, fitted = session.worker.all_gather(found)[0]
+    _put_into(layer, weight, bias)
+    answer: Fitted = fitted
+    return answer
 
 
-def fit_head_anew(session: Session) -> Fitted | None:
-    """The same, to what the body gives for them by now; None if somebody asked to stop meanwhile.
+def fit_head_anew(session: Session) -> tuple[float, int] | None:
+    """The same, to what the body gives for them by now: (how many it has right, of how many).
 
-    Of no strength but one: of samples that the body has learnt, cross-validation has all right at any, and takes the
-    least, which is much too sure of others.
+    None if somebody asked to stop meanwhile. (0, 0), and the head as it was, where no sample can be read or the body
+    gives what is not finite, of which the next step's loss tells the cause. Of one strength alone: of samples that the
+    body has learnt, cross-validation has all right at any, and takes the least, which is much too sure of others.
     """
-    worker = session.worker
     set_mode(session.network, session.phase, training=False)
-    body, parts, stopped = Body(session.network, cut_of(session)), [], False
-    own = split_evenly(_some(session), worker.rank, worker.num_workers)
-    if session.length_bucketing:
-        own = session.samples.order_by_length(own)
-    for batch in session.loader.each(session.sources["samples"]["train"], session.samples.batches(own)):
-        stopped = session.should_stop()
-        if stopped:
-            break
-        if batch is not None:
-            features = evaluate_batch(body, batch.inputs, autocast(session.plan, worker))
-            parts.append((features.flatten(1), batch.targets.cpu(), torch.from_numpy(batch.rows)))
-    everybodys = worker.all_gather((parts, stopped))
-    if any(stopped for _, stopped in everybodys):
+    body, layer = Body(session.network, cut_of(session)), _layer(session)
+    assert layer is not None
+
+    def fields_of(batch: Batch) -> list[Any]:
+        features = evaluate_batch(body, batch.inputs, autocast(session.plan, session.worker))
+        return [batch.rows, features.flatten(1).numpy(), batch.targets.cpu().numpy()]
+
+    columns = columns_of(session, _some(session, layer), session.sources["samples"]["train"], fields_of)
+    if columns is None:
         return None
-    found: _Found | None = None
-    if worker.rank == 0:
-        columns = zip(*(one for parts, _ in everybodys for one in parts), strict=True)
-        features, targets, rows = (torch.cat(column) for column in columns)
-        order = rows.argsort()
-        found = _fitted(session, features[order], targets[order], rows[order].numpy(), (_STRENGTH_ANEW,))
-    return _put_into_head(session, found)
+    if not columns or not np.isfinite(columns[1]).all():
+        return 0.0, 0
+    order = np.argsort(columns[0])
+    features, labels = (torch.from_numpy(column[order]) for column in columns[1:])
+    found: tuple[Tensor, Tensor, float] | None = None
+    if session.worker.rank == 0:
+        weight, bias = fit_layer(
+            features * varying(features), labels, num_classes=len(session.plan.classes), strength=_STRENGTH_ANEW,
+            class_weights=session.plan.class_weights,
+        )  # fmt: skip
+        outputs = functional.linear(features, weight, bias)
+        found = weight, bias, float(session.objective.num_right(outputs, labels))
+    weight, bias, num_right = session.worker.all_gather(found)[0]
+    _put_into(layer, weight, bias)
+    return num_right, len(labels)
 
 
 def cut_of(session: Session) -> Cut:
@@ -112,20 +118,11 @@ def cut_of(session: Session) -> Cut:
     return head.cut
 
 
-_Found = tuple[Tensor, Tensor, Fitted]
-
-
-def _put_into_head(session: Session, found: _Found | None) -> Fitted:
-    """What rank 0 has found, into all workers' heads."""
-    weight, bias, fitted = session.worker.all_gather(found)[0]
-    layer = _layer(session)
-    assert layer is not None
+def _put_into(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     assert layer.bias is not None
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
-    answer: Fitted = fitted
-    return answer
 
 
 def facts_of(fitted: Fitted) -> dict[str, Any]:
@@ -159,27 +156,26 @@ def _is_all(head: Head, layer: nn.Linear, batch: Batch) -> bool:
     return whole.shape == alone.shape and bool((whole - alone).abs().max() <= TOLERANCE * whole.abs().max().clamp(1e-6))
 
 
-def _fitted(
-    session: Session, features: Tensor, given: Tensor, rows: Ints, strengths: Sequence[float] = STRENGTHS
-) -> _Found:
-    """features: float32 [samples, features]; given: targets as batches have them; rows: int64 [samples]."""
+def _fitted(session: Session, layer: nn.Linear) -> tuple[Tensor, Tensor, Fitted]:
     plan, objective, samples = session.plan, session.objective, session.samples
+    batch = session.sources["features"]["train"].batch(_some(session, layer), train=False)
+    assert batch is not None
+    features = batch.inputs["features"].flatten(1)
     alive = varying(features)
     features = features if bool(alive.all()) else features * alive
-    targets = given
+    targets = batch.targets
     if plan.job.task == "regression":  # as the network learns them, whatever their unit
         targets = (targets - objective.mean.cpu()) / objective.std.cpu()
     probe = fit_probe(
         features, targets, plan.job.task, num_classes=len(plan.classes),
-        groups=_groups(samples, rows), class_weights=plan.class_weights, seed=plan.job.training.seed,
-        strengths=strengths,
+        groups=_groups(samples, batch.rows), class_weights=plan.class_weights, seed=plan.job.training.seed,
     )  # fmt: skip
     device = session.worker.device
     outputs = functional.linear(features, probe.weight, probe.bias).to(device)
-    loss, weight = objective.loss(outputs, given.to(device))
+    loss, weight = objective.loss(outputs, batch.targets.to(device))
     fitted = Fitted(
         len(features), probe.strength, probe.figure, probe.score, probe.interval, float(loss), float(weight),
-        float(objective.num_right(outputs, given.to(device))), probe.temperature,
+        float(objective.num_right(outputs, batch.targets.to(device))), probe.temperature,
     )  # fmt: skip
     return probe.weight, probe.bias, fitted
 
@@ -196,10 +192,8 @@ def _groups(samples: Samples, rows: Ints) -> Ints | None:
     return groups if groups is not None and len(np.unique(groups)) > 1 else None
 
 
-def _some(session: Session) -> Ints:
+def _some(session: Session, layer: nn.Linear) -> Ints:
     """The training samples' rows; of more than memory takes, as many as it does, at even distances."""
     rows: Ints = session.samples.rows("train")
-    layer = _layer(session)
-    assert layer is not None
     most = max(1, _MOST_FLOATS // layer.in_features)
     return rows[:: -(-len(rows) // most)] if len(rows) > most else rows

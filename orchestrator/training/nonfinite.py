@@ -41,11 +41,13 @@ class _Seen:
     """The same by the weights of the step, in full precision."""
 
 
-def blame(session: Session, moving: ckpt.Tensors, own: Own, number: int, loss: float) -> TrainingError:
+def blame(
+    session: Session, moving: ckpt.Tensors, best: ckpt.Tensors, own: Own, number: int, loss: float
+) -> TrainingError:  # fmt: skip
     """What to raise for a loss that is not finite, with its cause. Called by all workers, which get the same.
 
-    `moving`: the tensors that are trained; `own`: what this worker computed in the step of that number. The network is
-    left with other weights than it had.
+    `moving`: the tensors that are trained; `best`: the best weights so far, {} where there are none; `own`: what this
+    worker computed in the step of that number. The network is left with other weights than it had.
     """
     broken = _not_finite(session)
     frozen = [name for name in broken if name not in moving]
@@ -61,7 +63,7 @@ def blame(session: Session, moving: ckpt.Tensors, own: Own, number: int, loss: f
         seen.bad_outputs += _fails(session, batch)
         if session.plan.precision != "fp32":
             seen.in_fp32 += _fails(session, batch, exact=True)
-    earlier = _step_of_checkpoint(session, moving)
+    earlier = _step_of_checkpoint(session, moving, best)
     if earlier is not None:
         for batch in batches:
             seen.with_earlier += _fails(session, batch)
@@ -106,7 +108,7 @@ def _judge(
 
 def _rate(session: Session, seen: _Seen, broken: list[str], earlier: int | None) -> tuple[str, str]:
     phase = session.phase
-    rates = {phase.head_learning_rate, phase.learning_rate if phase.trains != "head" else 0.0} - {0.0}
+    rates = {phase.highest_rate, phase.learning_rate if phase.trains != "head" else 0.0} - {0.0}
     shown = " and ".join(f"{rate:g}" for rate in sorted(rates))
     if broken:
         how = f"the steps before have made {broken[0]} infinite or NaN"
@@ -116,7 +118,7 @@ def _rate(session: Session, seen: _Seen, broken: list[str], earlier: int | None)
         how = "the outputs are finite, and so large that their loss is not"
     if earlier is not None and not seen.with_earlier:
         how += f", while those of step {earlier} still give finite values"
-    lower = f"{float(f'{phase.head_learning_rate / 10:.0e}'):g}"
+    lower = f"{float(f'{phase.highest_rate / 10:.0e}'):g}"
     clip = "" if session.plan.job.training.clip_norm is not None else ", set training.clip_norm = 1"
     return f"the learning rate of {shown} is to blame: {how}", (
         f"lower it: training.learning_rate = {lower}{clip}, and start over with --fresh"
@@ -164,14 +166,18 @@ def _places(session: Session, batch: Batch, tensors: Iterable[Tensor]) -> list[s
     return [session.samples.place(int(row)) for row in batch.rows[bad.numpy()]]
 
 
-def _step_of_checkpoint(session: Session, moving: ckpt.Tensors) -> int | None:
-    """The step of the newest checkpoint, whose weights the network has then; None without one, on all workers alike."""
+def _step_of_checkpoint(session: Session, moving: ckpt.Tensors, best: ckpt.Tensors) -> int | None:
+    """The step of the newest checkpoint, whose weights the network has then; None without one, on all workers alike.
+
+    Where that is of the phase before, which trained less, they are the best ones, with which this one began.
+    """
     worker, run = session.worker, session.run
     step: int | None = worker.all_gather(ckpt.newest_step(run) if worker.rank == 0 else None)[0]
     if step is None:
         return None
     try:
-        ckpt.load_into({k: v for k, v in ckpt.load(run, step).weights.items() if k in moving}, moving, needed=())
+        weights = ckpt.load(run, step).weights
+        ckpt.load_into({k: v for k, v in {**best, **weights}.items() if k in moving}, moving, needed=())
     except OrchestratorError:
         return None
     return step

@@ -33,7 +33,7 @@ from orchestrator.network import (
 )
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.averaging import Average
-from orchestrator.training.batches import batches_of_pairs, epoch_batches
+from orchestrator.training.batches import batches_of_pairs, epoch_batches, split_in_pairs
 from orchestrator.training.best import BestEpoch
 from orchestrator.training.budget import fit_epochs, is_to_be_fitted, seconds_of
 from orchestrator.training.evaluate import epoch_figures, epoch_line, predict_split
@@ -46,7 +46,7 @@ from orchestrator.training.softening import soften_head
 from orchestrator.training.state import Session
 
 T = TypeVar("T")
-_TRAINED = {"head": "the head", "adapter": "head and adapter", "everything": "everything"}
+_WHAT = {"head": "training the head", "adapter": "training head and adapter", "everything": "training everything"}
 
 
 class PhaseLoop:
@@ -91,9 +91,8 @@ class PhaseLoop:
         session, state = self.session, self.session.state
         rows = session.samples.rows("train")
         self._keep_to_budget(rows)
-        what = f"training {_TRAINED[self.phase.trains]}"
         samples = len(rows) / max(1, self.phase.steps_per_epoch)
-        session.report(PhaseBegan(what, self.phase.num_steps, state.step, "steps", samples))
+        session.report(PhaseBegan(_WHAT[self.phase.trains], self.phase.num_steps, state.step, "steps", samples))
         if self.phase.solver == "probe":
             self._fit()
         elif self.phase.num_steps:
@@ -238,7 +237,8 @@ class PhaseLoop:
 
     def _own_microbatches(self, rows: Ints) -> Own:
         worker, num = self.session.worker, self.session.plan.recipe.num_microbatches
-        return [(one, split_evenly(rows, one, num)) for one in range(worker.rank, num, worker.num_workers)]
+        part = split_evenly if self.phase.loss == "task" else split_in_pairs
+        return [(one, part(rows, one, num)) for one in range(worker.rank, num, worker.num_workers)]
 
     def _take_step(self, loss: Tensor) -> None:
         training = self.session.plan.job.training
@@ -256,7 +256,7 @@ class PhaseLoop:
             sums, num_samples, number, own = self._unread.pop(0)
             loss, weight, right = sums.tolist()
             if not math.isfinite(loss):
-                raise blame(self.session, self.tensors, own, number, loss)
+                raise blame(self.session, self.tensors, self.best, own, number, loss)
             state.epoch_loss += loss
             state.epoch_correct += right
             state.epoch_samples += num_samples
@@ -271,8 +271,8 @@ class PhaseLoop:
         seconds = time.monotonic() - self._epoch_started
         self._read_sums()
         if self.phase.loss == "contrastive":
-            fitted = self._or_stop(fit_head_anew(session))
-            state.epoch_correct, state.epoch_samples = fitted.num_right, float(fitted.num_samples)
+            is_seen = len(session.samples.rows("validation")) or state.epochs_ended + 1 == self.phase.epochs
+            state.epoch_correct, state.epoch_samples = self._or_stop(fit_head_anew(session)) if is_seen else (0.0, 0)
         predictions = self._or_stop(predict_split(session, "validation"))
         line = epoch_line(session, self.phase, predictions, self._epoch_samples / max(seconds, 1e-9))
         if self._best_epoch.is_found(line, predictions):

@@ -42,7 +42,7 @@ _NOT_SEARCHED: Mapping[str, str] = {
     "storage": "it says where runs lie, and nothing of what is learnt",
     "feature_store": "it says where features lie, and nothing of what is learnt",
     "name": "each trial has a name of its own",
-    "training.num_microbatches": "it says how a batch is computed, and hardly anything of what is learnt",
+    "training.num_microbatches": "it says in how many parts a batch is computed, as there are workers for",
     "training.checkpoint_every_s": "it changes nothing that is learnt",
     "training.checkpoint_every_steps": "it changes nothing that is learnt",
     "training.deterministic": "it changes nothing that is learnt",

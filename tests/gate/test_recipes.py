@@ -96,32 +96,41 @@ def test_auto_is_lp_ft_that_has_to_win_within_a_budget(recipe_of: Any) -> None:
     assert recipe_of(method="full", training={"budget_min": 2}).budget_s == 120.0
 
 
-def test_a_transformer_learns_few_samples_by_what_is_alike(
-    tiny_vit: Path, flat_digits: Path, recipe_of: Any, tmp_path: Path
-) -> None:
-    def losses(**fields: Any) -> list[str]:
-        job: dict[str, Any] = {"backbone": str(tiny_vit), "data": str(flat_digits)}
+def test_a_transformer_learns_few_texts_by_what_is_alike(tmp_path: Path, recipe_of: Any) -> None:
+    bert = make_bert(tmp_path / "bert")
+
+    def losses(num: int = 70, num_classes: int = 10, **fields: Any) -> list[str]:
+        table = tmp_path / f"{num}-{num_classes}.csv"
+        lines = [f"rain number {i},c{i % num_classes},train,w{i % 9}" for i in range(num)]
+        lines += [f"snow number {i},c{i % num_classes},validation,v{i}" for i in range(num_classes)]
+        table.write_text("\n".join(["text,label,split,writer", *lines]))
+        data = {"path": str(table), "split_column": "split", "input_column": "text", "label_column": "label"}
+        job: dict[str, Any] = {"modality": "text", "backbone": str(bert), "data": data}
         return [phase.loss for phase in orchestrator.plan(**{**job, **fields}).recipe.phases]
 
     assert losses() == losses(method="lp-ft") == ["task", "contrastive"]
     assert losses(method="full") == ["task"]
     assert losses(**{"training.refit": True}) == ["task", "contrastive"] * 2
     for asked in (
-        {"loss": "task"}, {"mix": "mixup"}, {"ema": 0.9}, {"head_learning_rate": 1e-3}, {"label_smoothing": 0.1},
+        {"loss": "task"}, {"ema": 0.9}, {"head_learning_rate": 1e-3}, {"label_smoothing": 0.1},
         {"features": "every step"}, {"num_microbatches": 16},
     ):  # fmt: skip
         assert losses(training=asked) == ["task", "task"], asked
-    assert [phase.loss for phase in recipe_of().phases] == ["task", "task"]  # BatchNorm: no transformer
-    asked_for = recipe_of(training={"loss": "contrastive"})
-    assert [phase.loss for phase in asked_for.phases] == ["task", "contrastive"]
-    bert = make_bert(tmp_path / "bert")
-    for num, num_classes, expected in ((499, 60, "contrastive"), (500, 60, "task"), (60, 45, "task")):
-        table = tmp_path / f"{num}-{num_classes}.csv"
-        lines = [f"rain number {i},c{i % num_classes},train" for i in range(num)]
-        lines += [f"snow number {i},c{i % num_classes},validation" for i in range(num_classes)]
-        table.write_text("\n".join(["text,label,split", *lines]))
-        data = {"path": str(table), "split_column": "split"}
-        assert losses(modality="text", backbone=str(bert), data=data) == ["task", expected], (num, num_classes)
+    assert losses(119) == ["task", "contrastive"]
+    assert losses(120) == ["task", "task"]  # twelve a class
+    assert losses(60, 45) == ["task", "task"]  # most are alone in their class
+    assert losses(**{"data.group_column": "writer"}) == ["task", "task"]
+    assert [phase.loss for phase in recipe_of(training={"loss": "contrastive"}).phases] == ["task", "contrastive"]
+
+
+def test_images_that_are_changed_at_random_are_not(tiny_vit: Path, flat_digits: Path) -> None:
+    def loss(**fields: Any) -> str:
+        plan = orchestrator.plan(backbone=str(tiny_vit), data=str(flat_digits), **{"data.num_train": 50, **fields})
+        return plan.recipe.phases[1].loss
+
+    assert loss() == "task"
+    assert loss(settings={"augment": "none"}) == "contrastive"
+    assert loss(training={"loss": "contrastive"}) == "contrastive"
 
 
 @pytest.mark.parametrize(
@@ -130,8 +139,9 @@ def test_a_transformer_learns_few_samples_by_what_is_alike(
         ({"method": "full"}, "method full has no head that is fitted"),
         ({"training.mix": "mixup"}, "samples of several classes"),
         ({"training.ema": 0.9}, "averages weights"),
-        ({"training.features": "every step"}, "is trained in steps"),
-        ({"training.batch_size": 3}, "a microbatch of 3"),
+        ({"training.features": "every step"}, "keeps no features"),
+        ({"training.views": 2, "settings": {"augment": "light"}}, "keeps random views"),
+        ({"training.batch_size": 3}, "a microbatch of 2"),
     ],
 )
 def test_what_cannot_be_learnt_by_what_is_alike_says_why(fields: dict[str, Any], why: str, recipe_of: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestrator.errors import TrainingError
-from orchestrator.probing import STRENGTHS, Probe, fit_probe
+from orchestrator.probing import STRENGTHS, Probe, fit_layer, fit_probe
 
 
 def digits(num: int) -> tuple[Tensor, Tensor]:
@@ -106,6 +106,14 @@ def test_it_is_no_worse_than_scikit_learn_chooses() -> None:
     assert probe.interval is not None
     assert probe.interval[0] < probe.score < probe.interval[1]
     assert probe.score == pytest.approx(np.mean(probe.fold_scores), abs=1e-6)
+
+
+def test_a_layer_of_one_strength_is_the_probe_s_at_that_strength() -> None:
+    features, labels = digits(200)
+    weights = [1.0 + number % 3 for number in range(10)]
+    probe = fit_probe(features, labels, "single-label", num_classes=10, class_weights=weights, strengths=[0.01])
+    weight, bias = fit_layer(features, labels, num_classes=10, strength=0.01, class_weights=weights)
+    assert torch.allclose(features @ weight.T + bias, probe(features), atol=2e-2)
 
 
 @pytest.mark.parametrize("task", ["single-label", "regression"])

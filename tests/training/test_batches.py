@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from orchestrator.data import Ints, Samples
 from orchestrator.features import Batch, Source, split_evenly
-from orchestrator.training.batches import BatchLoader, batches_of_pairs, epoch_batches
+from orchestrator.training.batches import BatchLoader, batches_of_pairs, epoch_batches, split_in_pairs
 
 
 @dataclass
@@ -70,6 +70,11 @@ def test_two_of_a_class_are_side_by_side_as_far_as_there_are_two(
     assert len(batches) == num_steps
     assert all(0 < len(batch) <= size + size % 2 for batch in batches)
     assert sorted(np.concatenate(batches).tolist()) == rows.tolist()
+    for batch in batches:
+        for parts in (1, 2, 5):
+            pieces = [split_in_pairs(batch, number, parts) for number in range(parts)]
+            assert np.array_equal(np.concatenate(pieces), batch)
+            assert all(len(piece) % 2 == 0 for piece in pieces[:-1])
     in_batches = sum(count // 2 for batch in batches for count in Counter(targets[batch].tolist()).values())
     assert in_batches == sum(count // 2 for count in Counter(targets[rows].tolist()).values())
 

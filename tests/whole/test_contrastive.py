@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 import orchestrator
-from orchestrator.errors import InterruptedRunError
+from orchestrator.errors import InterruptedRunError, TrainingError
 from orchestrator.job import Event, Noted
 from orchestrator.probing import fit_probe
 from tests.tiny import SENTENCES, make_bert
@@ -44,7 +44,9 @@ def train(bert: Path, texts: Path, **more: Any) -> orchestrator.Run:
     job: dict[str, Any] = {
         "modality": "text", "backbone": str(bert), "report": silent, "scaling": {"threads_per_worker": 1},
         "data": {"path": str(texts), "test_fraction": 0.2, "validation_fraction": 0.2},
-        "training": {"epochs": 3, "batch_size": 8, "precision": "fp32", "checkpoint_every_steps": 2},
+        "training": {
+            "loss": "contrastive", "epochs": 3, "batch_size": 8, "precision": "fp32", "checkpoint_every_steps": 2,
+        },
     }  # fmt: skip
     return orchestrator.finetune(**{**job, **more})
 
@@ -78,6 +80,7 @@ def test_the_head_is_what_fits_what_the_body_gives_by_now(bert: Path, texts: Pat
     ours = functional.linear(features, model.classifier.weight, model.classifier.bias)
     assert torch.allclose(ours, probe(features), atol=1e-2)
     assert float((ours.argmax(1) == targets).float().mean()) == pytest.approx(run.metrics[-1]["train_accuracy"])
+    assert ["train_accuracy" in line for line in run.metrics] == [True, False, False, True]  # nobody would look at it
 
 
 def test_it_goes_on_wherever_it_was_stopped(bert: Path, texts: Path) -> None:
@@ -113,3 +116,11 @@ def test_where_no_head_can_be_fitted_the_task_is_learnt(bert: Path, texts: Path)
     assert any("trained by the task's loss" in one.text for one in notes if isinstance(one, Noted))
     assert run.lineage["decided"]["1"]["loss"] == "task"
     assert run.results["chosen"].startswith(("everything, trained from the new", "the new last layer"))
+
+
+@pytest.mark.parametrize("batch_size", [8, 48])
+def test_weights_that_a_step_made_infinite_are_the_rates_fault(bert: Path, texts: Path, batch_size: int) -> None:
+    """Of 48 a batch is an epoch: the head would be fitted to what is no number before the next loss is seen."""
+    with pytest.raises(TrainingError, match=r"the learning rate of .* is to blame") as raised:
+        train(bert, texts, method="lp-ft", **{"training.learning_rate": 1e30, "training.batch_size": batch_size})
+    assert "lower it" in raised.value.mend
