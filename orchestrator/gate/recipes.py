@@ -22,7 +22,7 @@ _LEAST_STEPS_OF_TRANSFORMERS, _MOST_EPOCHS_OF_TRANSFORMERS = 200, 100
 _BATCH_SIZE, _BATCH_SIZE_OF_FEW, _FEW_FOR_A_BATCH = 32, 16, 500
 """Where the body moves, fewer samples than the last come in smaller batches: more steps of the same work."""
 _FEW_A_CLASS, _FEWEST_COMPARED = 12, 4
-"""A transformer learns fewer samples by what is alike; so many have to be in a microbatch to be compared."""
+"""Fewer samples of a class are learnt by what is alike; so many have to be in a microbatch to be compared."""
 _FEWEST_ALIKE, _KERNELS = 4, 4
 """Of what tells a transformer: matrices of one shape; how many times as many matrices as kernels it has."""
 Kind = Literal["batch_norm", "transformer", "other", "unknown"]
@@ -173,12 +173,11 @@ def kind_of(tensors: Tensors | None) -> Kind:
     return "transformer" if attends and _KERNELS * num_kernels < matrices.total() else "other"
 
 
-def make_recipe(job: Job, data: DataSummary, keeps_features: bool, is_augmented: bool, kind: Kind) -> Recipe:
+def make_recipe(job: Job, data: DataSummary, keeps_features: bool, kind: Kind) -> Recipe:
     """The recipe of the job's method with every default resolved. Raises `JobError`.
 
     `keeps_features`: a frozen body gives the same for a sample in every epoch, so that it has to run once alone.
-    `is_augmented`: samples are changed at random where the body moves. `kind`: of the network, as far as its weights
-    tell. BatchNorm wants two samples in a microbatch.
+    `kind`: of the network, as far as its weights tell. BatchNorm wants two samples in a microbatch.
     """
     training, method = job.training, _METHODS[job.method]
     num_train, num_validation = data.num_samples["train"], data.num_samples["validation"]
@@ -195,7 +194,7 @@ def make_recipe(job: Job, data: DataSummary, keeps_features: bool, is_augmented:
     if any(phase.trains == "adapter" for phase in phases):
         require_transformer(kind)
     smallest = num_train // steps_per_epoch // num_microbatches
-    if _contrasts(job, method, data, 2 * (num_train // 2 // steps_per_epoch // num_microbatches), kind, is_augmented):
+    if _contrasts(job, method, data, 2 * (num_train // 2 // steps_per_epoch // num_microbatches)):
         phases = tuple(
             phase.model_copy(update={"loss": "contrastive"}) if row.may_contrast else phase
             for row, phase in zip(method.phases, phases, strict=True)
@@ -221,13 +220,11 @@ def _batch_size(method: _MethodRow, num_train: int, num_microbatches: int) -> in
     return _BATCH_SIZE_OF_FEW if few else _BATCH_SIZE
 
 
-def _contrasts(
-    job: Job, method: _MethodRow, data: DataSummary, smallest: int, kind: Kind, is_augmented: bool
-) -> bool:  # fmt: skip
+def _contrasts(job: Job, method: _MethodRow, data: DataSummary, smallest: int) -> bool:
     """Whether the body learns by what is alike. Raises `JobError` where that is asked for and cannot be.
 
-    `smallest`: samples of a microbatch, in which they are compared. The default is what was measured: samples that are
-    never changed at random, of which a head that has them all right leaves the body little to learn, and no groups.
+    `smallest`: samples of a microbatch, in which they are compared. By default few samples a class are learnt so, but
+    not groups: those of one class would be brought together by what their few speakers or patients have in common.
     """
     training, per_class = job.training, data.per_class.get("train", ())
     if training.loss == "task":
@@ -256,11 +253,10 @@ def _contrasts(
                 mend="leave training.loss out",
             )  # fmt: skip
         return True
-    is_measured = kind == "transformer" and not is_augmented and job.data.group_column is None
     is_asked_otherwise = training.label_smoothing > 0 or training.head_learning_rate is not None
     num, paired = sum(per_class), sum(num for num in per_class if num > 1)
     is_few = num < _FEW_A_CLASS * len(per_class) and 2 * paired > num
-    return not why_not and is_measured and not is_asked_otherwise and is_few
+    return not why_not and is_few and job.data.group_column is None and not is_asked_otherwise
 
 
 def _refitted(phase: Phase, steps_per_epoch: int) -> Phase:

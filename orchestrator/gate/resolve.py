@@ -58,7 +58,7 @@ def make_plan(
         )
     recipe = make_recipe(
         job, data, keeps_features=may_keep_features(job) and (views > 0 or not adapted.augmented),
-        is_augmented=bool(adapted.augmented), kind=kind_of(tensors),
+        kind=kind_of(tensors),
     )  # fmt: skip
     refuse_senseless(job, modality, row, data, recipe)
     num_extractors = (job.scaling.num_extractors or 0) if recipe.needs_features else 0

@@ -53,8 +53,8 @@ class Training(Part):
     )
     loss: Literal["auto", "task", "contrastive"] = Field(
         "auto", description="contrastive: methods auto and lp-ft train the body to bring samples of one class "
-        "together and fit the head to what it gives; auto: that for a transformer with fewer than 12 samples a class, "
-        "none of them changed at random"
+        "together and fit the head to what it gives; auto: that with fewer than 12 samples a class, but for "
+        "groups"
     )  # fmt: skip
     mix: str = Field(
         "none", examples=["none", "mixup", "cutmix", "both"],

@@ -90,7 +90,8 @@ def test_an_output_that_hardly_varies_does_not_throw_the_network_about(
 
 def test_the_body_is_trained_behind_a_head_that_is_as_unsure_as_it_has_to_be(tiny_resnet: Path, digits: Path) -> None:
     """Of few samples the fit has all right, and the first epoch begins with a loss that is no smaller than others'."""
-    run = train(tiny_resnet, digits, **{"data.num_train": 60, "training.learning_rate": 1e-12, "method": "lp-ft"})
+    training = {**JOB["training"], "loss": "task", "learning_rate": 1e-12}
+    run = train(tiny_resnet, digits, method="lp-ft", training=training, **{"data.num_train": 60})
     (first, _) = run.lineage["candidates"]
     fitted, behind = run.metrics[0]["train_loss"], run.metrics[1]["train_loss"]
     assert first["temperature"] > 1
@@ -188,7 +189,7 @@ def test_steps_that_were_measured_leave_nothing_behind(tiny_resnet: Path, digits
 
 def test_of_few_validation_samples_the_luckiest_epoch_is_not_looked_for(tiny_resnet: Path, digits: Path) -> None:
     """Unless it is worse than the probe beyond noise, the last epoch is kept, whose rate was the lowest."""
-    training = {"epochs": 6, "batch_size": 40, "learning_rate": 3e-5, "seed": 1}
+    training = {"epochs": 6, "batch_size": 40, "learning_rate": 3e-5, "seed": 1, "loss": "task"}
     run = train(tiny_resnet, digits, training=training, **{"data.num_train": 120, "data.validation_fraction": 0.07})
     ranks = [(line["validation_accuracy"], -line["validation_loss"]) for line in run.metrics]
     assert max(ranks[1:]) > ranks[-1], "an earlier epoch looks better"

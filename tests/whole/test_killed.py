@@ -22,7 +22,7 @@ PROCESSES.set_forkserver_preload(
     ["orchestrator.train", "transformers", "torchvision", "timm", "peft", "tests.whole.test_killed"]
 )
 RECIPES: dict[str, dict[str, Any]] = {
-    "auto": {},
+    "auto": {"loss": "task"},
     "auto, with all samples in the end": {"refit": True},
     "head": {"method": "head", "epochs": 8},
     "full": {"method": "full"},
