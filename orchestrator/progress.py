@@ -89,10 +89,12 @@ class _Bar:
 
 
 def epoch_line(event: EpochEnded) -> str:
-    """`epoch 3/20 val acc 0.912`: what the best epoch is chosen by."""
+    """`epoch 3/20 val acc 0.912`: what the best epoch is chosen by; of one that nobody judged, its training loss."""
     line = event.figures
     what, short = ("accuracy", "acc") if event.task == "single-label" else ("loss", "loss")
     split, shown = ("validation", "val") if f"validation_{what}" in line else ("train", "train")
+    if f"{split}_{what}" not in line:  # no validation, and a head that is fitted at the end alone
+        what = short = "loss"
     return f"epoch {line['epoch']}/{event.num_epochs} {shown} {short} {line[f'{split}_{what}']:.3f}"
 
 

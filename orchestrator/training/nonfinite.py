@@ -63,7 +63,7 @@ def blame(
         seen.bad_outputs += _fails(session, batch)
         if session.plan.precision != "fp32":
             seen.in_fp32 += _fails(session, batch, exact=True)
-    earlier = _step_of_checkpoint(session, moving, best)
+    earlier = _take_earlier_weights(session, moving, best, number)
     if earlier is not None:
         for batch in batches:
             seen.with_earlier += _fails(session, batch)
@@ -75,7 +75,7 @@ def blame(
 
 
 def _judge(
-    session: Session, seen: _Seen, broken: list[str], frozen: list[str], earlier: int | None, number: int
+    session: Session, seen: _Seen, broken: list[str], frozen: list[str], earlier: str | None, number: int
 ) -> tuple[str, str]:
     """(the cause, what to do about it)"""
     data = session.plan.job.data
@@ -97,8 +97,10 @@ def _judge(
         return f"the precision is to blame: in fp32 the network gives finite values for {_named(seen.bad_outputs)}", (
             "set training.precision = fp32, and start over with --fresh"
         )
-    if seen.bad_outputs and not broken and (number == 0 or seen.with_earlier):
-        which = "its weights as they began" if number == 0 else f"the weights of step {earlier} too"
+    # Weights that are to blame fail on all samples. Those of a checkpoint may be no older than the step.
+    only_some = bool(seen.with_earlier) and (len(seen.with_earlier) < len(seen.batch) or len(seen.batch) == 1)
+    if seen.bad_outputs and not broken and (number == 0 or only_some):
+        which = "its weights as they began" if number == 0 else f"{earlier} too"
         return f"an input is to blame: with {which} the network gives NaN or infinity for {_named(seen.bad_outputs)}", (
             "look at these samples: values far beyond those of others overflow; mend or remove them, and start over "
             "with --fresh"
@@ -106,7 +108,7 @@ def _judge(
     return _rate(session, seen, broken, earlier)
 
 
-def _rate(session: Session, seen: _Seen, broken: list[str], earlier: int | None) -> tuple[str, str]:
+def _rate(session: Session, seen: _Seen, broken: list[str], earlier: str | None) -> tuple[str, str]:
     phase = session.phase
     rates = {phase.highest_rate, phase.learning_rate if phase.trains != "head" else 0.0} - {0.0}
     shown = " and ".join(f"{rate:g}" for rate in sorted(rates))
@@ -117,7 +119,7 @@ def _rate(session: Session, seen: _Seen, broken: list[str], earlier: int | None)
     else:
         how = "the outputs are finite, and so large that their loss is not"
     if earlier is not None and not seen.with_earlier:
-        how += f", while those of step {earlier} still give finite values"
+        how += f", while {earlier} still give finite values"
     lower = f"{float(f'{phase.highest_rate / 10:.0e}'):g}"
     clip = "" if session.plan.job.training.clip_norm is not None else ", set training.clip_norm = 1"
     return f"the learning rate of {shown} is to blame: {how}", (
@@ -166,18 +168,22 @@ def _places(session: Session, batch: Batch, tensors: Iterable[Tensor]) -> list[s
     return [session.samples.place(int(row)) for row in batch.rows[bad.numpy()]]
 
 
-def _step_of_checkpoint(session: Session, moving: ckpt.Tensors, best: ckpt.Tensors) -> int | None:
-    """The step of the newest checkpoint, whose weights the network has then; None without one, on all workers alike.
+def _take_earlier_weights(session: Session, moving: ckpt.Tensors, best: ckpt.Tensors, number: int) -> str | None:
+    """Give the network weights from before the step of that number; what they are called. None where there are none.
 
-    Where that is of the phase before, which trained less, they are the best ones, with which this one began.
+    Those of the newest checkpoint; where it is of the phase before, which trained less, with the best ones, with which
+    this one began; and these alone, if there are any, where it is no older than the step. The same on all workers.
     """
     worker, run = session.worker, session.run
     step: int | None = worker.all_gather(ckpt.newest_step(run) if worker.rank == 0 else None)[0]
-    if step is None:
-        return None
+    weights, name = dict(best), "the best weights so far"
     try:
-        weights = ckpt.load(run, step).weights
-        ckpt.load_into({k: v for k, v in {**best, **weights}.items() if k in moving}, moving, needed=())
+        if step is not None and (step < number or not best):
+            weights |= ckpt.load(run, step).weights
+            name = f"the weights of step {step}"
+        if not weights:
+            return None
+        ckpt.load_into({k: v for k, v in weights.items() if k in moving}, moving, needed=())
     except OrchestratorError:
         return None
-    return step
+    return name

@@ -136,7 +136,9 @@ def test_the_figure_of_an_epoch_is_the_one_that_chooses() -> None:
     with progress() as show, contextlib.redirect_stderr(io.StringIO()) as screen:  # no validation split
         show(PhaseBegan("looking"))
         show(EpochEnded({"epoch": 1, "train_accuracy": 0.2, "train_loss": 1}, 1, "single-label"))
+        show(EpochEnded({"epoch": 2, "train_loss": 1}, 2, "single-label"))  # nor a head that is fitted by then
     assert "train acc 0.200" in screen.getvalue()
+    assert "epoch 2/2 train loss 1.000" in screen.getvalue()
 
 
 # --- what is not there ---
