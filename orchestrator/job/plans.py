@@ -153,8 +153,8 @@ class Phase(_Plain):
     layer_decay: float = 1.0
     """Of the body's rate, for each block between a parameter and the head."""
     loss: Literal["task", "contrastive"] = "task"
-    """contrastive: the body learns to bring samples of one class together, and the head is fitted to what it gives at
-    the end of each epoch; where no head can be fitted, the task's loss after all."""
+    """contrastive: the body learns to bring samples of one class together, and the head is fitted to what it gives
+    where validation looks at it, and at the end; where no head can be fitted, the task's loss after all."""
 
     @property
     def highest_rate(self) -> float:

@@ -108,7 +108,7 @@ def _phase(plan: Plan, phase: Phase) -> list[tuple[str, object]]:
         ("optimizer", plan.job.training.optimizer),
     ]
     if phase.loss == "contrastive":
-        rows.insert(0, ("loss", "how far samples of a class are apart; the head is fitted after each epoch"))
+        rows.insert(0, ("loss", "how far samples of a class are apart; the head is fitted behind it"))
     if phase.trains == "head":  # a frozen body has no rate of its own, and nothing else to decide
         rows.append(("rate", f"{phase.head_learning_rate:g}"))
     else:

@@ -68,6 +68,7 @@ class PhaseLoop:
         """When this process began with the epoch, and how many samples it has taken of it."""
         self._saved: tuple[int, int] | None = None
         """(steps, epochs) of the newest checkpoint."""
+        session.loader.mix = session.mix if self.phase.source == "samples" else None
         if resumed is not None:
             ckpt.load_into(resumed.weights, self.tensors)
             ckpt.restore_optimizer(self.optimizer, self.named, resumed.optimizer)
@@ -77,8 +78,6 @@ class PhaseLoop:
             if best:
                 ckpt.load_into(best, session.strategy.state(best))
             self.best = ckpt.copy_of(self.tensors) if best else {}
-        session.loader.mix = session.mix if self.phase.source == "samples" else None
-        if resumed is None:
             soften_head(session, self.tensors, self._epoch_batches, self._own_microbatches)
         self.average = self._average(resumed.average if resumed else {})
 
@@ -290,7 +289,8 @@ class PhaseLoop:
     def _end_epoch_of(self, average: Average, epoch: int) -> dict[str, float]:
         """The figures of the average, which is kept where it is better than all so far."""
         with average.in_place():
-            predictions = self._or_stop(predict_split(self.session, "validation"))
+            found = predict_split(self.session, "validation")
+        predictions = self._or_stop(found)  # which saves the weights, and they are back by now
         figures = epoch_figures(self.session.plan.job.task, predictions)
         if self._best_epoch.is_found({"epoch": epoch, **figures}, predictions):
             self.session.state.best_epoch, self.session.state.best_is_average = epoch, True

@@ -64,6 +64,22 @@ def test_the_average_is_exported_where_it_is_better_and_survives_an_interruption
     assert [line["validation_loss"] for line in plain.metrics] == [line["validation_loss"] for line in whole.metrics]
 
 
+def test_stopped_while_the_average_is_looked_at_the_weights_are_kept_and_not_the_average(
+    tiny_resnet: Path, digits: Path
+) -> None:
+    job: dict[str, Any] = {
+        "data.num_train": 160, "data.validation_fraction": 0.2, "method": "full",
+        "training": {"epochs": 2, "batch_size": 40, "ema": 0.5},
+    }  # fmt: skip
+    whole = train(tiny_resnet, digits, name="whole", **job)
+    for number in (4, 5, 6):  # behind the four steps of an epoch: validation, the average's, and the step after them
+        with pytest.raises(InterruptedRunError):
+            train(tiny_resnet, digits, name=f"cut-{number}", stop=at_call(number), **job)
+        cut = train(tiny_resnet, digits, name=f"cut-{number}", **job)
+        assert same(weights_of(whole), weights_of(cut)), number
+        assert [line["train_loss"] for line in cut.metrics] == [line["train_loss"] for line in whole.metrics], number
+
+
 def test_without_a_validation_the_average_is_what_is_exported(tiny_resnet: Path, digits: Path) -> None:
     job: dict[str, Any] = {
         "data.num_train": 80, "data.validation_fraction": 0.0, "training": {"epochs": 2, "ema": 0.5},
