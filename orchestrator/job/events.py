@@ -34,7 +34,11 @@ class EpochEnded:
     """An epoch is over; its last step was told before."""
 
     figures: Mapping[str, Any]
-    """The epoch's line in metrics.jsonl: `epoch` (from 1), `train_loss`, and what its validation gave."""
+    """The epoch's line in metrics.jsonl: `epoch` (from 1), `train_loss`, what its validation gave, and `kept`.
+
+    kept: "weights", or the "average" of `training.ema`, where these are to be the model's as far as is known; left out
+    where those of an epoch before are.
+    """
     num_epochs: int
     task: str
 

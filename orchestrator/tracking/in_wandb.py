@@ -62,7 +62,9 @@ class WandbTracker:
     def add(self, lines: Sequence[Line]) -> None:
         """Epochs that it has not yet."""
         for line in lines:
-            self._run.log({key: value for key, value in line.items() if key != "epoch"}, step=int(line["epoch"]))
+            self._run.log(
+                {key: value for key, value in line.items() if key not in ("epoch", "kept")}, step=int(line["epoch"])
+            )
 
     def end(self, how: End, figures: Mapping[str, float]) -> None:
         """The final figures, and how the run ended."""

@@ -275,7 +275,7 @@ class PhaseLoop:
         predictions = self._or_stop(predict_split(session, "validation"))
         line = epoch_line(session, self.phase, predictions, self._epoch_samples / max(seconds, 1e-9))
         if self._best_epoch.is_found(line, predictions):
-            state.best_epoch, state.best_is_average = line["epoch"], False
+            state.best_epoch, state.best_is_average, line["kept"] = line["epoch"], False, "weights"
             self.best = ckpt.copy_of(self.tensors)
         if self.average is not None:
             line |= self._end_epoch_of(self.average, line["epoch"])
@@ -286,16 +286,16 @@ class PhaseLoop:
         session.report(EpochEnded(line, plan.recipe.num_epochs, plan.job.task))
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
 
-    def _end_epoch_of(self, average: Average, epoch: int) -> dict[str, float]:
+    def _end_epoch_of(self, average: Average, epoch: int) -> dict[str, float | str]:
         """The figures of the average, which is kept where it is better than all so far."""
         with average.in_place():
             found = predict_split(self.session, "validation")
         predictions = self._or_stop(found)  # which saves the weights, and they are back by now
-        figures = epoch_figures(self.session.plan.job.task, predictions)
+        figures, kept = epoch_figures(self.session.plan.job.task, predictions), {}
         if self._best_epoch.is_found({"epoch": epoch, **figures}, predictions):
             self.session.state.best_epoch, self.session.state.best_is_average = epoch, True
-            self.best = ckpt.copy_of(average.tensors)
-        return {f"average_{name}": value for name, value in figures.items()}
+            self.best, kept = ckpt.copy_of(average.tensors), {"kept": "average"}
+        return {f"average_{name}": value for name, value in figures.items()} | kept
 
     # --- checkpoints ---
 

@@ -90,7 +90,7 @@ def _show_in_tensorboard(run: HeldRun, lines: Sequence[Mapping[str, Any]]) -> No
         with SummaryWriter(str(folder), filename_suffix=f".epoch-{lines[-1]['epoch']:05d}") as writer:
             for line in lines:
                 for name, value in line.items():
-                    if name not in ("epoch", "step"):
+                    if name not in ("epoch", "step", "kept"):
                         writer.add_scalar(name, value, line["step"])
         for file in folder.iterdir():
             run.write(f"{_TENSORBOARD}/{file.name}", file.read_bytes())

@@ -34,7 +34,7 @@ from orchestrator.training import FINAL_FIGURES
 from orchestrator.tuning.pending import PendingTrial, TrialContext
 from orchestrator.tuning.probes import FOLDER, keep_probe
 from orchestrator.tuning.stopping import LAST_EPOCH
-from orchestrator.tuning.trials import Key, State, Trial
+from orchestrator.tuning.trials import KEPT, Key, State, Trial
 
 _MOST_HERE = 8
 """Trials side by side on this machine, unless more are asked for: each holds a network and its samples in memory."""
@@ -163,7 +163,7 @@ class TuneTrials:
 
     def epoch(self, key: Key, result: Mapping[str, Any]) -> None:
         """A trial tells of an epoch."""
-        line = {name: result[name] for name in ("epoch", *_FIGURES) if name in result}
+        line = {name: result[name] for name in ("epoch", *_FIGURES, KEPT) if name in result}
         # Those of earlier processes the run itself has; it writes down those of this one when it finds the time.
         known = self._lines.get(key) or [
             one for one in lines_of(self.context.layout.run_of(key)) if one["epoch"] < line["epoch"]
@@ -206,9 +206,19 @@ def _silent(names: tuple[str, ...]) -> Iterator[None]:
 _FIGURES = ("train_loss", "validation_loss", "validation_accuracy")
 
 
+def line_of(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """An epoch as the record has it, of its line in metrics.jsonl; the figures are those of what the run would keep."""
+    line = {name: figures[name] for name in ("epoch", *_FIGURES) if name in figures}
+    if KEPT not in figures:
+        return line
+    if figures[KEPT] == "average":
+        line |= {name: figures[f"average_{name}"] for name in line if f"average_{name}" in figures}
+    return {**line, KEPT: True}
+
+
 def lines_of(run: Run) -> list[dict[str, Any]]:
-    """The epochs of a trial's run, as the record has them."""
-    return [{name: line[name] for name in ("epoch", *_FIGURES) if name in line} for line in run.metrics]
+    """The epochs of a trial's run."""
+    return [line_of(figures) for figures in run.metrics]
 
 
 def room_for(plan: Plan, most: int, asked: int | None) -> Room:
@@ -255,8 +265,8 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
         if isinstance(event, EpochEnded):
             epoch = event.figures["epoch"]
             probed = epoch == plan.recipe.phases[0].epochs
-            figures = {name: event.figures[name] for name in _FIGURES if name in event.figures}
-            tune.report({**figures, "epoch": epoch, "training_iteration": epoch, LAST_EPOCH: event.num_epochs})
+            line = line_of(event.figures)
+            tune.report({**line, "training_iteration": epoch, LAST_EPOCH: event.num_epochs})
 
     with contextlib.suppress(InterruptedRunError):
         train_as_planned(run, report, lambda: trained)

@@ -18,6 +18,8 @@ from orchestrator.tasks import LOWEST, may_be_as_good, rank_of
 from orchestrator.tuning.space import Config
 
 PROPOSED_FILE, TRIALS_FILE = "proposed.jsonl", "trials.jsonl"
+KEPT = "kept"
+"""In an epoch's line: a run would keep its weights, if it ended there."""
 State = Literal["finished", "stopped", "failed", "refused"]
 """stopped: early, by a scheduler; failed: it ended with an error; refused: its settings do not go together."""
 Key = tuple[int, int]
@@ -41,7 +43,12 @@ class Metric:
         return None if best is None else float(best[self.key])
 
     def best_line(self, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-        """The line of the epoch whose weights a run of the task keeps; None where nothing was held back."""
+        """The line of the epoch whose weights a run of the task keeps; None where nothing was held back.
+
+        A run says so itself; of a head that is trained beside others it is what such a run would say.
+        """
+        if kept := [line for line in lines if line.get(KEPT) and self.key in line]:
+            return kept[-1]
         best, highest = None, LOWEST
         for line in lines:
             rank = rank_of(self.task, line)
@@ -88,7 +95,7 @@ class Trial:
     num_epochs: int
     """Planned; how many there were, `lines` tells."""
     lines: list[dict[str, Any]] = field(default_factory=list)
-    """One an epoch: epoch (from 1), train_loss, validation_loss, validation_accuracy."""
+    """One an epoch: epoch (from 1), train_loss, validation_loss, validation_accuracy; of a run's epochs, `kept`."""
     seconds: float = 0.0
     """Of heads that were trained side by side, each one's share."""
     error: str = ""

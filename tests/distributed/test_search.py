@@ -211,9 +211,18 @@ def test_the_example_of_rays_documentation(base: dict[str, Any]) -> None:
     assert best.path in dfs
 
 
-def test_trials_of_auto(base: dict[str, Any]) -> None:
-    """What `auto` decides in each is decided on the same validation samples that rank the trials."""
-    result = orchestrator.search({**base, "method": "auto"}, {"learning_rate": {"grid": [1e-3, 1e-2]}}, report=silent)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"method": "auto"},
+        {"training": {"epochs": 8, "ema": 0.9, "schedule": "constant", "optimizer": "sgd", "batch_size": 16}},
+    ],
+)
+def test_trials_are_ranked_by_what_their_runs_keep(base: dict[str, Any], more: dict[str, Any]) -> None:
+    """What `auto` decides in each, on the same samples that rank the trials; of weights and their average one."""
+    del base["epochs"]
+    job = {"training": {"epochs": 2}, **base, **more}
+    result = orchestrator.search(job, {"learning_rate": {"grid": [1e-3, 1e-1]}}, report=silent)
     assert [one.state for one in result.trials] == ["finished"] * 2
     assert result.best_run is not None
     assert result.best_run.finished

@@ -53,6 +53,8 @@ def test_the_average_is_exported_where_it_is_better_and_survives_an_interruption
     assert max(b for _, b in pairs) > max(a for a, _ in pairs)
     assert whole.results["averaged"] is True
     assert whole.results["validation"]["accuracy"] == pairs[whole.results["best_epoch"] - 1][1]
+    *_, kept = [line for line in whole.metrics if "kept" in line]
+    assert (kept["epoch"], kept["kept"]) == (whole.results["best_epoch"], "average")
     with pytest.raises(InterruptedRunError):
         train(tiny_resnet, digits, name="cut", stop=at_call(99), **job)
     run = train(tiny_resnet, digits, name="cut", **job)
