@@ -57,7 +57,7 @@ fuzz: $(STAMP)
 	FUZZ_NUM=2000 $(BIN)/python -m pytest -q -n auto --timeout=3000 tests/data/test_fuzz.py tests/data/test_fuzz_tables.py \
 	  tests/whole/test_predictor_fuzz.py tests/gate/test_fuzz_backbones.py
 
-# Real processes hurt at random moments, ROUNDS of each row; ROWS=worker,driver for some of them.
+# Real processes hurt at ROUNDS random moments a row, some a run; ROWS=worker,driver for some of them.
 ROUNDS ?= 5
 chaos: $(STAMP)
 	@$(BIN)/python -m tests.chaos --rounds $(ROUNDS) $(if $(ROWS),--rows $(ROWS))

@@ -1,8 +1,9 @@
-"""make chaos [ROUNDS=5] [ROWS=worker,driver]: each row so many rounds, at random moments; one JSON line at the end.
+"""make chaos [ROUNDS=5] [ROWS=worker,driver]: each row at so many random moments, some a run; one JSON line at the end.
 
-`{"tried": N, "survived": N, "rows": {row: [{"faults": [...], "starts": N, "sha256": ..., "survived": true}, ...]}}`.
-A round survives if the run ends, after the same command again where its driver was hurt, with the weights of one that
-was left alone, bit for bit, no trace in what it said, and no process left. Exit code 1 where one did not.
+`{"tried": N, "survived": N, "moments": N, "rows": {row: [{"faults": [...], "moments": N, "starts": N, "sha256": ...,
+"survived": true}, ...]}}`, one of these a run. A run survives if it ends, after the same command again where its driver
+was hurt, with the weights of one that was left alone, bit for bit, no trace in what it said, and no process left. Exit
+code 1 where one did not.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="make chaos", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of each row (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="random moments a row (5)")
     parser.add_argument("--rows", default=",".join(ROWS), help="some of: " + ", ".join(ROWS))
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the moments; default: the time")
-    parser.add_argument("--minutes", type=float, default=45, help="no round begins after so many (45)")
+    parser.add_argument("--minutes", type=float, default=45, help="no run begins after so many (45)")
     asked = parser.parse_args()
     names = [name for name in asked.rows.split(",") if name]
     if unknown := set(names) - set(ROWS):
@@ -60,12 +61,13 @@ def main() -> int:
         found = Rounds(Path(folder), hub, asked.seed, resources).run(names, asked.rounds, until)
     tried = [one for rounds in found.values() for one in rounds if "skipped" not in one]
     survived = sum(one["survived"] for one in tried)
-    print(json.dumps({"tried": len(tried), "survived": survived, "rows": found}))
+    moments = sum(one["moments"] for one in tried)
+    print(json.dumps({"tried": len(tried), "survived": survived, "moments": moments, "rows": found}))
     return 0 if tried and survived == len(tried) else 1
 
 
 class Rounds:
-    """The rows, a round of each after the other, over the same backbone and digits."""
+    """The rows, a run of each after the other, over the same backbone and digits."""
 
     def __init__(self, folder: Path, hub: Hub, seed: int, resources: ExitStack) -> None:
         self.folder, self.hub, self.seed, self.resources = folder, hub, seed, resources
@@ -74,19 +76,23 @@ class Rounds:
         self.references: dict[tuple[str, bool], str] = {}
 
     def run(self, names: list[str], rounds: int, until: float) -> dict[str, list[dict[str, Any]]]:
-        """Row -> its rounds, as many as there was time for."""
+        """Row -> its runs, as many as it takes to so many moments, or as there was time for."""
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        for number in range(rounds):
-            for name in names:
+        left = dict.fromkeys(names, rounds)
+        while any(left.values()):
+            for name in [one for one in names if left[one]]:
                 if time.monotonic() > until:
-                    found[name].append({"skipped": "no time was left"})
+                    found[name].append({"skipped": f"no time was left for {left[name]} moments"})
+                    left[name] = 0
                     continue
                 started = time.monotonic()
-                one = self.round(name, ROWS[name], number)
+                one = self.round(name, ROWS[name], len(found[name]))
                 found[name].append(one | {"seconds": round(time.monotonic() - started, 1)})
                 why = one.get("skipped") or one.get("why") or ", ".join(fault["kind"] for fault in one["faults"])
                 verdict = "skipped" if "skipped" in one else "survived" if one["survived"] else "NOT SURVIVED"
-                print(f"{name} {number + 1}/{rounds}: {verdict}: {why}", file=sys.stderr, flush=True)
+                left[name] = 0 if "skipped" in one else max(0, left[name] - max(1, one["moments"]))
+                moments = f"{rounds - left[name]}/{rounds}"
+                print(f"{name} {moments}: {verdict}: {why}", file=sys.stderr, flush=True)
         return found
 
     def round(self, name: str, row: Row, number: int) -> dict[str, Any]:
@@ -118,7 +124,7 @@ class Rounds:
                 self._proxy.faults.clear()
                 self._proxy.away_until = 0.0
             clear(work)
-        return one | {"starts": work.num_starts}
+        return one | {"moments": work.moments, "starts": work.num_starts}
 
     def work(self, folder: Path, row: Row, chance: random.Random) -> Work:
         folder.mkdir(parents=True)

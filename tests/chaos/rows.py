@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -33,7 +34,7 @@ class Row:
     """Why it cannot be tried here, '' where it can."""
 
 
-def several(work: Work, title: str, kind: str, times: int = 2) -> None:
+def several(work: Work, title: str, kind: str, times: int = 3) -> None:
     """Kill a process of the job on Ray at random moments, as often as the job is not done before."""
     for _ in range(times):
         if not work.wait_for_random_moment():
@@ -42,14 +43,24 @@ def several(work: Work, title: str, kind: str, times: int = 2) -> None:
             work.kill(kind, work.random.choice(found))
 
 
+def again(work: Work, title: str, kind: str) -> None:
+    """Kill a process of the job on Ray that ends it at random moments, and start the job again."""
+    for _ in range(3):
+        process = work.start()
+        if not work.wait_for_random_moment():
+            return
+        if found := work.on_ray(title):
+            work.kill(kind, work.random.choice(found))
+            work.wait(lambda process=process: process.poll() is not None)  # type: ignore[misc]
+
+
 def _worker(work: Work) -> None:
     work.start()
     several(work, "TrainWorker", "kill -9 of a worker")
 
 
 def _controller(work: Work) -> None:
-    work.start()
-    several(work, "TrainController", "kill -9 of the controller", 1)
+    again(work, "TrainController", "kill -9 of the controller")
 
 
 def _events(work: Work) -> None:
@@ -58,8 +69,7 @@ def _events(work: Work) -> None:
 
 
 def _raylet(work: Work) -> None:
-    work.start()
-    several(work, "raylet/raylet", "kill -9 of the raylet", 1)
+    again(work, "raylet/raylet", "kill -9 of the raylet")
 
 
 def _driver(work: Work) -> None:
@@ -74,20 +84,23 @@ def _driver(work: Work) -> None:
 def _extractor(work: Work) -> None:
     """At any moment from its start on: while it loads the network, or runs it."""
     work.start()
-    for _ in range(2):
+    for _ in range(3):
         if not work.wait(lambda: bool(work.on_ray("Extractor"))):
             return
         time.sleep(work.random.random() * 5)
         if found := work.on_ray("Extractor"):
+            work.moments += 1
             killed = work.random.choice(found)
             work.kill("kill -9 of an extractor", killed)
             work.wait(lambda pid=killed: pid not in work.on_ray("Extractor"))  # type: ignore[misc]
 
 
 def _worker_and_driver(work: Work) -> None:
-    process = work.start()
-    several(work, "TrainWorker", "kill -9 of a worker", 1)
-    if work.wait_for_random_moment():
+    for _ in range(2):
+        process = work.start()
+        several(work, "TrainWorker", "kill -9 of a worker", 1)
+        if not work.wait_for_random_moment():
+            return
         work.kill("kill -9 of the driver", process.pid)
         process.wait()
 
@@ -96,7 +109,7 @@ def _worker_and_driver(work: Work) -> None:
 
 
 def _damaged(work: Work, kind: str, damage: Callable[[Path], None]) -> None:
-    for _ in range(2):
+    for _ in range(3):
         process = work.start()
         if not work.wait_for_random_moment(first=10):
             return
@@ -136,22 +149,26 @@ def _disk_full(work: Work) -> None:
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", runs], capture_output=True, check=False)
     if done.returncode:
         raise NotSurvivedError(f"{SKIPPED}no disk can be mounted here: {done.stderr.decode().strip()}")
-    process = work.start()
-    if not work.wait_for_random_moment():
-        return
-    ballast = runs / "ballast"
-    with ballast.open("wb", buffering=0) as out:
-        try:
-            while True:
-                out.write(b"\0" * 4096)
-        except OSError:
-            pass
+    for _ in range(3):
+        process = work.start()
+        if not work.wait_for_random_moment():
+            return
+        _fill(work, process)
+
+
+def _fill(work: Work, process: subprocess.Popen[str]) -> None:
+    """Until nothing has room, and the job has ended; then there is room again."""
+    ballast = work.runs / "ballast"
+    with ballast.open("wb", buffering=0) as out, contextlib.suppress(OSError):
+        while True:
+            out.write(b"\0" * 4096)
     before = work.step()
     work.note("the disk is full")
     code = process.wait(60)
     said = work.said()
-    if work.is_done():
-        raise NotSurvivedError("it was done before the disk was full")
+    if work.is_done():  # before the disk was full
+        ballast.unlink()
+        return
     if code != 1 or "No space left" not in said or "Traceback" in said:
         raise NotSurvivedError(f"exit {code}: {said[-800:]}")
     if work.step() < before:
@@ -196,6 +213,7 @@ def _hub(work: Work) -> None:
         fault = work.random.choice(["500", "503", "429", "cut", "slow"])
         work.hub.fail(fault, after=work.random.randint(0, 6), times=work.random.randint(1, 2))
         work.note(f"the Hub: {fault}")
+        work.moments += 1
     process = work.start()
     work.wait(lambda: False)
     said = work.said()
@@ -208,13 +226,16 @@ def _hub(work: Work) -> None:
 
 
 def _node_killed(work: Work) -> None:
-    """All that runs on the second machine, at once; another one takes its place."""
+    """All that runs on the second machine, at once; another one takes its place, and then its end comes too."""
     assert work.cluster is not None
     work.start()
-    if work.wait_for_random_moment():
+    second = "node1"
+    for _ in range(3):
+        if not work.wait_for_random_moment():
+            return
         work.note("a node's end")
-        work.cluster.kill_node("node1")
-        work.cluster.add_node()
+        work.cluster.kill_node(second)
+        second = work.cluster.add_node().name
 
 
 def _node_cut(work: Work) -> None:
@@ -232,24 +253,28 @@ def _node_cut(work: Work) -> None:
 
 
 def _node_drained(work: Work) -> None:
-    """With half a minute's notice; another one takes its place. No step is done twice."""
+    """With half a minute's notice; another one takes its place, which is told in its turn. No step is done twice."""
     assert work.cluster is not None
     work.start()
-    if not work.wait_for_random_moment():
-        return
-    work.note("a node's notice of 30 s")
-    before = time.monotonic()
-    work.cluster.drain("node1", 30)
-    work.cluster.add_node()
-    time.sleep(max(0.0, before + 35 - time.monotonic()))
-    work.cluster.kill_node("node1")
+    second = "node1"
+    for _ in range(2):
+        if not work.wait_for_random_moment():
+            return
+        work.note("a node's notice of 30 s")
+        told, before = second, time.monotonic()
+        work.cluster.drain(told, 30)
+        second = work.cluster.add_node().name
+        time.sleep(max(0.0, before + 35 - time.monotonic()))
+        work.cluster.kill_node(told)
 
 
 def _head_gone(work: Work) -> None:
     """The head with its driver, and then all of the cluster; the same command on another cluster."""
     assert work.cluster is not None
-    process = work.start()
-    if work.wait_for_random_moment():
+    for _ in range(3):
+        process = work.start()
+        if not work.wait_for_random_moment():
+            return
         work.note("the head's end")
         work.cluster.kill_node("node0")
         process.wait()
@@ -262,15 +287,18 @@ def _head_gone(work: Work) -> None:
 
 def _two_drivers(work: Work) -> None:
     first = work.start()
-    if not work.wait_for_random_moment():
-        return
-    second = work.start()
-    code = second.wait(120)
-    said = work.said()
-    work.note("a second driver", second.pid)
-    if first.poll() is None and (code != 2 or "busy" not in said):
-        raise NotSurvivedError(f"the second driver ended with {code}: {said[-800:]}")
-    work.process = first
+    for _ in range(3):
+        if not work.wait_for_random_moment():
+            return
+        second = work.start()
+        code = second.wait(120)
+        said = work.said()
+        work.note("a second driver", second.pid)
+        is_refused = code == 2 and "busy" in said
+        found_done = code == 0 and "was finished before" in said and work.is_done()
+        if first.poll() is None and not is_refused and not found_done:
+            raise NotSurvivedError(f"the second driver ended with {code}: {said[-800:]}")
+        work.process = first
 
 
 def _signals(work: Work) -> None:
@@ -289,8 +317,8 @@ def _signals(work: Work) -> None:
 
 
 ON_RAY = ("--address", "local")
-TWO = ("--address", "local", "--workers", "2", "--set", "training.num_microbatches=2")
-NODES = ("--workers", "2", "--set", "training.num_microbatches=2")
+NODES = ("--workers", "2", "--set", "training.num_microbatches=2", "--set", "scaling.max_failures=4")
+TWO = ("--address", "local", *NODES)
 HEAD = ("--method", "head", "--address", "local", "--set", "scaling.num_extractors=1", "--set", "settings.size=384")
 
 ROWS: dict[str, Row] = {

@@ -52,6 +52,8 @@ class Work:
     name: str = "run"
     faults: list[dict[str, Any]] = field(default_factory=list)
     """Each with its kind, when it came, to which process."""
+    moments: int = 0
+    """At which something was done to it, or was about to be."""
     num_starts: int = 0
     process: subprocess.Popen[str] | None = None
     pids: set[int] = field(default_factory=set)
@@ -118,7 +120,9 @@ class Work:
         target = self.random.randint(begin + 1, max(begin + 1, NUM_STEPS - 15))
         arrived = self.wait(lambda: self.step() >= target)
         time.sleep(self.random.random() * 0.1)
-        return arrived and self.process is not None and self.process.poll() is None
+        still_runs = arrived and self.process is not None and self.process.poll() is None
+        self.moments += still_runs
+        return still_runs
 
     # --- what is done to it ---
 
