@@ -26,8 +26,8 @@ class MicrobatchStatistics:
             self._start = self._read()
             # Copies on the device: to read the numbers would wait for it in each step.
             self._counts = [counter.clone() for counter in self._counters()]
-            self._of_microbatches = self._start.new_zeros(num_microbatches, len(self._start))
-            self._was_run = self._start.new_zeros(num_microbatches)
+            # A row each; its last number says whether it was run.
+            self._of_microbatches = self._start.new_zeros(num_microbatches, len(self._start) + 1)
 
     def _read(self) -> Tensor:
         return torch.cat(
@@ -51,8 +51,8 @@ class MicrobatchStatistics:
         if self._layers:
             # Rows of other workers are 0 here, so that the sum over workers is exact.
             self._worker.all_reduce_sum(self._of_microbatches)
-            self._worker.all_reduce_sum(self._was_run)
-            self._write(self._of_microbatches.sum(dim=0) / self._was_run.sum().clamp(min=1))
+            total = self._of_microbatches.sum(dim=0)
+            self._write(total[:-1] / total[-1].clamp(min=1))
             for counter, before in zip(self._counters(), self._counts, strict=True):
                 counter.copy_(before + 1)  # of steps, not of this worker's microbatches
 
@@ -72,5 +72,5 @@ class _OfMicrobatch:
 
     def __exit__(self, *_: object) -> None:
         if self.statistics._layers:
-            self.statistics._of_microbatches[self.microbatch] = self.statistics._read()
-            self.statistics._was_run[self.microbatch] = 1
+            row = self.statistics._of_microbatches[self.microbatch]
+            row[:-1], row[-1] = self.statistics._read(), 1

@@ -35,7 +35,8 @@ def make_optimizer(
         {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": training.weight_decay if decays else 0.0}
         for (rate, decays), parameters in groups.items()
     ]
-    return _optimizer(training, settings, fused=all(one.device.type == "cuda" for one in named.values())), named
+    fused = {one.device.type for one in named.values()} <= {"cpu", "cuda"}
+    return _optimizer(training, settings, fused), named
 
 
 def blocks_above(network: Network) -> dict[str, int]:
@@ -73,7 +74,7 @@ def _entries(name: str, lists: Collection[str]) -> Iterator[tuple[str, str]]:
 
 
 def _optimizer(training: Training, groups: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
-    """`fused`: one kernel for all parameters of a group, which CUDA has; on a CPU it is no faster."""
+    """`fused`: one kernel for all parameters of a group, or on a CPU one pass over the memory of each."""
     if training.optimizer == "sgd":
         return torch.optim.SGD(
             groups, lr=0.0, momentum=training.momentum, nesterov=training.momentum > 0, fused=fused or None

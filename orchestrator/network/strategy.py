@@ -95,8 +95,9 @@ class GradientReduction:
 
     Exchanges begin in one order on all workers, whatever order gradients come in: a bucket waits for those before it.
     A parameter without a gradient brings zeros, so that all bring the same tensors; those for which no worker had one
-    in the first step come last from then on, so that nothing waits for them. With one worker there are neither buckets
-    nor hooks.
+    in the first step come last from then on, so that nothing waits for them. A gradient is copied into its bucket while
+    it is in the processor's cache, and is a part of the bucket afterwards, so that nothing is copied back. With one
+    worker there are neither buckets nor hooks.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], num_workers: int, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -107,6 +108,8 @@ class GradientReduction:
         self._without: set[nn.Parameter] | None = set()  # None once the first step is over
         self._buckets: list[list[nn.Parameter]] = []
         self._bucket_of: dict[nn.Parameter, int] = {}
+        # In their memory formats, which optimizers want of gradients.
+        self._strides = {one: torch.empty_like(one, device="meta").stride() for one in ordered}
         self._put_in_order(ordered)
         self._hooks = [
             one.register_post_accumulate_grad_hook(self._is_ready)  # type: ignore[no-untyped-call]
@@ -114,7 +117,9 @@ class GradientReduction:
         ]
         self._is_last = False
         self._waited_for: list[set[nn.Parameter]] = []
-        self._begun: list[tuple[Tensor, Any]] = []
+        self._flats: list[Tensor | None] = []  # of each bucket, once one of its gradients is in it
+        self._parts: dict[nn.Parameter, Tensor] = {}  # of the buckets, in the parameters' shapes
+        self._begun: list[Any] = []
         self._reset()
 
     def _put_in_order(self, ordered: Sequence[nn.Parameter]) -> None:
@@ -135,7 +140,7 @@ class GradientReduction:
 
     def _reset(self) -> None:
         self._waited_for = [set(bucket) for bucket in self._buckets]
-        self._begun = []
+        self._flats, self._parts, self._begun = [None] * len(self._buckets), {}, []
 
     @contextlib.contextmanager
     def overlapped(self) -> Iterator[None]:
@@ -150,16 +155,35 @@ class GradientReduction:
         if not self._is_last:
             return
         assert isinstance(parameter, nn.Parameter)
-        self._waited_for[self._bucket_of[parameter]].discard(parameter)
+        number = self._bucket_of[parameter]
+        self._put_in(number, parameter)
+        self._waited_for[number].discard(parameter)
         while len(self._begun) < len(self._buckets) and not self._waited_for[len(self._begun)]:
             self._begin_next()
 
+    def _put_in(self, number: int, parameter: nn.Parameter) -> None:
+        """A parameter's gradient into its bucket of that number, which is made for the first one."""
+        if self._flats[number] is None:
+            bucket = self._buckets[number]
+            sizes = [one.numel() for one in bucket]
+            flat = self._flats[number] = torch.empty(sum(sizes), dtype=parameter.dtype, device=parameter.device)
+            for one, part in zip(bucket, torch.split(flat, sizes), strict=True):
+                self._parts[one] = part.as_strided(one.shape, self._strides[one])
+        part = self._parts[parameter]
+        if parameter.grad is None:
+            part.zero_()
+        else:
+            part.copy_(parameter.grad)
+
     def _begin_next(self) -> None:
-        bucket = self._buckets[len(self._begun)]
+        number = len(self._begun)
         if self._without is not None:
-            self._without |= {parameter for parameter in bucket if parameter.grad is None}
-        flat = _flat([_gradient(parameter) for parameter in bucket])
-        self._begun.append((flat, dist.all_reduce(flat, async_op=True)))
+            self._without |= {parameter for parameter in self._buckets[number] if parameter.grad is None}
+        for parameter in self._waited_for[number]:  # which the last backward pass did not come by
+            self._put_in(number, parameter)
+        flat = self._flats[number]
+        assert flat is not None  # no bucket is empty
+        self._begun.append(dist.all_reduce(flat, async_op=True))
 
     def begin(self) -> None:
         """Begin the exchanges that have not begun. No other exchange may come between the backward pass and this."""
@@ -169,18 +193,22 @@ class GradientReduction:
     def finish(self, scale: float | Tensor) -> None:
         """Wait for all exchanges; each `parameter.grad` is then the sum over the workers, times `scale`."""
         self.begin()
-        for bucket, (flat, work) in zip(self._buckets, self._begun, strict=True):
+        for flat, work in zip(self._flats, self._begun, strict=True):
             work.wait()
-            _put_into([_gradient(parameter) for parameter in bucket], flat)
-        if self._without is not None and self._buckets:
+            assert flat is not None
+            flat.mul_(scale)
+        for parameter, part in self._parts.items():
+            parameter.grad = part
+        if not self._buckets:
+            torch._foreach_mul_([_gradient(parameter) for parameter in self._parameters], scale)
+        elif self._without is not None:
             self._put_unused_last()
         self._without = None
         self._reset()
-        torch._foreach_mul_([_gradient(parameter) for parameter in self._parameters], scale)
 
     def close(self) -> None:
         """Wait for what has begun, and take the hooks off the parameters."""
-        for _, work in self._begun:
+        for work in self._begun:
             work.wait()
         self._begun = []
         for hook in self._hooks:

@@ -41,6 +41,14 @@ class Worker:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_reduce_sums(self, *tensors: Tensor) -> list[Tensor]:
+        """The sum over the workers of each of some flat tensors; those of one dtype and device go at once."""
+        if self.num_workers == 1:
+            return list(tensors)
+        if any((one.dtype, one.device) != (tensors[0].dtype, tensors[0].device) for one in tensors):
+            return [self.all_reduce_sum(one) for one in tensors]
+        return list(torch.split(self.all_reduce_sum(torch.cat(tensors)), [len(one) for one in tensors]))
+
     def all_gather(self, value: Any) -> list[Any]:
         """Each worker's value, by rank, on all of them; all have to call it (all_gather_object)."""
         if self.num_workers == 1:

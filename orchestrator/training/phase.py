@@ -215,15 +215,15 @@ class PhaseLoop:
             for microbatch, some in self._own_microbatches(later):
                 key = (plan.job.training.seed, number + after, microbatch)
                 session.loader.prepare(session.source("train"), key, some)
-        # Numbers that the host needs are exchanged apart from those that are on the device: so nobody waits for it.
+        # Numbers that the host needs are exchanged apart from those that are on a GPU: so nobody waits for it.
         due = worker.rank == 0 and self._checkpoint_is_due()
-        sums = worker.all_reduce_sum(sums)
-        told = worker.all_reduce_sum(torch.tensor([num_samples, session.should_stop(), due], dtype=torch.float64))
+        told = torch.tensor([num_samples, session.should_stop(), due], dtype=torch.float64)
+        sums, told = worker.all_reduce_sums(sums, told)
         num_samples, stop, due = told.tolist()
         self._unread.append((sums, num_samples, number, own))
         # What a GPU has computed is looked at a step later, when it is there: so nobody waits for it. A loss that is
         # not finite moves no weights there either, by the fused optimizer.
-        self._read_sums(keep=1 if self.optimizer.defaults.get("fused") else 0)
+        self._read_sums(keep=1 if worker.device.type == "cuda" else 0)
         # Of a batch that nobody could read there is nothing to learn.
         reduction.finish((1.0 / sums[1]).float() if num_samples else 0.0)
         if num_samples:

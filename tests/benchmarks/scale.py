@@ -58,7 +58,7 @@ def ours(storage: str, data: Path, num_workers: int) -> dict[str, float]:
         backbone=str(DIGITS / "backbone"), data={"path": str(data), "validation_fraction": 0.0}, method="full",
         training={"epochs": EPOCHS, "batch_size": BATCH_SIZE, "clip_norm": None, "checkpoint_every_s": 1e9,
                   "batch_norm": "train"},
-        settings={"size": SIZE}, storage=storage, report=silent,
+        settings={"size": SIZE, "augment": "none"}, storage=storage, report=silent,
         scaling={"num_workers": num_workers, "threads_per_worker": threads_of(num_workers),
                  **scaling},
     )  # fmt: skip
