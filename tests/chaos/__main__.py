@@ -37,6 +37,8 @@ LONG = (
     "--method", "full", "--epochs", "15", "--batch-size", "16", "--set", "training.checkpoint_every_steps=5",
     "--set", "scaling.threads_per_worker=1",
 )  # fmt: skip
+MOST_A_RUN = 5
+"""Moments."""
 
 
 def main() -> int:
@@ -86,7 +88,7 @@ class Rounds:
                     left[name] = 0
                     continue
                 started = time.monotonic()
-                one = self.round(name, ROWS[name], len(found[name]))
+                one = self.round(name, ROWS[name], len(found[name]), min(left[name], MOST_A_RUN))
                 found[name].append(one | {"seconds": round(time.monotonic() - started, 1)})
                 why = one.get("skipped") or one.get("why") or ", ".join(fault["kind"] for fault in one["faults"])
                 verdict = "skipped" if "skipped" in one else "survived" if one["survived"] else "NOT SURVIVED"
@@ -95,13 +97,14 @@ class Rounds:
                 print(f"{name} {moments}: {verdict}: {why}", file=sys.stderr, flush=True)
         return found
 
-    def round(self, name: str, row: Row, number: int) -> dict[str, Any]:
-        """One job, hurt and brought to its end."""
+    def round(self, name: str, row: Row, number: int, wanted: int) -> dict[str, Any]:
+        """One job, hurt at so many moments, as far as it lasts, and brought to its end."""
         if why := row.needs():
             return {"skipped": why}
         expected = self.reference(row)
         folder = self.folder / f"{name}-{number}"
         work = self.work(folder, row, random.Random(f"{self.seed} {name} {number}"))
+        work.wanted = wanted
         one: dict[str, Any] = {"faults": work.faults, "survived": False}
         try:
             if row.on_nodes:

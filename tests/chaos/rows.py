@@ -34,9 +34,9 @@ class Row:
     """Why it cannot be tried here, '' where it can."""
 
 
-def several(work: Work, title: str, kind: str, times: int = 3) -> None:
+def several(work: Work, title: str, kind: str) -> None:
     """Kill a process of the job on Ray at random moments, as often as the job is not done before."""
-    for _ in range(times):
+    while work.is_wanted:
         if not work.wait_for_random_moment():
             return
         if found := work.on_ray(title):
@@ -45,7 +45,7 @@ def several(work: Work, title: str, kind: str, times: int = 3) -> None:
 
 def again(work: Work, title: str, kind: str) -> None:
     """Kill a process of the job on Ray that ends it at random moments, and start the job again."""
-    for _ in range(3):
+    while work.is_wanted:
         process = work.start()
         if not work.wait_for_random_moment():
             return
@@ -73,7 +73,7 @@ def _raylet(work: Work) -> None:
 
 
 def _driver(work: Work) -> None:
-    for _ in range(3):
+    while work.is_wanted:
         process = work.start()
         if not work.wait_for_random_moment():
             return
@@ -84,7 +84,7 @@ def _driver(work: Work) -> None:
 def _extractor(work: Work) -> None:
     """At any moment from its start on: while it loads the network, or runs it."""
     work.start()
-    for _ in range(3):
+    while work.is_wanted:
         if not work.wait(lambda: bool(work.on_ray("Extractor"))):
             return
         time.sleep(work.random.random() * 5)
@@ -96,9 +96,12 @@ def _extractor(work: Work) -> None:
 
 
 def _worker_and_driver(work: Work) -> None:
-    for _ in range(2):
+    while work.is_wanted:
         process = work.start()
-        several(work, "TrainWorker", "kill -9 of a worker", 1)
+        if not work.wait_for_random_moment():
+            return
+        if found := work.on_ray("TrainWorker"):
+            work.kill("kill -9 of a worker", work.random.choice(found))
         if not work.wait_for_random_moment():
             return
         work.kill("kill -9 of the driver", process.pid)
@@ -109,7 +112,7 @@ def _worker_and_driver(work: Work) -> None:
 
 
 def _damaged(work: Work, kind: str, damage: Callable[[Path], None]) -> None:
-    for _ in range(3):
+    while work.is_wanted:
         process = work.start()
         if not work.wait_for_random_moment(first=10):
             return
@@ -149,7 +152,7 @@ def _disk_full(work: Work) -> None:
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", runs], capture_output=True, check=False)
     if done.returncode:
         raise NotSurvivedError(f"{SKIPPED}no disk can be mounted here: {done.stderr.decode().strip()}")
-    for _ in range(3):
+    while work.is_wanted:
         process = work.start()
         if not work.wait_for_random_moment():
             return
@@ -178,25 +181,26 @@ def _fill(work: Work, process: subprocess.Popen[str]) -> None:
 
 
 def _storage_away(work: Work) -> None:
-    """For half a minute, at a random moment; requests fail, answer late, or are cut before that and after."""
+    """For half a minute, at one of the moments; at each, requests fail, answer late, or are cut."""
     assert work.proxy is not None
     work.start()
-    for seconds in (0, 30):
+    away_at = work.random.randint(1, work.wanted)
+    while work.is_wanted:
         if not work.wait_for_random_moment():
             return
         for _ in range(3):
             method, fault = work.random.choice([("PUT", "500"), ("PUT", "cut"), ("GET", "500"), ("PUT", "silent")])
             work.proxy.fail(method, fault)  # type: ignore[arg-type]
             work.note(f"the storage: {method} {fault}")
-        if seconds:
-            work.proxy.away_until = time.monotonic() + seconds
-            work.note(f"the storage is away for {seconds} s")
+        if work.moments == away_at:
+            work.proxy.away_until = time.monotonic() + 30
+            work.note("the storage is away for 30 s")
 
 
 def _driver_in_store(work: Work) -> None:
     """Killed, and gone on with by a machine that has nothing of it."""
-    for number in range(3):
-        work.environment["XDG_CACHE_HOME"] = str(work.folder / f"machine-{number}")
+    while work.is_wanted:
+        work.environment["XDG_CACHE_HOME"] = str(work.folder / f"machine-{work.moments}")
         process = work.start()
         if not work.wait_for_random_moment():
             return
@@ -230,7 +234,7 @@ def _node_killed(work: Work) -> None:
     assert work.cluster is not None
     work.start()
     second = "node1"
-    for _ in range(3):
+    while work.is_wanted:
         if not work.wait_for_random_moment():
             return
         work.note("a node's end")
@@ -239,17 +243,20 @@ def _node_killed(work: Work) -> None:
 
 
 def _node_cut(work: Work) -> None:
-    """Off the network for 20 s, then for ever; what runs on it runs on."""
+    """Off the network for 20 s, then for ever, then another one; what runs on it runs on."""
     assert work.cluster is not None
     work.start()
-    if not work.wait_for_random_moment():
-        return
-    work.note("a node's network is cut for 20 s")
-    work.cluster.cut("node1", 20)
-    if work.wait_for_random_moment():
-        work.note("a node's network is cut for ever")
-        work.cluster.cut("node1")
-        work.cluster.add_node()
+    second = "node1"
+    while work.is_wanted:
+        if not work.wait_for_random_moment():
+            return
+        if work.moments % 2:
+            work.note("a node's network is cut for 20 s")
+            work.cluster.cut(second, 20)
+        else:
+            work.note("a node's network is cut for ever")
+            work.cluster.cut(second)
+            second = work.cluster.add_node().name
 
 
 def _node_drained(work: Work) -> None:
@@ -257,7 +264,7 @@ def _node_drained(work: Work) -> None:
     assert work.cluster is not None
     work.start()
     second = "node1"
-    for _ in range(2):
+    while work.is_wanted:
         if not work.wait_for_random_moment():
             return
         work.note("a node's notice of 30 s")
@@ -271,7 +278,7 @@ def _node_drained(work: Work) -> None:
 def _head_gone(work: Work) -> None:
     """The head with its driver, and then all of the cluster; the same command on another cluster."""
     assert work.cluster is not None
-    for _ in range(3):
+    while work.is_wanted:
         process = work.start()
         if not work.wait_for_random_moment():
             return
@@ -287,7 +294,7 @@ def _head_gone(work: Work) -> None:
 
 def _two_drivers(work: Work) -> None:
     first = work.start()
-    for _ in range(3):
+    while work.is_wanted:
         if not work.wait_for_random_moment():
             return
         second = work.start()
@@ -302,10 +309,11 @@ def _two_drivers(work: Work) -> None:
 
 
 def _signals(work: Work) -> None:
-    for number, times in ((signal.SIGTERM, 1), (signal.SIGINT, 2)):
+    while work.is_wanted:
         process = work.start()
         if not work.wait_for_random_moment():
             return
+        number, times = (signal.SIGTERM, 1) if work.moments % 2 else (signal.SIGINT, 2)
         for _ in range(times):
             work.kill(f"signal {number.name}", process.pid, number)
             time.sleep(0.05)
@@ -317,7 +325,7 @@ def _signals(work: Work) -> None:
 
 
 ON_RAY = ("--address", "local")
-NODES = ("--workers", "2", "--set", "training.num_microbatches=2", "--set", "scaling.max_failures=4")
+NODES = ("--workers", "2", "--set", "training.num_microbatches=2", "--set", "scaling.max_failures=9")
 TWO = ("--address", "local", *NODES)
 HEAD = ("--method", "head", "--address", "local", "--set", "scaling.num_extractors=1", "--set", "settings.size=384")
 

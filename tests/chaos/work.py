@@ -52,8 +52,10 @@ class Work:
     name: str = "run"
     faults: list[dict[str, Any]] = field(default_factory=list)
     """Each with its kind, when it came, to which process."""
+    wanted: int = 5
+    """Random moments at which something is to be done to it."""
     moments: int = 0
-    """At which something was done to it, or was about to be."""
+    """So many there were."""
     num_starts: int = 0
     process: subprocess.Popen[str] | None = None
     pids: set[int] = field(default_factory=set)
@@ -114,10 +116,19 @@ class Work:
             time.sleep(0.005 if self.proxy is None else 0.1)
         raise NotSurvivedError(f"nothing happened for {TIMEOUT_S:.0f} s: {self.said()[-1500:]}")
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there are to be more of these moments."""
+        return self.moments < self.wanted
+
     def wait_for_random_moment(self, first: int = 0) -> bool:
-        """Until a checkpoint of a random later step, and then up to a tenth of a second; whether it still runs."""
+        """Until a checkpoint of a random later step, and then up to a tenth of a second; whether it still runs.
+
+        The moments that are left lie as far apart, on average, as the steps that are left allow.
+        """
         begin = max(self.step(), first)
-        target = self.random.randint(begin + 1, max(begin + 1, NUM_STEPS - 15))
+        num_left = max(1, self.wanted - self.moments)
+        target = begin + self.random.randint(1, max(1, 2 * (NUM_STEPS - 15 - begin) // (num_left + 1)))
         arrived = self.wait(lambda: self.step() >= target)
         time.sleep(self.random.random() * 0.1)
         still_runs = arrived and self.process is not None and self.process.poll() is None
