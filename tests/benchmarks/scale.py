@@ -2,7 +2,8 @@
 
 1,000 digits, EfficientNet-Lite0, 96 px, a batch of 32 over all workers, AdamW. Each number of workers against plain
 DistributedDataParallel over gloo with as many processes and threads, in turn; samples a second of the epochs after the
-first. Goal: .95 of its speed at each number. What went over the loopback network is published with it.
+first. Goal: .95 of its speed at each number. What went over the loopback network is published with it, and beside it
+the same plain loop in the workers of Ray's TorchTrainer, told to it once an epoch: what Ray itself costs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ def bytes_on_loopback() -> int:
     return 0
 
 
-def ours(storage: str, data: Path, num_workers: int) -> dict[str, float]:
+def ours(storage: Path, data: Path, num_workers: int) -> dict[str, float]:
     """Samples a second of each epoch but the first."""
     import orchestrator
 
@@ -58,14 +60,14 @@ def ours(storage: str, data: Path, num_workers: int) -> dict[str, float]:
         backbone=str(DIGITS / "backbone"), data={"path": str(data), "validation_fraction": 0.0}, method="full",
         training={"epochs": EPOCHS, "batch_size": BATCH_SIZE, "clip_norm": None, "checkpoint_every_s": 1e9,
                   "batch_norm": "train"},
-        settings={"size": SIZE, "augment": "none"}, storage=storage, report=silent,
+        settings={"size": SIZE, "augment": "none"}, storage=str(storage), report=silent,
         scaling={"num_workers": num_workers, "threads_per_worker": threads_of(num_workers),
                  **scaling},
     )  # fmt: skip
     return {"samples_per_s": statistics.median(line["samples_per_s"] for line in run.metrics[1:])}
 
 
-def ddp(data: Path, num_workers: int) -> dict[str, float]:
+def ddp(_storage: Path, data: Path, num_workers: int) -> dict[str, float]:
     """The same of DistributedDataParallel: each process has its share of every batch."""
     import torch.multiprocessing
 
@@ -80,17 +82,27 @@ def ddp(data: Path, num_workers: int) -> dict[str, float]:
 
 
 def _ddp_process(rank: int, num_workers: int, port: int, data: str, answer: str) -> None:
-    import torch
     import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_workers, timeout=timedelta(minutes=5)
+    )
+    speeds = list(_epochs(rank, num_workers, data))
+    if rank == 0:
+        Path(answer).write_text(json.dumps({"samples_per_s": statistics.median(speeds[1:])}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _epochs(rank: int, num_workers: int, data: str) -> Iterator[float]:
+    """The plain loop in one of these processes: samples a second of each epoch."""
+    import torch
 
     from tests.benchmarks import plain
     from tests.benchmarks.harness import same_settings
 
     same_settings()
     torch.set_num_threads(threads_of(num_workers))
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_workers, timeout=timedelta(minutes=5)
-    )
     model: Any = plain.classifier()
     if num_workers > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
@@ -99,18 +111,38 @@ def _ddp_process(rank: int, num_workers: int, port: int, data: str, answer: str)
         image_collate(SIZE),
         plain.digits(data=Path(data)),
     )
-    speeds = []
     for epoch in range(EPOCHS):
         started = time.monotonic()
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(epoch)).tolist()
         shares = [batch[rank::num_workers] for batch in plain.pieces(order, BATCH_SIZE)]
         for batch in plain.ahead(lambda share: collate([files[place] for place in share]), shares):
             plain.train_step(model, optimizer, batch)
-        speeds.append(len(files) / (time.monotonic() - started))
-    if rank == 0:
-        Path(answer).write_text(json.dumps({"samples_per_s": statistics.median(speeds[1:])}))
-    dist.barrier()
-    dist.destroy_process_group()
+        yield len(files) / (time.monotonic() - started)
+
+
+def on_ray(storage: Path, data: Path, num_workers: int) -> dict[str, float]:
+    """The same of the plain loop where Ray Train starts the processes."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    def work() -> None:
+        speeds = []
+        for speed in _epochs(ray.train.get_context().get_world_rank(), num_workers, str(data)):
+            speeds.append(speed)
+            ray.train.report({"samples_per_s": statistics.median(speeds[1:] or speeds)})
+
+    ray.init(
+        num_cpus=num_workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path.cwd()), "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"]}},
+    )  # fmt: skip
+    found = TorchTrainer(
+        work,
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers),
+        run_config=ray.train.RunConfig(storage_path=str(storage.absolute())),
+    ).fit()
+    assert found.metrics is not None
+    return {"samples_per_s": found.metrics["samples_per_s"]}
 
 
 def make_some(out: Path) -> None:
@@ -130,7 +162,7 @@ def main() -> None:
         who, _, num = given.side.partition("-")
         storage, before = Path(given.storage), bytes_on_loopback()
         data = storage.parent / "data"
-        found = ours(str(storage), data, int(num)) if who == "ours" else ddp(data, int(num))
+        found = {"ours": ours, "ddp": ddp, "ray": on_ray}[who](storage, data, int(num))
         print(json.dumps({**found, "loopback_mb": round((bytes_on_loopback() - before) / 1e6, 1)}))
         return
     make_digits()
@@ -143,13 +175,16 @@ def main() -> None:
                 f"{who}-{num_workers}": lambda repeat, side=f"{who}-{num_workers}": (
                     process("scale", "--side", side, "--storage", f"{folder}/{side}-{repeat}").answer
                 )
-                for who in ("ours", "ddp")
+                for who in (("ours", "ddp", "ray") if num_workers > 1 else ("ours", "ddp"))
             }
             _, found = in_turn(sides, given.repeats)
-            mine, theirs = found[f"ours-{num_workers}"], found[f"ddp-{num_workers}"]
-            speed = paired([one["samples_per_s"] for one in mine], [one["samples_per_s"] for one in theirs])
+            speeds = {side: [one["samples_per_s"] for one in answers] for side, answers in found.items()}
+            theirs = speeds[f"ddp-{num_workers}"]
+            speed = paired(speeds[f"ours-{num_workers}"], theirs)
             rows.append((f"samples a second over DDP's, {num_workers} workers", speed, GOAL, True))
-            more |= {f"ours-{num_workers}": mine, f"ddp-{num_workers}": theirs}
+            more |= found
+            if num_workers > 1:
+                more[f"ray_over_ddp-{num_workers}"] = paired(speeds[f"ray-{num_workers}"], theirs)
     report("scale", rows, **more)
 
 

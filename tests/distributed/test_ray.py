@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -27,6 +26,7 @@ from orchestrator.errors import InterruptedRunError, RefusedError, TrainingError
 from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan
 from orchestrator.modality import registry
 from orchestrator.store.shards import Shard
+from tests.chaos.work import descendants, title_of
 from tests.conftest import ALL_CORES
 from tests.whole.test_train import LONG, Cli, same, silent, start, weights_of
 
@@ -158,7 +158,7 @@ def kill_after_first_shard(features: Path) -> list[int]:
     """Kill -9 all processes that extract, once there is one shard; which they were."""
     while not list(features.rglob("float32/*.json")):
         time.sleep(0.01)
-    found = processes(b"Extractor")
+    found = processes("Extractor")
     for process in found:
         os.kill(process, signal.SIGKILL)
     return found
@@ -194,7 +194,7 @@ def test_a_worker_that_dies_is_replaced(uninterrupted: orchestrator.Run, tiny_re
 
     def kill(event: Event) -> None:
         if isinstance(event, Advanced) and not killed and list(Path("runs/hurt").glob("checkpoints/*/.manifest.json")):
-            killed.extend((*processes(b"TrainWorker"), *processes(b"EventQueue")))
+            killed.extend((*processes("TrainWorker"), *processes("EventQueue")))
             for process in killed:  # the queue too: some events are lost with it, and no work
                 os.kill(process, signal.SIGKILL)
 
@@ -248,7 +248,7 @@ def test_a_job_cut_off_in_this_process_goes_on_with_two_workers_one_of_which_die
     def kill(event: Event) -> None:
         spoil(event)
         if isinstance(event, EpochEnded) and event.figures["epoch"] == 2 and not killed:
-            killed.extend(processes(b"TrainWorker"))
+            killed.extend(processes("TrainWorker"))
             os.kill(killed[-1], signal.SIGKILL)
 
     notes: list[Event] = []
@@ -284,15 +284,10 @@ def test_a_run_without_a_checkpoint_has_a_part_for_each_worker_of_today(tiny_res
     assert not [event for event in notes if isinstance(event, Noted) and "have none in a step" in event.text]
 
 
-def processes(name: bytes) -> list[int]:
-    """Process ids of Ray's processes of that name."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            title = place.read_bytes()
-            if title.startswith(b"ray::") and name in title:
-                found.append(int(place.parent.name))
-    return found
+def processes(name: str) -> list[int]:
+    """Ids of the processes of that name of this process's Ray; what else runs on this machine is not ours to kill."""
+    titles = {pid: title_of(pid) for pid in descendants(os.getpid())}
+    return [pid for pid, title in titles.items() if title.startswith("ray::") and name in title]
 
 
 @pytest.mark.cluster
