@@ -86,6 +86,17 @@ def submit(cluster: LocalCluster, heard: Heard | None = None, **job: Any) -> orc
     return orchestrator.submit(address=cluster.dashboard, report=Heard() if heard is None else heard, **job)
 
 
+def served_alone(model: Path, image: Path) -> str:
+    """The label that a pipeline of transformers gives, in a process that has not this package."""
+    serve = (
+        "import sys, transformers; sys.modules['orchestrator'] = None\n"
+        f"print(transformers.pipeline('image-classification', model={str(model)!r})({str(image)!r})[0]['label'])"
+    )
+    done = subprocess.run([sys.executable, "-c", serve], capture_output=True, text=True, check=False, cwd=model.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 @contextlib.contextmanager
 def followed(run: orchestrator.RemoteRun, until: int) -> Iterator[Heard]:
     """What was heard once an epoch has ended; it is listened to in a thread until the run is over."""
@@ -134,13 +145,7 @@ def test_it_trains_there_and_comes_home(
     assert (home.path / "checkpoints").is_dir()
     model = run.fetch(tmp_path / "model", "model")
     assert sorted(one.name for one in model.path.iterdir() if one.is_dir()) == ["model"]
-    serve = (
-        "import sys, transformers; sys.modules['orchestrator'] = None\n"
-        f"print(transformers.pipeline('image-classification', model={str(model.path / 'model')!r})"
-        f"({str(next((digits / 'test').rglob('*.png')))!r})[0]['label'])"
-    )
-    done = subprocess.run([sys.executable, "-c", serve], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.stdout.strip() in "0123456789", done.stderr
+    assert served_alone(model.path / "model", next((digits / "test").rglob("*.png"))).isdigit()
 
 
 def test_following_outlives_the_connection(
@@ -243,7 +248,9 @@ def test_a_node_that_is_lost_is_replaced_and_the_job_ends(
     assert heard.said("restart 1 of")
     assert heard.epochs[-1] == 40
     assert sorted(set(heard.epochs)) == list(range(1, 41))
-    assert run.fetch(tmp_path / "home").finished
+    home = run.fetch(tmp_path / "home")
+    assert home.finished
+    assert served_alone(home.model, next((digits / "test").rglob("*.png"))).isdigit()
 
 
 def test_a_plugin_that_is_here_alone_trains_there(
