@@ -13,6 +13,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,16 @@ def submit(
         fields = {**fields, **_KINDS[kind]}
         draft = _checked(drafted(job, fields))
         telling(PhaseBegan("looking at backbone and data"))
-        sent = _sent(job, fields, draft, kind, telling)
+        sent = _sent(draft, kind, telling)
         for line in (*draft.notes, *sent.plan.warnings, *sent.plan.data.warnings):
             telling(Noted(line, is_warning=True))
         return _Submission(head, sent, kind, fresh, telling, found).run()
 
 
-def _sent(
-    job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any], draft: Draft, kind: str, report: Report
-) -> Sent:
-    """What travels. Raises `RefusedError`, as it would where it ran here."""
+def _sent(draft: Draft, kind: str, report: Report) -> Sent:
+    """What travels. Raises `RefusedError`, as it would where it ran there: the cores of this machine are no limit."""
+    if kind != "rank" and isinstance(scaling := draft.tree.get("scaling") or {}, Mapping):
+        draft = replace(draft, tree={**draft.tree, "scaling": {**scaling, "address": "auto"}})
     if kind in ("search", "rank"):
         try:
             if kind == "search":
@@ -101,7 +102,7 @@ def _sent(
         except ModuleNotFoundError as error:
             raise missing_extra(error) or error from None
         return to_send(draft, report)
-    plan = rehearsed(*planned(job, fields))
+    plan = rehearsed(*planned(draft, {}))
     sent = _for_the_cluster(draft.job(), plan)
     return Sent(sent.model_dump(mode="json", exclude_defaults=True), plan.name, sent.storage, plan, sent.digest())
 

@@ -97,7 +97,7 @@ def inspect(
 
 
 def planned(
-    job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]
+    job: Job | Draft | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]
 ) -> tuple[Plan, Prepared, ResolvedBackbone]:
     """The Plan of a job, what was found in its data, and its backbone."""
     draft = drafted(job, fields)
@@ -185,7 +185,7 @@ def plan_on(job: Job, resolved: ResolvedBackbone, prepared: Prepared) -> Plan:
     )
 
 
-def drafted(job: Job | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
+def drafted(job: Job | Draft | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Draft:
     """What `finetune` and `plan` were asked for, rows that a program holds among it. Raises `JobError`."""
     if isinstance(job, Mapping) and "data" in job:
         job = {**job, "data": as_settings(job["data"])}

@@ -27,8 +27,13 @@ def all_keys() -> list[str]:
     ]  # fmt: skip
 
 
+_ALSO = {"workers": "num_workers"}
+"""By what other name a setting is known, as its flag is."""
+
+
 def homes(name: str) -> list[str]:
     """The dotted keys that end in the name: `training.seed` and `data.seed` of `seed`."""
+    name = _ALSO.get(name, name)
     return [key for key in all_keys() if key.partition(".")[2] == name]
 
 

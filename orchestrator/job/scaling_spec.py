@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -58,6 +59,26 @@ class Scaling(Part):
     def is_elastic(self) -> bool:
         """Whether the number of workers may change while it runs."""
         return self.fewest_workers < self.num_workers
+
+    @model_validator(mode="before")
+    @classmethod
+    def _workers_as_a_range(cls, given: Any) -> Any:
+        """`workers: {min: 2, max: 16}` is `num_workers: 16, min_workers: 2`; `workers: 4` is `num_workers: 4`."""
+        if not isinstance(given, Mapping):
+            return given
+        if "workers" in given and "num_workers" in given:
+            raise ValueError("workers and num_workers are the same, and both are set: take one of the two out")
+        name = "workers" if "workers" in given else "num_workers"
+        asked = given.get(name)
+        if not isinstance(asked, Mapping):
+            rest = {key: value for key, value in given.items() if key != "workers"}
+            return {**rest, "num_workers": asked} if name == "workers" else given
+        if set(asked) != {"min", "max"} or "min_workers" in given:
+            raise ValueError(
+                f"{name} is a number, or {{min: 2, max: 16}} and no min_workers beside it: it is {dict(asked)}"
+            )
+        rest = {key: value for key, value in given.items() if key != name}
+        return {**rest, "num_workers": asked["max"], "min_workers": asked["min"]}
 
     @model_validator(mode="after")
     def _in_order(self) -> Scaling:

@@ -24,8 +24,8 @@ from ray.tune.search import Searcher
 
 from orchestrator.distributed.cluster import failures_of
 from orchestrator.distributed.joining import joined
-from orchestrator.distributed.offer import gpu_places, resources_of
-from orchestrator.errors import InterruptedRunError, RefusedError
+from orchestrator.distributed.offer import kind_of, resources_of
+from orchestrator.errors import InterruptedRunError
 from orchestrator.gate import num_cores
 from orchestrator.job import EpochEnded, Event, PhaseBegan, Plan, Run
 from orchestrator.modality import Modality, registry
@@ -33,11 +33,10 @@ from orchestrator.train import train_as_planned
 from orchestrator.training import FINAL_FIGURES
 from orchestrator.tuning.pending import PendingTrial, TrialContext
 from orchestrator.tuning.probes import FOLDER, keep_probe
+from orchestrator.tuning.room import Room, room_for
 from orchestrator.tuning.stopping import LAST_EPOCH
 from orchestrator.tuning.trials import KEPT, Key, State, Trial
 
-_MOST_HERE = 8
-"""Trials side by side on this machine, unless more are asked for: each holds a network and its samples in memory."""
 _RUN, _NUMBER, _REPEAT, _PROBES = "run", "number", "repeat", "probes"
 _DRIVER_BYTES = 2**20
 """What a trial asks for that has workers of its own: a place, and no core."""
@@ -53,16 +52,6 @@ _ENVIRONMENT = {
 }
 _LOUD = ("ray.tune.execution.tune_controller", "ray.tune.tune")
 """Loggers that print the whole trace of a trial that fails, whose row says why in a line."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """What trials get of the cluster."""
-
-    num_side_by_side: int
-    threads: int
-    """Of each worker."""
-    use_gpu: bool
 
 
 @dataclass
@@ -128,7 +117,8 @@ class TuneTrials:
             # On this node: another one that is lost takes workers with it, which are replaced, and no trial.
             here = f"node:{ray.util.get_node_ip_address()}"
             return tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES, here: _DRIVER_SHARE}])
-        return tune.PlacementGroupFactory([resources_of(plan, self._room.threads, self._room.use_gpu)])
+        kind = kind_of(plan) if self._room.use_gpu else {}
+        return tune.PlacementGroupFactory([{**resources_of(plan, self._room.threads, self._room.use_gpu), **kind}])
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its parts into a folder that nobody reads."""
@@ -219,30 +209,6 @@ def line_of(figures: Mapping[str, Any]) -> dict[str, Any]:
 def lines_of(run: Run) -> list[dict[str, Any]]:
     """The epochs of a trial's run."""
     return [line_of(figures) for figures in run.metrics]
-
-
-def room_for(plan: Plan, most: int, asked: int | None) -> Room:
-    """How many trials like that the cluster has room for side by side, at most `asked` and `most`; at least one.
-
-    Raises `RefusedError` where it has room for none.
-    """
-    there = ray.cluster_resources()
-    cores, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
-    scaling = plan.job.scaling
-    processes = max(plan.num_workers, plan.num_extractors)
-    places = gpu_places(gpus, scaling.gpus_per_worker)
-    use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and places >= processes)
-    wanted = min(most, asked or (places // processes if use_gpu else _MOST_HERE))
-    threads = scaling.threads_per_worker or max(1, cores // (processes * max(1, wanted)))
-    room = min(cores // (processes * threads), places // processes if use_gpu else cores)
-    if room < 1:
-        raise RefusedError(
-            "resources",
-            f"a trial needs {processes} processes of {threads} threads{' and a GPU each' if use_gpu else ''}, and the "
-            f"cluster has {cores} CPUs and {gpus} GPUs",
-            mend="lower scaling.num_workers or scaling.threads_per_worker",
-        )
-    return Room(max(1, min(wanted, room)), threads, use_gpu)
 
 
 # --- in the trial's process ---

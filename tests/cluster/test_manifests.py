@@ -94,6 +94,21 @@ def test_a_cluster_is_guarded_and_its_head_stays(name: str) -> None:
     subprocess.run(["bash", "-n", "-c", hook[2]], check=True)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_job_is_told_what_the_autoscaler_can_add(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the pods of the workers have it: Ray counts what a pod requests."""
+    from orchestrator.distributed import offer
+
+    cluster = cluster_of(name)
+    (container,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    (said,) = [one["value"] for one in container["env"] if one["name"] == offer.NODE_TYPES]
+    (worker,) = cluster["workerGroupSpecs"]
+    requests = worker["template"]["spec"]["containers"][0]["resources"]["requests"]
+    monkeypatch.setenv(offer.NODE_TYPES, said)
+    wanted = {"CPU": int(requests["cpu"]), "GPU": int(requests["nvidia.com/gpu"])}
+    assert offer._node_types() == [wanted] * worker["maxReplicas"]
+
+
 def test_the_job_has_the_cluster_of_the_other_manifest() -> None:
     cluster, job = (copy.deepcopy(cluster_of(name)) for name in KINDS)
     pod = job["headGroupSpec"]["template"]["spec"]

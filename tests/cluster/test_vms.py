@@ -117,6 +117,29 @@ def test_the_head_stays_and_the_workers_are_spot_machines(cloud: str) -> None:
     assert f"notice {cloud} " in config["worker_start_ray_commands"][-1]
 
 
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_docker_is_given_each_option_once(cloud: str) -> None:
+    """Of the command that Ray makes: docker refuses a network that is named twice."""
+    from ray.autoscaler._private.docker import docker_start_cmds
+
+    docker = config_of(cloud)["docker"]
+    line = docker_start_cmds(
+        "ray", docker["head_image"], {}, "name", docker["run_options"], "one", "/home/ray", "docker"
+    )
+    names = [word.partition("=")[0].replace("--network", "--net") for word in line.split() if word.startswith("--")]
+    repeated = {name for name in names if names.count(name) > 1} - {"--env", "--ulimit"}
+    assert (repeated, "--net" in names) == (set(), True)
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_a_job_is_told_what_ray_up_can_add(cloud: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from orchestrator.distributed import offer
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ray_bootstrap_config.yaml").write_text((FOLDER / f"{cloud}.yaml").read_text())
+    assert offer._node_types() == [{"CPU": 8, "GPU": 1, "accelerator_type:L4": 1}] * 8
+
+
 # --- notice.sh ---
 
 

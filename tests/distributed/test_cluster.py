@@ -5,6 +5,7 @@ A GPU is a number to Ray's scheduler: it is enough to say that a node has some.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import orchestrator
 from orchestrator.errors import RefusedError
@@ -114,15 +116,38 @@ def test_gpus_are_shared_and_of_one_kind(plan: Plan) -> None:
 
 @pytest.mark.usefixtures("_two_nodes")
 def test_trials_share_gpus_as_workers_do(plan: Plan) -> None:
-    from orchestrator.tuning.on_tune import Room, room_for
+    from orchestrator.tuning.room import Room, room_for
 
     one = with_scaling(plan, num_workers=1)
-    assert room_for(one, 8, None) == Room(1, 6, use_gpu=True)
+    assert room_for(one, 8, None) == Room(1, 4, use_gpu=True)  # 6 threads have no place: the nodes have 2 and 4
     assert room_for(with_scaling(one, gpus_per_worker=0.25), 8, None) == Room(4, 1, use_gpu=True)
-    assert room_for(with_scaling(plan, gpus_per_worker=0.5), 8, None) == Room(1, 3, use_gpu=True)
+    assert room_for(with_scaling(plan, gpus_per_worker=0.5), 8, None) == Room(1, 2, use_gpu=True)
+    assert room_for(with_scaling(one, device="cpu"), 2, None) == Room(2, 2, use_gpu=False)
     assert not room_for(plan, 8, None).use_gpu  # two workers and one GPU: on CPUs, as a job that is no search
-    with pytest.raises(RefusedError, match="2 processes of 3 threads and a GPU each, and the cluster has 6 CPUs and 1"):
+    with pytest.raises(RefusedError, match="2 processes of 1 threads and a GPU each, and the cluster has 6 CPUs and 1"):
         room_for(with_scaling(plan, device="gpu"), 8, None)
+    with pytest.raises(RefusedError, match="6 CPUs and 0 H100 GPUs") as caught:
+        room_for(with_scaling(one, accelerator_type="H100"), 8, None)
+    assert "device cpu" in caught.value.mend
+    assert room_for(with_scaling(one, accelerator_type="L4"), 8, None) == Room(1, 4, use_gpu=True)
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_workers_have_a_place_as_their_placement_has_it(plan: Plan) -> None:
+    from orchestrator.distributed import offer
+
+    notes: list[Event] = []
+    cpu = with_scaling(plan, device="cpu")
+    assert offer.offer_of(cpu, notes.append)["threads"] == 2  # one on each node, or both on the larger one
+    assert offer.offer_of(with_scaling(cpu, placement="strict-pack"), notes.append)["threads"] == 2
+    assert offer.offer_of(with_scaling(cpu, placement="strict-spread"), notes.append)["threads"] == 2
+    for num, placement in ((5, "strict-pack"), (3, "strict-spread")):
+        with pytest.raises(RefusedError, match=f"{num} workers of 1 threads have no place {placement}") as caught:
+            offer.offer_of(with_scaling(cpu, num_workers=num, placement=placement), notes.append)
+        assert f"use placement {placement.removeprefix('strict-')}" in caught.value.mend
+    split = with_scaling(cpu, num_workers=2).model_copy(update={"threads_per_worker": 3})
+    with pytest.raises(RefusedError, match="2 workers of 3 threads have no place: the nodes have 4, 2 CPUs"):
+        offer.offer_of(split, notes.append)  # 6 of 6 CPUs, and yet
 
 
 @pytest.mark.usefixtures("_two_nodes")
@@ -185,16 +210,55 @@ def test_a_worker_that_lives_tells_which_one_is_gone(said: str, told: str) -> No
 
 
 @pytest.mark.usefixtures("_two_nodes")
-def test_what_an_autoscaler_could_give_is_waited_for(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("told", ["by the environment", "by what ray up leaves"])
+def test_what_an_autoscaler_could_give_is_waited_for(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: str
+) -> None:
     from orchestrator.distributed import offer
 
-    monkeypatch.setattr(offer, "most_resources", lambda: {"CPU": 64, "GPU": 8})
     notes: list[Event] = []
-    assert offer.offer_of(plan, notes.append)["use_gpu"]
-    note = notes[-1]
-    assert note == Noted("the job waits for its place on the cluster: 2 GPUs are wanted and 1 are free")
-    monkeypatch.setattr(offer, "_node_types", lambda: [{"CPU": 16, "GPU": 1}] * 2)
-    assert offer.offer_of(plan, notes.append)["threads"] == 16  # a machine's cores, which is not there yet
+    with pytest.raises(RefusedError, match="2 processes want a GPU each, and the cluster has 1"):
+        offer.offer_of(with_scaling(plan, device="gpu"), notes.append)
+    kind = {"CPU": 16, "GPU": 1}
+    if told == "by the environment":
+        monkeypatch.setenv(offer.NODE_TYPES, json.dumps([{"resources": kind, "max": 2}]))
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        types = {"head": {"resources": {"CPU": 64}, "max_workers": 0}, "gpu": {"resources": kind, "max_workers": 2}}
+        file = {"head_node_type": "head", "available_node_types": types}
+        (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(file))
+    given = offer.offer_of(with_scaling(plan, device="gpu"), notes.append)
+    assert (given["use_gpu"], given["threads"]) == (True, 16)  # a machine's cores, which is not there yet
+    assert notes == [
+        Noted("the job waits for its place on the cluster: 32 CPUs are wanted and 6 are free, 2 GPUs are wanted and "
+              "1 are free")
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("_two_nodes")
+@pytest.mark.parametrize("nonsense", ["{", "7", '[{"max": 2}]', '[{"resources": {"CPU": "x"}, "max": 1}]', "null"])
+def test_nonsense_about_node_types_is_refused(monkeypatch: pytest.MonkeyPatch, nonsense: str) -> None:
+    from orchestrator.distributed import offer
+
+    monkeypatch.setenv(offer.NODE_TYPES, nonsense)
+    with pytest.raises(RefusedError, match=f"{offer.NODE_TYPES} on the head does not say") as caught:
+        offer.nodes_possible()
+    assert "where the head is started" in caught.value.mend
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_where_kuberay_adds_nodes_that_nobody_describes_a_job_waits(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.distributed import offer
+    from orchestrator.tuning.room import Room, room_for
+
+    monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head --no-monitor --num-cpus=0")
+    notes: list[Event] = []
+    many = with_scaling(plan, num_workers=50, device="gpu")
+    assert offer.offer_of(many, notes.append)["use_gpu"]
+    assert "50 GPUs are wanted and 1 are free" in str(notes[-1])
+    assert room_for(many, 8, None) == Room(1, 1, use_gpu=True)
 
 
 @pytest.mark.usefixtures("_two_nodes")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from hypothesis import given, settings, strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -80,6 +81,22 @@ def test_the_fewest_workers_are_no_more_than_all() -> None:
     # Where it runs is no part of what is learnt: the run has the same name.
     digests = {make_job(backbone="a/b", data="x", num_workers=4, min_workers=n).digest() for n in (None, 1, 4)}
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("key", ["workers", "num_workers", "scaling.workers"])
+def test_workers_are_a_number_or_a_range(key: str, tmp_path: Path) -> None:
+    job = {"backbone": "a/b", "data": "x"}
+    asked = {"min": 2, "max": 16}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({**job, key: asked}))
+    for scaling in (make_job(**job, **{key: asked}).scaling, make_job(tmp_path / "job.yaml").scaling):
+        assert (scaling.min_workers, scaling.num_workers) == (2, 16)
+    assert make_job(**job, **{key: 3}).scaling.num_workers == 3
+    for wrong, said in (
+        ({"min": 2}, "{min: 2, max: 16}"), ({"min": 3, "max": 2}, "min_workers = 3 is more than"),
+        ({"min": "a", "max": 2}, "scaling.min_workers = 'a'"), ({"min": 1, "max": 2, "most": 3}, "{min: 2, max: 16}"),
+    ):  # fmt: skip
+        assert said in refusal(**job, **{key: wrong}).message
+    assert "both are set" in refusal(**job, **{key: 2, "scaling": {"num_workers": 3}}).message
 
 
 def test_fields_win_over_the_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import orchestrator
 from orchestrator.errors import DataError, RefusedError
 from orchestrator.gate import drafted
-from orchestrator.submission import _checked, _for_the_cluster
+from orchestrator.submission import _checked, _for_the_cluster, _sent
 
 
 def test_rows_of_a_program_do_not_travel() -> None:
@@ -34,3 +34,20 @@ def test_the_job_that_is_sent_means_the_same_anywhere(tiny_resnet: Path, flat_di
     assert sent.storage == str(Path("runs").absolute())
     assert sent.scaling.address == "auto"
     assert sent.digest() == plan.job.digest(), "where it runs changes nothing of what is learnt"
+
+
+@pytest.mark.parametrize("more", [{"num_workers": 16, "min_workers": 2}, {"num_workers": 4, "threads_per_worker": 64}])
+@pytest.mark.parametrize("kind", ["finetune", "search"])
+def test_the_cores_of_this_machine_are_no_limit_to_what_is_sent(
+    tiny_resnet: Path, flat_digits: Path, kind: str, more: dict[str, int]
+) -> None:
+    fields = {"backbone": str(tiny_resnet), "data": str(flat_digits), "method": "full", "scaling": more,
+              "training": {"batch_size": 80}}  # fmt: skip
+    if kind == "search":
+        fields["search"] = {"num_trials": 2, "space": {"learning_rate": {"loguniform": [1e-5, 1e-2]}}}
+    else:
+        with pytest.raises(RefusedError, match=r"more than the \d+ cores here"):
+            orchestrator.plan(**fields)
+    sent = _sent(drafted(None, fields), kind, lambda _: None)
+    assert sent.tree["scaling"] == {**more, "address": "auto"}
+    assert sent.plan.num_workers == more["num_workers"]
