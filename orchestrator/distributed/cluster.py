@@ -37,6 +37,8 @@ _STOP_GRACE_S = 60.0
 _ENDED_GRACE_S = 10.0
 _TRAINER_GRACE_S = 60.0
 """How long the trainer may take to see that its workers are gone, and to start those once more that then stop."""
+_NOBODY_GRACE_S = 1.0
+"""The same where no worker runs."""
 _EXCHANGE_TIMEOUT_S = 1800
 """How long a worker waits for the others: while rank 0 exports the model, say."""
 _BODY_PASS_TIMEOUT_S = 12 * 3600
@@ -269,6 +271,8 @@ def _follow(thread: threading.Thread, queue: Any, report: Report, should_stop: C
             wait.look(_is_waiting(queue))
         if alive and should_stop() and not asked_at:
             asked_at = time.monotonic()
+            if _is_waiting(queue):
+                raise InterruptedRunError("stopped while no worker ran", mend="the same command goes on")
             report(Noted("stopping after this step"))
         if asked_at and time.monotonic() - asked_at > _STOP_GRACE_S:
             raise _NoAnswer("stopped; the workers did not answer", mend="the same command goes on")
@@ -296,16 +300,17 @@ def _is_waiting(queue: Any) -> bool:
 def _end(thread: threading.Thread, queue: Any, error: BaseException) -> None:
     """Return once no worker works on the run any more: first they are asked to stop, then Ray ends them."""
     impatient = isinstance(error, _NoAnswer | KeyboardInterrupt)
+    nobody = _is_waiting(queue)  # works: the job waits for its place, and workers that come yet stop before they begin
     with contextlib.suppress(ray.exceptions.RayError):
         ray.get(queue.take.remote(True), timeout=_ENDED_GRACE_S)
-    thread.join(0 if impatient else _STOP_GRACE_S)
+    thread.join(0 if impatient else _NOBODY_GRACE_S if nobody else _STOP_GRACE_S)
     if thread.is_alive():
         ended_by = time.monotonic() + _ENDED_GRACE_S
         with contextlib.suppress(ray.exceptions.RayError):
             while ray.get(queue.end.remote(), timeout=_ENDED_GRACE_S) and time.monotonic() < ended_by:
                 time.sleep(_POLL_S)
         # Ray ends a process one of whose threads asks it something while it is shut down: so the trainer ends first.
-        thread.join(_TRAINER_GRACE_S)
+        thread.join(_NOBODY_GRACE_S if nobody else _TRAINER_GRACE_S)
     if thread.is_alive():
         shut_down()  # with the driver go all processes that it has started on the cluster, restarted ones too
         thread.join(_ENDED_GRACE_S)
