@@ -152,10 +152,16 @@ class RemoteRun:
         """The run, or its `model`, or its `results`, copied to a folder of this machine; digests were compared.
 
         Of a search that has ended it is the best trial's run. Out of its storage where this machine sees it, else
-        through the cluster. Raises `RefusedError`.
+        through the cluster. Where the folder is the run itself, it stays as it is. Raises `RefusedError`.
         """
         name, target = self._run_name(), local_path(folder).absolute()
-        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_copy(target, name))):
+        sees_storage = self._sees_storage()
+        is_itself = sees_storage and not is_uri(self.storage) and _is_same(target, Path(self.storage) / name)
+        if (
+            not is_itself
+            and target.exists()
+            and (not target.is_dir() or (any(target.iterdir()) and not _is_copy(target, name)))
+        ):
             raise RefusedError(
                 "usage", f"{folder} is {'not empty' if target.is_dir() else 'a file'}, and no copy of {name}",
                 expected="a folder that is new, empty or holds an earlier copy", mend="give another folder: --to",
@@ -163,11 +169,12 @@ class RemoteRun:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = beside(target)
         try:
-            if self._sees_storage():
+            if sees_storage:
                 copy_run(open_storage(self.storage), name, partial, what)
             else:
                 fetch_through_cluster(self._head, self.storage, name, partial, what)
-            settle(partial, target)
+            if not is_itself:
+                settle(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return Run(target)
@@ -210,9 +217,15 @@ class RemoteRun:
 
 
 def _is_copy(folder: Path, name: str) -> bool:
-    """Whether it holds a run of that name."""
+    """Whether it holds a copy of a run of that name: not the run of somebody who works on it, which has commits."""
     with contextlib.suppress(OrchestratorError):
-        return open_run(folder).plan.name == name
+        return open_run(folder).plan.name == name and not open_storage(str(folder.parent)).commits(folder.name)
+    return False
+
+
+def _is_same(folder: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return folder.samefile(other)
     return False
 
 

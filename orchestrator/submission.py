@@ -151,7 +151,8 @@ class _Submission:
     ) -> None:  # fmt: skip
         self._head, self._sent, self._kind, self._fresh = head, sent, kind, fresh
         self._report, self._found = report, found
-        told = json.dumps({"kind": kind, "job": sent.tree}, sort_keys=True)
+        seen = {"data": sent.plan.data.fingerprint, "backbone": sent.plan.backbone.commit}
+        told = json.dumps({"kind": kind, "job": sent.tree, **seen}, sort_keys=True)
         self._digest = hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def run(self) -> RemoteRun:

@@ -20,7 +20,7 @@ from orchestrator.distributed.request import pack_request
 from orchestrator.distributed.telling import Ended, Piece, error_of, parse_line
 from orchestrator.distributed.wheels import own_delivery
 from orchestrator.errors import OrchestratorError, RefusedError
-from orchestrator.job import MODEL, Storage, file_sha256
+from orchestrator.job import CHECKPOINTS, MODEL, Storage, file_sha256
 
 What = Literal["all", "model", "results"]
 _FETCH = "exec python -m orchestrator.distributed.fetch_job"
@@ -47,12 +47,18 @@ def copy_run(storage: Storage, name: str, folder: Path, what: What) -> None:
         inside = commit.removeprefix(f"{name}/")
         if what == "all" or (what == "model" and inside == MODEL):
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            storage.fetch(commit, folder / inside)
+            try:
+                storage.fetch(commit, folder / inside)
+            except RefusedError as error:  # a checkpoint that newer ones have replaced meanwhile, in a run that runs
+                if error.reason != "not_found" or inside.partition("/")[0] != CHECKPOINTS:
+                    raise
     for file in _small_files(storage, name, commits):
         inside = file.removeprefix(f"{name}/")
         if what == "all" or "/" not in inside:
-            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            (folder / inside).write_bytes(storage.read(file) or b"")
+            content = storage.read(file)
+            if content is not None:  # else it is there no more
+                (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+                (folder / inside).write_bytes(content)
 
 
 def _small_files(storage: Storage, name: str, commits: set[str]) -> Iterator[str]:

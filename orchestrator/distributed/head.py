@@ -62,12 +62,12 @@ class Head:
     def jobs(self) -> list[ClusterJob]:
         """All that were ever submitted to this cluster. Raises `OrchestratorError`."""
         answer = self._ask("GET", "/api/jobs/")
-        return [_job(one) for one in answer.json() if one.get("submission_id")]
+        return [_job(one) for one in self._content(answer) if one.get("submission_id")]
 
     def job(self, id: str) -> ClusterJob | None:
         """The job of that id, None where the cluster knows none."""
         answer = self._ask("GET", f"/api/jobs/{id}", but=(404,))
-        return None if answer.status_code == 404 else _job(answer.json())
+        return None if answer.status_code == 404 else _job(self._content(answer))
 
     def submit(
         self, id: str, entrypoint: str, packages: list[str], metadata: Mapping[str, str], environment: Mapping[str, str]
@@ -95,7 +95,7 @@ class Head:
 
     def lines(self, id: str) -> list[str]:
         """All that a job has written until now. Raises `OrchestratorError`."""
-        text = str(self._ask("GET", f"/api/jobs/{id}/logs").json()["logs"])
+        text = str(self._content(self._ask("GET", f"/api/jobs/{id}/logs"))["logs"])
         return text.removesuffix("\n").split("\n") if text else []  # at no other character, as `stream` does
 
     def stream(self, job: ClusterJob) -> Iterator[str]:
@@ -151,9 +151,22 @@ class Head:
             raise self._unexpected(answer)
         return answer
 
+    def _content(self, answer: httpx2.Response) -> Any:
+        """What is said in JSON. Raises `AwayError` for something else: a proxy's own page, say."""
+        try:
+            return answer.json()
+        except ValueError:
+            said = (answer.text.strip().splitlines() or [""])[0]
+            raise AwayError(
+                f"what answers at {self.address} is no Ray cluster: {said[:200]!r} is no JSON",
+                mend="look at what stands before the head: a proxy that shows a page of its own?",
+            ) from None
+
     def _unexpected(self, answer: httpx2.Response) -> OrchestratorError:
         lines = answer.text.strip().splitlines() or [""]
-        return OrchestratorError(
+        # A proxy whose head is started again answers so, and Ray itself where its memory of jobs is away.
+        kind = AwayError if answer.status_code >= 500 else OrchestratorError
+        return kind(
             f"the cluster at {self.address} answers with status {answer.status_code}: {lines[-1][:300]}",
             mend="look at the dashboard's log on the head node",
         )

@@ -24,7 +24,7 @@ from orchestrator.distributed.address import refuse_unreadable_token
 from orchestrator.distributed.events import EventQueue
 from orchestrator.distributed.leftovers import end_with_driver
 from orchestrator.errors import RefusedError, first_line
-from orchestrator.job import Plan
+from orchestrator.job import Plan, holds_secret
 
 _PASSED_ON = (
     "HF_ENDPOINT",
@@ -58,6 +58,14 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the command line's own process
     for name in _of_the_job():
         environment.pop(name, None)
+    for name in [name for name, value in environment.items() if holds_secret(value)]:
+        environment.pop(name)  # processes of a cluster that starts here have it from this one
+        if not here:
+            raise RefusedError(
+                "usage", f"{name} holds a password or a key, and Ray shows to all what it passes on to workers",
+                expected="a place alone",
+                mend=f"take it out of {name} here, and set it where the nodes are started: their own environment",
+            )  # fmt: skip
     quiet: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
@@ -91,11 +99,13 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
 
 @contextlib.contextmanager
 def _for_us_alone(token: Path) -> Iterator[None]:
-    """Ray makes a token for a cluster of this machine, and a file of it that every user can read."""
-    before = token.exists()
-    yield
-    if not before and token.exists():
-        token.chmod(0o600)
+    """Ray makes a token for a cluster of this machine, and a file of it that every user can read: ours alone then."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # there is none, or it is somebody else's
+            if token.stat().st_mode & 0o077:
+                token.chmod(0o600)
 
 
 @contextlib.contextmanager

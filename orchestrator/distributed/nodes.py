@@ -169,8 +169,8 @@ def _exchange(storage: str, token: str, node_id: str) -> str:
 
 
 def _free_bytes(storage: str) -> int:
-    """On the disk that the run is written to first: the storage's own, or that of temporary files."""
-    place = Path(storage) if "://" not in storage else Path(os.environ.get("TMPDIR", "/tmp"))
+    """On the disk that the run is written to first: the storage's own, or that of this machine's copies of a bucket."""
+    place = Path(storage) if "://" not in storage else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free

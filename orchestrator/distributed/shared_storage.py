@@ -20,8 +20,12 @@ _ANSWERED_S = 60.0
 
 
 def refuse_apart(run: HeldRun) -> None:
-    """Raise `RefusedError` where the run lies in a directory that some node which may work on it does not see."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    """Raise `RefusedError` where the run lies in a directory that some node which may work on it does not see.
+
+    Beside those that have cores the driver's own, which has begun the run there.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["Alive"] and (node["Resources"].get("CPU") or node["NodeID"] == here)]
     if len(nodes) < 2 or not isinstance(run.storage, DirectoryStorage):
         return
     token = uuid.uuid4().hex

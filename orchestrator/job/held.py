@@ -29,7 +29,7 @@ RAY_FOLDER = ".ray"
 _WRITTEN = (
     "results.json", "plan.json", "job.yaml", SAMPLES, "samples.json", "samples.arrow", "skipped.jsonl", "lineage.json",
     METRICS_FILE, ERROR_FILE, CHECKPOINTS, "features", "features.json", "tensorboard", MODEL,
-    TRACKING_FILE, "wandb",
+    TRACKING_FILE, "wandb", "audit",
 )  # fmt: skip
 """What a run may hold that is ours, first what says that it is there; anything else in it is somebody else's."""
 _OLD_S = 3600.0

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import orchestrator
 from orchestrator.errors import RefusedError
 from tests.whole.test_third_party import SOURCE, installed  # noqa: F401  # a fixture
 
@@ -103,6 +104,39 @@ def test_the_token_of_a_cluster_of_this_machine_is_for_its_user_alone(tmp_path: 
     done = subprocess.run([sys.executable, "-c", JOIN], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_token_that_others_may_read_is_ours_alone_whatever_becomes_of_ray(tmp_path: Path) -> None:
+    from orchestrator.distributed import joining
+
+    token = tmp_path / "auth_token"
+
+    def start() -> None:
+        with joining._for_us_alone(token):
+            token.write_text("made by Ray")
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        start()
+    assert token.stat().st_mode & 0o777 == 0o600
+    with joining._for_us_alone(tmp_path / "none"):
+        pass
+
+
+@pytest.mark.usefixtures("_nothing_given")
+@pytest.mark.parametrize("name", ["HF_ENDPOINT", "AWS_ENDPOINT_URL"])
+def test_a_place_with_a_password_is_not_shown_to_all(
+    name: str, tiny_resnet: Path, flat_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray shows the variables of a job to everybody who reaches the dashboard."""
+    from orchestrator.distributed import joining
+
+    fields = {"backbone": str(tiny_resnet), "data": str(flat_digits), "scaling": {"address": "127.0.0.1:1"}}
+    plan = orchestrator.plan(**fields)
+    monkeypatch.setenv(name, "https://user:hunter2@mirror.example")
+    with pytest.raises(RefusedError, match=f"{name} holds a password or a key") as caught, joining.joined(plan):
+        pass
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("_nothing_given")

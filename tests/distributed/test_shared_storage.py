@@ -26,6 +26,34 @@ def _two_nodes() -> Iterator[None]:
     cluster.shutdown()
 
 
+@pytest.fixture
+def _head_without_a_core() -> Iterator[None]:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.usefixtures("_head_without_a_core")
+def test_what_the_driver_sees_alone_is_refused_where_its_node_has_no_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.distributed.shared_storage import refuse_apart
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # the nodes' processes work in another folder
+    with (
+        held(Path("/proc/self/cwd/apart/run")) as run,
+        pytest.raises(RefusedError, match=r"not the same directory on all 2 nodes"),
+    ):
+        refuse_apart(run)
+
+
 @pytest.mark.usefixtures("_two_nodes")
 def test_a_directory_that_is_another_one_on_some_node_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -79,6 +79,15 @@ def test_starting_over_removes_what_a_run_writes_and_nothing_else(storage: Stora
         assert run.read("plan.json") is None
 
 
+def test_what_an_audit_wrote_is_the_runs_own(storage: Storage) -> None:
+    """Killed once what says that the run is there was removed, and before it was written anew."""
+    with hold(storage, "run") as run:
+        run.write("audit/epoch-00001.parquet", "x")
+    with hold(storage, "run") as run:
+        run.clear()
+        assert run.children("") == []
+
+
 def test_what_is_no_run_is_left_alone(storage: Storage) -> None:
     with hold(storage, "photos") as run:
         run.write("cat.jpg", b"x")

@@ -1,0 +1,104 @@
+"""Following a job whose head is away for a while, and fetching what is here already; the head is a server here."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+import orchestrator
+from orchestrator.distributed import following
+from orchestrator.distributed.head import AwayError, Head
+from orchestrator.distributed.telling import Ended, as_line
+from orchestrator.errors import RefusedError
+from orchestrator.job import Event, open_storage
+from orchestrator.remote import RemoteRun
+from tests.whole.test_train import train
+
+ID = "orchestrator-a.1"
+JOB = {"submission_id": ID, "status": "SUCCEEDED", "message": "", "metadata": {}, "driver_node_id": "n"}
+SAID = as_line(Ended(0, results={"accuracy": 1.0}))
+
+
+class _Head(http.server.BaseHTTPRequestHandler):
+    """Of one job, which is over; before it says so it gives the answers that the server was told."""
+
+    def do_GET(self) -> None:
+        waiting: list[tuple[int, bytes]] = self.server.waiting  # type: ignore[attr-defined]
+        text = {"logs": SAID} if self.path.endswith("/logs") else JOB
+        status, body = waiting.pop(0) if waiting else (200, json.dumps(text).encode())
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[http.server.ThreadingHTTPServer]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Head) as one:
+        one.waiting = []  # type: ignore[attr-defined]
+        thread = threading.Thread(target=one.serve_forever)
+        thread.start()
+        yield one
+        one.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def head(server: http.server.ThreadingHTTPServer) -> Head:
+    place = f"http://127.0.0.1:{server.server_port}"
+    return Head(place, "2.60.0", httpx2.Client(base_url=place))
+
+
+def remote(head: Head, storage: Path, name: str = "a") -> RemoteRun:
+    return RemoteRun(ID, name, str(storage), 1, "finetune", head)
+
+
+def test_following_outlives_a_head_that_is_started_again(
+    head: Head, server: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A proxy before it answers for it meanwhile, with a page of its own, and so does Ray without its memory."""
+    monkeypatch.setattr(following, "_POLL_S", 0.01)
+    answers = [(503, b"no healthy upstream"), (502, b""), (500, b"Traceback\nGCS is away"), (200, b"<html>wait</html>")]
+    server.waiting += answers  # type: ignore[attr-defined]
+    told: list[Event] = []
+    assert remote(head, tmp_path).follow(told.append) == {"accuracy": 1.0}
+    assert "status 503: no healthy upstream; it is asked again" in str(told)
+
+
+def test_what_does_not_pass_is_said(head: Head, server: http.server.ThreadingHTTPServer) -> None:
+    server.waiting += [(200, b"<html>\nlog in</html>")]  # type: ignore[attr-defined]
+    with pytest.raises(AwayError, match="is no Ray cluster: '<html>' is no JSON") as caught:
+        head.job(ID)
+    assert "proxy" in caught.value.mend
+
+
+@pytest.mark.slow
+def test_a_run_that_is_here_already_stays_as_it_is(
+    head: Head, tiny_resnet: Path, flat_digits: Path, tmp_path: Path
+) -> None:
+    """Its storage is a folder of this machine, and so is where `orchestrator fetch` puts a copy by default."""
+    run = train(tiny_resnet, flat_digits, name="a", method="full", training={"epochs": 1}, storage="runs")
+    storage = open_storage("runs")
+    before = list(storage.commits("a"))
+    assert any(name.startswith("a/checkpoints/") for name in before)
+    job = remote(head, run.path.parent.absolute())
+    for what in ("all", "model", "results"):
+        assert job.fetch("runs/a", what).path == run.path.absolute()  # type: ignore[arg-type]
+    assert list(storage.commits("a")) == before
+
+    home = tmp_path / "home"
+    assert job.fetch(home).results == run.results
+    assert job.fetch(home).results == run.results  # an earlier copy is replaced
+    other = train(tiny_resnet, flat_digits, name="a", method="full", training={"epochs": 1}, storage="other")
+    with pytest.raises(RefusedError, match="not empty, and no copy of a"):
+        job.fetch(other.path)  # somebody's own run of that name
+    assert orchestrator.Run(other.path).finished
