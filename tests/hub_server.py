@@ -58,7 +58,8 @@ class Hub:
     failures: int = 0
     """So many of the next requests get status 503."""
     faults: list[str] = field(default_factory=list)
-    """What happens to each of the next requests: '', a status, `cut` (half of the body) or `slow`."""
+    """What happens to each of the next requests: '', a status, `cut` (half of the body), `slow`, or `away`: none is
+    answered, and the connection is closed."""
 
     def fail(self, fault: str, after: int = 0, times: int = 1) -> None:
         """So happens to some requests, after so many that are answered as they should be."""
@@ -104,6 +105,9 @@ def serve() -> Iterator[Hub]:
                 hub.failures -= 1
                 return self._send(503, b"try again", with_body)
             self._fault = hub.faults.pop(0) if hub.faults else ""
+            if self._fault == "away":
+                self.close_connection = True
+                return None
             if self._fault == "slow":
                 time.sleep(2)
             if self._fault.isdigit():

@@ -39,10 +39,6 @@ _TRAINER_GRACE_S = 60.0
 """How long the trainer may take to see that its workers are gone, and to start those once more that then stop."""
 _NOBODY_GRACE_S = 1.0
 """The same where no worker runs."""
-_EXCHANGE_TIMEOUT_S = 1800
-"""How long a worker waits for the others: while rank 0 exports the model, say."""
-_BODY_PASS_TIMEOUT_S = 12 * 3600
-"""The same where each runs the frozen body over its share first."""
 _STALE_RESOURCES_S = "5"
 """How long a new elastic group waits for its place: what it was planned by may be of before a node was lost."""
 _MOST_RENDEZVOUS = 3
@@ -126,7 +122,7 @@ def _trainer(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> TorchTrain
         torch_config=TorchConfig(
             # Objects are exchanged between CPUs.
             backend="cpu:gloo,cuda:nccl" if use_gpu and not shares_gpus else "gloo",
-            timeout_s=_BODY_PASS_TIMEOUT_S if plan.recipe.needs_features else _EXCHANGE_TIMEOUT_S,
+            timeout_s=plan.exchange_timeout_s,
         ),
         scaling_config=ScalingConfig(
             num_workers=(scaling.fewest_workers, plan.num_workers) if scaling.is_elastic else plan.num_workers,

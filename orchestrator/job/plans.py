@@ -292,6 +292,14 @@ class Plan(_Plain):
         """The job's, or fp32 where the network takes nothing else."""
         return "fp32" if self.row.fp32_only else self.job.training.precision
 
+    @property
+    def exchange_timeout_s(self) -> int:
+        """How long a worker waits for the others: while rank 0 exports the model, say.
+
+        Hours where each runs the frozen body over its share first, and the slowest may have the longest texts.
+        """
+        return 12 * 3600 if self.recipe.needs_features else 1800
+
 
 def read_plan_json(text: str) -> Plan:
     """A plan that this version or an earlier one wrote. Raises `ValueError` for anything else."""

@@ -93,6 +93,11 @@ def show_plan(plan: Plan) -> None:
     scaling = plan.job.scaling
     workers = f"{scaling.min_workers} to {plan.num_workers}" if scaling.is_elastic else f"{plan.num_workers}"
     rows.append(("workers", f"{workers} x {threads} threads, {'on Ray' if plan.ray else 'in this process'}"))
+    if plan.num_workers > 1:
+        after = plan.exchange_timeout_s // 60
+        after_words = f"{after} minutes" if after < 120 else f"{after // 60} hours"
+        why = ", since each runs the frozen body over its share first" if plan.recipe.needs_features else ""
+        rows.append(("", f"one that hangs ends the others after {after_words}{why}"))
     if plan.job.log:
         rows.append(("sent to", ", ".join(plan.job.log)))
     out.print(pairs(rows))

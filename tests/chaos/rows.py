@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.local import namespaces_allowed
-from tests.chaos.work import NotSurvivedError, Work
+from tests.chaos.work import GONE_S, NotSurvivedError, Work
 
 SKIPPED = "skipped: "
 
@@ -41,6 +41,8 @@ def several(work: Work, title: str, kind: str) -> None:
             return
         if found := work.on_ray(title):
             work.kill(kind, work.random.choice(found))
+        else:
+            work.moments -= 1  # it is just started again
 
 
 def again(work: Work, title: str, kind: str) -> None:
@@ -52,6 +54,8 @@ def again(work: Work, title: str, kind: str) -> None:
         if found := work.on_ray(title):
             work.kill(kind, work.random.choice(found))
             work.wait(lambda process=process: process.poll() is not None)  # type: ignore[misc]
+        else:
+            work.moments -= 1
 
 
 def _worker(work: Work) -> None:
@@ -214,7 +218,7 @@ def _driver_in_store(work: Work) -> None:
 def _hub(work: Work) -> None:
     """Everything that a Hub does wrong, some of it a few times, before and while the backbone is fetched."""
     for _ in range(work.random.randint(1, 3)):
-        fault = work.random.choice(["500", "503", "429", "cut", "slow"])
+        fault = work.random.choice(["500", "503", "429", "cut", "slow", "away"])
         work.hub.fail(fault, after=work.random.randint(0, 6), times=work.random.randint(1, 2))
         work.note(f"the Hub: {fault}")
         work.moments += 1
@@ -260,19 +264,22 @@ def _node_cut(work: Work) -> None:
 
 
 def _node_drained(work: Work) -> None:
-    """With half a minute's notice; another one takes its place, which is told in its turn. No step is done twice."""
+    """With half a minute's notice, later ones with 12 s; another one takes its place. None counts as a failure."""
     assert work.cluster is not None
     work.start()
     second = "node1"
     while work.is_wanted:
         if not work.wait_for_random_moment():
             return
-        work.note("a node's notice of 30 s")
+        notice = 30 if work.moments == 1 else 12
+        work.note(f"a node's notice of {notice} s")
         told, before = second, time.monotonic()
-        work.cluster.drain(told, 30)
+        work.cluster.drain(told, notice)
         second = work.cluster.add_node().name
-        time.sleep(max(0.0, before + 35 - time.monotonic()))
+        time.sleep(max(0.0, before + notice + 2 - time.monotonic()))
         work.cluster.kill_node(told)
+        if "restart 1 of" in work.said():
+            raise NotSurvivedError(f"a notice counted as a failure: {work.said()[-800:]}")
 
 
 def _head_gone(work: Work) -> None:
@@ -320,8 +327,7 @@ def _signals(work: Work) -> None:
         code = process.wait(120)
         if code != 130 and not work.is_done():
             raise NotSurvivedError(f"exit {code} after {number.name}: {work.said()[-800:]}")
-        if times == 1:
-            work.leaves_nothing(within_s=5)
+        work.leaves_nothing(within_s=5 if times == 1 and "--address" not in work.job else GONE_S)
 
 
 ON_RAY = ("--address", "local")
@@ -332,6 +338,7 @@ HEAD = ("--method", "head", "--address", "local", "--set", "scaling.num_extracto
 ROWS: dict[str, Row] = {
     "driver": Row(_driver),
     "signals": Row(_signals),
+    "signals-on-ray": Row(_signals, "here", ("--address", "local")),
     "truncated": Row(_truncated),
     "flipped": Row(_flipped),
     "two-drivers": Row(_two_drivers),
