@@ -324,6 +324,8 @@ def _in_process(spec: WorkerSpec, plan: Plan, report: Report, should_stop: Stop)
     from orchestrator.training import run_worker
 
     device, deterministic = find_device(plan.job.scaling.device), plan.job.training.deterministic
+    if plan.job.scaling.device == "auto":
+        report(Noted(f"device auto: {'no GPU here, so on the CPU' if device.type == 'cpu' else f'on {device}'}"))
     with start_worker(plan.threads_per_worker, device, deterministic=deterministic) as worker:
         run_worker(spec, worker, report, should_stop)
 

@@ -58,7 +58,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
     `InterruptedRunError` once all workers have stopped; none of them works on the run any more when this returns.
     """
     report(PhaseBegan("starting workers"))
-    with joined(plan):
+    with joined(plan, report):
         refuse_apart(spec.held_run())
         offer = offer_of(plan, report)
         queue = event_queue()

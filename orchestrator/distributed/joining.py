@@ -20,11 +20,11 @@ with warnings.catch_warnings():
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.distributed.address import refuse_unreadable_token
+from orchestrator.distributed.address import is_loopback, refuse_unreadable_token
 from orchestrator.distributed.events import EventQueue
 from orchestrator.distributed.leftovers import end_with_driver
 from orchestrator.errors import RefusedError, first_line
-from orchestrator.job import Plan, holds_secret
+from orchestrator.job import Noted, Plan, Report, holds_secret
 
 _PASSED_ON = (
     "HF_ENDPOINT",
@@ -38,12 +38,13 @@ _PASSED_ON = (
 
 
 @contextlib.contextmanager
-def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = False) -> Iterator[None]:
+def joined(plan: Plan, report: Report, num_cpus: int | None = None, dashboard: bool | None = False) -> Iterator[None]:
     """Connected to the cluster at the plan's `scaling.address`, or to one that is started here for it.
 
     A cluster that was there is left at the end. One that is started here has `num_cpus` cores, by default what the plan
     takes, and Ray's dashboard where `dashboard` says so (None: where it is installed). It serves the later calls of
     this process too, as far as its cores suffice, since a start takes some 3 s; Ray stops it when the process ends.
+    That a cluster beyond this machine asks for no token is reported.
     """
     address = plan.job.scaling.address
     here = address in (None, "local")
@@ -85,9 +86,15 @@ def joined(plan: Plan, num_cpus: int | None = None, dashboard: bool | None = Fal
             _watching.extend(end_with_driver())
         else:
             assert address is not None
-            _refuse_unknown(_resolved(address))
+            where = _resolved(address)
+            _refuse_unknown(where)
             with _own_signals():
                 ray.init(address=address, **quiet)
+            if not _gives_token() and ":" in where and not is_loopback(f"http://{where}"):
+                text = (
+                    f"{where} asks for no token: whoever reaches it can run code there (RAY_AUTH_MODE=token guards it)"
+                )
+                report(Noted(text, is_warning=True))
     except (ConnectionError, ValueError) as error:
         raise _no_cluster(address, first_line(error)) from None
     try:

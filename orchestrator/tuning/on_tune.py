@@ -27,7 +27,7 @@ from orchestrator.distributed.joining import joined
 from orchestrator.distributed.offer import kind_of, resources_of
 from orchestrator.errors import InterruptedRunError
 from orchestrator.gate import num_cores
-from orchestrator.job import EpochEnded, Event, PhaseBegan, Plan, Run
+from orchestrator.job import EpochEnded, Event, Noted, PhaseBegan, Plan, Run
 from orchestrator.modality import Modality, registry
 from orchestrator.train import train_as_planned
 from orchestrator.training import FINAL_FIGURES
@@ -79,8 +79,11 @@ class TuneTrials:
         """
         os.environ.update(_ENVIRONMENT)
         self.context.report(PhaseBegan("starting Ray"))
-        with joined(first, num_cpus=num_cores(), dashboard=None):
+        with joined(first, self.context.report, num_cpus=num_cores(), dashboard=None):
             self._room = room_for(first, most, max_concurrent)
+            if first.job.scaling.device == "auto":
+                what = "trials run on GPUs" if self._room.use_gpu else "no GPU for each trial, so all run on CPUs"
+                self.context.report(Noted(f"device auto: {what}"))
             modality = first.job.modality
             own = registry.get(modality) if registry.is_registered(modality) else None
             # Beside what Tune writes there itself, so that a search that is killed leaves nothing anywhere else.

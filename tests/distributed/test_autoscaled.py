@@ -91,6 +91,7 @@ def test_a_job_waits_for_the_nodes_that_come(address: str, tiny_resnet: Path, di
     out, said = job.communicate(timeout=240)
     assert job.returncode == 0, out + said
     assert "2 CPUs are wanted and 0 are free" in said
+    assert f"{address} asks for no token" in said
     assert len(Path("runs/grown/metrics.jsonl").read_text().splitlines()) == 2
 
 

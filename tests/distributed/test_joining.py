@@ -94,7 +94,7 @@ from orchestrator.distributed.joining import joined
 scaling = SimpleNamespace(address="local")
 plan = SimpleNamespace(job=SimpleNamespace(scaling=scaling), num_workers=1, threads_per_worker=1, num_extractors=0,
                        extractor_threads=1)
-with joined(plan):
+with joined(plan, print):
     pass
 """
 
@@ -134,7 +134,7 @@ def test_a_place_with_a_password_is_not_shown_to_all(
     fields = {"backbone": str(tiny_resnet), "data": str(flat_digits), "scaling": {"address": "127.0.0.1:1"}}
     plan = orchestrator.plan(**fields)
     monkeypatch.setenv(name, "https://user:hunter2@mirror.example")
-    with pytest.raises(RefusedError, match=f"{name} holds a password or a key") as caught, joining.joined(plan):
+    with pytest.raises(RefusedError, match=f"{name} holds a password or a key") as caught, joining.joined(plan, print):
         pass
     assert "hunter2" not in str(caught.value)
 

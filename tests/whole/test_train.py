@@ -630,6 +630,16 @@ LONG = (
 )  # fmt: skip
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_device_auto_says_what_it_is(tiny_resnet: Path, flat_digits: Path) -> None:
+    notes: list[Event] = []
+    train(tiny_resnet, flat_digits, training={"epochs": 1}, report=notes.append)
+    assert Noted("device auto: no GPU here, so on the CPU") in notes
+    notes.clear()
+    train(tiny_resnet, flat_digits, name="asked", training={"epochs": 1}, report=notes.append, device="cpu")
+    assert "device" not in str([one for one in notes if isinstance(one, Noted)])
+
+
 def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "orchestrator.terminal.cli", *map(str, arguments)],
