@@ -10,6 +10,7 @@ In: a Plan and what its workers get. Out: the same run that one process would ha
     leaving     the notice that a node is taken away
     events      what workers tell the driver, and whether they are to stop
     shared_storage  whether all nodes see the directory that a run lies in
+    between_nodes  a backbone's files from a node that has them
     extractors  a pool of processes that run a frozen body for the workers
 
 Beside a cluster, from a laptop, without Ray:

@@ -29,6 +29,7 @@ import ray
 import torch
 
 from orchestrator.data import Ids, Ints
+from orchestrator.distributed.between_nodes import require_backbone
 from orchestrator.distributed.events import DriverChannel, watch_driver
 from orchestrator.errors import OrchestratorError, TrainingError, first_line
 from orchestrator.features import BodyPass, ExtractionResult, FeatureCacheRef
@@ -188,6 +189,7 @@ class Extractor:
         worker = self._resources.enter_context(
             start_worker(work.of.threads, device, deterministic=plan.job.training.deterministic)
         )
+        require_backbone(plan)
         network, source = assembled(plan, spec.held_run(), worker, modality, self._resources)
         work.cache.require_same(plan, modality)
         self._body_pass = BodyPass(

@@ -22,6 +22,7 @@ import ray
 from ray import cloudpickle, tune
 from ray.tune.search import Searcher
 
+from orchestrator.distributed.between_nodes import require_backbone
 from orchestrator.distributed.cluster import failures_of
 from orchestrator.distributed.joining import joined
 from orchestrator.distributed.offer import kind_of, resources_of
@@ -237,6 +238,8 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
             line = line_of(event.figures)
             tune.report({**line, "training_iteration": epoch, LAST_EPOCH: event.num_epochs})
 
+    if not plan.ray:  # else its workers see to it
+        require_backbone(plan)
     with contextlib.suppress(InterruptedRunError):
         train_as_planned(run, report, lambda: trained)
 
