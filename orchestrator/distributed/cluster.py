@@ -106,9 +106,15 @@ def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | No
             )
         except Exception as error:
             # Workers that do not find one another: Ray gives up, whatever its limit of failures.
-            if not isinstance(error, ControllerError) or attempt == _MOST_RENDEZVOUS:
+            if not isinstance(error, ControllerError):
                 return error
-            why = f"the workers could not be started: {_said(error)[:_LONGEST_WHY]}"
+            why = f"the workers could not be started: {_why_no_group(error)}"
+            if attempt == _MOST_RENDEZVOUS:
+                return TrainingError(
+                    f"{why}, in {_MOST_RENDEZVOUS} attempts", expected="workers that reach one another",
+                    mend="see that each node reaches the others by its own address (GLOO_SOCKET_IFNAME names the "
+                    "network, where a node has several); the same command goes on from the last checkpoint",
+                )  # fmt: skip
             config["queue"].put.remote(Noted(f"{why}; attempt {attempt + 1} of {_MOST_RENDEZVOUS}", is_warning=True))
     return None
 
@@ -150,6 +156,12 @@ def _training_error(error: WorkerGroupError, spec: WorkerSpec, again: int) -> Tr
         expected="workers that live to the end",
         mend=f"{ERROR_FILE} of the run has all that they said; the same command goes on from the last checkpoint",
     )
+
+
+def _why_no_group(error: ControllerError) -> str:
+    """The last line of what Ray's controller failed with: before it stands the trace."""
+    lines = [line.strip() for line in _ANSI.sub("", str(error.controller_failure)).splitlines() if line.strip()]
+    return (lines or [type(error.controller_failure).__name__])[-1][:_LONGEST_WHY]
 
 
 class _Failures(UserCallback):  # type: ignore[misc]  # Ray has no types

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import orchestrator
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, TrainingError
 from orchestrator.job import Event, Noted, Plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -259,6 +259,40 @@ def test_where_kuberay_adds_nodes_that_nobody_describes_a_job_waits(
     assert offer.offer_of(many, notes.append)["use_gpu"]
     assert "50 GPUs are wanted and 1 are free" in str(notes[-1])
     assert room_for(many, 8, None) == Room(1, 1, use_gpu=True)
+
+
+@pytest.mark.usefixtures("_two_nodes")
+@pytest.mark.parametrize("num_failures", [2, 3])
+def test_workers_that_do_not_find_one_another_are_started_again(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, num_failures: int
+) -> None:
+    """With GLOO_SOCKET_IFNAME=none0 it is so, and takes minutes: here the trainer fails as Ray's fails then."""
+    import ray
+    from ray.train import ControllerError
+
+    from orchestrator.distributed import cluster, joining
+
+    failed = []
+
+    class Trainer:
+        def fit(self) -> None:
+            if len(failed) < num_failures:
+                failed.append(1)
+                raise ControllerError(RuntimeError("Traceback\n  ...\nRuntimeError: Unable to find address for: none0"))
+
+    monkeypatch.setattr(cluster, "_trainer", lambda *_: Trainer())
+    queue = joining.event_queue()
+    error = cluster._fit(plan, None, {"queue": queue})  # type: ignore[arg-type]
+    why = "the workers could not be started: RuntimeError: Unable to find address for: none0"
+    told = [Noted(f"{why}; attempt {number} of 3", is_warning=True) for number in (2, 3)]
+    assert ray.get(queue.take.remote(False)) == told
+    ray.kill(queue)
+    if num_failures == 2:
+        assert error is None
+    else:
+        assert isinstance(error, TrainingError)
+        assert error.message == f"{why}, in 3 attempts"
+        assert "GLOO_SOCKET_IFNAME" in error.mend
 
 
 @pytest.mark.usefixtures("_two_nodes")
