@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -50,8 +51,10 @@ def address(request: pytest.FixtureRequest) -> Iterator[str]:
         free.bind(("", 0))
         port = free.getsockname()[1]
     where = f"{ray.util.get_node_ip_address()}:{port}"
-    words = ["ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=0", "--include-dashboard=false",
-             "--disable-usage-stats", f"--temp-dir={folder}"]  # fmt: skip
+    words = [
+        Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=0",
+        "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}",
+    ]  # fmt: skip
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     if request.param:
         (folder / "nodes.json").write_text(json.dumps(config(where)))
