@@ -28,6 +28,7 @@ from orchestrator.modality import registry
 from orchestrator.store.shards import Shard
 from tests.chaos.work import descendants, title_of
 from tests.conftest import ALL_CORES
+from tests.hub_server import Hub, Repository
 from tests.whole.test_train import LONG, Cli, same, silent, start, weights_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
@@ -282,6 +283,22 @@ def test_a_run_without_a_checkpoint_has_a_part_for_each_worker_of_today(tiny_res
     run = train(tiny_resnet, digits, 2, "cut", **job, report=notes.append)
     assert run.plan.recipe.num_microbatches == run.lineage["num_workers"] == 2
     assert not [event for event in notes if isinstance(event, Noted) and "have none in a step" in event.text]
+
+
+@pytest.mark.cluster
+def test_two_workers_of_a_node_download_the_backbone_once(
+    hub: Hub, tiny_resnet: Path, flat_digits: Path, tmp_path: Path, cli_process: Cli
+) -> None:
+    hub.repositories["org/tiny"] = Repository({file.name: file.read_bytes() for file in tiny_resnet.iterdir()})
+    done = cli_process(
+        "finetune", "--backbone", "org/tiny", "--data", flat_digits, "--method", "full", "--epochs", 1, "--workers", 2,
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    whole = [
+        one for one in hub.asked_for("model.safetensors") if one[0] == "GET" and "/large/" in one[1] and not one[2]
+    ]
+    assert len(whole) == 1, hub.requests  # a part of it, its header, the plan has read
 
 
 def processes(name: str) -> list[int]:
