@@ -28,6 +28,7 @@ WINGS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 # Modules that other wings import by name and not by what their wing hands on.
 BESIDE_THE_DOOR = {
     "orchestrator.distributed.cluster": "its wing hands on nothing: Ray's event queue would load torch with it",
+    "orchestrator.distributed.between_nodes": "likewise",
     "orchestrator.distributed.joining": "likewise",
     "orchestrator.distributed.fetching": "likewise",
     "orchestrator.distributed.following": "likewise",
