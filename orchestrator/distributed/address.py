@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from orchestrator.errors import RefusedError
-from orchestrator.job import redacted
+from orchestrator.job import Noted, redacted
 
 _VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """What Ray's own commands look at before the address that they are given."""
@@ -66,6 +66,12 @@ def is_loopback(address: str) -> bool:
 
 
 # --- the token ---
+
+
+def unguarded(place: str) -> Noted:
+    """The warning of a cluster that lets everybody in."""
+    text = f"{place} asks for no token: whoever reaches it can run code there (RAY_AUTH_MODE=token guards it)"
+    return Noted(text, is_warning=True)
 
 
 @dataclass(frozen=True)

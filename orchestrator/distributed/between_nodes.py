@@ -40,10 +40,10 @@ def _copied(card: BackboneCard, names: Sequence[str]) -> bool:
         if not node["Alive"] or node["NodeID"] == here:
             continue
         with contextlib.suppress(ray.exceptions.RayError):  # it went, or lacks this package: another one may have them
-            sizes: list[int] | None = ray.get(_on(node["NodeID"], _sizes).remote(card, names), timeout=_ANSWERED_S)
+            sizes: list[int] | None = ray.get(on_node(node["NodeID"], _sizes).remote(card, names), timeout=_ANSWERED_S)
             if sizes is None:
                 continue
-            ask = _on(node["NodeID"], _chunk)
+            ask = on_node(node["NodeID"], _chunk)
             for name, size in zip(names, sizes, strict=True):
                 with written_whole(place_for(card, name)) as out:
                     for start in range(0, size, _CHUNK_BYTES):
@@ -52,7 +52,8 @@ def _copied(card: BackboneCard, names: Sequence[str]) -> bool:
     return False
 
 
-def _on(node_id: str, function: Callable[..., Any]) -> Any:
+def on_node(node_id: str, function: Callable[..., Any]) -> Any:
+    """A task of Ray's on that node alone, which takes no core and is not tried again: `.remote(...)` calls it."""
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(function)
 

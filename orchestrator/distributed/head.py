@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx2
 
-from orchestrator.distributed.address import Token, agreed, find_token, is_loopback
+from orchestrator.distributed.address import Token, agreed, find_token, is_loopback, unguarded
 from orchestrator.errors import OrchestratorError, RefusedError, first_line
 from orchestrator.job import Noted, Report
 
@@ -203,8 +203,7 @@ def open_head(address: str | None, report: Report) -> Head:
             mend="correct --address, or start the cluster: ray start --head --include-dashboard=true",
         ) from None  # fmt: skip
     if token is None:
-        text = f"{place} asks for no token: whoever reaches it can run code there (RAY_AUTH_MODE=token guards it)"
-        report(Noted(text, is_warning=True))
+        report(unguarded(place))
     elif place.startswith("http://") and not is_loopback(place):
         text = f"the token goes to {place} unencrypted: take a tunnel (ssh -L 8265:localhost:8265 HEAD) or https"
         report(Noted(text, is_warning=True))

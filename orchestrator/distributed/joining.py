@@ -20,11 +20,11 @@ with warnings.catch_warnings():
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.distributed.address import is_loopback, refuse_unreadable_token
+from orchestrator.distributed.address import is_loopback, refuse_unreadable_token, unguarded
 from orchestrator.distributed.events import EventQueue
 from orchestrator.distributed.leftovers import end_with_driver
 from orchestrator.errors import RefusedError, first_line
-from orchestrator.job import Noted, Plan, Report, holds_secret
+from orchestrator.job import Plan, Report, holds_secret
 
 _PASSED_ON = (
     "HF_ENDPOINT",
@@ -91,10 +91,7 @@ def joined(plan: Plan, report: Report, num_cpus: int | None = None, dashboard: b
             with _own_signals():
                 ray.init(address=address, **quiet)
             if not _gives_token() and ":" in where and not is_loopback(f"http://{where}"):
-                text = (
-                    f"{where} asks for no token: whoever reaches it can run code there (RAY_AUTH_MODE=token guards it)"
-                )
-                report(Noted(text, is_warning=True))
+                report(unguarded(where))
     except (ConnectionError, ValueError) as error:
         raise _no_cluster(address, first_line(error)) from None
     try:

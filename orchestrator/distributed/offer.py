@@ -113,7 +113,7 @@ def _use_gpu(plan: Plan, nodes: Sequence[Mapping[str, float]], report: Report) -
     """Whether the processes get GPUs. Raises `RefusedError` where GPUs are asked for that no node type could give."""
     scaling, most, least = plan.job.scaling, totals(nodes), _num_gpus(plan)
     gpus = most.get("GPU", 0)
-    wanted = "gpu" if scaling.accelerator_type and scaling.device == "auto" else scaling.device
+    wanted = scaling.wanted_device
     if wanted == "cpu" or (wanted == "auto" and not gpus):
         if wanted == "auto":
             grows = "; device gpu waits for some that its autoscaler adds" if grows_by_unknown() else ""

@@ -10,8 +10,8 @@ from typing import Any
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.distributed.between_nodes import on_node
 from orchestrator.errors import RefusedError
 from orchestrator.job import DirectoryStorage, HeldRun
 
@@ -31,7 +31,8 @@ def refuse_apart(run: HeldRun) -> None:
     token = uuid.uuid4().hex
     with run.scratch() as folder:
         (folder / "token").write_text(token)
-        asked = {_ask(node["NodeID"], folder / "token"): node["NodeManagerAddress"] for node in nodes}
+        file = str(folder / "token")
+        asked = {on_node(node["NodeID"], _content).remote(file): node["NodeManagerAddress"] for node in nodes}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWERED_S)
         apart = sorted(asked[answer] for answer in answered if _answer(answer) not in (token, None))
     if apart:
@@ -42,11 +43,6 @@ def refuse_apart(run: HeldRun) -> None:
             expected="a storage that all nodes see: s3://bucket/runs, or a directory of a file system that they share",
             mend="give it such a place: --storage",
         )  # fmt: skip
-
-
-def _ask(node_id: str, file: Path) -> Any:
-    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_content).remote(str(file))
 
 
 def _content(file: str) -> str:

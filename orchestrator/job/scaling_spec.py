@@ -51,6 +51,11 @@ class Scaling(Part):
     )
 
     @property
+    def wanted_device(self) -> Literal["auto", "cpu", "gpu"]:
+        """`device`, where auto is gpu once a kind of GPU is named."""
+        return "gpu" if self.accelerator_type and self.device == "auto" else self.device
+
+    @property
     def fewest_workers(self) -> int:
         """That it goes on with."""
         return self.min_workers or self.num_workers

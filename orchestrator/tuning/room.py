@@ -30,8 +30,7 @@ def room_for(plan: Plan, most: int, asked: int | None) -> Room:
     scaling, nodes = plan.job.scaling, nodes_possible()
     processes = max(plan.num_workers, plan.num_extractors)
     on_gpus = sum(places(plan, nodes, 1, use_gpu=True)) // processes
-    is_asked_for = scaling.device == "gpu" or (scaling.device == "auto" and scaling.accelerator_type is not None)
-    use_gpu = is_asked_for or (scaling.device == "auto" and on_gpus > 0)
+    use_gpu = scaling.wanted_device == "gpu" or (scaling.wanted_device == "auto" and on_gpus > 0)
     room = sum(places(plan, nodes, scaling.threads_per_worker or 1, use_gpu)) // processes
     if room < 1 and grows_by_unknown():
         return Room(asked or 1, scaling.threads_per_worker or 1, use_gpu)  # they wait for what comes

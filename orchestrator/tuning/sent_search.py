@@ -40,8 +40,7 @@ def search_to_send(draft: Draft, report: Report) -> Sent:
     block = {**settings.model_dump(mode="json", exclude_unset=True), "space": _at_whole_paths(asked, space)}
     sent = Draft({**tree, BLOCK: block}, "", {})
     name = first.name or search_name(first, make_space(block["space"], replace(sent, tree=tree)), settings)
-    scaling = {**tree.get("scaling", {}), "address": "auto"}
-    return Sent({**sent.tree, "name": name, "scaling": scaling}, name, tree["storage"], plans[0])
+    return Sent({**sent.tree, "name": name}, name, tree["storage"], plans[0])
 
 
 def run_search(tree: Mapping[str, Any], fresh: bool, report: Report, stop: Stop) -> tuple[str, dict[str, Any]]:

@@ -338,7 +338,7 @@ HEAD = ("--method", "head", "--address", "local", "--set", "scaling.num_extracto
 ROWS: dict[str, Row] = {
     "driver": Row(_driver),
     "signals": Row(_signals),
-    "signals-on-ray": Row(_signals, "here", ("--address", "local")),
+    "signals-on-ray": Row(_signals, "here", ON_RAY),
     "truncated": Row(_truncated),
     "flipped": Row(_flipped),
     "two-drivers": Row(_two_drivers),

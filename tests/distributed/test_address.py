@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import threading
 from collections.abc import Iterator
@@ -99,15 +100,22 @@ class _NoHead(_Open):
     body = b"<html>"
 
 
-@pytest.fixture
-def server(request: pytest.FixtureRequest) -> Iterator[http.server.ThreadingHTTPServer]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), request.param) as one:
-        one.asked = []  # type: ignore[attr-defined]
+@contextlib.contextmanager
+def served(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[http.server.ThreadingHTTPServer]:
+    """A server on 127.0.0.1 that answers so, while the context lasts."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as one:
         thread = threading.Thread(target=one.serve_forever)
         thread.start()
         yield one
         one.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Iterator[http.server.ThreadingHTTPServer]:
+    with served(request.param) as one:
+        one.asked = []  # type: ignore[attr-defined]
+        yield one
 
 
 @pytest.mark.parametrize("server", [_Open], indirect=True)

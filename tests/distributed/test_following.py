@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from orchestrator.distributed.telling import Ended, as_line
 from orchestrator.errors import RefusedError
 from orchestrator.job import Event, open_storage
 from orchestrator.remote import RemoteRun
+from tests.distributed.test_address import served
 from tests.whole.test_train import train
 
 ID = "orchestrator-a.1"
@@ -43,13 +43,9 @@ class _Head(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[http.server.ThreadingHTTPServer]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Head) as one:
+    with served(_Head) as one:
         one.waiting = []  # type: ignore[attr-defined]
-        thread = threading.Thread(target=one.serve_forever)
-        thread.start()
         yield one
-        one.shutdown()
-        thread.join()
 
 
 @pytest.fixture

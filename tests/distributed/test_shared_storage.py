@@ -14,11 +14,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
-def _two_nodes() -> Iterator[None]:
+def _two_nodes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A head with so many cores as the test says, one by default, and a node with one."""
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    head = {"num_cpus": getattr(request, "param", 1), "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield
@@ -26,20 +28,8 @@ def _two_nodes() -> Iterator[None]:
     cluster.shutdown()
 
 
-@pytest.fixture
-def _head_without_a_core() -> Iterator[None]:
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-    cluster.shutdown()
-
-
-@pytest.mark.usefixtures("_head_without_a_core")
+@pytest.mark.usefixtures("_two_nodes")
+@pytest.mark.parametrize("_two_nodes", [0], indirect=True)
 def test_what_the_driver_sees_alone_is_refused_where_its_node_has_no_core(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
