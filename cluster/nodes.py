@@ -38,6 +38,7 @@ from cluster.node import IN_A_NAMESPACE, PROBE, Node, ray_start
 
 HERE = Path("/tmp")  # sockets of Ray allow a path of 107 characters in all
 PORT, DASHBOARD_PORT = 6379, 8265
+HOST = "host"
 READY_S = 180.0
 GONE_S = 60.0
 
@@ -96,7 +97,7 @@ class LocalCluster:
 
     @property
     def host_address(self) -> str:
-        """What listens here on this machine is reached by the nodes."""
+        """What listens here on this machine is reached by the nodes; with namespaces they know it as `host`, too."""
         return f"{self.subnet}.1"
 
     @property
@@ -253,7 +254,7 @@ class LocalCluster:
             return
         self.subnet = make_bridge(f"br-{self.name}", HERE)
         names = [f"{self.subnet}.{10 + k} node{k}\n" for k in range(100)]
-        (self.folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(names))
+        (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{self.host_address} {HOST}\n" + "".join(names))
         (self.folder / "resolv.conf").write_text("options timeout:1 attempts:1\n")  # no name server: an answer at once
 
     def _start(self, cpus: int, gpus: int, more: Sequence[str]) -> str:

@@ -155,7 +155,7 @@ class RemoteRun:
         through the cluster. Where the folder is the run itself, it stays as it is. Raises `RefusedError`.
         """
         name, target = self._run_name(), local_path(folder).absolute()
-        sees_storage = self._sees_storage()
+        sees_storage = self._sees_storage(name)
         is_itself = sees_storage and not is_uri(self.storage) and _is_same(target, Path(self.storage) / name)
         if (
             not is_itself
@@ -193,12 +193,12 @@ class RemoteRun:
             )  # fmt: skip
         return Path(best[-1]).name
 
-    def _sees_storage(self) -> bool:
-        """Whether the run that lies here under that place is the one that the job works on."""
+    def _sees_storage(self, name: str) -> bool:
+        """Whether the run of that name that lies here in that place is the one that the job works on."""
         try:
             if is_uri(self.storage):
-                return open_storage(self.storage, patience_s=_SEEN_WITHIN_S).read(f"{self.name}/plan.json") is not None
-            began = open_run(Path(self.storage) / self.name).plan.job
+                return open_storage(self.storage, patience_s=_SEEN_WITHIN_S).read(f"{name}/plan.json") is not None
+            began = open_run(Path(self.storage) / name).plan.job
         except OrchestratorError:
             return False
         return self._job().metadata.get("orchestrator_began", "") in ("", began.digest())

@@ -144,7 +144,7 @@ def _start(
         # Rows that the caller holds are written down once, on the storage, and are a table from then on.
         with rows_written(draft, open_storage(known.storage)) as settled:
             try:
-                return _run(settled, resolved, options)
+                return _run(settled.job(), resolved, options)
             except InterruptedRunError as error:
                 if fresh:
                     error.mend = "the same command without --fresh goes on from there"

@@ -44,6 +44,7 @@ from orchestrator.data.sources import columns_of as columns_of, formed_as_run as
 from orchestrator.data.table_store import (
     StoredTable as StoredTable,
     TableStore as TableStore,
+    key_of as key_of,
     table_key as table_key,
 )
 from orchestrator.data.unlabelled import Unlabelled as Unlabelled, read_unlabelled as read_unlabelled

@@ -33,8 +33,12 @@ class SharedTables:
         """
         key = table_key(folder)
         path = self._storage.share(folder, f"{DATA_FOLDER}/{key}")
-        run.write(REFERENCE_FILE, json.dumps({"table": key}) + "\n")
+        self.refer(key, run)
         return path
+
+    def refer(self, key: str, run: HeldRun) -> None:
+        """Let that run of the storage use a table that is there."""
+        run.write(REFERENCE_FILE, json.dumps({"table": key}) + "\n")
 
     def find(self, key: str) -> Path | None:
         """This machine's copy of a table, fetched if need be; None where the store has none.

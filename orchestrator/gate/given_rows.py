@@ -11,30 +11,30 @@ from typing import TYPE_CHECKING, cast
 
 from orchestrator.errors import RefusedError
 from orchestrator.gate.planning import materialised
-from orchestrator.job import DATA_FOLDER, DirectoryStorage, Draft, Job, Storage, holds_rows
+from orchestrator.job import DATA_FOLDER, DirectoryStorage, Draft, Storage, holds_rows
 
 if TYPE_CHECKING:
     from orchestrator.job.object_storage import ObjectStorage
 
 
 @contextlib.contextmanager
-def rows_written(draft: Draft, storage: Storage) -> Iterator[Job]:
-    """The job with its rows on the storage. Refused, it leaves none there that no other run needs."""
+def rows_written(draft: Draft, storage: Storage) -> Iterator[Draft]:
+    """The draft with its rows on the storage. Refused, it leaves none there that no other run needs."""
     if not holds_rows(draft.tree.get("data")):
-        yield draft.job()
+        yield draft
         return
     rows = _in_directory if isinstance(storage, DirectoryStorage) else _in_store
-    with rows(draft, storage) as job:
-        yield job
+    with rows(draft, storage) as written:
+        yield written
 
 
 @contextlib.contextmanager
-def _in_directory(draft: Draft, storage: Storage) -> Iterator[Job]:
+def _in_directory(draft: Draft, storage: Storage) -> Iterator[Draft]:
     path = cast("DirectoryStorage", storage).path
     new: list[Path] = []
     was_there = path.exists()
     try:
-        yield materialised(draft, path / DATA_FOLDER, new).job()
+        yield materialised(draft, path / DATA_FOLDER, new)
     except RefusedError as error:
         for name in _no_longer_wanted(storage, [file.name for file in new], error):
             (path / DATA_FOLDER / name).unlink(missing_ok=True)
@@ -47,7 +47,7 @@ def _in_directory(draft: Draft, storage: Storage) -> Iterator[Job]:
 
 
 @contextlib.contextmanager
-def _in_store(draft: Draft, storage: Storage) -> Iterator[Job]:
+def _in_store(draft: Draft, storage: Storage) -> Iterator[Draft]:
     store = cast("ObjectStorage", storage)
     new: list[str] = []
     with TemporaryDirectory(prefix="orchestrator-") as folder:
@@ -57,7 +57,7 @@ def _in_store(draft: Draft, storage: Storage) -> Iterator[Job]:
             new += [file.name for file in files if store.share_file(file, f"{DATA_FOLDER}/{file.name}")]
             places = {str(file.absolute()): store.place_of(f"{DATA_FOLDER}/{file.name}") for file in files}
             data = {key: places.get(value, value) for key, value in written.tree["data"].items()}
-            yield replace(written, tree={**written.tree, "data": data}).job()
+            yield replace(written, tree={**written.tree, "data": data})
         except RefusedError as error:
             for name in _no_longer_wanted(storage, new, error):
                 store.drop_shared(f"{DATA_FOLDER}/{name}")

@@ -104,6 +104,7 @@ from orchestrator.job.opening import (
     list_searches as list_searches,
     open_finished as open_finished,
     open_run as open_run,
+    run_at as run_at,
 )
 from orchestrator.job.places import (
     DATA_FOLDER as DATA_FOLDER,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,8 +33,7 @@ def open_run(place: str | Path) -> Run:
 
     Raises `RefusedError` where there is none.
     """
-    text = plain_path(str(place)).rstrip("/") if isinstance(place, str) else ""
-    run = Run(text if is_uri(text) else local_path(text or place).absolute())
+    run = run_at(place)
     if is_search(run):
         return _best_of(run)
     if run.storage.read(f"{run.name}/plan.json") is None:
@@ -50,6 +50,12 @@ def open_run(place: str | Path) -> Run:
             mend=_nearest(run, Path(place)) or "list them: orchestrator runs",
         )
     return run
+
+
+def run_at(place: str | Path) -> Run:
+    """A run by its directory or URI, whether it is there or not."""
+    text = plain_path(str(place)).rstrip("/") if isinstance(place, str) else ""
+    return Run(text if is_uri(text) else local_path(text or place).absolute())
 
 
 def _nearest(run: Run, given: Path) -> str:
@@ -88,11 +94,15 @@ def open_finished(place: str | Path) -> Run:
 
 
 def list_searches(storage: str | Path) -> list[Run]:
-    """The directories of searches below a storage directory, by name; in an object store there are none."""
+    """The searches of a storage, by name; each is what `Run` is of a run."""
     if is_uri(str(storage)):
-        return []
+        return _in_store(open_storage(str(storage)), _holds_search)
     place = local_path(storage)
     return [Run(place / name) for name in DirectoryStorage(place).children() if (place / name / SEARCH_FILE).is_file()]
+
+
+def _holds_search(names: Collection[str]) -> bool:
+    return SEARCH_FILE in names
 
 
 def is_trial_of(search: Run, name: str) -> bool:
@@ -103,7 +113,7 @@ def is_trial_of(search: Run, name: str) -> bool:
 def list_runs(storage: str | Path) -> list[Run]:
     """The runs of a storage, by name. Raises `RefusedError` where it is a file, or a store that refuses us."""
     if is_uri(str(storage)):
-        return _in_store(open_storage(str(storage)))
+        return _in_store(open_storage(str(storage)), is_run)
     place = local_path(storage)
     if place.exists() and not place.is_dir():
         raise RefusedError(
@@ -121,9 +131,9 @@ def is_run_at(path: Path) -> bool:
     return is_run(DirectoryStorage(path.parent).children(path.name))
 
 
-def _in_store(storage: Storage) -> list[Run]:
+def _in_store(storage: Storage, is_meant: Callable[[Collection[str]], bool]) -> list[Run]:
     storage.require()
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
         names = storage.children()
-        there = pool.map(lambda name: is_run(storage.children(name)), names)
+        there = pool.map(lambda name: is_meant(storage.children(name)), names)
         return [run_in(storage, name) for name, is_one in zip(names, there, strict=True) if is_one]

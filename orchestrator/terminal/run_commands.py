@@ -27,6 +27,7 @@ from orchestrator.job import (
     local_path,
     open_run,
     read_lines,
+    run_in,
     shown,
 )
 from orchestrator.terminal.answers_json import print_json
@@ -79,8 +80,8 @@ def runs(
     searches = list_searches(storage)
     alone = [run for run in list_runs(storage) if not any(is_trial_of(one, run.name) for one in searches)]
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # of a store each is several requests
-        rows = list(pool.map(_summary, alone))
-    rows = sorted([*rows, *(_summary_of_search(one) for one in searches)], key=lambda row: row["name"])
+        rows = [*pool.map(_summary, alone), *pool.map(_summary_of_search, searches)]
+    rows.sort(key=lambda row: str(row["name"]))
     num_all = len(rows)
     rows = [
         row for row in rows
@@ -212,7 +213,7 @@ def _summary_of_search(search: Run) -> dict[str, Any]:
         num_trials, best = 0, None
     num_done = len({line.get("number") for line in read_lines(search.read("trials.jsonl"))})
     state = "running" if search.busy else "finished" if best and num_done >= num_trials else "unfinished"
-    of_best = _summary(Run(search.path.parent / best)) if isinstance(best, str) else dict.fromkeys(_SUMMARY)
+    of_best = _summary(run_in(search.storage, best)) if isinstance(best, str) else dict.fromkeys(_SUMMARY)
     return {
         **of_best, "name": search.name, "state": state, "search": f"{num_done} of {num_trials} trials",
         "best": best, "changed": search.changed_at(SEARCH_FILE, "trials.jsonl"),

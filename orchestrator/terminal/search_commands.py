@@ -232,7 +232,6 @@ def _table(result: SearchResult, trials: Sequence[Trial]) -> Table:
 
 
 def _relative(result: SearchResult) -> str:
-    try:
+    if isinstance(result.search.at, Path) and result.path.is_relative_to(Path.cwd()):
         return str(result.path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(result.path)
+    return result.place

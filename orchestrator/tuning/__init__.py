@@ -20,7 +20,6 @@ share is done once: the data is read, a frozen body runs, and heads are trained 
     stopping    Tune's schedulers that stop trials early
     result      what a search gives: trials in order, tables
     pictures    the same as pictures
-    directory   where a search or a ranking works
     ranking     rank: candidates through the gate, the race, the table
     candidates  each candidate through the gate, on data that is read once
     race        successive halving: features and probes on more samples for those still in it

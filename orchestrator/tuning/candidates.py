@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from orchestrator.data import Prepared, TableStore
+from orchestrator.data import Prepared, tables_in
 from orchestrator.errors import RefusedError
 from orchestrator.gate import ResolvedBackbone, measures_alike, parse_settings, plan_on, read_data, resolve_backbone
 from orchestrator.job import BackboneCard, HeldRun, Job, PhaseBegan, Plan, Report
@@ -82,7 +82,7 @@ class Gate:
         with self.held.scratch() as folder:
             prepared = read_data(job, resolved, folder)
             if not self._data:
-                TableStore(self.held.folder.parent).put(folder, self.held)
+                tables_in(self.held.storage).put(folder, self.held)
         self._data.append((resolved.card, prepared))
         return prepared
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from orchestrator.backbone import with_digest
-from orchestrator.data import Prepared, TableStore
-from orchestrator.errors import ChangedError, DataError
+from orchestrator.data import Prepared, key_of, tables_in
+from orchestrator.errors import ChangedError, DataError, RefusedError
 from orchestrator.gate import ResolvedBackbone, measures_alike, plan_on, read_data, resolve_backbone, texts_of
-from orchestrator.job import BackboneCard, Draft, HeldRun, Job, PhaseBegan, Plan, Report, Run, hold
+from orchestrator.job import BackboneCard, Draft, HeldRun, Job, PhaseBegan, Plan, Report, Run, hold, run_in
 from orchestrator.rehearsal import rehearsed
 from orchestrator.tuning.probes import begin_behind_probe
 from orchestrator.tuning.space import Config, draft_with
@@ -45,7 +46,7 @@ class Layout:
     def run_of(self, key: Key) -> Run:
         """The run of a trial, whether it is there or not."""
         number, repeat = key
-        return Run(self.search.folder.parent / f"{self.search.name}.{number:04}{f'.{repeat}' if repeat else ''}")
+        return run_in(self.search.storage, f"{self.search.name}.{number:04}{f'.{repeat}' if repeat else ''}")
 
     def job_of(self, key: Key, config: Config) -> Job:
         """The job of a trial. Raises `JobError`."""
@@ -73,16 +74,13 @@ class Layout:
     def lay_out(self, key: Key, config: Config, plan: Plan) -> Run:
         """The run of a trial, as `train_as_planned` goes on with it; one that was begun before is as it was."""
         run, job = self.run_of(key), self.job_of(key, config)
-        ended_by = time.monotonic() + _LEFT_S
-        while run.busy and time.monotonic() < ended_by:  # by a process of a search that was killed just now
-            time.sleep(_LOOKED_AT_S)
         data = self._data_of(job)
-        with hold(run.storage, run.name) as held:
+        with _held_once_free(run) as held:
             if held.read("plan.json") is not None and run.plan.job.digest() == plan.job.digest():
                 return run
             texts = texts_of(job, plan, data.prepared)
             held.clear()
-            TableStore(held.folder.parent).refer(data.table, held)
+            tables_in(held.storage).refer(data.table, held)
             begin_behind_probe(held, plan, self.search.name)
             for name, text in texts.items():  # plan.json, written last, says that the run is there
                 held.write(name, text)
@@ -90,7 +88,7 @@ class Layout:
 
     def use_table_of(self, plan: Plan) -> None:
         """Let the search itself use the plan's sample table."""
-        TableStore(self.search.folder.parent).refer(self._data_of(plan.job).table, self.search)
+        tables_in(self.search.storage).refer(self._data_of(plan.job).table, self.search)
 
     def seen(self) -> dict[str, str]:
         """What data and backbones were looked at, and their digests."""
@@ -123,8 +121,24 @@ class Layout:
         self.report(PhaseBegan("reading the data"))
         with self.search.scratch() as folder:
             prepared = read_data(job, resolved, folder)
-            table = TableStore(self.search.folder.parent).put(folder, self.search)
-        return _Data(prepared, resolved.card, table.name)
+            tables_in(self.search.storage).put(folder, self.search)
+        return _Data(prepared, resolved.card, key_of(self.search) or "")
+
+
+@contextlib.contextmanager
+def _held_once_free(run: Run) -> Iterator[HeldRun]:
+    """A trial's run, which a process of a search that was killed just now may still have for a moment."""
+    given_up = time.monotonic() + _LEFT_S
+    with contextlib.ExitStack() as holding:
+        while True:
+            try:
+                held = holding.enter_context(hold(run.storage, run.name))
+                break
+            except RefusedError as error:
+                if error.reason != "busy" or time.monotonic() > given_up:
+                    raise
+            time.sleep(_LOOKED_AT_S)
+        yield held
 
 
 def refuse_changed(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:

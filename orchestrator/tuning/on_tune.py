@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -28,17 +29,30 @@ from orchestrator.distributed.joining import joined
 from orchestrator.distributed.offer import kind_of, resources_of
 from orchestrator.errors import InterruptedRunError
 from orchestrator.gate import num_cores
-from orchestrator.job import EpochEnded, Event, Noted, PhaseBegan, Plan, Run
+from orchestrator.job import (
+    EpochEnded,
+    Event,
+    HeldRun,
+    Lease,
+    Noted,
+    PhaseBegan,
+    Plan,
+    Run,
+    open_storage,
+    run_in,
+)
 from orchestrator.modality import Modality, registry
 from orchestrator.train import train_as_planned
 from orchestrator.training import FINAL_FIGURES
 from orchestrator.tuning.pending import PendingTrial, TrialContext
-from orchestrator.tuning.probes import FOLDER, keep_probe
+from orchestrator.tuning.probes import keep_probe
 from orchestrator.tuning.room import Room, room_for
 from orchestrator.tuning.stopping import LAST_EPOCH
 from orchestrator.tuning.trials import KEPT, Key, State, Trial
 
-_RUN, _NUMBER, _REPEAT, _PROBES = "run", "number", "repeat", "probes"
+_STORAGE, _RUN, _LEASE, _NUMBER, _REPEAT = "storage", "run", "lease", "number", "repeat"
+_ASKED_EVERY_S = 0.2
+"""How often it is looked whether a probe is on the storage."""
 _DRIVER_BYTES = 2**20
 """What a trial asks for that has workers of its own: a place, and no core."""
 _DRIVER_SHARE = 0.001
@@ -142,12 +156,10 @@ class TuneTrials:
             "threads_per_worker": self._room.threads,
             "ray": task.plan.num_workers > 1 or task.plan.num_extractors > 0,
         })  # fmt: skip
-        run = self.context.layout.lay_out(task.key, task.config, plan)
+        run, search = self.context.layout.lay_out(task.key, task.config, plan), self.context.layout.search
         self._tasks[task.key] = task
-        probes = self.context.layout.search.folder / FOLDER
-        probes.mkdir(exist_ok=True)
-        own = {_RUN: str(run.path), _NUMBER: task.key[0], _REPEAT: task.key[1], _PROBES: str(probes)}
-        return {**own, **task.config}
+        where = {_STORAGE: search.storage.place, _RUN: run.name, _LEASE: vars(search.lease)}
+        return {**where, _NUMBER: task.key[0], _REPEAT: task.key[1], **task.config}
 
     def began(self, key: Key) -> None:
         """A trial has begun."""
@@ -222,19 +234,21 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
     """Train the run of a trial up to its final figures, and tell Tune of each epoch."""
     if modality is not None and not registry.is_registered(modality.name):
         registry.register(modality)
-    run = Run(Path(config[_RUN]))
+    storage = open_storage(config[_STORAGE])
+    run, search = run_in(storage, config[_RUN]), HeldRun(storage, Lease(**config[_LEASE]))
     plan = run.plan
     trained = probed = False
+    asked_s = -math.inf
 
     def report(event: Event) -> None:
-        nonlocal trained, probed
+        nonlocal trained, probed, asked_s
         if isinstance(event, PhaseBegan):
             trained = event.text == FINAL_FIGURES
-            if probed:
-                keep_probe(run, Path(config[_PROBES]))
+        if probed and time.monotonic() - asked_s > _ASKED_EVERY_S:
+            probed, asked_s = not keep_probe(run, search), time.monotonic()
         if isinstance(event, EpochEnded):
             epoch = event.figures["epoch"]
-            probed = epoch == plan.recipe.phases[0].epochs
+            probed = probed or epoch == plan.recipe.phases[0].epochs
             line = line_of(event.figures)
             tune.report({**line, "training_iteration": epoch, LAST_EPOCH: event.num_epochs})
 
@@ -242,6 +256,8 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
         require_backbone(plan)
     with contextlib.suppress(InterruptedRunError):
         train_as_planned(run, report, lambda: trained)
+    if probed:  # by now all that the run has is on the storage
+        keep_probe(run, search)
 
 
 # --- Tune's parts ---

@@ -1,7 +1,6 @@
 """Probes that trials share: where the first phase of `lp-ft` is the same, one trial trains it for all of them.
 
-<search>/probes/<key>/      the checkpoint of a run at the end of that phase, as the run committed it
-<search>/probes/<key>.jsonl the lines of its epochs
+<search>/probes/<key>/   the files of a run's checkpoint at the end of that phase, and the lines of its epochs
 """
 
 from __future__ import annotations
@@ -9,16 +8,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from pathlib import Path
 
-from orchestrator.errors import RefusedError
-from orchestrator.job import METRICS_FILE, HeldRun, Plan, Run, read_lines
+from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.job import METRICS_FILE, HeldRun, Plan, Run
 from orchestrator.training import STATE_FILE, checkpoint_name
 
 FOLDER = "probes"
+_EPOCHS = "epochs.jsonl"
 _OF_LATER_PHASES = {
     "learning_rate", "head_learning_rate", "layer_decay", "loss", "epochs", "batch_norm", "checkpoint_every_s",
     "checkpoint_every_steps", "num_microbatches",
@@ -39,23 +37,27 @@ def probe_key(plan: Plan) -> str | None:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def keep_probe(run: Run, probes: Path) -> None:
-    """Keep the checkpoint that a run has at the end of its first phase, unless there is one; called in that moment."""
+def keep_probe(run: Run, search: HeldRun) -> bool:
+    """Keep the checkpoint that a run has at the end of its first phase; whether there is nothing left to wait for.
+
+    A checkpoint goes to its storage while training goes on: until it is there, this is called again.
+    """
     plan = run.plan
     key = probe_key(plan)
-    source = run.path / checkpoint_name(plan.recipe.phases[0].num_steps)
-    if key is None or (probes / key).exists() or not source.is_dir():
-        return
-    if json.loads((source / STATE_FILE).read_text(encoding="utf-8"))["phase"]:
-        return  # the next phase's first one has its place by now, and with it what this trial alone has decided
-    partial = probes / f".{key}.{uuid.uuid4().hex[:8]}"
-    lines = [line for line in run.metrics if line.get("epoch", 0) <= plan.recipe.phases[0].epochs]
-    with contextlib.suppress(OSError):  # another trial was first, or the disk is full: then each trains its own
-        shutil.copytree(source, partial)
-        partial.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(partial.with_suffix(".jsonl"), probes / f"{key}.jsonl")
-        os.rename(partial, probes / key)
-    shutil.rmtree(partial, ignore_errors=True)
+    if key is None or search.children(f"{FOLDER}/{key}"):
+        return True
+    num_steps, num_epochs = plan.recipe.phases[0].num_steps, plan.recipe.phases[0].epochs
+    try:
+        with run.storage.opened(f"{run.name}/{checkpoint_name(num_steps)}") as source:
+            state = json.loads((source / STATE_FILE).read_text(encoding="utf-8"))
+            if not state["phase"]:  # else it is the next phase's first one, which has its place, and what was decided
+                lines = [line for line in run.metrics if line.get("epoch", 0) <= num_epochs]
+                with search.committing(f"{FOLDER}/{key}") as folder:
+                    _copy(source, folder)
+                    (folder / _EPOCHS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    except OrchestratorError as error:  # with anything else each trial trains its own: another was first, or no room
+        return getattr(error, "reason", "") != "not_found"
+    return True
 
 
 def begin_behind_probe(held: HeldRun, plan: Plan, search: str) -> None:
@@ -64,8 +66,14 @@ def begin_behind_probe(held: HeldRun, plan: Plan, search: str) -> None:
     if key is None:
         return
     with contextlib.suppress(RefusedError), held.storage.opened(f"{search}/{FOLDER}/{key}") as source:
-        lines = read_lines(held.storage.read_text(f"{search}/{FOLDER}/{key}.jsonl"))
-        held.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+        lines = (source / _EPOCHS).read_text(encoding="utf-8")
         with held.committing(checkpoint_name(plan.recipe.phases[0].num_steps)) as folder:
-            for file in source.iterdir():
-                shutil.copy(file, folder)
+            _copy(source, folder)
+        held.write(METRICS_FILE, lines)
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """The files of a checkpoint."""
+    for file in source.iterdir():
+        if file.name != _EPOCHS and not file.name.startswith("."):
+            shutil.copy(file, folder)

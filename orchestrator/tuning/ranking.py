@@ -12,14 +12,13 @@ from typing import Any
 
 from orchestrator.backbone import find_on_hub
 from orchestrator.errors import JobError, RefusedError, TrainingError
-from orchestrator.gate import ResolvedBackbone, drafted, materialised, without_rows
-from orchestrator.job import DATA_FOLDER, DirectoryStorage, Job, Report, Stop, hold, shown, stop_on_signal
+from orchestrator.gate import ResolvedBackbone, drafted, rows_written, without_rows
+from orchestrator.job import DirectoryStorage, Job, Report, Stop, hold, open_storage, shown, stop_on_signal
 from orchestrator.modality import registry
 from orchestrator.network import find_device, start_worker
 from orchestrator.probing import SCORES
 from orchestrator.progress import progress
 from orchestrator.tuning.candidates import Candidate, Gate, failed_row, num_parameters, refused_row, require_meant
-from orchestrator.tuning.directory import directory_of
 from orchestrator.tuning.race import Race
 from orchestrator.tuning.standings import RankRow, RankTable, compare
 
@@ -55,7 +54,7 @@ def rank(
         should_stop = held.enter_context(stop_on_signal(stop))
         names, rows = _names(backbones, from_hub, num_from_hub)
         job = _job(names, rows, num_samples, fields)
-        storage = directory_of(job.storage)
+        storage = open_storage(job.storage)
         # A run of its own that nobody sees: it holds the sample table while features are computed of it.
         run = held.enter_context(hold(storage, f".rank-{ranking_digest(job, names)}"))
         held.callback(run.clear)
@@ -67,7 +66,10 @@ def rank(
             except RefusedError as error:
                 rows.append(refused_row(name, error))
         _require_some(known, rows)
-        gate.job = job = _with_rows(job, fields, known)
+        # Rows that the caller holds are where the jobs that follow have them too.
+        draft = drafted(None, {**fields, "backbone": next(iter(known)), "method": "head"})
+        written = held.enter_context(rows_written(draft, storage)).job()
+        gate.job = job = job.model_copy(update={"data": written.data})
         candidates: list[Candidate] = []
         for name, resolved in known.items():
             try:
@@ -157,13 +159,6 @@ def _job(names: Sequence[str], rows: Sequence[RankRow], num_samples: int, fields
     require_meant(job)
     training = job.training.model_copy(update={"features": "once", "views": None})
     return job.model_copy(update={"training": training})
-
-
-def _with_rows(job: Job, fields: dict[str, Any], known: dict[str, ResolvedBackbone]) -> Job:
-    """The job with the rows that a program holds on the storage, where the jobs that follow have them too."""
-    draft = drafted(None, {**fields, "backbone": next(iter(known)), "method": "head"})
-    written = materialised(draft, directory_of(job.storage).path / DATA_FOLDER).job()
-    return job.model_copy(update={"data": written.data})
 
 
 def _require_some(accepted: Any, rows: Sequence[RankRow]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from orchestrator.errors import RefusedError
-from orchestrator.job import BEST_OF_SEARCH, SEARCH_FILE, Run, local_path
+from orchestrator.job import BEST_OF_SEARCH, SEARCH_FILE, Run, run_at, run_in
 from orchestrator.tasks import wilson
 from orchestrator.tuning.space import Config
 from orchestrator.tuning.trials import TRIALS_FILE, Metric, Trial, read_search, read_trials
@@ -26,7 +26,8 @@ _FORMULA = re.compile(r"[=+\-@\t\r]")
 class SearchResult:
     """A search that has ended."""
 
-    path: Path
+    search: Run
+    """Where it lies; what `Run` gives of a place, it gives of this one."""
     trials: list[Trial]
     """All that have ended, by their numbers; repetitions behind their trial."""
     metric: Metric
@@ -38,6 +39,16 @@ class SearchResult:
     """Samples that trials were judged by."""
     ray: Any = field(default=None, repr=False, compare=False)
     """The `ResultGrid` of Ray Tune; None where it ran nothing in this call."""
+
+    @property
+    def path(self) -> Path:
+        """Its directory. Raises `RefusedError` where it lies in an object store, and has none."""
+        return self.search.path
+
+    @property
+    def place(self) -> str:
+        """Its directory or URI, as a text."""
+        return self.search.place
 
     @property
     def ranked(self) -> list[Trial]:
@@ -79,8 +90,8 @@ class SearchResult:
         """The search as `--json` prints it."""
         best = self.best_run
         return {
-            "search": str(self.path), "metric": self.metric.key, "caveat": self.caveat,
-            "run": str(best.path) if best else None, "results": best.results if best else None, "trials": self.rows(),
+            "search": self.place, "metric": self.metric.key, "caveat": self.caveat,
+            "run": best.place if best else None, "results": best.results if best else None, "trials": self.rows(),
         }  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
@@ -111,9 +122,9 @@ def ranked(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
     return several + [one for one in order if one.number not in repeated]
 
 
-def open_search(path: str | Path) -> SearchResult:
-    """The search of that directory, as far as it is. Raises `RefusedError` where there is none."""
-    run = Run(local_path(path).absolute())
+def open_search(place: str | Path) -> SearchResult:
+    """The search of that directory or URI, as far as it is. Raises `RefusedError` where there is none."""
+    run = run_at(place)
     spec = read_search(run)
     try:
         keys, num = tuple(spec["space"]), int(spec.get("num_validation", 0))
@@ -121,11 +132,11 @@ def open_search(path: str | Path) -> SearchResult:
         best = spec.get(BEST_OF_SEARCH)
     except (KeyError, TypeError, ValueError):
         raise RefusedError(
-            "damaged", f"{run.path / SEARCH_FILE} cannot be understood", expected="the file as this version wrote it",
+            "damaged", f"{run.place}/{SEARCH_FILE} cannot be understood", expected="the file as this version wrote it",
             mend="start the search over with --fresh, or give it another name: --name",
         ) from None  # fmt: skip
     trials = read_trials(run.read(TRIALS_FILE))
-    return SearchResult(run.path, trials, metric, keys, Run(run.path.parent / best) if best else None, num)
+    return SearchResult(run, trials, metric, keys, run_in(run.storage, best) if best else None, num)
 
 
 def as_csv(result: SearchResult) -> str:

@@ -46,7 +46,7 @@ def search_to_send(draft: Draft, report: Report) -> Sent:
 def run_search(tree: Mapping[str, Any], fresh: bool, report: Report, stop: Stop) -> tuple[str, dict[str, Any]]:
     """On the cluster: (where the search lies, what came of it, as `orchestrator search --json` prints it)."""
     result = search(tree, fresh=fresh, report=report, stop=stop)
-    return str(result.path), result.as_dict()
+    return result.place, result.as_dict()
 
 
 def _take_out(tree: dict[str, Any], key: str) -> None:

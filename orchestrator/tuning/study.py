@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ChangedError, RefusedError
-from orchestrator.gate import drafted, materialised
+from orchestrator.gate import drafted, rows_written
 from orchestrator.job import (
     BEST_OF_SEARCH,
-    DATA_FOLDER,
     SEARCH_FILE,
-    DirectoryStorage,
     Draft,
     HeldRun,
     Job,
@@ -24,15 +22,16 @@ from orchestrator.job import (
     PhaseBegan,
     Plan,
     Report,
-    Run,
     Stop,
+    Storage,
     is_trial_of,
+    open_storage,
+    run_in,
     stop_on_signal,
     this_process,
 )
 from orchestrator.progress import progress
 from orchestrator.train import train_as_planned
-from orchestrator.tuning.directory import directory_of
 from orchestrator.tuning.layout import Layout, refuse_changed
 from orchestrator.tuning.pictures import draw_pictures
 from orchestrator.tuning.probes import FOLDER
@@ -97,10 +96,10 @@ def search(
     }  # fmt: skip
     with contextlib.nullcontext(report) if report is not None else progress() as report:
         draft, settings, asked = settings_and_space(drafted(job, fields), space, given)
-        draft = materialised(draft, directory_of(draft.tree.get("storage")).path / DATA_FOLDER)
-        made = make_space(asked, draft)
-        with stop_on_signal(stop) as should_stop:
-            return _search(draft, made, settings, fresh, report, should_stop)
+        storage = open_storage(str(draft.tree.get("storage") or Job.model_fields["storage"].default))
+        # Rows that the caller holds are written down once, on the storage, and are a table from then on.
+        with rows_written(draft, storage) as written, stop_on_signal(stop) as should_stop:
+            return _search(written, make_space(asked, written), settings, fresh, report, should_stop)
 
 
 def _search(
@@ -110,7 +109,7 @@ def _search(
     metric = make_metric(first.task, settings.metric)
     algorithm = make_algorithm(settings.search_alg, space, settings.seed)
     digest = _digest(first, space, settings, metric)
-    storage = directory_of(first.storage)
+    storage = open_storage(first.storage)
     name = first.name or search_name(first, space, settings)
     with _held(storage, name, fresh) as held:
         book = Book(held)
@@ -139,12 +138,12 @@ def _search(
             train_as_planned(run, report, should_stop)
             book.write_spec({**book.spec, BEST_OF_SEARCH: run.name})
         _prune(layout, [one.key for one in work.ranked()[:_NUM_KEPT]], book)
-        result = open_search(held.folder)
+        result = open_search(held.place)
         held.write(CSV_FILE, as_csv(result))
         for file, content in draw_pictures(result, space, report).items():
             held.write(file, content)
         report(Noted(result.caveat))
-    return SearchResult(result.path, result.trials, metric, tuple(keys), result.best_run, result.num_validation, grid)
+    return SearchResult(result.search, result.trials, metric, tuple(keys), result.best_run, result.num_validation, grid)
 
 
 def _digest(job: Job, space: Space, settings: SearchSettings, metric: Metric) -> str:
@@ -204,12 +203,12 @@ def first_plan(layout: Layout, space: Space, settings: SearchSettings, backbone:
     raise problem
 
 
-# --- the search's own directory ---
+# --- the search's own place ---
 
 
 @contextlib.contextmanager
-def _held(storage: DirectoryStorage, name: str, fresh: bool) -> Iterator[HeldRun]:
-    """The search's directory, for this process alone. Raises `RefusedError` where something else has its place."""
+def _held(storage: Storage, name: str, fresh: bool) -> Iterator[HeldRun]:
+    """The search's place, for this process alone. Raises `RefusedError` where something else has its place."""
     there = storage.children(name)
     if storage.local_folder(name).is_file() or (SEARCH_FILE not in there and set(there) - _BEFORE):
         what = "a run" if "plan.json" in there else "something else"
@@ -220,7 +219,7 @@ def _held(storage: DirectoryStorage, name: str, fresh: bool) -> Iterator[HeldRun
     with storage.acquire(name, this_process()) as lease:
         run = HeldRun(storage, lease)
         if fresh:
-            for child in [one for one in storage.children() if is_trial_of(Run(storage.path / name), one)]:
+            for child in [one for one in storage.children() if is_trial_of(run_in(storage, name), one)]:
                 with storage.acquire(child, lease.owner) as of_trial:
                     storage.delete(child, of_trial)
                     storage.give_up(of_trial)

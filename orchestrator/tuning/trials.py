@@ -160,7 +160,8 @@ def read_search(run: Run | HeldRun) -> dict[str, Any]:
     spec = _object(run, SEARCH_FILE)
     if not spec:
         raise RefusedError(
-            "not_found", f"there is no search {run.folder}", expected="a directory that a search made",
+            "not_found", f"there is no search {run.place}",
+            expected="a directory, or a place in a store, that a search made",
             mend="list them: orchestrator runs",
         )  # fmt: skip
     return spec
@@ -177,6 +178,6 @@ def _object(run: Run | HeldRun, file: str) -> dict[str, Any]:
     except ValueError:
         pass
     raise RefusedError(
-        "damaged", f"{run.folder / file} cannot be understood", expected="the file as this version wrote it",
+        "damaged", f"{run.place}/{file} cannot be understood", expected="the file as this version wrote it",
         mend="start the search over with --fresh, or give it another name: --name",
     )  # fmt: skip

@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import pytest
 
 import orchestrator
 from cluster.local import LocalCluster
+from cluster.machine import free_port
 from orchestrator.distributed.preflight import Preflight
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError
-from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan, TrialsAdvanced
+from orchestrator.job import Advanced, EpochEnded, Event, Noted, PhaseBegan, TrialsAdvanced, locations
 from orchestrator.remote import remote_runs
 from orchestrator.tuning import RankTable
 from tests.conftest import REPOSITORY
@@ -60,11 +62,42 @@ def own_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("own-disk")
 
 
+_STORE_KEYS = {
+    "AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "something", "AWS_DEFAULT_REGION": "us-east-1",
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, own_disk: Path) -> Iterator[LocalCluster]:
+def store_port() -> int:
+    """Of this machine, where the nodes look for an object store."""
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, own_disk: Path, store_port: int) -> Iterator[LocalCluster]:
     python = bare_python(tmp_path_factory.mktemp("bare") / "venv")
-    with LocalCluster(num_nodes=1, cpus=1, python=python, private=[str(own_disk)]) as one:
+    env = {**_STORE_KEYS, "AWS_ENDPOINT_URL": f"http://host:{store_port}"}
+    with LocalCluster(num_nodes=1, cpus=1, python=python, private=[str(own_disk)], env=env) as one:
         yield one
+
+
+@pytest.fixture
+def store(cluster: LocalCluster, store_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A storage in an object store, which listens to the nodes of the cluster."""
+    from moto.server import ThreadedMotoServer
+
+    if not cluster.namespaces:
+        pytest.skip("what listens to nodes alone wants namespaces, and they want root")
+    server = ThreadedMotoServer(ip_address=cluster.host_address, port=store_port, verbose=False)
+    server.start()
+    url = f"http://{cluster.host_address}:{store_port}"
+    for name, value in {**_STORE_KEYS, "AWS_ENDPOINT_URL": url, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    locations.cached.cache_clear()
+    pyarrow.fs.S3FileSystem(endpoint_override=url, allow_bucket_creation=True).create_dir("bucket")
+    yield "s3://bucket/runs"
+    server.stop()
+    locations.cached.cache_clear()
 
 
 @pytest.fixture
@@ -322,6 +355,29 @@ def test_a_search_of_eight_trials_of_two_workers_each_outlives_a_node(
     assert [row["training.learning_rate"] for row in found["trials"]] == rates
     assert [row["state"] for row in found["trials"]] == ["finished"] * 8
     assert found["results"]["test"]["num_samples"] == 200
+
+
+def test_a_search_in_an_object_store_is_on_all_disks(
+    cluster: LocalCluster, second_node: str, store: str, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    """Two nodes that share no disk, with a worker of each trial on each; this machine sees the store too."""
+    assert second_node in cluster.nodes
+    heard = Heard()
+    search = {"space": {"learning_rate": {"grid": [0.003, 0.01]}}}
+    run = submit(
+        cluster, heard, kind="search", search=search, name="stored", backbone=str(tiny_resnet), data=str(digits),
+        storage=store, method="full", training={"epochs": 1, "batch_size": 40},
+        scaling={"num_workers": 2, "threads_per_worker": 1},
+    )  # fmt: skip
+    found = run.follow(heard)
+    assert [row["state"] for row in found["trials"]] == ["finished"] * 2
+    assert found["search"] == f"{store}/stored"
+    best = orchestrator.open_run(f"{store}/stored")
+    assert best.place == found["run"]
+    assert best.lineage["num_workers"] == 2
+    home = run.fetch(tmp_path / "home")
+    assert home.results == found["results"]
+    assert served_alone(home.path / "model", next((digits / "test").rglob("*.png"))).isdigit()
 
 
 def test_a_ranking_is_submitted(

@@ -1,0 +1,152 @@
+"""Searches and rankings whose storage is an object store (moto's server): all of them lies there, on no disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import pytest
+
+import orchestrator
+from orchestrator.errors import InterruptedRunError, RefusedError
+from orchestrator.job import Event, Noted, PhaseBegan, open_storage, run_in
+from orchestrator.tuning import SearchResult, open_search
+from tests.tiny import make_resnet
+
+STORAGE = "s3://bucket/runs"
+SPACE: dict[str, Any] = {"learning_rate": {"loguniform": [1e-3, 1e-1]}, "weight_decay": {"uniform": [0, 0.2]}}
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Any) -> None:  # noqa: ARG001
+    another_machine(tmp_path, monkeypatch, "first")
+
+
+def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str = "another") -> None:
+    """An empty disk."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"disk of {name}"))
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+
+
+@pytest.fixture
+def base(tiny_resnet: Path, digits: Path) -> dict[str, Any]:
+    return {
+        "backbone": str(tiny_resnet), "data": str(digits), "method": "head", "epochs": 3, "precision": "fp32",
+        "storage": STORAGE, "name": "tried",
+    }  # fmt: skip
+
+
+def silent(_event: Event) -> None:
+    pass
+
+
+def objects(bucket: Any) -> list[str]:
+    infos = bucket.get_file_info(pyarrow.fs.FileSelector("", recursive=True))
+    return sorted(info.path for info in infos if info.is_file)
+
+
+def rows_of(result: SearchResult) -> list[Any]:
+    return [(one.number, one.repeat, one.state, one.config, pytest.approx(one.score)) for one in result.trials]
+
+
+def test_a_search_of_heads_is_the_one_in_a_directory(
+    base: dict[str, Any], bucket: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = orchestrator.search(base, SPACE, num_trials=4, report=silent)
+    local = orchestrator.search({**base, "storage": str(tmp_path / "local")}, SPACE, num_trials=4, report=silent)
+    assert rows_of(result) == rows_of(local)
+    assert result.place == f"{STORAGE}/tried"
+    with pytest.raises(RefusedError, match="lies in an object store, and has no directory"):
+        _ = result.path
+    stored = objects(bucket)
+    assert {f"runs/tried/{name}" for name in ("search.json", "trials.jsonl", "search.csv", "search.png")} <= {*stored}
+    assert len({name.split("/")[2] for name in stored if name.startswith("runs/.data/")}) == 1
+    assert not list(Path.cwd().iterdir())  # no folder `runs`, and none that is called s3:
+
+    another_machine(tmp_path, monkeypatch)  # knows nothing but the place
+    assert rows_of(open_search(result.place)) == rows_of(result)
+    assert orchestrator.open_run(result.place).place == result.best_run.place  # type: ignore[union-attr]
+    listed = cli("runs", "--storage", STORAGE, "--json")
+    assert [(row["name"], row["state"]) for row in json.loads(listed.stdout)] == [("tried", "finished")]
+    image = next(Path(base["data"]).rglob("3/*.png"))
+    assert cli("predict", result.place, image).returncode == 0
+    heard: list[Event] = []
+    again = orchestrator.search(base, SPACE, num_trials=4, report=heard.append)
+    assert rows_of(again) == rows_of(result)
+    assert "4 trials ended before, and are not done again" in [one.text for one in heard if isinstance(one, Noted)]
+    orchestrator.search(base, SPACE, num_trials=1, fresh=True, report=silent)
+    assert len(open_search(result.place).trials) == 1
+
+
+def test_cut_off_it_goes_on_on_another_machine(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {**SPACE, "batch_size": [16, 32, 64]}  # three stacks
+    began: list[str] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, PhaseBegan) and "side by side" in event.text:
+            began.append(event.text)
+
+    with pytest.raises(InterruptedRunError):
+        orchestrator.search(base, space, num_trials=6, report=report, stop=lambda: len(began) > 1)
+    done = open_search(f"{STORAGE}/tried").trials
+    assert 0 < len(done) < 6
+    another_machine(tmp_path, monkeypatch)
+    result = orchestrator.search(base, space, num_trials=6, report=silent)
+    assert len(result.trials) == 6
+    assert [one for one in result.trials if one.number in {one.number for one in done}] == done
+
+
+def test_what_is_no_search_keeps_its_place(base: dict[str, Any]) -> None:
+    orchestrator.finetune(base, report=silent)
+    with pytest.raises(RefusedError, match=f"{STORAGE}/tried is a run, and no search"):
+        orchestrator.search(base, SPACE, num_trials=2, report=silent)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_trials_of_tune_share_a_probe_that_lies_in_the_store(base: dict[str, Any], bucket: Any) -> None:
+    job = {**base, "method": "lp-ft", "epochs": 2, "data": {"path": base["data"], "num_train": 100}}
+    space = {"learning_rate": {"grid": [1e-3, 1e-2, 3e-2]}}
+    result = orchestrator.search(job, space, max_concurrent=1, report=silent)
+    assert [one.state for one in result.trials] == ["finished"] * 3
+    # The second trial is laid out while the first one still trains; the third one has the first one's first epoch.
+    first, third = (run_in(open_storage(STORAGE), f"tried.{number:04}").metrics[0] for number in (1, 3))
+    assert first["seconds"] == third["seconds"]
+    assert first == third
+    best = result.best_run
+    assert best is not None
+    assert best.results["validation"]["accuracy"] == pytest.approx(result.best.score)  # type: ignore[union-attr]
+    assert not any("/probes/" in name for name in objects(bucket))  # they go in the end
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_ranking_leaves_its_features_where_a_job_finds_them(
+    base: dict[str, Any], tmp_path: Path, bucket: Any
+) -> None:
+    other = make_resnet(tmp_path / "other")
+    fields = {"data": base["data"], "storage": STORAGE, "precision": "fp32"}
+    table = orchestrator.rank([base["backbone"], str(other)], **fields, report=silent)
+    assert [row.state for row in table.rows] == ["ranked"] * 2
+    assert not list(Path.cwd().iterdir())
+    assert not [name for name in objects(bucket) if "/.rank-" in name]
+    run = orchestrator.finetune({**base, "backbone": table.best.backbone}, report=silent)
+    assert run.lineage["num_computed"] == 0
+
+
+def test_rows_of_a_program_are_written_to_the_store(base: dict[str, Any], bucket: Any) -> None:
+    files = sorted(Path(base["data"]).rglob("*.png"))[::8]
+    rows = [{"image": file.read_bytes(), "label": file.parent.name} for file in files]
+    result = orchestrator.search({**base, "data": rows}, SPACE, num_trials=2, report=silent)
+    assert [one.state for one in result.trials] == ["finished"] * 2
+    assert [name for name in objects(bucket) if name.startswith("runs/.data/") and name.endswith(".parquet")]
+    assert result.best_run is not None
+    assert result.best_run.plan.job.data.path.startswith(f"{STORAGE}/.data/")  # type: ignore[union-attr]
