@@ -17,7 +17,6 @@ from orchestrator.errors import (
     RefusedError,
     TrainingError,
     missing_extra,
-    storage_failed,
 )
 from orchestrator.gate import (
     ResolvedBackbone,
@@ -298,9 +297,8 @@ def _refuse_without_samples(run: Run) -> None:
 def _errors_of_libraries(run: HeldRun, extra: str) -> Iterator[None]:
     """What a library raises becomes one of ours, with its own text; the trace goes into the run."""
     try:
-        yield
-    except RefusedError as error:
-        raise storage_failed(error) if run.storage.place in error.message else error from None
+        with run.storage.at_work():
+            yield
     except (OrchestratorError, KeyboardInterrupt):
         raise
     except Exception as error:

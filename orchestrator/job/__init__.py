@@ -146,6 +146,7 @@ from orchestrator.job.reference import (
 from orchestrator.job.runs import (
     Run as Run,
     open_storage as open_storage,
+    patient as patient,
     read_lines as read_lines,
     run_in as run_in,
 )

@@ -13,11 +13,14 @@ from typing import Any
 from orchestrator.errors import RefusedError, first_line, missing_extra
 from orchestrator.job.damage import damage_of, explaining, lost_in
 from orchestrator.job.directories import DirectoryStorage
-from orchestrator.job.held import CHECKPOINTS, METRICS_FILE, MODEL
+from orchestrator.job.held import CHECKPOINTS, METRICS_FILE, MODEL, HeldRun
 from orchestrator.job.manifests import GONE
 from orchestrator.job.places import SECRET, holds_secret, is_uri, local_path, plain_path
 from orchestrator.job.plans import Plan, read_plan_json
 from orchestrator.job.storage import Storage
+
+AWAY_S = 600.0
+"""A store that does not answer is asked again for so long by who has begun to work; training goes on meanwhile."""
 
 
 def open_storage(
@@ -38,6 +41,11 @@ def open_storage(
     except ModuleNotFoundError as error:  # pyarrow
         raise missing_extra(error) or error from None
     return ObjectStorage(place, ttl_s, patience_s, note)
+
+
+def patient(run: HeldRun, note: Callable[[str], None]) -> HeldRun:
+    """The same run for work that has begun: a store that is away is asked again for minutes, and `note` is told so."""
+    return HeldRun(open_storage(run.storage.place, patience_s=AWAY_S, note=note), run.lease)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.errors import RefusedError, first_line
+from orchestrator.errors import STORE_REASONS, RefusedError, first_line, storage_failed
 from orchestrator.job.files import beside
 from orchestrator.job.manifests import Manifest
 
@@ -65,6 +65,18 @@ class Storage(ABC):
 
     place: str
     """As messages name it, and as another process opens it."""
+
+    def has_failed(self, error: BaseException) -> bool:
+        """Whether an error says that this storage does not answer, refuses us, or has no such bucket."""
+        return isinstance(error, RefusedError) and error.reason in STORE_REASONS and self.place in error.message
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Around work that has begun: if this storage fails then, that is no refusal of the job any more."""
+        try:
+            yield
+        except RefusedError as error:
+            raise storage_failed(error) if self.has_failed(error) else error from None
 
     # --- who works on a run ---
 

@@ -15,10 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from orchestrator.errors import OrchestratorError, RefusedError, storage_failed
-from orchestrator.job import HeldRun, Noted, Report, open_storage
+from orchestrator.job import HeldRun, Noted, Report, patient
 
-AWAY_S = 600.0
-"""A store that does not answer is asked again for so long; training goes on meanwhile."""
 MOST_OF_TIME = 0.02
 """So much of its time at most the loop spends on checkpoints that are due by time."""
 _POLL_S = 0.5
@@ -31,7 +29,7 @@ class Outbox:
 
     def __init__(self, run: HeldRun, report: Report) -> None:
         """`report` is called by the loop's thread alone."""
-        self.run = HeldRun(open_storage(run.storage.place, patience_s=AWAY_S, note=self._note), run.lease)
+        self.run = patient(run, self._note)
         """The same run, for the writes: it asks a store for longer."""
         self.stalled_s = 0.0
         """How long the loop has stood still for checkpoints."""

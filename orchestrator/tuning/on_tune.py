@@ -83,6 +83,8 @@ class TuneTrials:
     _started: dict[Key, float] = field(default_factory=dict)
     _lines: dict[Key, list[dict[str, Any]]] = field(default_factory=dict)
     _stopping: bool = False
+    _error: Exception | None = None
+    """What went wrong here; raised through Tune, it would be the text of a trace."""
     _room: Room = field(default_factory=lambda: Room(1, 1, False))
 
     def run(self, first: Plan, most: int, max_concurrent: int | None) -> Any:
@@ -126,6 +128,8 @@ class TuneTrials:
         )  # fmt: skip
         with _silent(_LOUD):
             grid = tuner.fit()
+        if self._error is not None:
+            raise self._error
         if self._stopping:
             raise InterruptedRunError("stopped while trials ran", mend="the same command goes on")
         return grid
@@ -149,9 +153,13 @@ class TuneTrials:
 
     def propose(self) -> dict[str, Any] | None:
         """What a trial's process gets; None once there is nothing more."""
-        task = None if self._stopping else self.next()
-        if task is None:
-            return None
+        placed = None
+        with self._kept():
+            task = None if self._stopping else self.next()
+            placed = None if task is None else self._laid_out(task)
+        return placed
+
+    def _laid_out(self, task: PendingTrial) -> dict[str, Any]:
         plan = task.plan.model_copy(update={
             "threads_per_worker": self._room.threads,
             "ray": task.plan.num_workers > 1 or task.plan.num_extractors > 0,
@@ -165,11 +173,15 @@ class TuneTrials:
         """A trial has begun."""
         self.running.add(key)
         self._started.setdefault(key, time.monotonic())
-        self.began_one()
+        with self._kept():
+            self.began_one()
 
     def epoch(self, key: Key, result: Mapping[str, Any]) -> None:
         """A trial tells of an epoch."""
-        line = {name: result[name] for name in ("epoch", *_FIGURES, KEPT) if name in result}
+        with self._kept():
+            self._hear(key, {name: result[name] for name in ("epoch", *_FIGURES, KEPT) if name in result})
+
+    def _hear(self, key: Key, line: dict[str, Any]) -> None:
         # Those of earlier processes the run itself has; it writes down those of this one when it finds the time.
         known = self._lines.get(key) or [
             one for one in lines_of(self.context.layout.run_of(key)) if one["epoch"] < line["epoch"]
@@ -180,8 +192,19 @@ class TuneTrials:
     def over(self, key: Key, error: str = "") -> None:
         """A trial has ended; where all are stopped, it goes on another time."""
         self.running.discard(key)
-        if self._stopping:
-            return
+        if not self._stopping:
+            with self._kept():
+                self._record(key, error)
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """What goes wrong within it ends all trials, as they are."""
+        try:
+            yield
+        except Exception as error:
+            self._error, self._stopping = self._error or error, True
+
+    def _record(self, key: Key, error: str) -> None:
         task, lines = self._tasks[key], self._lines.get(key) or lines_of(self.context.layout.run_of(key))
         epochs = task.plan.recipe.num_epochs
         finished = bool(lines) and lines[-1]["epoch"] == epochs

@@ -122,6 +122,8 @@ class Race:
         except InterruptedRunError:
             raise
         except OrchestratorError as error:
+            if self.held.storage.has_failed(error):
+                raise
             candidate.problem = error.as_dict()
         except Exception as error:  # what a library makes of this network
             candidate.problem = TrainingError(f"{type(error).__name__}: {first_line(error)}").as_dict()

@@ -11,9 +11,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestrator.backbone import find_on_hub
-from orchestrator.errors import JobError, RefusedError, TrainingError
+from orchestrator.errors import JobError, OrchestratorError, RefusedError, TrainingError
 from orchestrator.gate import ResolvedBackbone, drafted, rows_written, without_rows
-from orchestrator.job import DirectoryStorage, Job, Report, Stop, hold, open_storage, shown, stop_on_signal
+from orchestrator.job import (
+    DirectoryStorage,
+    HeldRun,
+    Job,
+    Noted,
+    Report,
+    Stop,
+    hold,
+    open_storage,
+    patient,
+    shown,
+    stop_on_signal,
+)
 from orchestrator.modality import registry
 from orchestrator.network import find_device, start_worker
 from orchestrator.probing import SCORES
@@ -56,8 +68,10 @@ def rank(
         job = _job(names, rows, num_samples, fields)
         storage = open_storage(job.storage)
         # A run of its own that nobody sees: it holds the sample table while features are computed of it.
-        run = held.enter_context(hold(storage, f".rank-{ranking_digest(job, names)}"))
-        held.callback(run.clear)
+        began = held.enter_context(hold(storage, f".rank-{ranking_digest(job, names)}"))
+        held.callback(_forgotten, began)
+        held.enter_context(storage.at_work())
+        run = patient(began, lambda text: report(Noted(text, is_warning=True)))
         gate = Gate(job, run, report)
         known: dict[str, ResolvedBackbone] = {}
         for name in names:
@@ -86,6 +100,11 @@ def rank(
         if not ranked:
             raise _all_failed(candidates)
         return _table(ranked, candidates, rows, job)
+
+
+def _forgotten(run: HeldRun) -> None:
+    with contextlib.suppress(OrchestratorError):  # what ended the ranking is said, not that its storage is away
+        run.clear()
 
 
 def ranked_job(

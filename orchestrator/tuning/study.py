@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import ChangedError, RefusedError
+from orchestrator.errors import ChangedError, OrchestratorError, RefusedError
 from orchestrator.gate import drafted, rows_written
 from orchestrator.job import (
     BEST_OF_SEARCH,
@@ -26,6 +26,7 @@ from orchestrator.job import (
     Storage,
     is_trial_of,
     open_storage,
+    patient,
     run_in,
     stop_on_signal,
     this_process,
@@ -111,7 +112,8 @@ def _search(
     digest = _digest(first, space, settings, metric)
     storage = open_storage(first.storage)
     name = first.name or search_name(first, space, settings)
-    with _held(storage, name, fresh) as held:
+    with _held(storage, name, fresh) as began, storage.at_work():
+        held = patient(began, lambda text: report(Noted(text, is_warning=True)))
         book = Book(held)
         if book.spec and book.spec.get("digest") != digest:
             raise _changed(held, book.spec, space)
@@ -230,10 +232,11 @@ def _held(storage: Storage, name: str, fresh: bool) -> Iterator[HeldRun]:
         try:
             yield run
         finally:
-            if SEARCH_FILE not in run.children(""):
-                for file in run.children(""):
-                    run.delete(file)
-                storage.give_up(lease)
+            with contextlib.suppress(OrchestratorError):  # a store that is away: what ended it is said, not this
+                if SEARCH_FILE not in run.children(""):
+                    for file in run.children(""):
+                        run.delete(file)
+                    storage.give_up(lease)
 
 
 def _prune(layout: Layout, kept: list[tuple[int, int]], book: Book) -> None:

@@ -127,6 +127,8 @@ class Work:
         try:
             return PendingTrial(key, config, self.layout.plan_of(key, config))
         except RefusedError as error:
+            if self.layout.search.storage.has_failed(error):
+                raise
             self._ended([Trial(key[0], config, "refused", None, 0, error=str(error), repeat=key[1])])
             return None
 

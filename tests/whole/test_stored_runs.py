@@ -31,8 +31,8 @@ from orchestrator.job import (
     list_runs,
     locations,
     object_storage,
+    runs,
 )
-from orchestrator.training import outbox
 from tests import s3_proxy
 from tests.conftest import REPOSITORY
 
@@ -352,7 +352,7 @@ def test_a_store_that_stays_away_ends_the_job_which_goes_on_later(
     proxy: s3_proxy.Proxy, whole: orchestrator.Run, tiny_resnet: Path, flat_digits: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(outbox, "AWAY_S", 0.5)
+    monkeypatch.setattr(runs, "AWAY_S", 0.5)
     monkeypatch.setattr(object_storage, "PATIENCE_S", 0.5)
     monkeypatch.setattr(object_storage, "TTL_S", 2.0)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,21 @@ import pyarrow.fs
 import pytest
 
 import orchestrator
-from orchestrator.errors import InterruptedRunError, RefusedError
-from orchestrator.job import Event, Noted, PhaseBegan, open_storage, run_in
+from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError
+from orchestrator.job import (
+    Event,
+    Noted,
+    PhaseBegan,
+    TrialsAdvanced,
+    asking,
+    locations,
+    object_storage,
+    open_storage,
+    run_in,
+    runs,
+)
 from orchestrator.tuning import SearchResult, open_search
+from tests import s3_proxy
 from tests.tiny import make_resnet
 
 STORAGE = "s3://bucket/runs"
@@ -32,6 +45,14 @@ def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str =
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"disk of {name}"))
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
+
+
+@pytest.fixture
+def proxy(bucket: Any, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_proxy.Proxy]:  # noqa: ARG001
+    with s3_proxy.serve(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        locations.cached.cache_clear()
+        yield proxy
 
 
 @pytest.fixture
@@ -108,6 +129,90 @@ def test_what_is_no_search_keeps_its_place(base: dict[str, Any]) -> None:
     orchestrator.finetune(base, report=silent)
     with pytest.raises(RefusedError, match=f"{STORAGE}/tried is a run, and no search"):
         orchestrator.search(base, SPACE, num_trials=2, report=silent)
+
+
+# --- a store that fails ---
+
+
+@pytest.mark.parametrize("of", ["heads", "ranking"])
+def test_a_store_that_fails_now_and_then_does_no_harm(
+    of: str, base: dict[str, Any], proxy: s3_proxy.Proxy, tmp_path: Path
+) -> None:
+    def fail(event: Event) -> None:
+        if isinstance(event, PhaseBegan):
+            for fault in ("500", "cut"):
+                proxy.fail("PUT", fault)
+                proxy.fail("GET", fault)
+
+    fields = {"data": base["data"], "precision": "fp32"}
+    for storage, report in ((STORAGE, fail), (str(tmp_path / "local"), silent)):
+        if of == "heads":
+            orchestrator.search({**base, "storage": storage}, SPACE, num_trials=3, report=report)
+        else:
+            orchestrator.rank([base["backbone"]], **fields, storage=storage, report=report)
+    assert proxy.num_requests > 50
+    if of == "heads":
+        assert rows_of(open_search(f"{STORAGE}/tried")) == rows_of(open_search(tmp_path / "local" / "tried"))
+
+
+def test_a_store_that_is_away_is_waited_for_and_said(
+    base: dict[str, Any], proxy: s3_proxy.Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "_SAID_S", 0.2)
+    monkeypatch.setattr(object_storage, "PATIENCE_S", 0.5)  # before the start; a search that runs waits for longer
+    notes: list[str] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, Noted):
+            notes.append(event.text)
+        if isinstance(event, PhaseBegan) and "side by side" in event.text:
+            proxy.away_until = time.monotonic() + 3
+
+    result = orchestrator.search(base, SPACE, num_trials=3, report=report)
+    assert [one.state for one in result.trials] == ["finished"] * 3
+    assert any(f"{STORAGE} does not answer, and is asked again" in note for note in notes)
+    assert any(f"{STORAGE} answers again" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "of", ["heads", "ranking", pytest.param("runs", marks=[pytest.mark.slow, pytest.mark.cluster])]
+)
+def test_a_store_that_stays_away_ends_it_and_it_goes_on_later(
+    of: str, base: dict[str, Any], proxy: s3_proxy.Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "AWAY_S", 0.5)
+    monkeypatch.setattr(object_storage, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(object_storage, "TTL_S", 2.0)
+    job, space = base, SPACE
+    if of == "runs":
+        job = {**base, "method": "full", "epochs": 1, "data": {"path": base["data"], "num_train": 100}}
+        space = {"learning_rate": {"grid": [1e-3, 1e-2]}}
+
+    def report(event: Event) -> None:
+        began = isinstance(event, PhaseBegan) and ("side by side" in event.text or "a probe" in event.text)
+        if began or (isinstance(event, TrialsAdvanced) and event.num_done == 1):
+            proxy.away_until = time.monotonic() + 600
+
+    def work(report: Any) -> Any:
+        if of == "ranking":
+            return orchestrator.rank(
+                [base["backbone"]], data=base["data"], storage=STORAGE, precision="fp32", report=report
+            )
+        return orchestrator.search(job, space, num_trials=2, report=report)
+
+    with pytest.raises(OrchestratorError, match=r"the storage failed: .* does not answer") as caught:
+        work(report)
+    assert not isinstance(caught.value, RefusedError)
+    assert (caught.value.exit_code, "the same command goes on" in caught.value.mend) == (1, True)
+    proxy.away_until = 0
+    another_machine(tmp_path, monkeypatch)
+    done = work(silent)
+    assert [one.state for one in (done.rows if of == "ranking" else done.trials)] == (
+        ["ranked"] if of == "ranking" else ["finished"] * 2
+    )
+
+
+# --- on Ray ---
 
 
 @pytest.mark.slow
