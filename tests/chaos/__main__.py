@@ -2,8 +2,9 @@
 
 `{"tried": N, "survived": N, "moments": N, "rows": {row: [{"faults": [...], "moments": N, "starts": N, "sha256": ...,
 "survived": true}, ...]}}`, one of these a run. A run survives if it ends, after the same command again where its driver
-was hurt, with the weights of one that was left alone, bit for bit, no trace in what it said, and no process left. Exit
-code 1 where one did not, or where the time was over before all moments; a row that wants root is skipped, and says so.
+was hurt, with the weights of one that was left alone, bit for bit, no trace in what it said, and no process left; an
+elastic group has taken each sample once an epoch, too. Exit code 1 where one did not, or where the time was over before all
+moments; a row that wants root is skipped, and says so.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class Rounds:
                 raise NotSurvivedError("nothing was done to it")
             if one["sha256"] != expected:
                 raise NotSurvivedError(f"other weights than {expected}")
+            row.check(work)
             one["survived"] = True
         except NotSurvivedError as error:
             if str(error).startswith(SKIPPED):

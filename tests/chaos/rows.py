@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.local import namespaces_allowed
+from tests.chaos import nodes
 from tests.chaos.work import GONE_S, NotSurvivedError, Work
 
 SKIPPED = "skipped: "
@@ -30,6 +31,8 @@ class Row:
     in_store: bool = False
     on_nodes: int = 0
     """On how many machines of its own, which this one is divided into."""
+    check: Callable[[Work], None] = lambda _: None
+    """What is to hold of the run beside its weights. Raises `NotSurvivedError`."""
     needs: Callable[[], str] = lambda: ""
     """Why it cannot be tried here, '' where it can."""
 
@@ -230,72 +233,6 @@ def _hub(work: Work) -> None:
     work.hub.faults.clear()
 
 
-# --- machines that go ---
-
-
-def _node_killed(work: Work) -> None:
-    """All that runs on the second machine, at once; another one takes its place, and then its end comes too."""
-    assert work.cluster is not None
-    work.start()
-    second = "node1"
-    while work.is_wanted:
-        if not work.wait_for_random_moment():
-            return
-        work.note("a node's end")
-        work.cluster.kill_node(second)
-        second = work.cluster.add_node().name
-
-
-def _node_cut(work: Work) -> None:
-    """Off the network for 20 s, then for ever, then another one; what runs on it runs on."""
-    assert work.cluster is not None
-    work.start()
-    second = "node1"
-    while work.is_wanted:
-        if not work.wait_for_random_moment():
-            return
-        if work.moments % 2:
-            work.note("a node's network is cut for 20 s")
-            work.cluster.cut(second, 20)
-        else:
-            work.note("a node's network is cut for ever")
-            work.cluster.cut(second)
-            second = work.cluster.add_node().name
-
-
-def _node_drained(work: Work) -> None:
-    """With half a minute's notice, later ones with 12 s; another one takes its place. None counts as a failure."""
-    assert work.cluster is not None
-    work.start()
-    second = "node1"
-    while work.is_wanted:
-        if not work.wait_for_random_moment():
-            return
-        notice = 30 if work.moments == 1 else 12
-        work.note(f"a node's notice of {notice} s")
-        told, before = second, time.monotonic()
-        work.cluster.drain(told, notice)
-        second = work.cluster.add_node().name
-        time.sleep(max(0.0, before + notice + 2 - time.monotonic()))
-        work.cluster.kill_node(told)
-        if "restart 1 of" in work.said():
-            raise NotSurvivedError(f"a notice counted as a failure: {work.said()[-800:]}")
-
-
-def _head_gone(work: Work) -> None:
-    """The head with its driver, and then all of the cluster; the same command on another cluster."""
-    assert work.cluster is not None
-    while work.is_wanted:
-        process = work.start()
-        if not work.wait_for_random_moment():
-            return
-        work.note("the head's end")
-        work.cluster.kill_node("node0")
-        process.wait()
-        work.cluster.down()
-        work.cluster.up()
-
-
 # --- two at once, and signals ---
 
 
@@ -333,6 +270,7 @@ def _signals(work: Work) -> None:
 ON_RAY = ("--address", "local")
 NODES = ("--workers", "2", "--set", "training.num_microbatches=2", "--set", "scaling.max_failures=9")
 TWO = ("--address", "local", *NODES)
+ELASTIC = (*NODES, "--set", "scaling.min_workers=1", "--set", "training.audit=true")
 HEAD = ("--method", "head", "--address", "local", "--set", "scaling.num_extractors=1", "--set", "settings.size=384")
 
 ROWS: dict[str, Row] = {
@@ -353,8 +291,9 @@ ROWS: dict[str, Row] = {
     "worker-and-driver": Row(_worker_and_driver, "two", TWO),
     "driver-on-ray": Row(_driver, "here", ON_RAY),
     "extractor": Row(_extractor, "head", HEAD),
-    "node-killed": Row(_node_killed, "two", NODES, on_nodes=2, needs=_can_divide),
-    "node-cut": Row(_node_cut, "two", NODES, on_nodes=2, needs=_can_divide),
-    "node-drained": Row(_node_drained, "two", NODES, on_nodes=2, needs=_can_divide),
-    "head-gone": Row(_head_gone, "two", NODES, on_nodes=2, needs=_can_divide),
+    "node-killed": Row(nodes.node_killed, "two", NODES, on_nodes=2, needs=_can_divide),
+    "elastic": Row(nodes.elastic, "two", ELASTIC, on_nodes=2, check=nodes.each_sample_once, needs=_can_divide),
+    "node-cut": Row(nodes.node_cut, "two", NODES, on_nodes=2, needs=_can_divide),
+    "node-drained": Row(nodes.node_drained, "two", NODES, on_nodes=2, needs=_can_divide),
+    "head-gone": Row(nodes.head_gone, "two", NODES, on_nodes=2, needs=_can_divide),
 }

@@ -14,6 +14,9 @@ import pytest
 
 import orchestrator
 from cluster.local import LocalCluster, namespaces_allowed
+from orchestrator.errors import InterruptedRunError
+from orchestrator.job import EpochEnded, Event
+from tests.audited import taken_of
 from tests.whole.test_train import silent
 
 pytestmark = [
@@ -118,7 +121,9 @@ def test_a_notice_costs_no_step(cluster: LocalCluster, tiny_resnet: Path, digits
 def test_a_node_is_lost_and_another_one_joins(
     cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path
 ) -> None:
+    """Without notice: each sample is taken once an epoch, and the losses are those of a run that was left alone."""
     job = long_job(tiny_resnet, digits, tmp_path / "runs", cluster.address)
+    job["training"]["audit"] = True
     driver = Driver(cluster, tmp_path, job)
     driver.wait_for_epoch(3)
     driver.wait_for_checkpoint()
@@ -131,4 +136,26 @@ def test_a_node_is_lost_and_another_one_joins(
     driver.wait_for_epoch(driver.epoch() + 2)
     assert train_workers(cluster, "node2")
     driver.process.terminate()
-    driver.process.wait(120)
+    assert driver.process.wait(120) == 130, driver.said
+    run = orchestrator.open_run(tmp_path / "runs/run")
+    workers_of: dict[int, int] = {}
+    for one in taken_of(run):
+        workers_of[one.step] = max(workers_of.get(one.step, 0), one.worker + 1)
+    assert list(workers_of) == list(range(len(workers_of)))
+    changes = [number for number, before in zip(workers_of.values(), [0, *workers_of.values()], strict=False)
+               if number != before]  # fmt: skip
+    assert changes == [2, 1, 2]
+    ended: list[float] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            ended.append(event.figures["train_loss"])
+
+    with pytest.raises(InterruptedRunError):
+        orchestrator.finetune(
+            {**job, "storage": str(tmp_path / "alone"), "scaling": {"threads_per_worker": 1}},
+            report=listen, stop=lambda: len(ended) >= len(run.metrics),
+        )  # fmt: skip
+    losses = [line["train_loss"] for line in run.metrics]
+    assert losses == pytest.approx(ended[: len(losses)], abs=1e-4)
+    assert losses[-1] < losses[0] - 0.1, "nothing was learnt, so nothing was compared"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,19 +9,8 @@ import pytest
 import orchestrator
 from orchestrator.errors import TrainingError
 from orchestrator.job import Advanced, Event
-from orchestrator.training import Taken, read_audit
-
-
-def taken_of(run: orchestrator.Run, num_train: int) -> list[Taken]:
-    """The audit, once it is whole: each step has its microbatches, each epoch every sample exactly once."""
-    taken = read_audit(run)
-    for epoch in {one.epoch for one in taken}:
-        rows = Counter(row for one in taken if one.epoch == epoch for row in one.rows)
-        assert len(rows) == num_train
-        assert set(rows.values()) == {1}
-    steps = [(one.step, one.microbatch) for one in taken]
-    assert steps == sorted(set(steps))
-    return taken
+from orchestrator.training import read_audit
+from tests.audited import taken_of
 
 
 def test_each_sample_is_taken_once_an_epoch_also_by_a_run_that_went_back_a_checkpoint(
@@ -47,7 +35,7 @@ def test_each_sample_is_taken_once_an_epoch_also_by_a_run_that_went_back_a_check
     (newest / ".manifest.json").unlink()  # so the steps before it come again
     before = {one.step for one in read_audit(run)}
     done = orchestrator.finetune(job, report=lambda _: None)
-    taken = taken_of(done, done.plan.data.num_samples["train"])
+    taken = taken_of(done)
     assert max(before) > int(newest.name[5:]) - 5
     assert len(taken) == 2 * done.plan.recipe.num_steps
     assert {one.worker for one in taken} == {0}
@@ -58,7 +46,7 @@ def test_steps_that_are_only_measured_for_a_budget_are_not_taken(tiny_resnet: Pa
         backbone=str(tiny_resnet), data=str(digits), method="full", report=lambda _: None,
         training={"epochs": 2, "batch_size": 32, "budget_min": 60, "audit": True},
     )  # fmt: skip
-    taken = taken_of(run, run.plan.data.num_samples["train"])
+    taken = taken_of(run)
     assert len(taken) == run.plan.recipe.num_steps
 
 
