@@ -3,8 +3,8 @@
 `{"tried": N, "survived": N, "moments": N, "rows": {row: [{"faults": [...], "moments": N, "starts": N, "sha256": ...,
 "survived": true}, ...]}}`, one of these a run. A run survives if it ends, after the same command again where its driver
 was hurt, with the weights of one that was left alone, bit for bit, no trace in what it said, and no process left; an
-elastic group has taken each sample once an epoch, too. Exit code 1 where one did not, or where the time was over before all
-moments; a row that wants root is skipped, and says so.
+elastic group has taken each sample once an epoch, too. Exit code 1 where one did not, or where the time was over before
+all moments; a row that wants root is skipped, and says so.
 """
 
 from __future__ import annotations
