@@ -33,6 +33,13 @@ class Preflight:
 
     nodes: Sequence[Mapping[str, Any]]
     wanted: Mapping[str, Any]
+    refusal: Mapping[str, str] | None = None
+    """Why all nodes together have no place for the job's workers."""
+
+    @property
+    def code(self) -> str:
+        """What was delivered: each distribution with its version and the digest of its code."""
+        return ", ".join(f"{one['name']} {one['version']} ({one['digest']})" for one in self.wanted["delivered"])
 
     @property
     def faults(self) -> list[Fault]:
@@ -55,6 +62,9 @@ class Preflight:
         faults = self.faults
         if not self.nodes:
             faults = [Fault("the cluster", "has no node that is alive", "start one: ray start --address=HEAD:6379")]
+        if not faults and self.refusal is not None:
+            said = self.refusal
+            raise RefusedError(said["reason"], said["message"], expected=said.get("expected", ""), mend=said["mend"])
         if not faults:
             return
         shown = "; ".join(f"{one.node}: {one.lacks}" for one in faults[:_SHOWN])
@@ -65,13 +75,17 @@ class Preflight:
         )  # fmt: skip
 
 
-def wanted_of(plan: Plan, storage: str, code: Mapping[str, Any]) -> dict[str, Any]:
-    """What the nodes are asked for a plan; `code` is of `wheels.as_wanted`. Plain data without a secret."""
+def wanted_of(plan: Plan, storage: str, code: Mapping[str, Any], on_workers: bool = True) -> dict[str, Any]:
+    """What the nodes are asked for a plan; `code` is of `wheels.as_wanted`. Plain data without a secret.
+
+    `on_workers`: it runs on workers of Ray, so that there must be a place for them.
+    """
     parameters = plan.parameters
     weights, optimizer = (parameters.weights_bytes, parameters.optimizer_bytes) if parameters else (0, 0)
     gradients = parameters.gradients_bytes if parameters else 0
     return {
         **code,
+        "plan": plan.model_dump_json() if on_workers else "",
         "storage": storage,
         "modality": plan.job.modality,
         "backbone": _backbone(plan.backbone),
@@ -164,15 +178,16 @@ def _storage(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
 
 
 def _row(node: Mapping[str, Any]) -> list[str]:
-    facts, cpus, gpus = node["facts"], node["resources"]["CPU"], node["resources"]["GPU"]
+    facts, cpus = node["facts"], node["resources"]["CPU"]
+    gpus = " ".join([f"{node['resources']['GPU']:g}", *node.get("gpu_kinds", ())])
     name = f"{node['node']}{' (head)' if node['is_head'] else ''}"
     if "error" in facts:
-        return [name, *["-"] * 5, f"{cpus:g}", f"{gpus:g}"]
+        return [name, *["-"] * 5, f"{cpus:g}", gpus]
     seen = "no" if _error(facts["storage"]) or node["echo"] or node["storage_trouble"] else "seen"
     room = facts["free_bytes"]
     return [
         name, *(_shown(facts[one]) for one in ("python", "ray", "torch")), seen,
-        _size(room) if isinstance(room, int) else "-", f"{cpus:g}", f"{gpus:g}",
+        _size(room) if isinstance(room, int) else "-", f"{cpus:g}", gpus,
     ]  # fmt: skip
 
 

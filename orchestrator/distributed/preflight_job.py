@@ -1,4 +1,7 @@
-"""The preflight on the cluster: each node is asked what it has, and the answers are printed. Ray and nothing else."""
+"""The preflight on the cluster: each node is asked what it has, and the answers are printed.
+
+Ray and nothing else; where the cluster has a place for the job's workers is asked where the rest is there too.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from orchestrator.distributed.nodes import look, read_token, remove_tokens, toke
 from orchestrator.distributed.request import read_request
 
 _HEAD = "node:__internal_head__"
+_KIND = "accelerator_type:"
 
 
 def main() -> int:
@@ -33,8 +37,26 @@ def main() -> int:
     finally:
         if not trouble:
             remove_tokens(storage, token)
-    print(json.dumps({"orchestrator": "Found", "nodes": found}), flush=True)  # as `telling` reads it
+    refusal = _refusal(request["plan"]) if request["plan"] else None
+    print(
+        json.dumps({"orchestrator": "Found", "nodes": found, "refusal": refusal}), flush=True
+    )  # as `telling` reads it
     return 0
+
+
+def _refusal(plan: str) -> dict[str, Any] | None:
+    """Why the cluster has no place for a plan's workers, as its driver would say it; None where it has one."""
+    try:
+        from orchestrator.distributed.offer import offer_of  # noqa: PLC0415
+        from orchestrator.errors import RefusedError  # noqa: PLC0415
+        from orchestrator.job import read_plan_json  # noqa: PLC0415
+    except Exception:  # a library that is lacking here, which this node has told
+        return None
+    try:
+        offer_of(read_plan_json(plan), lambda _: None)
+    except RefusedError as error:
+        return error.as_dict()
+    return None
 
 
 def _asked(request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -57,6 +79,7 @@ def _asked(request: dict[str, Any]) -> list[dict[str, Any]]:
             "node_id": id,
             "is_head": _HEAD in node["Resources"],
             "resources": {kind: node["Resources"].get(kind, 0) for kind in ("CPU", "GPU")},
+            "gpu_kinds": sorted(kind.removeprefix(_KIND) for kind in node["Resources"] if kind.startswith(_KIND)),
             "facts": facts[id],
         }
         for id, node in nodes.items()

@@ -53,6 +53,8 @@ class Found:
     """What a look at the nodes of the cluster found, [{what: facts}, ...]."""
 
     nodes: list[dict[str, Any]]
+    refusal: dict[str, str] | None = None
+    """Why all of them together have no place for the job, None where they have one."""
 
 
 @dataclass(frozen=True)

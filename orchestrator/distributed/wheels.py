@@ -228,4 +228,5 @@ def as_wanted(several: Iterable[Delivery]) -> dict[str, Any]:
     return {
         "modules": {top: digest for one in several for top, digest in one.modules.items()},
         "requires": sorted({text for one in several for text in one.requires}),
+        "delivered": [{"name": one.name, "version": one.version, "digest": one.digest} for one in several],
     }

@@ -136,6 +136,7 @@ from orchestrator.job.plans import (
     Phase as Phase,
     Plan as Plan,
     Recipe as Recipe,
+    read_plan_json as read_plan_json,
 )
 from orchestrator.job.reference import (
     Setting as Setting,

@@ -148,6 +148,7 @@ def _show_preflight(preflight: Preflight) -> None:
     from orchestrator.progress import err
 
     err.print(table(TITLES, preflight.rows, right=(5, 6, 7)))
+    err.print(f"delivered to all of them: {preflight.code}", markup=False)
 
 
 def _show_job(remote: RemoteRun, known: Mapping[str, Any], as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import platform
@@ -12,7 +13,9 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 from orchestrator.job import METRICS_FILE, HeldRun, Plan, read_lines
 from orchestrator.network import Network, Worker, adapted_modules, is_adapter
@@ -86,14 +89,23 @@ class Record:
 
 def _show_in_tensorboard(run: HeldRun, lines: Sequence[Mapping[str, Any]]) -> None:
     """The figures of some epochs as an event file of its own, so that a run that goes on replaces no other's."""
-    with run.scratch() as folder:
-        with SummaryWriter(str(folder), filename_suffix=f".epoch-{lines[-1]['epoch']:05d}") as writer:
-            for line in lines:
-                for name, value in line.items():
-                    if name not in ("epoch", "step", "kept"):
-                        writer.add_scalar(name, value, line["step"])
-        for file in folder.iterdir():
-            run.write(f"{_TENSORBOARD}/{file.name}", file.read_bytes())
+    now = time.time()
+    records = _Records()
+    records.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    for line in lines:
+        for name, value in line.items():
+            if name not in ("epoch", "step", "kept"):
+                event = Event(wall_time=now, step=line["step"], summary=scalar(name, value))
+                records.write(event.SerializeToString())
+    name = f"events.out.tfevents.{int(now)}.{platform.node()}.epoch-{lines[-1]['epoch']:05d}"
+    run.write(f"{_TENSORBOARD}/{name}", records.content.getvalue())
+
+
+class _Records(RecordWriter):  # type: ignore[misc]  # tensorboardX has no types
+    """An event file in memory. One on a disk that is full would print a trace of its own, from a thread."""
+
+    def __init__(self) -> None:
+        self.content = self._writer = io.BytesIO()
 
 
 def write_skipped(run: HeldRun, problems: Mapping[str, str]) -> None:

@@ -85,6 +85,26 @@ def test_what_a_node_lacks_is_told_with_the_node(
     assert mend in caught.value.mend
 
 
+def test_what_all_nodes_together_have_no_place_for(asked: dict[str, Any], this_machine: dict[str, Any]) -> None:
+    """It is said in the words of the job's driver, behind what single nodes lack."""
+    refusal = RefusedError("resources", "2 processes want a GPU each, and the cluster has 1", mend="use device cpu")
+    with pytest.raises(RefusedError, match="and the cluster has 1") as caught:
+        Preflight([this_machine], asked, refusal.as_dict()).require()
+    assert (caught.value.reason, caught.value.mend) == ("resources", "use device cpu")
+    lacking = copy.deepcopy(this_machine)
+    lacking["facts"]["lacking"] = ["typer>=0.15"]
+    with pytest.raises(RefusedError, match="it lacks typer"):
+        Preflight([lacking], asked, refusal.as_dict()).require()
+
+
+def test_what_was_delivered_and_the_kind_of_gpus_is_shown(asked: dict[str, Any], this_machine: dict[str, Any]) -> None:
+    node = {**this_machine, "resources": {"CPU": 8, "GPU": 2}, "gpu_kinds": ["L4"]}
+    preflight = Preflight([node], asked)
+    assert preflight.rows[0][-2:] == ["8", "2 L4"]
+    ours = own_delivery("image")
+    assert preflight.code == f"{ours.name} {ours.version} ({ours.digest})"
+
+
 def test_a_gpu_that_is_too_small(asked: dict[str, Any], this_machine: dict[str, Any]) -> None:
     node = copy.deepcopy(this_machine)
     node["resources"]["GPU"], node["facts"]["gpus"] = 1, [1000]

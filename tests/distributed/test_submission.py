@@ -251,9 +251,9 @@ def wait_for_nodes(cluster: LocalCluster, number: int) -> None:
 
 
 def test_a_storage_that_not_all_nodes_see_is_refused_with_the_node(
-    cluster: LocalCluster, second_node: str, storage: str, tiny_resnet: Path, digits: Path
+    cluster: LocalCluster, second_node: str, storage: str, tiny_resnet: Path, digits: Path, tmp_path: Path
 ) -> None:
-    """And nothing is left there, in the list neither."""
+    """And nothing is left there, in the list neither; nor of one for whose workers the nodes have no place."""
     before = [job.id for _, job in remote_runs(address=cluster.dashboard, report=Heard())]
     tables: list[Preflight] = []
     job = {"backbone": str(tiny_resnet), "data": str(digits), "storage": storage, "name": "split", **SMALL}
@@ -263,6 +263,9 @@ def test_a_storage_that_not_all_nodes_see_is_refused_with_the_node(
     assert caught.value.message.startswith(f"{cluster.nodes[second_node].address}: ")
     assert "s3://" in caught.value.mend
     assert sorted(row[4] for row in tables[0].rows) == ["no", "seen"]
+    many = {**job, "storage": str(tmp_path / "runs"), "scaling": {"num_workers": 9, "threads_per_worker": 1}}
+    with pytest.raises(RefusedError, match=r"9 workers need 9 CPUs .* and the cluster has 2"):
+        submit(cluster, **many)
     assert [job.id for _, job in remote_runs(address=cluster.dashboard, report=Heard())] == before
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from orchestrator.job import HeldRun
 from orchestrator.training import record
 from orchestrator.training.record import Record, write_skipped
+from tests.conftest import REPOSITORY
 from tests.held import held
 
 
@@ -82,3 +91,55 @@ def test_epochs_that_take_no_time_are_written_together(run: HeldRun, monkeypatch
     assert len(run.children("tensorboard")) == 2
     some.settle()
     assert len(run.children("tensorboard")) == 2
+
+
+def events_of(content: bytes) -> list[tuple[str, int, float]]:
+    """(tag, step, value) of the scalars of an event file, each record held against its checksums."""
+    found, at = [], 0
+    while at < len(content):
+        (size,) = struct.unpack("Q", content[at : at + 8])
+        body = content[at + 12 : at + 12 + size]
+        assert content[at + 8 : at + 12] == struct.pack("I", masked_crc32c(content[at : at + 8]))
+        assert content[at + 12 + size : at + 16 + size] == struct.pack("I", masked_crc32c(body))
+        event = Event.FromString(body)
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        at += 16 + size
+    return found
+
+
+def test_event_files_are_what_tensorboard_reads(run: HeldRun, tmp_path: Path) -> None:
+    """As tensorboardX writes them itself, and what it writes TensorBoard reads."""
+    Record(run, 0).add(epoch(1) | {"validation loss": 0.25})
+    (name,) = run.children("tensorboard")
+    assert name.startswith("events.out.tfevents.")
+    with SummaryWriter(str(tmp_path / "theirs")) as writer:
+        writer.add_scalar("train_loss", 0.5, 5)
+        writer.add_scalar("validation loss", 0.25, 5)
+    (theirs,) = (tmp_path / "theirs").iterdir()
+    ours = run.folder / "tensorboard" / name
+    assert events_of(ours.read_bytes()) == events_of(theirs.read_bytes())
+    assert [one[:2] for one in events_of(ours.read_bytes())] == [("train_loss", 5), ("validation_loss", 5)]
+
+
+def test_a_disk_that_is_full_is_one_error_and_no_trace_of_a_thread(tmp_path: Path) -> None:
+    script = f"""
+        import resource, signal
+        from pathlib import Path
+        from orchestrator.errors import OrchestratorError
+        from orchestrator.training.record import Record
+        from tests.held import held
+        with held(Path({str(tmp_path / "run")!r})) as run:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))  # a line fits, no event file
+            try:
+                Record(run, 0).add({{"epoch": 1, "step": 5, **{{f"figure_{{k}}": 0.5 for k in range(6)}}}})
+            except OrchestratorError as error:
+                print(error.message)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cannot be written: File too large" in done.stdout
