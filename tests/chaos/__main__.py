@@ -30,13 +30,14 @@ from cluster.local import LocalCluster
 from cluster.machine import ClusterError
 from orchestrator.job import open_storage
 from tests.chaos.rows import ROWS, SKIPPED, Row
-from tests.chaos.work import NotSurvivedError, Work, environment
+from tests.chaos.work import STEPS_AN_EPOCH, NotSurvivedError, Work, environment
 from tests.hub_server import Hub, Repository, serve
 from tests.s3_proxy import Proxy, serve as serve_proxy
 from tests.tiny import make_digits, make_resnet
 
-LONG = (
-    "--method", "full", "--epochs", "15", "--batch-size", "16", "--set", "training.checkpoint_every_steps=5",
+EPOCHS = 15
+JOB = (
+    "--method", "full", "--batch-size", "16", "--set", "training.checkpoint_every_steps=5",
     "--set", "scaling.threads_per_worker=1",
 )  # fmt: skip
 NO_TIME = "no time was left"
@@ -75,8 +76,8 @@ def main() -> int:
 class Rounds:
     """The rows, a run of each after the other, over the same backbone and digits."""
 
-    def __init__(self, folder: Path, hub: Hub, seed: int, resources: ExitStack) -> None:
-        self.folder, self.hub, self.seed, self.resources = folder, hub, seed, resources
+    def __init__(self, folder: Path, hub: Hub, seed: int, resources: ExitStack, epochs: int = EPOCHS) -> None:
+        self.folder, self.hub, self.seed, self.resources, self.epochs = folder, hub, seed, resources, epochs
         self._proxy: Proxy | None = None
         self.backbone, self.digits = make_resnet(folder / "backbone"), make_digits(folder / "digits")
         self.references: dict[tuple[str, bool], str] = {}
@@ -147,8 +148,14 @@ class Rounds:
         if row.in_store:
             place, proxy = f"s3://bucket/{folder.name}", self.proxy()
             more |= {**os.environ, "AWS_ENDPOINT_URL": proxy.url}
-        job = ("--backbone", backbone, "--data", str(self.digits), "--storage", place, *LONG, *row.arguments)
-        return Work(folder, job, environment(folder, **more), chance, self.hub, open_storage(place), proxy)
+        job = (
+            "--backbone", backbone, "--data", str(self.digits), "--storage", place, "--epochs", str(self.epochs),
+            *JOB, *row.arguments,
+        )  # fmt: skip
+        return Work(
+            folder, job, environment(folder, **more), chance, self.hub, open_storage(place), proxy,
+            num_steps=self.epochs * STEPS_AN_EPOCH,
+        )  # fmt: skip
 
     def proxy(self) -> Proxy:
         """In front of an object store, which begins with the first row that wants it."""

@@ -22,8 +22,8 @@ from tests.s3_proxy import Proxy
 from tests.tiny import REPOSITORY
 
 TIMEOUT_S = 240.0
-NUM_STEPS = 15 * 23
-"""Of the job of all rows: 15 epochs of 360 digits in batches of 16."""
+STEPS_AN_EPOCH = 23
+"""Of the job of all rows: 360 digits in batches of 16."""
 LOOK_EVERY_S = 0.5
 GONE_S = 60.0
 """So long Ray's own processes may stay after a driver that was killed."""
@@ -49,6 +49,7 @@ class Work:
     """In front of the object store, where it lies in one."""
     cluster: LocalCluster | None = None
     """Machines of its own, where it has some: it is started on the first one."""
+    num_steps: int = 15 * STEPS_AN_EPOCH
     name: str = "run"
     faults: list[dict[str, Any]] = field(default_factory=list)
     """Each with its kind, when it came, to which process."""
@@ -128,7 +129,7 @@ class Work:
         """
         begin = max(self.step(), first)
         num_left = max(1, self.wanted - self.moments)
-        target = begin + self.random.randint(1, max(1, 2 * (NUM_STEPS - 15 - begin) // (num_left + 1)))
+        target = begin + self.random.randint(1, max(1, 2 * (self.num_steps - 15 - begin) // (num_left + 1)))
         arrived = self.wait(lambda: self.step() >= target)
         time.sleep(self.random.random() * 0.1)
         still_runs = arrived and self.process is not None and self.process.poll() is None

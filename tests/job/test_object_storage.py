@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -462,6 +464,34 @@ def test_a_store_that_fails_is_asked_again(
         proxy.fail(method, fault, times)
         round_trip(storage, lease, tmp_path)
         assert proxy.faults == []
+
+
+@pytest.mark.parametrize("fault", ["500", "cut"])
+@pytest.mark.parametrize(
+    ("method", "of"), [("POST", r"\?uploads"), ("PUT", "partNumber=2"), ("POST", r"\?uploadId"), ("GET", "safetensors")]
+)
+def test_a_large_file_goes_in_parts_and_one_that_fails_does_no_harm(
+    proxy: s3_proxy.Proxy, tmp_path: Path, method: str, of: str, fault: s3_proxy.Fault
+) -> None:
+    """Of 40 MB of weights: the beginning of the upload, a part, its end, or the download."""
+    failed: list[str] = []
+
+    def fail(sent: str, path: str) -> None:
+        if sent == method and re.search(of, path) and not failed:
+            failed.append(path)
+            proxy.fail(method, fault)
+
+    storage = open_storage("s3://bucket/runs", LONG_S)
+    content = random.Random(1).randbytes(40 * 2**20)
+    with storage.acquire("run", "me") as lease:
+        work = tmp_path / "work"
+        work.mkdir()
+        (work / "model.safetensors").write_bytes(content)
+        proxy.on_request = fail
+        storage.commit(work, "run/model", lease)
+        storage.fetch("run/model", tmp_path / "here")
+    assert (len(failed), proxy.faults) == (1, [])
+    assert (tmp_path / "here" / "model.safetensors").read_bytes() == content
 
 
 def test_a_store_that_is_away_for_a_while(proxy: s3_proxy.Proxy, tmp_path: Path) -> None:
