@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ import pytest
 import orchestrator
 from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.job import Advanced, DirectoryStorage, Event, HeldRun, Noted
+from orchestrator.training import checkpoint
 from orchestrator.training.outbox import MOST_OF_TIME, Outbox
 from orchestrator.training.record import Record
 from tests.held import held
+
+_HELD_UP_S = 0.01
 
 
 @pytest.fixture
@@ -131,3 +136,24 @@ def test_training_goes_on_while_a_checkpoint_is_on_its_way(
     assert [name for name, _, _ in arrived] == ["step-00000004", "step-00000008", "step-00000012", "step-00000015",
                                                 "model"]  # fmt: skip
     assert arrived[0][1:] >= (True, 7)
+
+
+def test_a_checkpoint_that_costs_much_is_followed_by_a_long_rest(
+    tiny_resnet: Path, flat_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is due all the time; each holds the loop up for 10 ms, so that the next one waits for half a second."""
+    copied, at = checkpoint.copied, list[float]()
+
+    def slow(of: checkpoint.Checkpoint) -> checkpoint.Checkpoint:
+        time.sleep(_HELD_UP_S)
+        at.append(time.monotonic())
+        return copied(of)
+
+    monkeypatch.setattr(checkpoint, "copied", slow)
+    orchestrator.finetune(
+        backbone=str(tiny_resnet), data=str(flat_digits), method="full", name="rests", report=lambda _: None,
+        training={"epochs": 12, "batch_size": 16, "checkpoint_every_s": 0.001}, scaling={"threads_per_worker": 1},
+    )  # fmt: skip
+    between = [later - before for before, later in itertools.pairwise(at[:-1])]  # the last one is of the end
+    assert between, "it was over before a second one was due"
+    assert min(between) >= _HELD_UP_S / MOST_OF_TIME
