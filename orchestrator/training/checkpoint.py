@@ -19,9 +19,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from orchestrator.errors import CheckpointError, RefusedError
+from orchestrator.errors import CheckpointError, RefusedError, first_line
 from orchestrator.job import CHECKPOINTS, HeldRun
 
 NUM_KEPT = 2
@@ -124,6 +125,12 @@ def load(run: HeldRun, step: int) -> Checkpoint:
             f"the checkpoint of step {step} cannot be read: {error.message}",
             expected="the files that every worker sees on the storage, as they were written",
             mend="see that all nodes have the same storage, then run the same command again",
+        ) from None
+    except (ValueError, SafetensorError) as error:  # it is as its manifest says, and no run wrote that
+        raise CheckpointError(
+            f"{run.place}/{checkpoint_name(step)} is no checkpoint: {first_line(error)}",
+            expected="safetensors and JSON, as a run writes them",
+            mend="remove that folder, and the same command goes on from the one before; or start over with --fresh",
         ) from None
     return Checkpoint(step, state=state, **tensors)
 

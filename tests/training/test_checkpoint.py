@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -254,3 +255,25 @@ def test_a_loss_that_is_not_finite_moves_no_weight_of_a_fused_optimizer() -> Non
         loss.backward()
         take_step(optimizer, loss)
         assert same(before, tensors_of(layer)) != moves
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_pickle_in_a_checkpoint_runs_nothing(run: HeldRun, tmp_path: Path, file: str) -> None:
+    """Whoever puts it there writes the manifest anew, so that all digests are right."""
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "has-run"),)
+
+    ckpt.save(run, made(5))
+    with run.opened(ckpt.checkpoint_name(5)) as whole:
+        shutil.copytree(whole, tmp_path / "other", ignore=shutil.ignore_patterns(".*"))
+    (tmp_path / "other" / file).write_bytes(pickle.dumps(Payload()))
+    run.commit(tmp_path / "other", ckpt.checkpoint_name(5))
+    assert ckpt.newest_step(run) == 5
+    with pytest.raises(CheckpointError, match="step-00000005 is no checkpoint: ") as caught:
+        ckpt.load(run, 5)
+    assert "remove that folder" in caught.value.mend
+    assert not (tmp_path / "has-run").exists()
+    pickle.loads(pickle.dumps(Payload()))  # it would have
+    assert (tmp_path / "has-run").exists()
