@@ -23,7 +23,7 @@ from orchestrator.distributed.events import DriverChannel, watch_driver
 from orchestrator.distributed.joining import event_queue, joined, shut_down
 from orchestrator.distributed.leaving import Notice, wait_for_the_end
 from orchestrator.distributed.offer import offer_of, resources_of
-from orchestrator.distributed.shared_storage import refuse_apart
+from orchestrator.distributed.shared_storage import refuse_apart, require_seen
 from orchestrator.distributed.waiting import Wait
 from orchestrator.errors import InterruptedRunError, OrchestratorError, PluginError, TrainingError, first_line
 from orchestrator.job import CHECKPOINTS, ERROR_FILE, RAY_FOLDER, Event, Failed, Noted, PhaseBegan, Plan, Report
@@ -239,6 +239,7 @@ def _worker(config: dict[str, Any]) -> None:
         return channel.should_stop() or notice.is_due()
 
     try:
+        require_seen(config["spec"].held_run(), node)
         local_rank, deterministic = context.get_local_rank(), config["deterministic"]
         with start_worker(config["threads"], device, local_rank, deterministic) as worker:
             run_worker(config["spec"], worker, channel.tell, should_stop, extractors)

@@ -14,6 +14,7 @@ with warnings.catch_warnings():
 from orchestrator.distributed.between_nodes import on_node
 from orchestrator.errors import RefusedError
 from orchestrator.job import DirectoryStorage, HeldRun
+from orchestrator.job.directories import LEASE_FILE
 
 _ANSWERED_S = 60.0
 """A node that has not answered by then says nothing: whether it can work, the job will tell."""
@@ -36,13 +37,26 @@ def refuse_apart(run: HeldRun) -> None:
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWERED_S)
         apart = sorted(asked[answer] for answer in answered if _answer(answer) not in (token, None))
     if apart:
-        raise RefusedError(
-            "usage",
+        raise _not_shared(
             f"{run.storage.place} is not the same directory on all {len(nodes)} nodes of the cluster: not on "
-            + ", ".join(apart[:5]) + (f" and {len(apart) - 5} more" if len(apart) > 5 else ""),
-            expected="a storage that all nodes see: s3://bucket/runs, or a directory of a file system that they share",
-            mend="give it such a place: --storage",
+            + ", ".join(apart[:5]) + (f" and {len(apart) - 5} more" if len(apart) > 5 else "")
         )  # fmt: skip
+
+
+def require_seen(run: HeldRun, node: str) -> None:
+    """Raise `RefusedError` in a worker whose node does not see the run's directory: it joined later than the driver."""
+    if isinstance(run.storage, DirectoryStorage) and run.read(LEASE_FILE) is None:
+        raise _not_shared(
+            f"the node {node}, which joined since the job began, does not see the run in {run.storage.place}"
+        )
+
+
+def _not_shared(what: str) -> RefusedError:
+    return RefusedError(
+        "usage", what,
+        expected="a storage that all nodes see: s3://bucket/runs, or a directory of a file system that they share",
+        mend="give it such a place: --storage",
+    )  # fmt: skip
 
 
 def _content(file: str) -> str:

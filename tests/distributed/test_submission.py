@@ -269,6 +269,30 @@ def test_a_storage_that_not_all_nodes_see_is_refused_with_the_node(
     assert [job.id for _, job in remote_runs(address=cluster.dashboard, report=Heard())] == before
 
 
+def test_a_node_that_joins_and_does_not_see_the_storage_is_named(
+    cluster: LocalCluster, storage: str, tiny_resnet: Path, digits: Path
+) -> None:
+    """An elastic group begins on the one node that there is, and grows onto one with a disk of its own."""
+    job = {"backbone": str(tiny_resnet), "data": str(digits), "storage": storage, "name": "grows", **LONG}
+    job["scaling"] = {"num_workers": 2, "min_workers": 1, "threads_per_worker": 1}
+    run = submit(cluster, **job)
+    joined: list[str] = []
+
+    def join(event: Event) -> None:
+        if isinstance(event, EpochEnded) and not joined:
+            joined.append(cluster.add_node().address)
+
+    try:
+        with pytest.raises(OrchestratorError, match="which joined since the job began, does not see the run") as caught:
+            run.follow(join)
+        assert joined[0] in caught.value.message
+        assert "--storage" in caught.value.mend
+    finally:
+        for name in list(cluster.nodes)[1:]:
+            cluster.kill_node(name)
+        wait_for_nodes(cluster, 1)
+
+
 def test_a_node_that_is_lost_is_replaced_and_the_job_ends(
     cluster: LocalCluster, second_node: str, tiny_resnet: Path, digits: Path, tmp_path: Path
 ) -> None:
