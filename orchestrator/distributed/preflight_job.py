@@ -38,9 +38,8 @@ def main() -> int:
         if not trouble:
             remove_tokens(storage, token)
     refusal = _refusal(request["plan"]) if request["plan"] else None
-    print(
-        json.dumps({"orchestrator": "Found", "nodes": found, "refusal": refusal}), flush=True
-    )  # as `telling` reads it
+    told = {"orchestrator": "Found", "nodes": found, "refusal": refusal}  # as `telling` reads it
+    print(json.dumps(told), flush=True)
     return 0
 
 
@@ -56,6 +55,8 @@ def _refusal(plan: str) -> dict[str, Any] | None:
         offer_of(read_plan_json(plan), lambda _: None)
     except RefusedError as error:
         return error.as_dict()
+    except Exception:  # the driver will meet it too, and says it whole
+        return None
     return None
 
 

@@ -20,9 +20,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.errors import STORE_REASONS, RefusedError, first_line, storage_failed
+from orchestrator.errors import RefusedError, first_line, storage_failed
 from orchestrator.job.files import beside
 from orchestrator.job.manifests import Manifest
+
+_UNREACHABLE = ("offline", "unauthorised")
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Storage(ABC):
     """As messages name it, and as another process opens it."""
 
     def has_failed(self, error: BaseException) -> bool:
-        """Whether an error says that this storage does not answer, refuses us, or has no such bucket."""
-        return isinstance(error, RefusedError) and error.reason in STORE_REASONS and self.place in error.message
+        """Whether an error says that this storage does not answer, or lets us do nothing any more."""
+        return isinstance(error, RefusedError) and error.reason in _UNREACHABLE and self.place in error.message
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -76,7 +78,7 @@ class Storage(ABC):
         try:
             yield
         except RefusedError as error:
-            raise storage_failed(error) if self.has_failed(error) else error from None
+            raise storage_failed(error) if self.place in error.message else error from None
 
     # --- who works on a run ---
 

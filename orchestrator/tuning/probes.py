@@ -66,6 +66,8 @@ def begin_behind_probe(held: HeldRun, plan: Plan, search: str) -> None:
     if key is None:
         return
     with contextlib.suppress(RefusedError), held.storage.opened(f"{search}/{FOLDER}/{key}") as source:
+        if not (source / _EPOCHS).is_file():  # of an earlier version
+            return
         lines = (source / _EPOCHS).read_text(encoding="utf-8")
         with held.committing(checkpoint_name(plan.recipe.phases[0].num_steps)) as folder:
             _copy(source, folder)

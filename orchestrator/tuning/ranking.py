@@ -70,7 +70,6 @@ def rank(
         # A run of its own that nobody sees: it holds the sample table while features are computed of it.
         began = held.enter_context(hold(storage, f".rank-{ranking_digest(job, names)}"))
         held.callback(_forgotten, began)
-        held.enter_context(storage.at_work())
         run = patient(began, lambda text: report(Noted(text, is_warning=True)))
         gate = Gate(job, run, report)
         known: dict[str, ResolvedBackbone] = {}
@@ -89,12 +88,14 @@ def rank(
             try:
                 candidates.append(gate.admit(name, resolved))
             except RefusedError as error:
-                if not candidates and error.reason == "data":  # nobody could be trained on it
+                nobody_can_train = not candidates and error.reason == "data"
+                if nobody_can_train or storage.has_failed(error):
                     raise
                 rows.append(refused_row(name, error))
         _require_some(candidates, rows)
         first = candidates[0].plan
-        with start_worker(first.threads_per_worker, find_device(job.scaling.device)) as worker:
+        device = find_device(job.scaling.device)
+        with storage.at_work(), start_worker(first.threads_per_worker, device) as worker:
             race = Race(run, worker, registry.get(job.modality), first.job.training.seed, report, should_stop)
             ranked = race.run(candidates, num_samples)
         if not ranked:

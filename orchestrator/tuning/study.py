@@ -112,7 +112,7 @@ def _search(
     digest = _digest(first, space, settings, metric)
     storage = open_storage(first.storage)
     name = first.name or search_name(first, space, settings)
-    with _held(storage, name, fresh) as began, storage.at_work():
+    with _held(storage, name, fresh) as began:
         held = patient(began, lambda text: report(Noted(text, is_warning=True)))
         book = Book(held)
         if book.spec and book.spec.get("digest") != digest:
@@ -132,18 +132,19 @@ def _search(
             "num_validation": metric.num_validation,
             **{key: value for key, value in book.spec.items() if key == BEST_OF_SEARCH}, "seen": layout.seen(),
         })  # fmt: skip
-        grid = work.run()
-        best = work.best()
-        if best is not None:
-            report(PhaseBegan(f"the best trial, number {best.number}, to its end"))
-            run = layout.lay_out(best.key, best.config, layout.plan_of(best.key, best.config))
-            train_as_planned(run, report, should_stop)
-            book.write_spec({**book.spec, BEST_OF_SEARCH: run.name})
-        _prune(layout, [one.key for one in work.ranked()[:_NUM_KEPT]], book)
-        result = open_search(held.place)
-        held.write(CSV_FILE, as_csv(result))
-        for file, content in draw_pictures(result, space, report).items():
-            held.write(file, content)
+        with storage.at_work():
+            grid = work.run()
+            best = work.best()
+            if best is not None:
+                report(PhaseBegan(f"the best trial, number {best.number}, to its end"))
+                run = layout.lay_out(best.key, best.config, layout.plan_of(best.key, best.config))
+                train_as_planned(run, report, should_stop)
+                book.write_spec({**book.spec, BEST_OF_SEARCH: run.name})
+            _prune(layout, [one.key for one in work.ranked()[:_NUM_KEPT]], book)
+            result = open_search(held.place)
+            held.write(CSV_FILE, as_csv(result))
+            for file, content in draw_pictures(result, space, report).items():
+                held.write(file, content)
         report(Noted(result.caveat))
     return SearchResult(result.search, result.trials, metric, tuple(keys), result.best_run, result.num_validation, grid)
 

@@ -18,7 +18,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -79,12 +81,23 @@ class Rounds:
     def __init__(self, folder: Path, hub: Hub, seed: int, resources: ExitStack, epochs: int = EPOCHS) -> None:
         self.folder, self.hub, self.seed, self.resources, self.epochs = folder, hub, seed, resources, epochs
         self._proxy: Proxy | None = None
+        self._alone = threading.Lock()
         self.backbone, self.digits = make_resnet(folder / "backbone"), make_digits(folder / "digits")
         self.references: dict[tuple[str, bool], str] = {}
 
     def run(self, names: list[str], rounds: int, until: float) -> dict[str, list[dict[str, Any]]]:
         """Row -> its runs, as many as it takes to so many moments, or as there was time for."""
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        beside = [name for name in names if ROWS[name].in_store]
+        if beside:
+            self.proxy()
+        with ThreadPoolExecutor(1) as pool:  # they wait for leases to run out most of the time: so beside all others
+            waiting = pool.submit(self._rows, beside, rounds, until, found)
+            self._rows([name for name in names if name not in beside], rounds, until, found)
+            waiting.result()
+        return found
+
+    def _rows(self, names: list[str], rounds: int, until: float, found: dict[str, list[dict[str, Any]]]) -> None:
         left = dict.fromkeys(names, rounds)
         while any(left.values()):
             for name in [one for one in names if left[one]]:
@@ -100,7 +113,6 @@ class Rounds:
                 left[name] = 0 if "skipped" in one else max(0, left[name] - max(1, one["moments"]))
                 moments = f"{rounds - left[name]}/{rounds}"
                 print(f"{name} {moments}: {verdict}: {why}", file=sys.stderr, flush=True)
-        return found
 
     def round(self, name: str, row: Row, number: int, wanted: int) -> dict[str, Any]:
         """One job, hurt at so many moments, as far as it lasts, and brought to its end."""
@@ -109,7 +121,7 @@ class Rounds:
         expected = self.reference(row)
         folder = self.folder / f"{name}-{number}"
         work = self.work(folder, row, random.Random(f"{self.seed} {name} {number}"))
-        work.wanted = wanted
+        work.wanted, work.is_first = wanted, number == 0
         one: dict[str, Any] = {"faults": work.faults, "survived": False}
         try:
             if row.on_nodes:
@@ -130,8 +142,9 @@ class Rounds:
         except (subprocess.TimeoutExpired, ClusterError, OSError) as error:  # the other rows go on
             one["why"] = f"{type(error).__name__}: {error}; {work.said()[-800:] if work.num_starts else ''}"
         finally:
-            self.hub.faults.clear()
-            if self._proxy is not None:
+            if row.on_hub:
+                self.hub.faults.clear()
+            if row.in_store and self._proxy is not None:
                 self._proxy.faults.clear()
                 self._proxy.away_until = 0.0
             clear(work)
@@ -176,9 +189,10 @@ class Rounds:
     def reference(self, row: Row) -> str:
         """The hash of the weights of the same job, left alone."""
         key = (row.reference, row.on_hub)
-        if key not in self.references:
-            work = self.work(self.folder / f"left-alone-{row.reference}-{row.on_hub}", row, random.Random(0))
-            self.references[key] = work.finish(attempts=1)
+        with self._alone:
+            if key not in self.references:
+                work = self.work(self.folder / f"left-alone-{row.reference}-{row.on_hub}", row, random.Random(0))
+                self.references[key] = work.finish(attempts=1)
         return self.references[key]
 
 

@@ -67,14 +67,14 @@ def node_cut(work: Work) -> None:
 
 
 def node_drained(work: Work) -> None:
-    """With half a minute's notice, later ones with 12 s; another one takes its place. None counts as a failure."""
+    """With half a minute's notice, once, and then with 12 s; another one takes its place. None counts as a failure."""
     assert work.cluster is not None
     work.start()
     second = "node1"
     while work.is_wanted:
         if not work.wait_for_random_moment():
             return
-        notice = 30 if work.moments == 1 else 12
+        notice = 30 if work.moments == 1 and work.is_first else 12
         work.note(f"a node's notice of {notice} s")
         told, before = second, time.monotonic()
         work.cluster.drain(told, notice)

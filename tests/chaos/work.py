@@ -55,6 +55,8 @@ class Work:
     """Each with its kind, when it came, to which process."""
     wanted: int = 5
     """Random moments at which something is to be done to it."""
+    is_first: bool = True
+    """Whether it is the first job of its row."""
     moments: int = 0
     """So many there were."""
     num_starts: int = 0

@@ -131,6 +131,20 @@ def test_what_is_no_search_keeps_its_place(base: dict[str, Any]) -> None:
         orchestrator.search(base, SPACE, num_trials=2, report=silent)
 
 
+def test_a_backbone_that_is_not_there_is_refused_and_no_failure_of_the_store(base: dict[str, Any]) -> None:
+    """It would be a run of the same storage."""
+    absent = f"{STORAGE}/absent"
+    with pytest.raises(RefusedError, match="absent") as caught:
+        orchestrator.search({**base, "backbone": absent}, SPACE, num_trials=2, report=silent)
+    assert caught.value.reason == "not_found"
+    fields = {"data": base["data"], "storage": STORAGE, "precision": "fp32", "report": silent}
+    with pytest.raises(RefusedError, match="absent") as caught:
+        orchestrator.rank([absent], **fields)
+    assert caught.value.reason == "not_found"
+    table = orchestrator.rank([base["backbone"], absent], **fields)
+    assert [row.state for row in table.rows] == ["ranked", "refused"]
+
+
 # --- a store that fails ---
 
 
