@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 import orchestrator
+from tests import s3_proxy
 from tests.hub_server import Hub, serve
 from tests.refusals import Recorder
 from tests.tiny import REPOSITORY, make_digits, make_resnet, save_backbone
@@ -236,3 +237,14 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield pa.fs.SubTreeFileSystem("bucket", fs)
     fs.delete_dir("bucket")
     locations.cached.cache_clear()
+
+
+@pytest.fixture
+def proxy(bucket: Any, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_proxy.Proxy]:  # noqa: ARG001
+    """The same bucket, through what fails when it is told to."""
+    from orchestrator.job import locations
+
+    with s3_proxy.serve(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        locations.cached.cache_clear()
+        yield proxy

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from orchestrator.job import (
     PhaseBegan,
     asking,
     list_runs,
-    locations,
     object_storage,
     runs,
 )
@@ -52,14 +51,6 @@ def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Any) -> No
 def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str = "another") -> None:
     """An empty disk."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"disk of {name}"))
-
-
-@pytest.fixture
-def proxy(bucket: Any, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_proxy.Proxy]:  # noqa: ARG001
-    with s3_proxy.serve(s3_server) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        locations.cached.cache_clear()
-        yield proxy
 
 
 @pytest.fixture(scope="module")

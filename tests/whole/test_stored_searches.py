@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from orchestrator.job import (
     PhaseBegan,
     TrialsAdvanced,
     asking,
-    locations,
     object_storage,
     open_storage,
     run_in,
@@ -45,14 +44,6 @@ def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str =
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"disk of {name}"))
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
-
-
-@pytest.fixture
-def proxy(bucket: Any, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_proxy.Proxy]:  # noqa: ARG001
-    with s3_proxy.serve(s3_server) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        locations.cached.cache_clear()
-        yield proxy
 
 
 @pytest.fixture
