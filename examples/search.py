@@ -10,7 +10,6 @@ computed once for each backbone; those that train everything are runs of Ray Tun
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -49,7 +48,8 @@ def main() -> None:
     show_search(result, False)
     print(f"{time.monotonic() - started:.0f} s in all")
     if given.picture is not None:
-        shutil.copy(result.path / "search.png", given.picture)
+        picture = result.search.storage.read(f"{result.search.name}/search.png")
+        Path(given.picture).write_bytes(picture or b"")
 
 
 if __name__ == "__main__":

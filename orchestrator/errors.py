@@ -268,12 +268,15 @@ def missing_extra(error: ImportError, extra: str = "") -> MissingExtraError | No
     return MissingExtraError(library, extra or _EXTRA_OF.get(library, "image")) if library in EXTRA_LIBRARIES else None
 
 
+FAILED = "the storage failed: "
+
+
 def storage_failed(error: RefusedError) -> OrchestratorError:
     """What a storage refuses to a job that runs already, which is no refusal before its start; other errors as is."""
     if error.reason not in ("offline", "unauthorised", "not_found"):
         return error
     return OrchestratorError(
-        f"the storage failed: {error.message}", expected=error.expected,
+        f"{FAILED}{error.message}", expected=error.expected,
         mend=f"{error.mend}; then the same command goes on from the last checkpoint",
     )  # fmt: skip
 

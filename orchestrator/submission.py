@@ -104,7 +104,7 @@ def _sent(draft: Draft, kind: str, report: Report) -> Sent:
         return to_send(draft, report)
     plan = rehearsed(*planned(draft, {}))
     sent = _for_the_cluster(draft.job(), plan)
-    return Sent(sent.model_dump(mode="json", exclude_defaults=True), plan.name, sent.storage, plan, sent.digest())
+    return Sent(sent.model_dump(mode="json", exclude_defaults=True), plan.name, sent.storage, plan, began=sent.digest())
 
 
 def _checked(draft: Draft) -> Draft:
@@ -215,7 +215,7 @@ class _Submission:
     def _preflight(self, code: list[Delivery], packages: list[str], folder: Path) -> None:
         """Look at every node. Raises `RefusedError` where one lacks something."""
         self._report(PhaseBegan("preflight: looking at every node"))
-        wanted = wanted_of(self._sent.plan, self._sent.storage, as_wanted(code), self._kind != "rank")
+        wanted = wanted_of(self._sent.plan, self._sent.storage, as_wanted(code), self._sent.on_workers)
         token = secrets.token_hex(16)
         request = {**wanted, "token": token, "timeout_s": _NODE_TIMEOUT_S}
         packages = [*packages, self._head.upload(pack_request(request, folder / "preflight.zip"))]

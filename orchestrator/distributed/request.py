@@ -33,6 +33,8 @@ class Sent:
     """Where that lies."""
     plan: Plan
     """Of the run, one trial or one backbone: what the nodes must have."""
+    on_workers: bool = True
+    """Whether it wants a place for workers; else its driver does all of it."""
     began: str = "-"
     """Digest of the run's job: it tells the run from another one of the same name. A search's has none."""
 

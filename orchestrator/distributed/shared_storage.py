@@ -46,9 +46,7 @@ def refuse_apart(run: HeldRun) -> None:
 def require_seen(run: HeldRun, node: str) -> None:
     """Raise `RefusedError` in a worker whose node does not see the run's directory: it joined later than the driver."""
     if isinstance(run.storage, DirectoryStorage) and run.read(LEASE_FILE) is None:
-        raise _not_shared(
-            f"the node {node}, which joined since the job began, does not see the run in {run.storage.place}"
-        )
+        raise _not_shared(f"the node {node} does not see the run in {run.storage.place}")
 
 
 def _not_shared(what: str) -> RefusedError:

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.errors import RefusedError, first_line, storage_failed
+from orchestrator.errors import FAILED, OrchestratorError, RefusedError, first_line, storage_failed
 from orchestrator.job.files import beside
 from orchestrator.job.manifests import Manifest
 
@@ -70,7 +70,9 @@ class Storage(ABC):
 
     def has_failed(self, error: BaseException) -> bool:
         """Whether an error says that this storage does not answer, or lets us do nothing any more."""
-        return isinstance(error, RefusedError) and error.reason in _UNREACHABLE and self.place in error.message
+        if isinstance(error, RefusedError):
+            return error.reason in _UNREACHABLE and self.place in error.message
+        return isinstance(error, OrchestratorError) and error.message.startswith(f"{FAILED}{self.place}")
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:

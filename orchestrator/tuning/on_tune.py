@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +28,10 @@ from orchestrator.distributed.between_nodes import require_backbone
 from orchestrator.distributed.cluster import failures_of
 from orchestrator.distributed.joining import joined
 from orchestrator.distributed.offer import kind_of, resources_of
-from orchestrator.errors import InterruptedRunError
+from orchestrator.errors import InterruptedRunError, OrchestratorError, TrainingError, first_line
 from orchestrator.gate import num_cores
 from orchestrator.job import (
+    ERROR_FILE,
     EpochEnded,
     Event,
     HeldRun,
@@ -51,8 +53,8 @@ from orchestrator.tuning.stopping import LAST_EPOCH
 from orchestrator.tuning.trials import KEPT, Key, State, Trial
 
 _STORAGE, _RUN, _LEASE, _NUMBER, _REPEAT = "storage", "run", "lease", "number", "repeat"
-_ASKED_EVERY_S = 0.2
-"""How often it is looked whether a probe is on the storage."""
+_FIRST_WAIT_S = 0.2
+"""After which it is looked once more whether a probe is on the storage; each later wait is twice as long."""
 _DRIVER_BYTES = 2**20
 """What a trial asks for that has workers of its own: a place, and no core."""
 _DRIVER_SHARE = 0.001
@@ -129,10 +131,21 @@ class TuneTrials:
         with _silent(_LOUD):
             grid = tuner.fit()
         if self._error is not None:
-            raise self._error
+            raise self._as_ours(self._error)
         if self._stopping:
             raise InterruptedRunError("stopped while trials ran", mend="the same command goes on")
         return grid
+
+    def _as_ours(self, error: Exception) -> OrchestratorError:
+        if isinstance(error, OrchestratorError):
+            return error
+        search = self.context.layout.search
+        with contextlib.suppress(OrchestratorError):  # the disk may be what is full
+            search.write(ERROR_FILE, "".join(traceback.format_exception(error)))
+        return TrainingError(
+            f"{type(error).__name__}: {first_line(error)}",
+            mend=f"the whole trace is in {search.place}/{ERROR_FILE}; the same command goes on",
+        )
 
     def _resources(self, plan: Plan) -> tune.PlacementGroupFactory:
         if plan.num_workers > 1 or plan.num_extractors:
@@ -189,11 +202,13 @@ class TuneTrials:
         self._lines[key] = [*known, line]
         self.context.heard(key, line)
 
-    def over(self, key: Key, error: str = "") -> None:
-        """A trial has ended; where all are stopped, it goes on another time."""
+    def over(self, key: Key, error: str = "", cause: Exception | None = None) -> None:
+        """A trial has ended; where all are stopped, or its storage failed, it goes on another time."""
         self.running.discard(key)
         if not self._stopping:
             with self._kept():
+                if cause is not None and self.context.layout.search.storage.has_failed(cause):
+                    raise cause
                 self._record(key, error)
 
     @contextlib.contextmanager
@@ -261,14 +276,14 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
     run, search = run_in(storage, config[_RUN]), HeldRun(storage, Lease(**config[_LEASE]))
     plan = run.plan
     trained = probed = False
-    asked_s = -math.inf
+    asked_at, wait_s = -math.inf, _FIRST_WAIT_S
 
     def report(event: Event) -> None:
-        nonlocal trained, probed, asked_s
+        nonlocal trained, probed, asked_at, wait_s
         if isinstance(event, PhaseBegan):
             trained = event.text == FINAL_FIGURES
-        if probed and time.monotonic() - asked_s > _ASKED_EVERY_S:
-            probed, asked_s = not keep_probe(run, search), time.monotonic()
+        if probed and time.monotonic() - asked_at > wait_s:
+            probed, asked_at, wait_s = not keep_probe(run, plan, search), time.monotonic(), 2 * wait_s
         if isinstance(event, EpochEnded):
             epoch = event.figures["epoch"]
             probed = probed or epoch == plan.recipe.phases[0].epochs
@@ -280,7 +295,7 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
     with contextlib.suppress(InterruptedRunError):
         train_as_planned(run, report, lambda: trained)
     if probed:  # by now all that the run has is on the storage
-        keep_probe(run, search)
+        keep_probe(run, plan, search)
 
 
 # --- Tune's parts ---
@@ -326,15 +341,25 @@ class _TrialCallback(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_info: Any) -> None:  # noqa: ARG002
         """It has failed, or its process has died."""
-        self._trials.over(_key_of(trial), _why_failed(trial))
+        cause = _cause_of(trial)
+        self._trials.over(_key_of(trial), _why_failed(trial, cause), cause)
 
 
-def _why_failed(trial: Any) -> str:
-    """In a few words. Tune has written the error into this process's own folder, and not yet where it keeps trials."""
-    pickled, text = trial.pickled_error_file, trial.error_file
-    if pickled is not None and Path(pickled).exists():
-        error = cloudpickle.loads(Path(pickled).read_bytes())
-        return failures_of({0: getattr(error, "cause", None) or error})[0]
+def _cause_of(trial: Any) -> Exception | None:
+    """Tune has written the error into this process's own folder, and not yet where it keeps trials."""
+    pickled = trial.pickled_error_file
+    if pickled is None or not Path(pickled).exists():
+        return None
+    error = cloudpickle.loads(Path(pickled).read_bytes())
+    found: Exception = getattr(error, "cause", None) or error
+    return found
+
+
+def _why_failed(trial: Any, cause: Exception | None) -> str:
+    """In a few words."""
+    if cause is not None:
+        return failures_of({0: cause})[0]
+    text = trial.error_file
     lines = Path(text).read_text().split("\n") if text is not None and Path(text).exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "it failed")
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -37,25 +36,28 @@ def probe_key(plan: Plan) -> str | None:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def keep_probe(run: Run, search: HeldRun) -> bool:
+def keep_probe(run: Run, plan: Plan, search: HeldRun) -> bool:
     """Keep the checkpoint that a run has at the end of its first phase; whether there is nothing left to wait for.
 
-    A checkpoint goes to its storage while training goes on: until it is there, this is called again.
+    A checkpoint goes to its storage while training goes on: until it is there, this is called again. Nothing that goes
+    wrong here hurts the run: then each trial trains its own.
     """
-    plan = run.plan
     key = probe_key(plan)
-    if key is None or search.children(f"{FOLDER}/{key}"):
-        return True
-    num_steps, num_epochs = plan.recipe.phases[0].num_steps, plan.recipe.phases[0].epochs
+    first = plan.recipe.phases[0]
     try:
-        with run.storage.opened(f"{run.name}/{checkpoint_name(num_steps)}") as source:
-            state = json.loads((source / STATE_FILE).read_text(encoding="utf-8"))
-            if not state["phase"]:  # else it is the next phase's first one, which has its place, and what was decided
-                lines = [line for line in run.metrics if line.get("epoch", 0) <= num_epochs]
-                with search.committing(f"{FOLDER}/{key}") as folder:
-                    _copy(source, folder)
-                    (folder / _EPOCHS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    except OrchestratorError as error:  # with anything else each trial trains its own: another was first, or no room
+        if key is None or search.children(f"{FOLDER}/{key}"):
+            return True
+        with search.scratch() as folder:
+            # A copy that was held against its manifest: the run itself may write the next one under that name.
+            run.storage.fetch(f"{run.name}/{checkpoint_name(first.num_steps)}", folder / key)
+            if json.loads((folder / key / STATE_FILE).read_text(encoding="utf-8"))["phase"]:
+                return True  # it is the next phase's first one, which has its place, and what was decided
+            lines = [line for line in run.metrics if line.get("epoch", 0) <= first.epochs]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder / key / _EPOCHS).write_text(text, encoding="utf-8")
+            if not search.children(f"{FOLDER}/{key}"):  # another trial's, which somebody may be reading
+                search.commit(folder / key, f"{FOLDER}/{key}")
+    except (OrchestratorError, OSError, ValueError) as error:
         return getattr(error, "reason", "") != "not_found"
     return True
 
@@ -65,13 +67,17 @@ def begin_behind_probe(held: HeldRun, plan: Plan, search: str) -> None:
     key = probe_key(plan)
     if key is None:
         return
-    with contextlib.suppress(RefusedError), held.storage.opened(f"{search}/{FOLDER}/{key}") as source:
-        if not (source / _EPOCHS).is_file():  # of an earlier version
-            return
-        lines = (source / _EPOCHS).read_text(encoding="utf-8")
-        with held.committing(checkpoint_name(plan.recipe.phases[0].num_steps)) as folder:
-            _copy(source, folder)
-        held.write(METRICS_FILE, lines)
+    try:
+        with held.storage.opened(f"{search}/{FOLDER}/{key}") as source:
+            if not (source / _EPOCHS).is_file():  # of an earlier version
+                return
+            # Lines without a checkpoint are dropped when the run begins, so they come first.
+            held.write(METRICS_FILE, (source / _EPOCHS).read_text(encoding="utf-8"))
+            with held.committing(checkpoint_name(plan.recipe.phases[0].num_steps)) as folder:
+                _copy(source, folder)
+    except (RefusedError, OSError) as error:  # it trains its own
+        if held.storage.has_failed(error):
+            raise
 
 
 def _copy(source: Path, folder: Path) -> None:

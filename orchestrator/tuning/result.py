@@ -124,7 +124,11 @@ def ranked(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
 
 def open_search(place: str | Path) -> SearchResult:
     """The search of that directory or URI, as far as it is. Raises `RefusedError` where there is none."""
-    run = run_at(place)
+    return search_of(run_at(place))
+
+
+def search_of(run: Run) -> SearchResult:
+    """The same of the place itself."""
     spec = read_search(run)
     try:
         keys, num = tuple(spec["space"]), int(spec.get("num_validation", 0))

@@ -41,7 +41,7 @@ def rank_to_send(draft: Draft, report: Report) -> Sent:
     backbones = [whole_backbone(name) for name in settings.backbones]
     block = {**settings.model_dump(mode="json", exclude_unset=True), "backbones": backbones}
     name = f"rank-{job.modality}-{ranking_digest(job, names)}"
-    return Sent({**fields, RANK_BLOCK: block}, name, fields["storage"], plan)
+    return Sent({**fields, RANK_BLOCK: block}, name, fields["storage"], plan, on_workers=False)
 
 
 def run_rank(tree: Mapping[str, Any], fresh: bool, report: Report, stop: Stop) -> tuple[str, dict[str, Any]]:  # noqa: ARG001

@@ -16,6 +16,7 @@ from orchestrator.distributed.request import Sent
 from orchestrator.errors import RefusedError
 from orchestrator.job import DirectoryStorage, Draft, Report, Stop, hold
 from orchestrator.tuning.layout import Layout
+from orchestrator.tuning.pending import is_stackable
 from orchestrator.tuning.sent_ranking import sent_tree, whole_backbone
 from orchestrator.tuning.settings import BLOCK, settings_and_space
 from orchestrator.tuning.space import Space, draft_with, is_grid, make_space, values_of
@@ -40,7 +41,8 @@ def search_to_send(draft: Draft, report: Report) -> Sent:
     block = {**settings.model_dump(mode="json", exclude_unset=True), "space": _at_whole_paths(asked, space)}
     sent = Draft({**tree, BLOCK: block}, "", {})
     name = first.name or search_name(first, make_space(block["space"], replace(sent, tree=tree)), settings)
-    return Sent({**sent.tree, "name": name}, name, tree["storage"], plans[0])
+    heads_alone = all(is_stackable(plan) for plan in plans) and "method" not in space.domains
+    return Sent({**sent.tree, "name": name}, name, tree["storage"], plans[0], on_workers=not heads_alone)
 
 
 def run_search(tree: Mapping[str, Any], fresh: bool, report: Report, stop: Stop) -> tuple[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ from orchestrator.tuning.layout import Layout, refuse_changed
 from orchestrator.tuning.pictures import draw_pictures
 from orchestrator.tuning.probes import FOLDER
 from orchestrator.tuning.proposals import make_algorithm
-from orchestrator.tuning.result import CSV_FILE, SearchResult, as_csv, open_search
+from orchestrator.tuning.result import CSV_FILE, SearchResult, as_csv, search_of
 from orchestrator.tuning.settings import SearchSettings, settings_and_space
 from orchestrator.tuning.space import Config, Space, draft_with, make_space, values_of
 from orchestrator.tuning.trials import Book, Metric, make_metric
@@ -141,7 +141,7 @@ def _search(
                 train_as_planned(run, report, should_stop)
                 book.write_spec({**book.spec, BEST_OF_SEARCH: run.name})
             _prune(layout, [one.key for one in work.ranked()[:_NUM_KEPT]], book)
-            result = open_search(held.place)
+            result = search_of(run_in(held.storage, held.name))
             held.write(CSV_FILE, as_csv(result))
             for file, content in draw_pictures(result, space, report).items():
                 held.write(file, content)
@@ -201,6 +201,8 @@ def first_plan(layout: Layout, space: Space, settings: SearchSettings, backbone:
         try:
             return layout.plan_of((0, 0), config)
         except RefusedError as error:
+            if layout.search.storage.has_failed(error):
+                raise
             problem = problem or error
     assert problem is not None
     raise problem
@@ -221,6 +223,7 @@ def _held(storage: Storage, name: str, fresh: bool) -> Iterator[HeldRun]:
         )  # fmt: skip
     with storage.acquire(name, this_process()) as lease:
         run = HeldRun(storage, lease)
+        run.collect_orphans()
         if fresh:
             for child in [one for one in storage.children() if is_trial_of(run_in(storage, name), one)]:
                 with storage.acquire(child, lease.owner) as of_trial:

@@ -10,6 +10,9 @@ from orchestrator.job import run_in
 from tests.audited import taken_of
 from tests.chaos.work import NotSurvivedError, Work
 
+_TOLD_S = 3.0
+"""In which Ray knows whether a node is back."""
+
 
 def moments_of(work: Work) -> Iterator[LocalCluster]:
     """Start the job; its machines, at each random moment at which it still runs."""
@@ -58,6 +61,9 @@ def node_cut(work: Work) -> None:
         if work.moments % 2:
             work.note("a node's network is cut for 20 s")
             cluster.cut(second, 20)
+            time.sleep(_TOLD_S)
+            if not cluster.status()[second]["alive"]:  # Ray has given it up, and ends what runs on it
+                second = cluster.add_node().name
         else:
             work.note("a node's network is cut for ever")
             cluster.cut(second)
