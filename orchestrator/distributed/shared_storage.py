@@ -13,8 +13,7 @@ with warnings.catch_warnings():
 
 from orchestrator.distributed.between_nodes import on_node
 from orchestrator.errors import RefusedError
-from orchestrator.job import DirectoryStorage, HeldRun
-from orchestrator.job.directories import LEASE_FILE
+from orchestrator.job import LEASE_FILE, DirectoryStorage, HeldRun
 
 _ANSWERED_S = 60.0
 """A node that has not answered by then says nothing: whether it can work, the job will tell."""
