@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,11 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True)
-def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Any) -> None:  # noqa: ARG001
+def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Any) -> Iterator[None]:  # noqa: ARG001
     another_machine(tmp_path, monkeypatch, "first")
+    yield
+    if "ray" in sys.modules:  # what it starts has the environment that it began with, and so the place of the store
+        sys.modules["ray"].shutdown()
 
 
 def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str = "another") -> None:
