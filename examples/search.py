@@ -49,7 +49,9 @@ def main() -> None:
     print(f"{time.monotonic() - started:.0f} s in all")
     if given.picture is not None:
         picture = result.search.storage.read(f"{result.search.name}/search.png")
-        Path(given.picture).write_bytes(picture or b"")
+        if picture is None:
+            sys.exit("no picture was drawn: pip install 'orchestrator[search]'")
+        given.picture.write_bytes(picture)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distributed.nodes import describe
+from orchestrator.distributed.telling import Ended, error_of
 from orchestrator.errors import RefusedError
 from orchestrator.job import BackboneCard, Plan, is_dataset, is_uri, local_path
 
@@ -62,10 +63,9 @@ class Preflight:
         faults = self.faults
         if not self.nodes:
             faults = [Fault("the cluster", "has no node that is alive", "start one: ray start --address=HEAD:6379")]
-        if not faults and self.refusal is not None:
-            said = self.refusal
-            raise RefusedError(said["reason"], said["message"], expected=said.get("expected", ""), mend=said["mend"])
         if not faults:
+            if self.refusal is not None:
+                raise error_of(Ended(RefusedError.exit_code, error=self.refusal))
             return
         shown = "; ".join(f"{one.node}: {one.lacks}" for one in faults[:_SHOWN])
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""

@@ -5,6 +5,7 @@ Ray and nothing else; where the cluster has a place for the job's workers is ask
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import Any
@@ -45,18 +46,15 @@ def main() -> int:
 
 def _refusal(plan: str) -> dict[str, Any] | None:
     """Why the cluster has no place for a plan's workers, as its driver would say it; None where it has one."""
-    try:
+    with contextlib.suppress(Exception):  # this node has told of a library that is lacking; the driver says the rest
         from orchestrator.distributed.offer import offer_of  # noqa: PLC0415
         from orchestrator.errors import RefusedError  # noqa: PLC0415
         from orchestrator.job import read_plan_json  # noqa: PLC0415
-    except Exception:  # a library that is lacking here, which this node has told
-        return None
-    try:
-        offer_of(read_plan_json(plan), lambda _: None)
-    except RefusedError as error:
-        return error.as_dict()
-    except Exception:  # the driver will meet it too, and says it whole
-        return None
+
+        try:
+            offer_of(read_plan_json(plan), lambda _: None)
+        except RefusedError as error:
+            return error.as_dict()
     return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from orchestrator.job.manifests import GONE
 from orchestrator.job.places import is_uri, local_path, plain_path
 from orchestrator.job.runs import Run, open_storage, run_in
 from orchestrator.job.spec import Job
-from orchestrator.job.storage import Storage
 
 _ASKED_AT_ONCE = 16
 """Runs of an object store that are looked at together."""
@@ -93,18 +91,6 @@ def open_finished(place: str | Path) -> Run:
     return run
 
 
-def list_searches(storage: str | Path) -> list[Run]:
-    """The searches of a storage, by name; each is what `Run` is of a run."""
-    if is_uri(str(storage)):
-        return _in_store(open_storage(str(storage)), _holds_search)
-    place = local_path(storage)
-    return [Run(place / name) for name in DirectoryStorage(place).children() if (place / name / SEARCH_FILE).is_file()]
-
-
-def _holds_search(names: Collection[str]) -> bool:
-    return SEARCH_FILE in names
-
-
 def is_trial_of(search: Run, name: str) -> bool:
     """Whether that is the name of a run of a search's trial: `the-search.0007`, `the-search.0007.1`."""
     return re.fullmatch(rf"{re.escape(search.name)}\.\d{{4,}}(\.\d+)?", name) is not None
@@ -112,28 +98,33 @@ def is_trial_of(search: Run, name: str) -> bool:
 
 def list_runs(storage: str | Path) -> list[Run]:
     """The runs of a storage, by name. Raises `RefusedError` where it is a file, or a store that refuses us."""
+    return list_places(storage)[0]
+
+
+def list_places(storage: str | Path) -> tuple[list[Run], list[Run]]:
+    """(the runs of a storage, its searches), by name, each folder looked at once. Raises as `list_runs` does."""
     if is_uri(str(storage)):
-        return _in_store(open_storage(str(storage)), is_run)
-    place = local_path(storage)
-    if place.exists() and not place.is_dir():
-        raise RefusedError(
-            "usage",
-            f"{storage} is a file",
-            expected="the directory that holds the runs",
-            mend="name a directory: --storage runs",
-        )
-    names = DirectoryStorage(place).children()
-    return [Run(place / name) for name in names if is_run_at(place / name)]
+        there = open_storage(str(storage))
+        there.require()
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+            names = there.children()
+            folders = [
+                (run_in(there, name), held) for name, held in zip(names, pool.map(there.children, names), strict=True)
+            ]
+    else:
+        place = local_path(storage)
+        if place.exists() and not place.is_dir():
+            raise RefusedError(
+                "usage",
+                f"{storage} is a file",
+                expected="the directory that holds the runs",
+                mend="name a directory: --storage runs",
+            )
+        here = DirectoryStorage(place)
+        folders = [(Run(place / name), here.children(name)) for name in here.children()]
+    return [run for run, names in folders if is_run(names)], [run for run, names in folders if SEARCH_FILE in names]
 
 
 def is_run_at(path: Path) -> bool:
     """Whether a directory is a run; one that has lost its plan.json is."""
     return is_run(DirectoryStorage(path.parent).children(path.name))
-
-
-def _in_store(storage: Storage, is_meant: Callable[[Collection[str]], bool]) -> list[Run]:
-    storage.require()
-    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        names = storage.children()
-        there = pool.map(lambda name: is_meant(storage.children(name)), names)
-        return [run_in(storage, name) for name, is_one in zip(names, there, strict=True) if is_one]

@@ -22,8 +22,7 @@ from orchestrator.job import (
     is_run_at,
     is_trial_of,
     is_uri,
-    list_runs,
-    list_searches,
+    list_places,
     local_path,
     open_run,
     read_lines,
@@ -77,8 +76,8 @@ def runs(
             raise RefusedError("usage", f"--{odd[0]} stands before {context.invoked_subcommand}, which has no list",
                                mend=f"leave it out, or give it behind {context.invoked_subcommand}")  # fmt: skip
         return
-    searches = list_searches(storage)
-    alone = [run for run in list_runs(storage) if not any(is_trial_of(one, run.name) for one in searches)]
+    runs, searches = list_places(storage)
+    alone = [run for run in runs if not any(is_trial_of(one, run.name) for one in searches)]
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # of a store each is several requests
         rows = [*pool.map(_summary, alone), *pool.map(_summary_of_search, searches)]
     rows.sort(key=lambda row: str(row["name"]))

@@ -100,17 +100,22 @@ def search(
         storage = open_storage(str(draft.tree.get("storage") or Job.model_fields["storage"].default))
         # Rows that the caller holds are written down once, on the storage, and are a table from then on.
         with rows_written(draft, storage) as written, stop_on_signal(stop) as should_stop:
-            return _search(written, make_space(asked, written), settings, fresh, report, should_stop)
+            return _search(written, storage, make_space(asked, written), settings, fresh, report, should_stop)
 
 
 def _search(
-    draft: Draft, space: Space, settings: SearchSettings, fresh: bool, report: Report, should_stop: Stop
+    draft: Draft,
+    storage: Storage,
+    space: Space,
+    settings: SearchSettings,
+    fresh: bool,
+    report: Report,
+    should_stop: Stop,
 ) -> SearchResult:
     first = draft_with(draft, next(space.draws(settings.seed))).job()
     metric = make_metric(first.task, settings.metric)
     algorithm = make_algorithm(settings.search_alg, space, settings.seed)
     digest = _digest(first, space, settings, metric)
-    storage = open_storage(first.storage)
     name = first.name or search_name(first, space, settings)
     with _held(storage, name, fresh) as began:
         held = patient(began, lambda text: report(Noted(text, is_warning=True)))

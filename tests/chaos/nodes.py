@@ -62,9 +62,9 @@ def node_cut(work: Work) -> None:
             work.note("a node's network is cut for 20 s")
             cluster.cut(second, 20)
             until = time.monotonic() + _TOLD_S
-            while time.monotonic() < until and cluster.status()[second]["alive"]:
+            while (is_alive := cluster.status()[second]["alive"]) and time.monotonic() < until:
                 time.sleep(1)
-            if not cluster.status()[second]["alive"]:  # Ray has given it up, and ends what runs on it
+            if not is_alive:  # Ray has given it up, and ends what runs on it
                 second = cluster.add_node().name
         else:
             work.note("a node's network is cut for ever")

@@ -21,7 +21,7 @@ import pyarrow.fs
 import pytest
 
 from orchestrator.errors import OrchestratorError, RefusedError
-from orchestrator.job import Lease, Storage, locations, object_storage, open_storage
+from orchestrator.job import Lease, Storage, object_storage, open_storage
 from tests import s3_proxy
 from tests.conftest import REPOSITORY
 from tests.job.storage_process import folder_of
@@ -427,12 +427,10 @@ def test_what_a_process_writes_that_was_away_is_passed_over(bucket: Any, tmp_pat
 
 
 @pytest.fixture
-def proxy(bucket: Any, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_proxy.Proxy]:  # noqa: ARG001
+def proxy(proxy: s3_proxy.Proxy, monkeypatch: pytest.MonkeyPatch) -> s3_proxy.Proxy:
+    """One that is soon given up."""
     monkeypatch.setattr(object_storage, "REQUEST_TIMEOUT_S", 1.0)
-    with s3_proxy.serve(s3_server) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        locations.cached.cache_clear()
-        yield proxy
+    return proxy
 
 
 def round_trip(storage: Storage, lease: Lease, tmp_path: Path) -> None:
