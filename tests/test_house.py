@@ -30,6 +30,7 @@ BESIDE_THE_DOOR = {
     "orchestrator.distributed.cluster": "its wing hands on nothing: Ray's event queue would load torch with it",
     "orchestrator.distributed.between_nodes": "likewise",
     "orchestrator.distributed.joining": "likewise",
+    "orchestrator.distributed.failures": "likewise",
     "orchestrator.distributed.fetching": "likewise",
     "orchestrator.distributed.following": "likewise",
     "orchestrator.distributed.head": "likewise",

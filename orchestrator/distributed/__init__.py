@@ -7,6 +7,7 @@ In: a Plan and what its workers get. Out: the same run that one process would ha
     joining     joining a cluster, or starting one here
     offer       what a cluster has to give: devices, threads, waiting
     waiting     waiting for a place on a cluster, shown and with an end
+    failures    why workers ended, in a few words
     leaving     the notice that a node is taken away
     events      what workers tell the driver, and whether they are to stop
     shared_storage  whether all nodes see the directory that a run lies in

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 with warnings.catch_warnings():
@@ -20,12 +19,13 @@ with warnings.catch_warnings():
     from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.distributed.events import DriverChannel, watch_driver
+from orchestrator.distributed.failures import failures_of, plain, why_no_group
 from orchestrator.distributed.joining import event_queue, joined, shut_down
 from orchestrator.distributed.leaving import Notice, wait_for_the_end
 from orchestrator.distributed.offer import offer_of, resources_of
 from orchestrator.distributed.shared_storage import refuse_apart, require_seen
 from orchestrator.distributed.waiting import Wait
-from orchestrator.errors import InterruptedRunError, OrchestratorError, PluginError, TrainingError, first_line
+from orchestrator.errors import InterruptedRunError, OrchestratorError, PluginError, TrainingError
 from orchestrator.job import CHECKPOINTS, ERROR_FILE, RAY_FOLDER, Event, Failed, Noted, PhaseBegan, Plan, Report
 
 if TYPE_CHECKING:
@@ -43,12 +43,6 @@ _STALE_RESOURCES_S = "5"
 """How long a new elastic group waits for its place: what it was planned by may be of before a node was lost."""
 _MOST_RENDEZVOUS = 3
 _LOOK_EVERY_S = 2.0
-_LONGEST_WHY = 300
-_LOST_PEER = re.compile(
-    r"(?:[Cc]onnection closed by peer|[Cc]onnection reset by peer|[Rr]emote process exited)(?: \[([\d.a-f:]+)\])?"
-)
-"""What gloo and NCCL say in a worker that lives, once another one has died."""
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callable[[], bool]) -> None:
@@ -108,7 +102,7 @@ def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | No
             # Workers that do not find one another: Ray gives up, whatever its limit of failures.
             if not isinstance(error, ControllerError):
                 return error
-            why = f"the workers could not be started: {_why_no_group(error)}"
+            why = f"the workers could not be started: {why_no_group(error)}"
             if attempt == _MOST_RENDEZVOUS:
                 return TrainingError(
                     f"{why}, in {_MOST_RENDEZVOUS} attempts", expected="workers that reach one another",
@@ -142,26 +136,20 @@ def _trainer(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> TorchTrain
             # Ray Train's own files are of no use to us, whose checkpoints stand in the run; so they stay apart.
             storage_path=str(spec.held_run().folder / RAY_FOLDER),
             failure_config=FailureConfig(max_failures=scaling.max_failures),
-            callbacks=[_Failures(config["queue"], spec, scaling.max_failures)],
+            callbacks=[_Failures(config["queue"], spec, scaling.max_failures), *_who_governs(config["queue"])],
         ),
     )
 
 
 def _training_error(error: WorkerGroupError, spec: WorkerSpec, again: int) -> TrainingError:
     with contextlib.suppress(OrchestratorError):
-        spec.held_run().write(ERROR_FILE, _ANSI.sub("", str(error)))
+        spec.held_run().write(ERROR_FILE, plain(str(error)))
     who = "; ".join(f"worker {rank}: {why}" for rank, why in failures_of(error.worker_failures).items())
     return TrainingError(
         f"{who}{f', after {again} restarts' if again > 1 else ', after a restart' if again else ''}",
         expected="workers that live to the end",
         mend=f"{ERROR_FILE} of the run has all that they said; the same command goes on from the last checkpoint",
     )
-
-
-def _why_no_group(error: ControllerError) -> str:
-    """The last line of what Ray's controller failed with: before it stands the trace."""
-    lines = [line.strip() for line in _ANSI.sub("", str(error.controller_failure)).splitlines() if line.strip()]
-    return (lines or [type(error.controller_failure).__name__])[-1][:_LONGEST_WHY]
 
 
 class _Failures(UserCallback):  # type: ignore[misc]  # Ray has no types
@@ -184,31 +172,18 @@ class _Failures(UserCallback):  # type: ignore[misc]  # Ray has no types
         return "from the last checkpoint"
 
 
-def failures_of(errors: Mapping[int, BaseException]) -> dict[int, str]:
-    """{rank: in a few words why it ended}; those are left out that failed because another one was gone."""
-    died = {rank: why for rank, error in sorted(errors.items()) if (why := _died(error))}
-    return died or {rank: _ANSI.sub("", _said(error))[:_LONGEST_WHY] for rank, error in sorted(errors.items())}
+def _who_governs(queue: Any) -> list[Any]:
+    """A callback that gives the driver Ray Train's controller, so that it can end that alone; none in a Ray without."""
+    try:
+        from ray.train.v2._internal.execution.callback import ControllerCallback  # noqa: PLC0415  # for its developers
+    except ImportError:
+        return []
 
+    class Governs(ControllerCallback):  # type: ignore[misc]  # Ray has no types
+        def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
+            queue.governed.remote(ray.get_runtime_context().current_actor)
 
-def _died(error: BaseException | None) -> str:
-    """How the process ended, '' where it only failed."""
-    while error is not None:
-        if isinstance(error, ray.exceptions.OutOfMemoryError):
-            return "it was ended because its node's memory was full"
-        if isinstance(error, ray.exceptions.NodeDiedError):
-            return "its node died"
-        if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
-            return "its process died"
-        error = getattr(error, "health_check_failure", None) or error.__cause__
-    return ""
-
-
-def _said(error: BaseException) -> str:
-    raised = getattr(error, "_base_exc", error)  # Ray Train's wrapper says the whole trace
-    text = first_line(raised)
-    if lost := _LOST_PEER.search(text):
-        return f"it lost {f'the worker on {lost[1]}' if lost[1] else 'another worker'}, which is gone or out of reach"
-    return f"{type(raised).__name__}: {text}"
+    return [Governs()]
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -320,6 +295,13 @@ def _end(thread: threading.Thread, queue: Any, error: BaseException) -> None:
                 time.sleep(_POLL_S)
         # Ray ends a process one of whose threads asks it something while it is shut down: so the trainer ends first.
         thread.join(_NOBODY_GRACE_S if nobody else _TRAINER_GRACE_S)
+    ended_by = time.monotonic() + _ENDED_GRACE_S
+    with contextlib.suppress(ray.exceptions.RayError):
+        while thread.is_alive() and time.monotonic() < ended_by:
+            controller = ray.get(queue.governs.remote(), timeout=_ENDED_GRACE_S)
+            if controller is not None:  # else it is starting
+                ray.kill(controller)  # and with it go all processes that it has started on the cluster
+            thread.join(_POLL_S if controller is None else _ENDED_GRACE_S)
     if thread.is_alive():
-        shut_down()  # with the driver go all processes that it has started on the cluster, restarted ones too
+        shut_down()  # and with this process's connection all that came of it, restarted ones too
         thread.join(_ENDED_GRACE_S)

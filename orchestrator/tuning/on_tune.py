@@ -25,7 +25,7 @@ from ray import cloudpickle, tune
 from ray.tune.search import Searcher
 
 from orchestrator.distributed.between_nodes import require_backbone
-from orchestrator.distributed.cluster import failures_of
+from orchestrator.distributed.failures import failures_of
 from orchestrator.distributed.joining import joined
 from orchestrator.distributed.offer import kind_of, resources_of
 from orchestrator.errors import InterruptedRunError, OrchestratorError, TrainingError, first_line

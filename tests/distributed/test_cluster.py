@@ -204,7 +204,7 @@ def test_a_node_that_is_taken_away_is_told() -> None:
     ],
 )  # fmt: skip
 def test_a_worker_that_lives_tells_which_one_is_gone(said: str, told: str) -> None:
-    from orchestrator.distributed.cluster import failures_of
+    from orchestrator.distributed.failures import failures_of
 
     assert failures_of({0: RuntimeError(said)}) == {0: told}
 

@@ -183,6 +183,30 @@ def test_an_error_on_a_worker_is_the_drivers_error_at_once(tiny_resnet: Path, fl
 
 
 @pytest.mark.usefixtures("_cluster")
+def test_a_job_that_ends_while_it_waits_leaves_the_callers_ray(tiny_resnet: Path, flat_digits: Path) -> None:
+    """Which is connected as before, and keeps nothing of the job."""
+    import ray
+
+    of_the_caller = ray.get_runtime_context().get_job_id()
+    taken = ray.util.placement_group([{"CPU": 1}])
+    ray.get(taken.ready())
+    notes: list[Event] = []
+    with pytest.raises(InterruptedRunError, match="stopped while no worker ran"):
+        train(
+            tiny_resnet, flat_digits, 2, "waits", method="full", training={"epochs": 1}, report=notes.append,
+            stop=lambda: any(isinstance(event, Noted) and "waits for its place" in event.text for event in notes),
+        )  # fmt: skip
+    assert ray.is_initialized()
+    assert ray.get_runtime_context().get_job_id() == of_the_caller
+    ray.util.remove_placement_group(taken)
+    until = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < until, ray.available_resources()
+        time.sleep(0.1)
+    assert not processes("TrainController")
+
+
+@pytest.mark.usefixtures("_cluster")
 def test_more_than_the_cluster_has_is_refused(tiny_resnet: Path, flat_digits: Path) -> None:
     with pytest.raises(RefusedError, match=r"3 workers need 3 CPUs .* and the cluster has 2"):
         train(tiny_resnet, flat_digits, 3, "many", training={"epochs": 1})
