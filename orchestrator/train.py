@@ -186,8 +186,9 @@ def _run(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
 def _forget(run: HeldRun) -> None:
     """Leave nothing of a run that was refused before its first checkpoint: the next start begins as it is asked to."""
     with contextlib.suppress(OrchestratorError):  # somebody else's by now, or the storage is away
-        if not run.commits(CHECKPOINTS):
-            run.clear()
+        left = run.leaving()
+        if not left.commits(CHECKPOINTS):
+            left.clear()
 
 
 def train_as_planned(run: Run, report: Report, stop: Stop) -> Run:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from orchestrator.errors import OrchestratorError, RefusedError, first_line
+from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, first_line
 from orchestrator.job.locations import store_errors
 
 PATIENCE_S = 60.0
@@ -40,12 +40,15 @@ class Asker:
     patience_s: float
     note: Callable[[str], None] | None = None
     """Told when the store stays away, and when it is back."""
+    stop: Callable[[], bool] | None = None
+    """Whether the caller wants to end: then a store that stays away is waited for no longer."""
 
     def __call__(self, place: str, call: Callable[[], Answer]) -> Answer:
         """What the store answers; it is asked again while it fails.
 
         Raises `FileNotFoundError`, `OrchestratorError` for this machine's disk, and `RefusedError`: `unauthorised`,
-        `not_found` (no such bucket), or `offline` once it has taken too long.
+        `not_found` (no such bucket), or `offline` once it has taken too long; `InterruptedRunError` where it is away
+        and the caller wants to end.
         """
         began_s, wait_s, said = time.monotonic(), _FIRST_WAIT_S, False
         while True:
@@ -59,6 +62,11 @@ class Asker:
                 if away_s + wait_s > self.patience_s:
                     with store_errors(place):
                         raise
+                if self.stop is not None and away_s >= _SAID_S and self.stop():
+                    raise InterruptedRunError(
+                        f"stopped while {self.store} did not answer: {first_line(error)}",
+                        mend="the same command goes on",
+                    ) from None
                 if self.note is not None and not said and away_s >= _SAID_S:
                     said = True
                     self.note(f"{self.store} does not answer, and is asked again: {first_line(error)}")

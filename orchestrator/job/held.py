@@ -135,6 +135,10 @@ class HeldRun:
                     self.delete(child)
         shutil.rmtree(self.folder / RAY_FOLDER, ignore_errors=True)
 
+    def leaving(self) -> HeldRun:
+        """The same run for who tidies up behind what ended it: a store that is away is asked for seconds alone."""
+        return HeldRun(self.storage.leaving(), self.lease)
+
     def _of(self, name: str) -> str:
         return f"{self.name}/{name}".rstrip("/")
 
@@ -158,7 +162,7 @@ def hold(storage: Storage, name: str) -> Iterator[HeldRun]:
             yield run
         finally:
             with contextlib.suppress(OrchestratorError):  # a store that is away: what ended the job is said, not this
-                if not run.children(""):
+                if not run.leaving().children(""):
                     storage.give_up(lease)
 
 

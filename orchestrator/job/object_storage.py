@@ -31,6 +31,8 @@ from orchestrator.job.locations import Location, cached
 from orchestrator.job.manifests import VERSION, Manifest, make_manifest, next_version, number_of
 from orchestrator.job.storage import Lease, Storage, run_was_taken
 
+LEAVING_S = 5.0
+"""A store that does not answer is asked for so long by who only tidies up behind an error."""
 TTL_S = 60.0
 """A lease that is not renewed for so long may be taken."""
 REQUEST_TIMEOUT_S = 15.0
@@ -50,18 +52,22 @@ class ObjectStorage(Storage):
 
     def __init__(
         self, place: str, ttl_s: float | None = None, patience_s: float | None = None,
-        note: Callable[[str], None] | None = None,
+        note: Callable[[str], None] | None = None, stop: Callable[[], bool] | None = None,
     ) -> None:  # fmt: skip
-        """`patience_s`: a store that does not answer is asked again for so long; `note` is told of it meanwhile.
+        """`patience_s`: a store that does not answer is asked again for so long; `note` is told of it meanwhile, and
+        where `stop` says so it is asked no more.
 
         Raises `RefusedError` where no installed library opens the place.
         """
         self._root = _asked_once(cached(place.rstrip("/")))
         self.place = self._root.text
         self._ttl_s = TTL_S if ttl_s is None else ttl_s
-        self._ask = Asker(self.place, PATIENCE_S if patience_s is None else patience_s, note)
+        self._ask = Asker(self.place, PATIENCE_S if patience_s is None else patience_s, note, stop)
         self._given_up: set[str] = set()
         """Names of the runs that never began."""
+
+    def leaving(self) -> Storage:
+        return ObjectStorage(self.place, self._ttl_s, LEAVING_S)
 
     # --- who works on a run ---
 

@@ -24,12 +24,13 @@ AWAY_S = 600.0
 
 
 def open_storage(
-    place: str, ttl_s: float | None = None, patience_s: float | None = None, note: Callable[[str], None] | None = None
-) -> Storage:
+    place: str, ttl_s: float | None = None, patience_s: float | None = None,
+    note: Callable[[str], None] | None = None, stop: Callable[[], bool] | None = None,
+) -> Storage:  # fmt: skip
     """The storage at a path or a URI. Raises `RefusedError` where no installed library opens it.
 
     Of an object store: a lease of it lasts for `ttl_s` without being renewed; where it does not answer it is asked
-    again for `patience_s`, and `note` is told so.
+    again for `patience_s`, and `note` is told so; no longer than `stop` says.
     """
     place = plain_path(place)
     if not is_uri(place):
@@ -40,12 +41,15 @@ def open_storage(
         from orchestrator.job.object_storage import ObjectStorage
     except ModuleNotFoundError as error:  # pyarrow
         raise missing_extra(error) or error from None
-    return ObjectStorage(place, ttl_s, patience_s, note)
+    return ObjectStorage(place, ttl_s, patience_s, note, stop)
 
 
-def patient(run: HeldRun, note: Callable[[str], None]) -> HeldRun:
-    """The same run for work that has begun: a store that is away is asked again for minutes, and `note` is told so."""
-    return HeldRun(open_storage(run.storage.place, patience_s=AWAY_S, note=note), run.lease)
+def patient(run: HeldRun, note: Callable[[str], None], stop: Callable[[], bool] | None = None) -> HeldRun:
+    """The same run for work that has begun: a store that is away is asked again for minutes, and `note` is told so.
+
+    Where `stop` says that the caller wants to end, it is not waited for: that raises `InterruptedRunError`.
+    """
+    return HeldRun(open_storage(run.storage.place, patience_s=AWAY_S, note=note, stop=stop), run.lease)
 
 
 @dataclass(frozen=True)

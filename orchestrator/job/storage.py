@@ -82,6 +82,10 @@ class Storage(ABC):
         except RefusedError as error:
             raise storage_failed(error) if self.place in error.message else error from None
 
+    def leaving(self) -> Storage:
+        """The same for who only tidies up behind an error: where it is away it is not waited for."""
+        return self
+
     # --- who works on a run ---
 
     @abstractmethod

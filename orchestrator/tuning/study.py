@@ -118,7 +118,7 @@ def _search(
     digest = _digest(first, space, settings, metric)
     name = first.name or search_name(first, space, settings)
     with _held(storage, name, fresh) as began:
-        held = patient(began, lambda text: report(Noted(text, is_warning=True)))
+        held = patient(began, lambda text: report(Noted(text, is_warning=True)), should_stop)
         book = Book(held)
         if book.spec and book.spec.get("digest") != digest:
             raise _changed(held, book.spec, space)
@@ -242,9 +242,10 @@ def _held(storage: Storage, name: str, fresh: bool) -> Iterator[HeldRun]:
             yield run
         finally:
             with contextlib.suppress(OrchestratorError):  # a store that is away: what ended it is said, not this
-                if SEARCH_FILE not in run.children(""):
-                    for file in run.children(""):
-                        run.delete(file)
+                left = run.leaving()
+                if SEARCH_FILE not in left.children(""):
+                    for file in left.children(""):
+                        left.delete(file)
                     storage.give_up(lease)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,28 @@ def test_a_store_that_stays_away_ends_it_and_it_goes_on_later(
     assert [one.state for one in (done.rows if of == "ranking" else done.trials)] == (
         ["ranked"] if of == "ranking" else ["finished"] * 2
     )
+
+
+@pytest.mark.parametrize("of", ["heads", "ranking"])
+def test_who_stops_it_does_not_wait_for_a_store_that_is_away(
+    of: str, base: dict[str, Any], proxy: s3_proxy.Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "_SAID_S", 0.2)
+    away: list[float] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, PhaseBegan) and ("side by side" in event.text or "a probe" in event.text):
+            proxy.away_until = time.monotonic() + 600
+        if isinstance(event, Noted) and "is asked again" in event.text and not away:
+            away.append(time.monotonic())
+
+    work: Callable[..., Any] = partial(orchestrator.search, base, SPACE, num_trials=2)
+    if of == "ranking":
+        work = partial(orchestrator.rank, [base["backbone"]], data=base["data"], storage=STORAGE, precision="fp32")
+    with pytest.raises(InterruptedRunError, match=r"did not answer|stopped") as caught:
+        work(report=report, stop=lambda: bool(away))
+    assert time.monotonic() - away[0] < 30  # of the ten minutes, and of the one for its lease
+    assert "the same command goes on" in caught.value.mend
 
 
 # --- on Ray ---
