@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.distributed.events import DriverChannel, watch_driver
-from orchestrator.distributed.failures import failures_of, plain, why_no_group
+from orchestrator.distributed.failures import Unwanted, failures_of, plain, why_no_group
 from orchestrator.distributed.joining import event_queue, joined, shut_down
 from orchestrator.distributed.leaving import Notice, wait_for_the_end
 from orchestrator.distributed.offer import offer_of, resources_of
@@ -37,9 +37,11 @@ _STOP_GRACE_S = 60.0
 _ENDED_GRACE_S = 10.0
 _TRAINER_GRACE_S = 60.0
 """How long the trainer may take to see that its workers are gone, and to start those once more that then stop."""
-_NOBODY_GRACE_S = 1.0
-"""The same where no worker runs."""
-_STALE_RESOURCES_S = "5"
+_NOBODY_GRACE_S = 2.0
+"""The same where no worker runs, and the connection to Ray is ours to end."""
+_START_TIMEOUT_S = 20.0
+"""How long Ray Train waits for the workers' place before it asks for it anew; until then it hears of nothing else."""
+_STALE_RESOURCES_S = 5.0
 """How long a new elastic group waits for its place: what it was planned by may be of before a node was lost."""
 _MOST_RENDEZVOUS = 3
 _LOOK_EVERY_S = 2.0
@@ -52,7 +54,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
     `InterruptedRunError` once all workers have stopped; none of them works on the run any more when this returns.
     """
     report(PhaseBegan("starting workers"))
-    with joined(plan, report):
+    with joined(plan, report) as is_ours:
         refuse_apart(spec.held_run())
         offer = offer_of(plan, report)
         queue = event_queue()
@@ -69,7 +71,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
         try:
             _follow(thread, queue, report, should_stop, Wait(plan, offer["threads"], offer["use_gpu"], report))
         except BaseException as error:
-            _end(thread, queue, error)
+            _end(thread, queue, error, is_ours)
             raise
         finally:
             if ray.is_initialized():
@@ -85,8 +87,8 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
 def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | None:
     """Run the trainer to its end; what it failed with, None if it did not."""
     scaling = plan.job.scaling
-    if scaling.is_elastic:
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _STALE_RESOURCES_S)
+    start_timeout_s = _STALE_RESOURCES_S if scaling.is_elastic else _START_TIMEOUT_S
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start_timeout_s))
     for attempt in range(1, _MOST_RENDEZVOUS + 1):
         try:
             _trainer(plan, spec, config).fit()
@@ -100,7 +102,7 @@ def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | No
             )
         except Exception as error:
             # Workers that do not find one another: Ray gives up, whatever its limit of failures.
-            if not isinstance(error, ControllerError):
+            if not isinstance(error, ControllerError) or isinstance(error.controller_failure, Unwanted):
                 return error
             why = f"the workers could not be started: {why_no_group(error)}"
             if attempt == _MOST_RENDEZVOUS:
@@ -136,7 +138,7 @@ def _trainer(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> TorchTrain
             # Ray Train's own files are of no use to us, whose checkpoints stand in the run; so they stay apart.
             storage_path=str(spec.held_run().folder / RAY_FOLDER),
             failure_config=FailureConfig(max_failures=scaling.max_failures),
-            callbacks=[_Failures(config["queue"], spec, scaling.max_failures), *_who_governs(config["queue"])],
+            callbacks=[_Failures(config["queue"], spec, scaling.max_failures), *_ends_unwanted(config["queue"])],
         ),
     )
 
@@ -172,18 +174,23 @@ class _Failures(UserCallback):  # type: ignore[misc]  # Ray has no types
         return "from the last checkpoint"
 
 
-def _who_governs(queue: Any) -> list[Any]:
-    """A callback that gives the driver Ray Train's controller, so that it can end that alone; none in a Ray without."""
+def _ends_unwanted(queue: Any) -> list[Any]:
+    """A callback that ends the trainer before it starts workers that the driver does not want any more.
+
+    Ray Train itself hears of nothing while it waits for their place, and would begin anew when one had failed.
+    """
     try:
         from ray.train.v2._internal.execution.callback import ControllerCallback  # noqa: PLC0415  # for its developers
-    except ImportError:
+    except ImportError:  # then they start, and stop at once
         return []
 
-    class Governs(ControllerCallback):  # type: ignore[misc]  # Ray has no types
-        def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
-            queue.governed.remote(ray.get_runtime_context().current_actor)
+    class Ends(ControllerCallback):  # type: ignore[misc]  # Ray has no types
+        def on_controller_start_worker_group(self, **_of_group: Any) -> None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                if ray.get(queue.is_stopping.remote()):
+                    raise Unwanted
 
-    return [Governs()]
+    return [Ends()]
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -281,8 +288,11 @@ def _is_waiting(queue: Any) -> bool:
         return False
 
 
-def _end(thread: threading.Thread, queue: Any, error: BaseException) -> None:
-    """Return once no worker works on the run any more: first they are asked to stop, then Ray ends them."""
+def _end(thread: threading.Thread, queue: Any, error: BaseException, is_ours: bool) -> None:
+    """Return once no worker works on the run any more: first they are asked to stop, then Ray ends them.
+
+    `is_ours`: whether the connection to Ray is, which else stays as it is.
+    """
     impatient = isinstance(error, _NoAnswer | KeyboardInterrupt)
     nobody = _is_waiting(queue)  # works: the job waits for its place, and workers that come yet stop before they begin
     with contextlib.suppress(ray.exceptions.RayError):
@@ -294,14 +304,7 @@ def _end(thread: threading.Thread, queue: Any, error: BaseException) -> None:
             while ray.get(queue.end.remote(), timeout=_ENDED_GRACE_S) and time.monotonic() < ended_by:
                 time.sleep(_POLL_S)
         # Ray ends a process one of whose threads asks it something while it is shut down: so the trainer ends first.
-        thread.join(_NOBODY_GRACE_S if nobody else _TRAINER_GRACE_S)
-    ended_by = time.monotonic() + _ENDED_GRACE_S
-    with contextlib.suppress(ray.exceptions.RayError):
-        while thread.is_alive() and time.monotonic() < ended_by:
-            controller = ray.get(queue.governs.remote(), timeout=_ENDED_GRACE_S)
-            if controller is not None:  # else it is starting
-                ray.kill(controller)  # and with it go all processes that it has started on the cluster
-            thread.join(_POLL_S if controller is None else _ENDED_GRACE_S)
+        thread.join(_NOBODY_GRACE_S if nobody and is_ours else _TRAINER_GRACE_S)
     if thread.is_alive():
-        shut_down()  # and with this process's connection all that came of it, restarted ones too
+        shut_down()  # with the driver go all processes that it has started on the cluster, restarted ones too
         thread.join(_ENDED_GRACE_S)

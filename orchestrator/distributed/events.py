@@ -33,15 +33,6 @@ class EventQueue:
         self._places: dict[int, str] = {}
         self._num_failures = 0
         self._waiting = True
-        self._controller: Any = None
-
-    def governed(self, controller: Any) -> None:
-        """Ray Train's controller of the workers, as an actor's handle."""
-        self._controller = controller
-
-    def governs(self) -> Any:
-        """That handle; None before it has begun."""
-        return self._controller
 
     def began(self, rank: int, place: str) -> None:
         """The worker of that rank runs there, as a person is told."""

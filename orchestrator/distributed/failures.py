@@ -21,6 +21,10 @@ _LOST_PEER = re.compile(
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
+class Unwanted(Exception):
+    """The trainer is not to start workers any more: the driver has ended, or wants to."""
+
+
 def plain(text: str) -> str:
     """Without the colours that Ray puts into its traces."""
     return _ANSI.sub("", text)

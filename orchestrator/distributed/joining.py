@@ -38,13 +38,14 @@ _PASSED_ON = (
 
 
 @contextlib.contextmanager
-def joined(plan: Plan, report: Report, num_cpus: int | None = None, dashboard: bool | None = False) -> Iterator[None]:
+def joined(plan: Plan, report: Report, num_cpus: int | None = None, dashboard: bool | None = False) -> Iterator[bool]:
     """Connected to the cluster at the plan's `scaling.address`, or to one that is started here for it.
 
     A cluster that was there is left at the end. One that is started here has `num_cpus` cores, by default what the plan
     takes, and Ray's dashboard where `dashboard` says so (None: where it is installed). It serves the later calls of
     this process too, as far as its cores suffice, since a start takes some 3 s; Ray stops it when the process ends.
-    That a cluster beyond this machine asks for no token is reported.
+    That a cluster beyond this machine asks for no token is reported. Yields whether the connection is ours, and not one
+    that the caller had made.
     """
     address = plan.job.scaling.address
     here = address in (None, "local")
@@ -53,7 +54,7 @@ def joined(plan: Plan, report: Report, num_cpus: int | None = None, dashboard: b
     if cores is not None and (not here or cores < num_cpus):
         shut_down()
     if ray.is_initialized():
-        yield
+        yield cores is not None
         return
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the command line's own process
@@ -95,7 +96,7 @@ def joined(plan: Plan, report: Report, num_cpus: int | None = None, dashboard: b
     except (ConnectionError, ValueError) as error:
         raise _no_cluster(address, first_line(error)) from None
     try:
-        yield
+        yield True
     finally:
         if not here:
             ray.shutdown()

@@ -183,27 +183,36 @@ def test_an_error_on_a_worker_is_the_drivers_error_at_once(tiny_resnet: Path, fl
 
 
 @pytest.mark.usefixtures("_cluster")
-def test_a_job_that_ends_while_it_waits_leaves_the_callers_ray(tiny_resnet: Path, flat_digits: Path) -> None:
+def test_a_job_that_ends_while_it_waits_leaves_the_callers_ray(
+    tiny_resnet: Path, flat_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which is connected as before, and keeps nothing of the job."""
     import ray
 
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "4")
     of_the_caller = ray.get_runtime_context().get_job_id()
     taken = ray.util.placement_group([{"CPU": 1}])
     ray.get(taken.ready())
-    notes: list[Event] = []
+    noted: list[float] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, Noted) and "waits for its place" in event.text:
+            noted.append(time.monotonic())
+
     with pytest.raises(InterruptedRunError, match="stopped while no worker ran"):
         train(
-            tiny_resnet, flat_digits, 2, "waits", method="full", training={"epochs": 1}, report=notes.append,
-            stop=lambda: any(isinstance(event, Noted) and "waits for its place" in event.text for event in notes),
+            tiny_resnet, flat_digits, 2, "waits", method="full", training={"epochs": 1}, report=report,
+            stop=lambda: bool(noted) and bool(processes("TrainController")) and time.monotonic() > noted[0] + 8,
         )  # fmt: skip
     assert ray.is_initialized()
     assert ray.get_runtime_context().get_job_id() == of_the_caller
     ray.util.remove_placement_group(taken)
     until = time.monotonic() + 30
-    while ray.available_resources().get("CPU") != 2:
+    while ray.available_resources().get("CPU") != 2 or processes("TrainController"):
         assert time.monotonic() < until, ray.available_resources()
         time.sleep(0.1)
-    assert not processes("TrainController")
+    run = train(tiny_resnet, flat_digits, 2, "waits", method="full", training={"epochs": 1})
+    assert run.lineage["num_workers"] == 2  # nor does the next one wait for what that had asked for
 
 
 @pytest.mark.usefixtures("_cluster")
