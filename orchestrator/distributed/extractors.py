@@ -31,6 +31,7 @@ import torch
 from orchestrator.data import Ids, Ints
 from orchestrator.distributed.between_nodes import require_backbone
 from orchestrator.distributed.events import DriverChannel, watch_driver
+from orchestrator.distributed.shared_storage import require_seen
 from orchestrator.errors import OrchestratorError, TrainingError, first_line
 from orchestrator.features import BodyPass, ExtractionResult, FeatureCacheRef
 from orchestrator.job import ERROR_FILE, Advanced, Noted, Plan
@@ -183,6 +184,7 @@ class Extractor:
     def _prepare(self) -> None:
         work = self._work
         spec = work.of.spec
+        require_seen(spec.held_run(), ray.util.get_node_ip_address())
         plan = spec.read_plan()
         modality = spec.find_modality(plan)
         device = torch.device("cuda", 0) if work.of.use_gpu else torch.device("cpu")  # Ray shows it the one it has
