@@ -85,7 +85,9 @@ class _Bar:
         elif isinstance(event, Advanced) and self._task is not None:
             self._bar.advance(self._task, event.num)
         elif isinstance(event, EpochEnded | TrialsAdvanced) and self._task is not None:
-            self._bar.update(self._task, status=epoch_line(event) if isinstance(event, EpochEnded) else _trials(event))
+            self._bar.update(
+                self._task, status=epoch_line(event) if isinstance(event, EpochEnded) else trials_line(event)
+            )
 
 
 def epoch_line(event: EpochEnded) -> str:
@@ -98,7 +100,7 @@ def epoch_line(event: EpochEnded) -> str:
     return f"epoch {line['epoch']}/{event.num_epochs} {shown} {short} {line[f'{split}_{what}']:.3f}"
 
 
-def _trials(event: TrialsAdvanced) -> str:
+def trials_line(event: TrialsAdvanced) -> str:
     """`trial 12/16 best 0.931`"""
     best = f" best {figure(event.best[0][1])}" if event.best else ""
     return f"trial {event.num_done}/{event.num_trials}{best}"
@@ -126,7 +128,7 @@ class _Plain:
         elif isinstance(event, EpochEnded):
             self._show(epoch_line(event), at_once=event.figures["epoch"] == event.num_epochs)
         elif isinstance(event, TrialsAdvanced):
-            self._show(_trials(event), at_once=event.num_done == event.num_trials)
+            self._show(trials_line(event), at_once=event.num_done == event.num_trials)
 
     def _show(self, line: str, at_once: bool = False) -> None:
         if at_once or time.monotonic() - self._last > _PLAIN_EVERY_S:

@@ -157,15 +157,8 @@ class RemoteRun:
         name, target = self._run_name(), local_path(folder).absolute()
         sees_storage = self._sees_storage(name)
         is_itself = sees_storage and not is_uri(self.storage) and _is_same(target, Path(self.storage) / name)
-        if (
-            not is_itself
-            and target.exists()
-            and (not target.is_dir() or (any(target.iterdir()) and not _is_copy(target, name)))
-        ):
-            raise RefusedError(
-                "usage", f"{folder} is {'not empty' if target.is_dir() else 'a file'}, and no copy of {name}",
-                expected="a folder that is new, empty or holds an earlier copy", mend="give another folder: --to",
-            )  # fmt: skip
+        if not is_itself:
+            require_place(folder, self.kind, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = beside(target)
         try:
@@ -216,10 +209,29 @@ class RemoteRun:
         return job
 
 
+def require_place(folder: str | Path, kind: str, name: str = "") -> None:
+    """Return where a run can be copied to that folder of this machine: the run of that name, as far as it is known.
+
+    Raises `RefusedError` for a ranking, which has none, and for a folder that holds something else.
+    """
+    target = local_path(folder).absolute()
+    if kind == "rank":
+        raise RefusedError(
+            "usage", "a ranking has no run that could be fetched", expected="a job that trains",
+            mend="leave --fetch out: its table is shown at its end, and by orchestrator attach",
+        )  # fmt: skip
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_copy(target, name))):
+        raise RefusedError(
+            "usage", f"{folder} is {'not empty' if target.is_dir() else 'a file'}, and no copy of {name or 'a run'}",
+            expected="a folder that is new, empty or holds an earlier copy", mend="give another folder",
+        )  # fmt: skip
+
+
 def _is_copy(folder: Path, name: str) -> bool:
-    """Whether it holds a copy of a run of that name: not the run of somebody who works on it, which has commits."""
+    """Whether it holds a copy of a run of that name, or of any; the run of somebody who works on it has commits."""
     with contextlib.suppress(OrchestratorError):
-        return open_run(folder).plan.name == name and not open_storage(str(folder.parent)).commits(folder.name)
+        its_name = open_run(folder).plan.name
+        return name in ("", its_name) and not open_storage(str(folder.parent)).commits(folder.name)
     return False
 
 

@@ -215,7 +215,7 @@ class _Submission:
     def _preflight(self, code: list[Delivery], packages: list[str], folder: Path) -> None:
         """Look at every node. Raises `RefusedError` where one lacks something."""
         self._report(PhaseBegan("preflight: looking at every node"))
-        wanted = wanted_of(self._sent.plan, self._sent.storage, as_wanted(code), self._sent.on_workers)
+        wanted = wanted_of(self._sent, as_wanted(code))
         token = secrets.token_hex(16)
         request = {**wanted, "token": token, "timeout_s": _NODE_TIMEOUT_S}
         packages = [*packages, self._head.upload(pack_request(request, folder / "preflight.zip"))]

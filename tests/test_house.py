@@ -37,6 +37,7 @@ BESIDE_THE_DOOR = {
     "orchestrator.distributed.offer": "likewise",
     "orchestrator.distributed.preflight": "likewise",
     "orchestrator.distributed.request": "likewise",
+    "orchestrator.distributed.shared_storage": "likewise",
     "orchestrator.distributed.telling": "likewise",
     "orchestrator.distributed.wheels": "likewise",
     "orchestrator.job.locations": "it needs pyarrow, without which a backbone can be checked",

@@ -39,6 +39,7 @@ _TRAINER_GRACE_S = 60.0
 """How long the trainer may take to see that its workers are gone, and to start those once more that then stop."""
 _NOBODY_GRACE_S = 2.0
 """The same where no worker runs, and the connection to Ray is ours to end."""
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _START_TIMEOUT_S = 20.0
 """How long Ray Train waits for the workers' place before it asks for it anew; until then it hears of nothing else."""
 _STALE_RESOURCES_S = 5.0
@@ -87,8 +88,8 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
 def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | None:
     """Run the trainer to its end; what it failed with, None if it did not."""
     scaling = plan.job.scaling
-    start_timeout_s = _STALE_RESOURCES_S if scaling.is_elastic else _START_TIMEOUT_S
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start_timeout_s))
+    if os.environ.get(_START_TIMEOUT, "") in ("", str(_STALE_RESOURCES_S), str(_START_TIMEOUT_S)):  # else the user's
+        os.environ[_START_TIMEOUT] = str(_STALE_RESOURCES_S if scaling.is_elastic else _START_TIMEOUT_S)
     for attempt in range(1, _MOST_RENDEZVOUS + 1):
         try:
             _trainer(plan, spec, config).fit()
@@ -101,9 +102,11 @@ def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | No
                 mend="see whether its node has memory left; the same command goes on from the last checkpoint",
             )
         except Exception as error:
-            # Workers that do not find one another: Ray gives up, whatever its limit of failures.
-            if not isinstance(error, ControllerError) or isinstance(error.controller_failure, Unwanted):
+            if not isinstance(error, ControllerError):
                 return error
+            if isinstance(error.controller_failure, Unwanted):
+                return InterruptedRunError("stopped while workers were to be started", mend="the same command goes on")
+            # Workers that do not find one another: Ray gives up, whatever its limit of failures.
             why = f"the workers could not be started: {why_no_group(error)}"
             if attempt == _MOST_RENDEZVOUS:
                 return TrainingError(
@@ -186,9 +189,14 @@ def _ends_unwanted(queue: Any) -> list[Any]:
 
     class Ends(ControllerCallback):  # type: ignore[misc]  # Ray has no types
         def on_controller_start_worker_group(self, **_of_group: Any) -> None:
-            with contextlib.suppress(ray.exceptions.RayError):
-                if ray.get(queue.is_stopping.remote()):
-                    raise Unwanted
+            try:
+                unwanted = ray.get(queue.is_stopping.remote())
+            except ray.exceptions.ActorDiedError:  # it is started again if it dies alone: the driver has gone
+                unwanted = True
+            except ray.exceptions.RayError:
+                unwanted = False
+            if unwanted:
+                raise Unwanted
 
     return [Ends()]
 
@@ -284,14 +292,15 @@ def _take(queue: Any, stop: bool) -> list[Event]:
 def _is_waiting(queue: Any) -> bool:
     try:
         return bool(ray.get(queue.is_waiting.remote()))
-    except ray.exceptions.RayActorError:
+    except ray.exceptions.RayError:
         return False
 
 
 def _end(thread: threading.Thread, queue: Any, error: BaseException, is_ours: bool) -> None:
     """Return once no worker works on the run any more: first they are asked to stop, then Ray ends them.
 
-    `is_ours`: whether the connection to Ray is, which else stays as it is.
+    `is_ours`: whether the connection to Ray is, which else stays as it is: a trainer that waits for its workers' place
+    hears of it when Ray Train asks for that anew, and ends then.
     """
     impatient = isinstance(error, _NoAnswer | KeyboardInterrupt)
     nobody = _is_waiting(queue)  # works: the job waits for its place, and workers that come yet stop before they begin
@@ -305,6 +314,6 @@ def _end(thread: threading.Thread, queue: Any, error: BaseException, is_ours: bo
                 time.sleep(_POLL_S)
         # Ray ends a process one of whose threads asks it something while it is shut down: so the trainer ends first.
         thread.join(_NOBODY_GRACE_S if nobody and is_ours else _TRAINER_GRACE_S)
-    if thread.is_alive():
+    if thread.is_alive() and is_ours:
         shut_down()  # with the driver go all processes that it has started on the cluster, restarted ones too
         thread.join(_ENDED_GRACE_S)

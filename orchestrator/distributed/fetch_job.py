@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,14 +18,18 @@ from orchestrator.distributed.telling import Ended, Piece, Told, as_line
 from orchestrator.errors import OrchestratorError, first_line
 from orchestrator.job import file_sha256
 
+_stopped = threading.Event()
+"""The laptop has everything, or wants no more."""
 _PIECE_BYTES = 384 * 1024
 _WAIT_S = 600
-"""How long it waits for the laptop to say that it has everything."""
+"""How long it waits, beside the time for the bytes, for the laptop to say that it has everything."""
+_SLOWEST_BYTES_PER_S = 125_000
+"""A laptop that takes less is not waited for."""
 
 
 def main() -> int:
-    """On the cluster: send a run, wait for the laptop to stop the job (at most 600 s), leave no copy in the output."""
-    request = read_request()
+    """On the cluster: send a run, wait for the laptop to stop the job, leave no copy in the output."""
+    request, num_bytes = read_request(), 0
     try:
         with tempfile.TemporaryDirectory(prefix="orchestrator-fetch-") as scratch:
             folder = Path(scratch) / "run"
@@ -32,6 +37,7 @@ def main() -> int:
             digests = {}
             for file, pieces in _files(folder):
                 digests[file] = file_sha256(folder / file)
+                num_bytes += (folder / file).stat().st_size
                 _send(pieces)
             _send([Ended(0, results={"files": digests})])
     except OrchestratorError as error:
@@ -41,7 +47,7 @@ def main() -> int:
         known = OrchestratorError(f"the head cannot copy the run: {first_line(error)}", mend="make room on its disk")
         _send([Ended(1, error=known.as_dict())])
         return 1
-    signal.sigtimedwait({signal.SIGTERM, signal.SIGINT}, _WAIT_S)
+    _stopped.wait(_WAIT_S + num_bytes / _SLOWEST_BYTES_PER_S)
     os.ftruncate(sys.stdout.fileno(), 0)
     return 0
 
@@ -63,10 +69,13 @@ def _pieces(file: Path, name: str) -> Iterator[Piece]:
 
 def _send(several: Iterable[Told]) -> None:
     for one in several:
+        if _stopped.is_set():  # nobody reads it any more
+            return
         sys.stdout.write(as_line(one) + "\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _stopped.set())
     sys.exit(main())

@@ -23,6 +23,8 @@ from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.job import CHECKPOINTS, MODEL, Storage, file_sha256
 
 What = Literal["all", "model", "results"]
+_STOP_WAIT_S = 600
+"""So long Ray waits, before it kills the job that sends, for it to take back what it has written."""
 _FETCH = "exec python -m orchestrator.distributed.fetch_job"
 
 
@@ -128,7 +130,7 @@ def fetch_through_cluster(head: Head, storage: str, name: str, folder: Path, wha
         packages = [head.upload(own_delivery().write(Path(scratch)))]
         request = {"storage": storage, "name": name, "what": what}
         packages.append(head.upload(pack_request(request, Path(scratch) / "request.zip")))
-    head.submit(id, _FETCH, packages, {"orchestrator_kind": "fetch"}, {})
+    head.submit(id, _FETCH, packages, {"orchestrator_kind": "fetch"}, {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)})
     arrival, ended = Arrival(folder), None
     try:
         for told in map(parse_line, lines_of(head, id)):

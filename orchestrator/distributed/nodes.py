@@ -34,8 +34,8 @@ def look(wanted: Mapping[str, Any]) -> dict[str, Any]:
         "storage": _told(lambda: _exchange(wanted["storage"], wanted["token"], wanted["node_id"])),
         "free_bytes": _told(lambda: _free_bytes(wanted["storage"])),
         "data": {place: _told(lambda place=place: describe(place)) for place in wanted["data"]},  # type: ignore[misc]
-        "backbone": _told(lambda: _backbone(wanted["backbone"])),
-        "memory_bytes": _told(lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+        "backbones": {one["source"]: _told(lambda one=one: _backbone(one)) for one in wanted["backbones"]},  # type: ignore[misc]
+        "memory_bytes": _told(_memory_bytes),
         "gpus": _told(_gpus),
     }
 
@@ -226,6 +226,19 @@ def _backbone(wanted: Mapping[str, Any]) -> str:
 
 
 # --- hardware ---
+
+
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def _memory_bytes() -> int:
+    """Of the machine, or as much of it as this container may take."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in map(Path, _LIMITS):
+        text = limit.read_text().strip() if limit.is_file() else ""
+        if text.isdecimal():  # else "max"
+            memory = min(memory, int(text))
+    return memory
 
 
 def _gpus() -> list[int]:

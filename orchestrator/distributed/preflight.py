@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distributed.nodes import describe
+from orchestrator.distributed.request import Sent
 from orchestrator.distributed.telling import Ended, error_of
 from orchestrator.errors import RefusedError
 from orchestrator.job import BackboneCard, Plan, is_dataset, is_uri, local_path
@@ -75,24 +76,23 @@ class Preflight:
         )  # fmt: skip
 
 
-def wanted_of(plan: Plan, storage: str, code: Mapping[str, Any], on_workers: bool = True) -> dict[str, Any]:
-    """What the nodes are asked for a plan; `code` is of `wheels.as_wanted`. Plain data without a secret.
-
-    `on_workers`: it runs on workers of Ray, so that there must be a place for them.
-    """
-    parameters = plan.parameters
-    weights, optimizer = (parameters.weights_bytes, parameters.optimizer_bytes) if parameters else (0, 0)
-    gradients = parameters.gradients_bytes if parameters else 0
+def wanted_of(sent: Sent, code: Mapping[str, Any]) -> dict[str, Any]:
+    """What the nodes are asked for a job; `code` is of `wheels.as_wanted`. Plain data without a secret."""
+    plan = sent.plan
+    plans = (plan, *sent.others)
+    sizes = [one.parameters for one in plans if one.parameters]
+    trained = max((one.weights_bytes + one.optimizer_bytes + one.gradients_bytes for one in sizes), default=0)
+    kept = max((one.weights_bytes + one.optimizer_bytes for one in sizes), default=0)
     return {
         **code,
-        "plan": plan.model_dump_json() if on_workers else "",
-        "storage": storage,
+        "plan": plan.model_dump_json() if sent.on_workers else "",
+        "storage": sent.storage,
         "modality": plan.job.modality,
-        "backbone": _backbone(plan.backbone),
+        "backbones": [_backbone(one.backbone) for one in plans],
         "data": {place: describe(place) for place in _places(plan)},
         "device": plan.job.scaling.device,
-        "memory_bytes": weights + optimizer + gradients,
-        "disk_bytes": max(_LEAST_ROOM_BYTES, _COPIES * (weights + optimizer)),
+        "memory_bytes": trained,
+        "disk_bytes": max(_LEAST_ROOM_BYTES, _COPIES * kept),
     }
 
 
@@ -131,17 +131,27 @@ def _faults(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
         if (why := _error(found)) or found != wanted["data"][place]:
             yield Fault(name, f"the data {place} {f'cannot be read: {why}' if why else 'is not the same as here'}",
                         "give a place that all nodes see: a shared folder, or s3://...")  # fmt: skip
-    if why := _error(facts["backbone"]):
-        yield Fault(name, f"the backbone {wanted['backbone']['source']} is not to be had: {why}",
-                    "give a folder that all nodes see, or let them reach the Hub")  # fmt: skip
+    for source, found in facts["backbones"].items():
+        if why := _error(found):
+            yield Fault(name, f"the backbone {source} is not to be had: {why}",
+                        "give a folder that all nodes see, or let them reach the Hub")  # fmt: skip
+    yield from _memory(node, of)
+
+
+def _memory(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
+    """Where workers run: on a node with cores, in its own memory or that of its GPUs."""
+    name, facts, wanted = node["node"], node["facts"], of.wanted
+    if not node["resources"]["CPU"]:
+        return
     memory, needed = facts["memory_bytes"], wanted["memory_bytes"]
-    if isinstance(memory, int) and memory < needed:
+    gpus = facts["gpus"] if isinstance(facts["gpus"], list) and wanted["device"] != "cpu" else []
+    if node["resources"]["GPU"] and gpus:
+        if min(gpus) < needed:
+            yield Fault(name, f"a GPU of {_size(min(gpus))} is smaller than the {_size(needed)} of one worker",
+                        "take a larger GPU, a smaller backbone, or device cpu")  # fmt: skip
+    elif isinstance(memory, int) and memory < needed:
         yield Fault(name, f"its {_size(memory)} of memory are less than the {_size(needed)} of one worker",
                     "take a larger node, or a smaller backbone")  # fmt: skip
-    gpus = facts["gpus"] if isinstance(facts["gpus"], list) and wanted["device"] != "cpu" else []
-    if node["resources"]["GPU"] and gpus and min(gpus) < needed:
-        yield Fault(name, f"a GPU of {_size(min(gpus))} is smaller than the {_size(needed)} of one worker",
-                    "take a larger GPU, a smaller backbone, or device cpu")  # fmt: skip
 
 
 def _software(name: str, facts: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:

@@ -33,6 +33,8 @@ class Sent:
     """Where that lies."""
     plan: Plan
     """Of the run, one trial or one backbone: what the nodes must have."""
+    others: tuple[Plan, ...] = ()
+    """Of the other backbones of a search, which they must have too."""
     on_workers: bool = True
     """Whether it wants a place for workers; else its driver does all of it."""
     began: str = "-"

@@ -19,6 +19,10 @@ _ANSWERED_S = 60.0
 """A node that has not answered by then says nothing: whether it can work, the job will tell."""
 
 
+class NotSeenError(RefusedError):
+    """A node does not see the directory that a run, or a search with its trials, lies in."""
+
+
 def refuse_apart(run: HeldRun) -> None:
     """Raise `RefusedError` where the run lies in a directory that some node which may work on it does not see.
 
@@ -48,8 +52,8 @@ def require_seen(run: HeldRun, node: str) -> None:
         raise _not_shared(f"the node {node} does not see the run in {run.storage.place}")
 
 
-def _not_shared(what: str) -> RefusedError:
-    return RefusedError(
+def _not_shared(what: str) -> NotSeenError:
+    return NotSeenError(
         "usage", what,
         expected="a storage that all nodes see: s3://bucket/runs, or a directory of a file system that they share",
         mend="give it such a place: --storage",

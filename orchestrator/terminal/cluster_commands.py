@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.console import out, pairs, show_results, table, when
 from orchestrator.terminal.flags import Json, takes_flags
@@ -45,14 +46,23 @@ def submit(
 
     orchestrator submit job.yaml --kind search --set search.num_trials=8     (the space is the file's block `search`)
     """
+    from orchestrator.remote import require_place
     from orchestrator.submission import submit as submit_job
 
+    if fetch is not None:  # before hours of training
+        require_place(fetch, kind)
     found = None if json_ else _show_preflight
     remote = submit_job(job, address=address, kind=kind, fresh=fresh, found=found, **fields)
     if detach:
         _show_job(remote, remote.status(), json_)
         return
-    _show_end(remote, remote.follow(), json_, None if fetch is None else str(remote.fetch(fetch).path))
+    results = remote.follow()
+    try:
+        copy = None if fetch is None else str(remote.fetch(fetch).path)
+    except OrchestratorError:
+        _show_end(remote, results, json_, None)
+        raise
+    _show_end(remote, results, json_, copy)
 
 
 def attach(name: Name, address: Address = None, json_: Json = False) -> None:
@@ -191,8 +201,8 @@ def _show_end(remote: RemoteRun, results: Mapping[str, Any], as_json: bool, fold
 def _in_words(line: str) -> str | None:
     """What a line of a job's output says to a person, None where that is nothing."""
     from orchestrator.distributed.telling import Beat, Ended, parse_line
-    from orchestrator.job import Advanced, EpochEnded, Noted, PhaseBegan
-    from orchestrator.progress import epoch_line
+    from orchestrator.job import Advanced, EpochEnded, Noted, PhaseBegan, TrialsAdvanced
+    from orchestrator.progress import epoch_line, trials_line
 
     told = parse_line(line)
     if isinstance(told, Beat | Advanced):
@@ -203,6 +213,8 @@ def _in_words(line: str) -> str | None:
         return f"{'warning' if told.is_warning else 'note'}: {told.text}"
     if isinstance(told, EpochEnded):
         return epoch_line(told)
+    if isinstance(told, TrialsAdvanced):
+        return trials_line(told)
     if isinstance(told, Ended):
         return f"ended: {told.error['reason']}: {told.error['message']}" if told.error else "done"
     return line

@@ -28,6 +28,7 @@ from orchestrator.distributed.between_nodes import require_backbone
 from orchestrator.distributed.failures import failures_of
 from orchestrator.distributed.joining import joined
 from orchestrator.distributed.offer import kind_of, resources_of
+from orchestrator.distributed.shared_storage import NotSeenError, refuse_apart, require_seen
 from orchestrator.errors import InterruptedRunError, OrchestratorError, TrainingError, first_line
 from orchestrator.gate import num_cores
 from orchestrator.job import (
@@ -99,6 +100,7 @@ class TuneTrials:
         os.environ.update(_ENVIRONMENT)
         self.context.report(PhaseBegan("starting Ray"))
         with joined(first, self.context.report, num_cpus=num_cores(), dashboard=None):
+            refuse_apart(self.context.layout.search)
             self._room = room_for(first, most, max_concurrent)
             if first.job.scaling.device == "auto":
                 what = "trials run on GPUs" if self._room.use_gpu else "no GPU for each trial, so all run on CPUs"
@@ -207,8 +209,9 @@ class TuneTrials:
         self.running.discard(key)
         if not self._stopping:
             with self._kept():
-                if cause is not None and self.context.layout.search.storage.has_failed(cause):
-                    raise cause
+                storage = self.context.layout.search.storage
+                if cause is not None and (isinstance(cause, NotSeenError) or storage.has_failed(cause)):
+                    raise cause  # no fault of this trial
                 self._record(key, error)
 
     @contextlib.contextmanager
@@ -274,6 +277,7 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
         registry.register(modality)
     storage = open_storage(config[_STORAGE])
     run, search = run_in(storage, config[_RUN]), HeldRun(storage, Lease(**config[_LEASE]))
+    require_seen(search, ray.util.get_node_ip_address())
     plan = run.plan
     trained = probed = False
     asked_at, wait_s = -math.inf, _FIRST_WAIT_S

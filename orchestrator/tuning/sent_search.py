@@ -42,7 +42,7 @@ def search_to_send(draft: Draft, report: Report) -> Sent:
     sent = Draft({**tree, BLOCK: block}, "", {})
     name = first.name or search_name(first, make_space(block["space"], replace(sent, tree=tree)), settings)
     heads_alone = all(is_stackable(plan) for plan in plans) and "method" not in space.domains
-    return Sent({**sent.tree, "name": name}, name, tree["storage"], plans[0], on_workers=not heads_alone)
+    return Sent({**sent.tree, "name": name}, name, tree["storage"], plans[0], tuple(plans[1:]), not heads_alone)
 
 
 def run_search(tree: Mapping[str, Any], fresh: bool, report: Report, stop: Stop) -> tuple[str, dict[str, Any]]:

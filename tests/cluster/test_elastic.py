@@ -19,6 +19,7 @@ from cluster.local import LocalCluster, namespaces_allowed
 from orchestrator.errors import InterruptedRunError
 from orchestrator.job import EpochEnded, Event
 from tests.audited import taken_of
+from tests.planted import PLANTED, found_in, seen_at_work, seen_in_files
 from tests.whole.test_train import silent
 
 pytestmark = [
@@ -43,8 +44,9 @@ class Driver:
         words = [cluster.python, "-m", "orchestrator.terminal.cli", "finetune", str(folder / "job.yaml")]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                cluster.command("node0", words), env=cluster.node_environment("node0"), stdout=log, stderr=log
-            )
+                cluster.command("node0", words), env={**cluster.node_environment("node0"), **PLANTED},
+                stdout=log, stderr=log,
+            )  # fmt: skip
 
     @property
     def said(self) -> str:
@@ -110,6 +112,7 @@ def test_a_notice_costs_no_step(cluster: LocalCluster, tiny_resnet: Path, digits
     scaling = {"num_workers": 2, "min_workers": 1, "threads_per_worker": 1, "address": cluster.address}
     driver = Driver(cluster, tmp_path, {**job, "storage": str(tmp_path / "runs"), "name": "run", "scaling": scaling})
     driver.wait_for_epoch(3)
+    seen = seen_at_work(cluster, of=driver.process.pid)
     before = driver.epoch()
     cluster.drain("node1", 30)
     driver.wait_for("its node is taken away; a checkpoint is written")
@@ -125,6 +128,7 @@ def test_a_notice_costs_no_step(cluster: LocalCluster, tiny_resnet: Path, digits
     assert [line["epoch"] for line in run.metrics] == list(range(1, 61))
     for alone, elastic in zip(one.metrics, run.metrics, strict=True):
         assert abs(alone["train_loss"] - elastic["train_loss"]) < 1e-3
+    assert found_in({**seen, **seen_in_files(cluster, tmp_path / "runs"), "its output": driver.said}, cluster) == []
 
 
 def test_a_node_is_lost_and_another_one_joins(

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +88,31 @@ def test_a_later_copy_replaces_what_it_holds(tmp_path: Path) -> None:
     assert [file.name for file in (home / "model").iterdir()] == ["second"]
     assert (home / "results.json").read_text() == "second"
     assert [one.name for one in tmp_path.iterdir()] == ["home"]
+
+
+def test_who_gives_up_leaves_no_copy_in_the_output(tmp_path: Path) -> None:
+    """Of a job on the head, which sends a large run; it is asked to stop amid that."""
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/plan.json").write_text("{}")
+    with (tmp_path / "runs/a/results.json").open("wb") as large:
+        large.truncate(200 * 2**20)
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "delivered").mkdir()
+    request = {"storage": str(tmp_path / "runs"), "name": "a", "what": "all"}
+    (tmp_path / "delivered/orchestrator_request.json").write_text(json.dumps(request))
+    code = (
+        f"import runpy, sys; sys.path.append({str(tmp_path / 'delivered')!r})\n"
+        "runpy.run_module('orchestrator.distributed.fetch_job', run_name='__main__')"
+    )
+    output = tmp_path / "output"
+    with output.open("wb") as out:
+        job = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=out, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+        )
+    while not output.stat().st_size:
+        assert job.poll() is None
+        time.sleep(0.001)
+    job.terminate()
+    assert job.wait(60) == 0
+    assert output.stat().st_size == 0
+    assert list((tmp_path / "tmp").iterdir()) == []

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 import orchestrator
+from orchestrator.distributed import nodes
 from orchestrator.distributed.nodes import describe, look, read_token, remove_tokens, token_file, write_token
 from orchestrator.distributed.preflight import Preflight, wanted_of
+from orchestrator.distributed.request import Sent
 from orchestrator.distributed.wheels import as_wanted, own_delivery
 from orchestrator.errors import RefusedError
 
@@ -22,8 +24,8 @@ TOKEN = "f" * 32
 def asked(tiny_resnet: Path, flat_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the nodes are asked for a job on this machine."""
     plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), method="full")
-    storage = str(tmp_path_factory.mktemp("storage") / "runs")
-    return {**wanted_of(plan, storage, as_wanted([own_delivery("image")])), "token": TOKEN, "timeout_s": 9.0}
+    sent = Sent({}, "run", str(tmp_path_factory.mktemp("storage") / "runs"), plan)
+    return {**wanted_of(sent, as_wanted([own_delivery("image")])), "token": TOKEN, "timeout_s": 9.0}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def error(text: str) -> dict[str, str]:
         ({"storage": error("FileNotFoundError: y")}, "does not see in", "s3://bucket/runs"),
         ({"free_bytes": 1000}, "0 MB are free on its disk", "make room"),
         ({"data": "changed"}, "is not the same as here", "a place that all nodes see"),
-        ({"backbone": error("OSError: z")}, "is not to be had: OSError: z", "reach the Hub"),
+        ({"backbones": {"b": error("OSError: z")}}, "the backbone b is not to be had: OSError: z", "reach the Hub"),
         ({"memory_bytes": 10}, "of memory are less than", "a larger node"),
     ],
 )  # fmt: skip
@@ -113,6 +115,25 @@ def test_a_gpu_that_is_too_small(asked: dict[str, Any], this_machine: dict[str, 
     Preflight([node], {**asked, "device": "cpu"}).require()
 
 
+def test_memory_is_wanted_where_workers_run(asked: dict[str, Any], this_machine: dict[str, Any]) -> None:
+    """Not on a head without cores; and where a node has GPUs, theirs."""
+    node = copy.deepcopy(this_machine)
+    node["facts"] |= {"memory_bytes": 10, "gpus": [2**40]}
+    with pytest.raises(RefusedError, match="its 0 MB of memory are less than"):
+        Preflight([node], asked).require()
+    Preflight([{**node, "resources": {"CPU": 0, "GPU": 0}}], asked).require()
+    Preflight([{**node, "resources": {"CPU": 2, "GPU": 1}}], asked).require()
+
+
+def test_a_container_has_what_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = nodes._memory_bytes()
+    (tmp_path / "memory.max").write_text("1048576\n")
+    monkeypatch.setattr(nodes, "_LIMITS", (str(tmp_path / "none"), str(tmp_path / "memory.max")))
+    assert nodes._memory_bytes() == 2**20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert nodes._memory_bytes() >= whole
+
+
 def test_a_node_that_does_not_answer_and_one_that_the_head_does_not_read(
     asked: dict[str, Any], this_machine: dict[str, Any]
 ) -> None:
@@ -129,18 +150,19 @@ def test_a_node_that_does_not_answer_and_one_that_the_head_does_not_read(
 def test_real_lacks_are_found(asked: dict[str, Any], tmp_path: Path) -> None:
     """A storage that cannot be written, other data, a backbone that is cut, a requirement that nobody meets."""
     backbone = tmp_path / "backbone"
-    shutil.copytree(asked["backbone"]["path"], backbone)
+    (there,) = asked["backbones"]
+    shutil.copytree(there["path"], backbone)
     (backbone / "model.safetensors").write_bytes(b"cut")
     (tmp_path / "file").write_text("")
     facts = look({
         **asked, "node_id": "n", "storage": str(tmp_path / "file"), "requires": ["no-such-thing>=1", "numpy>=99"],
-        "backbone": {**asked["backbone"], "path": str(backbone)}, "data": {str(tmp_path / "none"): ""},
+        "backbones": [there, {**there, "source": "other", "path": str(backbone)}], "data": {str(tmp_path / "none"): ""},
         "modality": "none", "modules": {"no_such_module": ""},
     })  # fmt: skip
     assert facts["lacking"][0] == "no-such-thing>=1"
     assert "numpy>=99 (it has" in facts["lacking"][1]
     for told, words in (
-        (facts["storage"], "NotADirectoryError"), (facts["backbone"], "model.safetensors has 3 bytes, not"),
+        (facts["storage"], "NotADirectoryError"), (facts["backbones"]["other"], "model.safetensors has 3 bytes, not"),
         (facts["data"][str(tmp_path / "none")], "FileNotFoundError"), (facts["modality"], "no modality 'none'"),
         (facts["code"]["no_such_module"], "no module"),
     ):  # fmt: skip

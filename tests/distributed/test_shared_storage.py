@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import orchestrator
 from orchestrator.errors import RefusedError
 from tests.held import held
 
@@ -61,3 +62,17 @@ def test_a_directory_that_is_another_one_on_some_node_is_refused(
     assert caught.value.reason == "usage"
     assert "--storage" in caught.value.mend
     assert not list(tmp_path.rglob("token"))
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_so_is_that_of_a_search(
+    tiny_resnet: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose trials on that node would find nothing, and be rows that failed."""
+    monkeypatch.chdir(tmp_path)
+    job = {
+        "backbone": str(tiny_resnet), "data": str(digits), "method": "full", "epochs": 1, "name": "tried",
+        "storage": "/proc/self/cwd/apart", "scaling": {"address": "auto"},
+    }  # fmt: skip
+    with pytest.raises(RefusedError, match=r"apart is not the same directory on all 2 nodes"):
+        orchestrator.search(job, {"learning_rate": {"grid": [0.01, 0.1]}}, report=lambda _event: None)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from orchestrator.distributed.telling import Beat, Ended, as_line
-from orchestrator.job import EpochEnded, Noted, PhaseBegan
+from orchestrator.job import EpochEnded, Noted, PhaseBegan, TrialsAdvanced
 from orchestrator.terminal.cluster_commands import _in_words
 from tests.terminal.screen import Screen
 
@@ -46,6 +47,17 @@ def test_the_job_has_all_of_finetunes_flags_but_its_address(screen: Screen) -> N
         assert option in out
 
 
+def test_where_a_copy_is_to_lie_is_looked_at_before_the_job(screen: Screen, tmp_path: Path) -> None:
+    """And not after hours of training."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("")
+    job = ("submit", "--backbone", "b", "--data", "d", "--address", "http://127.0.0.1:1", "--fetch", tmp_path / "mine")
+    code, _, said = screen(*job)
+    assert (code, "is not empty, and no copy of a run" in said) == (2, True), said
+    code, _, said = screen(*job, "--kind", "rank")
+    assert (code, "a ranking has no run that could be fetched" in said) == (2, True), said
+
+
 def test_lines_of_a_job_in_words() -> None:
     assert _in_words("Runtime env is setting up.") == "Runtime env is setting up."
     assert _in_words(as_line(Beat())) is None
@@ -53,6 +65,8 @@ def test_lines_of_a_job_in_words() -> None:
     assert _in_words(as_line(Noted("look", is_warning=True))) == "warning: look"
     epoch = {"epoch": 2, "train_loss": 1.0, "validation_accuracy": 0.5}
     assert _in_words(as_line(EpochEnded(epoch, 3, "single-label"))) == "epoch 2/3 val acc 0.500"
+    trials = TrialsAdvanced(3, 8, 1, 0, "validation accuracy", ((2, 0.9, {"lr": "0.1"}),))
+    assert _in_words(as_line(trials)) == "trial 3/8 best 0.900"
     assert _in_words(as_line(Ended(0))) == "done"
     error = {"reason": "training", "message": "it died"}
     assert _in_words(as_line(Ended(1, error=error))) == "ended: training: it died"
