@@ -129,11 +129,17 @@ def _use_gpu(plan: Plan, nodes: Sequence[Mapping[str, float]], report: Report) -
         return True
     each = "a GPU" if scaling.gpus_per_worker == 1 else f"{scaling.gpus_per_worker:g} of a GPU"
     what = f"{_num_processes(plan)} processes want {each} each, and the cluster has {gpus:g}"
+    kinds = ""
     if lacks:
         kinds = ", ".join(sorted(kind.partition(":")[2] for kind in most if kind.startswith("accelerator_type:")))
         what = f"GPUs of the kind {lacks[0]} are wanted, and the cluster has {kinds or 'no kind that it tells'}"
     if wanted == "gpu":
         lower = "correct scaling.accelerator_type" if lacks else "lower scaling.num_workers"
+        if lacks and not kinds:
+            lower = (
+                f'have the nodes tell their kind, with "accelerator_type:{lacks[0]}": 1 among their resources (in '
+                f"{NODE_TYPES} on the head too, where an autoscaler adds them), or leave scaling.accelerator_type out"
+            )
         raise RefusedError("resources", what, mend=f"{lower}, or use device cpu")
     report(Noted(f"{what}: all run on CPUs; for the GPUs, lower scaling.num_workers to {max(1, there)}"))
     return False

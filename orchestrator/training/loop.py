@@ -107,7 +107,7 @@ def train(session: Session) -> TrainState:
         steps = session.state.steps_done(recipe)
         session.report(Noted(f"going on from step {steps} of {recipe.num_steps}"))
     if session.worker.rank == 0:
-        session.outbox = Outbox(session.run, session.report)
+        session.outbox = Outbox(session.run, session.report, session.should_stop)
         session.record = Record(session.run, session.state.num_epochs_ended(session.plan.recipe), session.outbox)
     if session.plan.job.training.audit:
         session.audit = Audit(session.run, session.worker, session.state.steps_done(session.plan.recipe))

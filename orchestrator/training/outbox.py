@@ -8,6 +8,7 @@ for good is raised in the loop, which ends with it.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -19,6 +20,8 @@ from orchestrator.job import HeldRun, Noted, Report, patient
 
 MOST_OF_TIME = 0.02
 """So much of its time at most the loop spends on checkpoints that are due by time."""
+STOP_PATIENCE_S = 60.0
+"""A store that is away is waited for so long by who was asked to stop; then the checkpoint before is the last."""
 _POLL_S = 0.5
 
 Write = Callable[[], None]
@@ -27,13 +30,16 @@ Write = Callable[[], None]
 class Outbox:
     """Writes of one run; rank 0 has it."""
 
-    def __init__(self, run: HeldRun, report: Report) -> None:
-        """`report` is called by the loop's thread alone."""
-        self.run = patient(run, self._note)
+    def __init__(self, run: HeldRun, report: Report, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """`report` and `should_stop` are called by the loop's thread alone."""
+        self.run = patient(run, self._note, self._gives_up)
         """The same run, for the writes: it asks a store for longer."""
         self.stalled_s = 0.0
         """How long the loop has stood still for checkpoints."""
         self._report = report
+        self._should_stop = should_stop
+        self._asked_s = math.inf
+        """When somebody asked to stop, by the monotonic clock."""
         self._notes: deque[str] = deque()
         self._queue: queue.SimpleQueue[Write] = queue.SimpleQueue()
         self._changed = threading.Condition()
@@ -70,8 +76,12 @@ class Outbox:
             raise self._error
 
     def wait(self) -> None:
-        """Return once all is written. Raises what a write failed with."""
+        """Return once all is written. Raises what a write failed with, and `InterruptedRunError` where somebody asks to
+        stop while the store is away, and it stays so for a minute.
+        """
         while self.busy:
+            if self._should_stop():
+                self._asked_s = min(self._asked_s, time.monotonic())
             with self._changed:
                 self._changed.wait_for(lambda: not self.busy, timeout=_POLL_S)
             self.check()
@@ -90,6 +100,9 @@ class Outbox:
         finally:
             self._last_stall_s = time.monotonic() - began
             self.stalled_s += self._last_stall_s
+
+    def _gives_up(self) -> bool:
+        return time.monotonic() - self._asked_s > STOP_PATIENCE_S
 
     def _note(self, text: str) -> None:
         self._notes.append(text)

@@ -176,6 +176,15 @@ def test_waiting_is_shown_and_has_an_end(plan: Plan, monkeypatch: pytest.MonkeyP
     assert notes == [Noted("still waiting for a place: 8 CPUs are wanted and 6 are free; 30 min are left")]
 
 
+def test_where_no_node_tells_its_kind_that_is_what_is_to_be_mended(plan: Plan) -> None:
+    from orchestrator.distributed import offer
+
+    wanted = with_scaling(plan, num_workers=1, device="gpu", accelerator_type="L4")
+    with pytest.raises(RefusedError, match="no kind that it tells") as caught:
+        offer._use_gpu(wanted, [{"CPU": 7, "GPU": 1}], print)
+    assert f'"accelerator_type:L4": 1 among their resources (in {offer.NODE_TYPES} on the head' in caught.value.mend
+
+
 def test_a_node_that_is_taken_away_is_told() -> None:
     from orchestrator.distributed.events import EventQueue
 

@@ -32,6 +32,7 @@ from orchestrator.job import (
     object_storage,
     runs,
 )
+from orchestrator.training import outbox
 from tests import s3_proxy
 from tests.conftest import REPOSITORY
 
@@ -359,6 +360,31 @@ def test_a_store_that_stays_away_ends_the_job_which_goes_on_later(
     another_machine(tmp_path, monkeypatch)
     run = orchestrator.finetune(job_of(tiny_resnet, flat_digits), report=silent)
     assert same(run, whole)
+
+
+def test_who_stops_waits_a_minute_for_a_store_that_is_away(
+    proxy: s3_proxy.Proxy, whole: orchestrator.Run, tiny_resnet: Path, flat_digits: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """And not ten; what is not there then is learnt again."""
+    monkeypatch.setattr(outbox, "STOP_PATIENCE_S", 1.0)
+    monkeypatch.setattr(asking, "_SAID_S", 0.2)
+    monkeypatch.setattr(object_storage, "TTL_S", 2.0)
+    asked: list[float] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, EpochEnded) and proxy.away_until == 0:
+            proxy.away_until = time.monotonic() + 600
+        if isinstance(event, Noted) and "is asked again" in event.text and not asked:
+            asked.append(time.monotonic())
+
+    with pytest.raises(InterruptedRunError, match="did not answer") as caught:
+        orchestrator.finetune(job_of(tiny_resnet, flat_digits), report=report, stop=lambda: bool(asked))
+    assert time.monotonic() - asked[0] < 30
+    assert "the same command goes on" in caught.value.mend
+    proxy.away_until = 0
+    another_machine(tmp_path, monkeypatch)
+    assert same(orchestrator.finetune(job_of(tiny_resnet, flat_digits), report=silent), whole)
 
 
 def test_a_checkpoint_that_was_damaged_is_passed_over_and_said(
