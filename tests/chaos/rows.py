@@ -57,6 +57,8 @@ def again(work: Work, title: str, kind: str) -> None:
         if found := work.on_ray(title):
             work.kill(kind, work.random.choice(found))
             work.wait(lambda process=process: process.poll() is not None)  # type: ignore[misc]
+            if process.returncode == 0 and not work.is_done():
+                raise NotSurvivedError(f"exit 0 after {kind}: {work.said()[-1500:]}")
         else:
             work.moments -= 1
 
@@ -198,10 +200,17 @@ def _storage_away(work: Work) -> None:
         for _ in range(3):
             method, fault = work.random.choice([("PUT", "500"), ("PUT", "cut"), ("GET", "500"), ("PUT", "silent")])
             work.proxy.fail(method, fault)  # type: ignore[arg-type]
+            work.num_set += 1
             work.note(f"the storage: {method} {fault}")
         if work.moments == away_at:
             work.proxy.away_until = time.monotonic() + 30
             work.note("the storage is away for 30 s")
+
+
+def _faults_were_met(work: Work) -> None:
+    assert work.proxy is not None
+    if work.num_set and len(work.proxy.faults) == work.num_set:
+        raise NotSurvivedError("no request met any of the faults, so nothing was tried")
 
 
 def _driver_in_store(work: Work) -> None:
@@ -219,17 +228,21 @@ def _driver_in_store(work: Work) -> None:
 
 
 def _hub(work: Work) -> None:
-    """Everything that a Hub does wrong, some of it a few times, before and while the backbone is fetched."""
-    for _ in range(work.random.randint(1, 3)):
+    """Everything that a Hub does wrong, some of it a few times, before and while the backbone is fetched.
+
+    What no request met any more did not happen, and is no moment.
+    """
+    for number in range(work.random.randint(1, 3)):
         fault = work.random.choice(["500", "503", "429", "cut", "slow", "away"])
-        work.hub.fail(fault, after=work.random.randint(0, 6), times=work.random.randint(1, 2))
+        work.hub.fail(fault, after=work.random.randint(0, 3) if number else 0, times=work.random.randint(1, 2))
         work.note(f"the Hub: {fault}")
-        work.moments += 1
+    num = sum(map(bool, work.hub.faults))
     process = work.start()
     work.wait(lambda: False)
     said = work.said()
     if process.returncode not in (0, 1, 2) or "Traceback" in said:
         raise NotSurvivedError(f"exit {process.returncode}: {said[-1500:]}")
+    work.moments += num - sum(map(bool, work.hub.faults))
     work.hub.faults.clear()
 
 
@@ -282,7 +295,7 @@ ROWS: dict[str, Row] = {
     "two-drivers": Row(_two_drivers),
     "hub": Row(_hub, on_hub=True),
     "disk-full": Row(_disk_full, needs=_can_mount),
-    "storage-away": Row(_storage_away, in_store=True),
+    "storage-away": Row(_storage_away, in_store=True, check=_faults_were_met),
     "driver-in-store": Row(_driver_in_store, in_store=True),
     "worker": Row(_worker, "two", TWO),
     "controller": Row(_controller, "here", ON_RAY),

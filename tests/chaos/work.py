@@ -59,6 +59,8 @@ class Work:
     """Whether it is the first job of its row."""
     moments: int = 0
     """So many there were."""
+    num_set: int = 0
+    """Faults that its storage was told, whether a request has met them or not."""
     num_starts: int = 0
     process: subprocess.Popen[str] | None = None
     pids: set[int] = field(default_factory=set)
@@ -172,8 +174,9 @@ class Work:
             self.wait(lambda: False)
         if not self.is_done():
             raise NotSurvivedError(f"not done after {attempts} more starts: {self.said()[-1500:]}")
-        if "Traceback" in self.said():
-            raise NotSurvivedError(f"a trace: {self.said()[-1500:]}")
+        for log in sorted(self.folder.glob("start-*.log")):  # of those too that a fault has ended
+            if "Traceback" in (said := log.read_text(errors="replace")):
+                raise NotSurvivedError(f"a trace in {log.name}: {said[-1500:]}")
         weights = run_in(self.storage, self.name).model / "model.safetensors"
         return hashlib.sha256(weights.read_bytes()).hexdigest()
 
