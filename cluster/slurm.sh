@@ -15,7 +15,7 @@
 #SBATCH --output=orchestrator-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
@@ -80,5 +80,7 @@ END
 orchestrator finetune "$@" --address "$address:$port" &
 job=$!
 # Slurm says so 120 s before the end: the job writes a checkpoint and stops. It is given to Slurm once more.
-trap 'kill -TERM "$job"; wait "$job" || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' TERM
+trap 'kill -TERM "$job"; wait "$job" || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+# Cancelled by you, or by a job that goes first, which Slurm puts back into the queue by itself: it stops.
+trap 'kill -TERM "$job"; wait "$job"; exit' TERM
 wait "$job"

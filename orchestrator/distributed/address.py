@@ -113,6 +113,14 @@ def refuse_unreadable_token() -> None:
         _read(file)
 
 
+def seen_by_others() -> Noted | None:
+    """The warning of a token file that others may read, where it is no mounted Secret of a pod, which is a link."""
+    file = None if os.environ.get("RAY_AUTH_TOKEN") else _token_file()
+    if file is None or file.is_symlink() or not (mode := _read(file)[1]) & 0o077:
+        return None
+    return Noted(f"the token file {file} can be read by others (mode {mode:04o}): chmod 600 {file}", is_warning=True)
+
+
 def _token_file() -> Path | None:
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(named) if named else Path("~/.ray/auth_token").expanduser()

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.distributed.address import is_loopback, refuse_unreadable_token, unguarded
+from orchestrator.distributed.address import is_loopback, refuse_unreadable_token, seen_by_others, unguarded
 from orchestrator.distributed.events import EventQueue
 from orchestrator.distributed.leftovers import end_with_driver
 from orchestrator.errors import RefusedError, first_line
@@ -93,6 +93,8 @@ def joined(plan: Plan, report: Report, num_cpus: int | None = None, dashboard: b
                 ray.init(address=address, **quiet)
             if not _gives_token() and ":" in where and not is_loopback(f"http://{where}"):
                 report(unguarded(where))
+            elif _gives_token() and (seen := seen_by_others()) is not None:
+                report(seen)
     except (ConnectionError, ValueError) as error:
         raise _no_cluster(address, first_line(error)) from None
     try:
@@ -117,11 +119,13 @@ def _for_us_alone(token: Path) -> Iterator[None]:
 def _own_signals() -> Iterator[None]:
     """Puts the caller's handlers of SIGTERM and SIGINT back after `ray.init`, which replaces them by its own."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in before.items():
-            if callable(handler):
-                signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if callable(handler):
+                    signal.signal(number, handler)
 
 
 def _of_the_job() -> list[str]:

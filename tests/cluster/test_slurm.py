@@ -95,6 +95,12 @@ def wait_for(machines: SlurmMachines, log: Path, words: str) -> str:
     return text
 
 
+def wait_until_empty(machines: SlurmMachines) -> None:
+    """No job runs, and none waits."""
+    while machines.run("node0", "squeue", "--noheader").stdout.strip():
+        time.sleep(0.5)
+
+
 def submitted(job: Path) -> tuple[Path, list[str]]:
     """The log of a job, and the words that give it to Slurm."""
     log = job.with_suffix(".log")
@@ -125,11 +131,11 @@ def test_a_job_is_cut_off_goes_on_and_leaves_nothing(
     machines: SlurmMachines, tiny_resnet: Path, digits: Path, tmp_path: Path
 ) -> None:
     """On two machines, one worker on each; the signal is that of the end of its time."""
-    job = write_job(tmp_path, tiny_resnet, digits, epochs=40)
+    job = write_job(tmp_path, tiny_resnet, digits, epochs=60)
     log, words = submitted(job)
     number = machines.run("node0", *words, timeout_s=60).stdout.split()[-1]
     wait_for(machines, log, "epoch 1")
-    machines.run("node0", "scancel", "--batch", "--signal=TERM", number)
+    machines.run("node0", "scancel", "--batch", "--signal=USR1", number)
     text = wait_for(machines, log, "stopped at step")
     assert "the same command goes on" in text
     while machines.run("node0", "squeue", "--noheader", "--format=%T").stdout.strip() != "PENDING":
@@ -137,8 +143,11 @@ def test_a_job_is_cut_off_goes_on_and_leaves_nothing(
     # Slurm leaves two minutes between a job and the same one begun again.
     machines.run("node0", "scontrol", "update", f"JobId={number}", "StartTime=now")
     wait_for(machines, log, "going on from step")  # Slurm has begun it again by itself
-    while machines.run("node0", "squeue", "--noheader").stdout.strip():
-        time.sleep(0.5)
+    machines.run("node0", "scancel", number)  # which it does not where a person ends it
+    wait_until_empty(machines)
+    assert not (tmp_path / "runs/run/model").exists()
+    machines.run("node0", *words, timeout_s=60)
+    wait_until_empty(machines)
     assert (tmp_path / "runs/run/model/model.safetensors").exists(), log.read_text()
     nothing_is_left(machines, tmp_path)
 

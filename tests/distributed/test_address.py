@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.distributed.address import agreed, find_token, is_loopback
+from orchestrator.distributed.address import agreed, find_token, is_loopback, seen_by_others
 from orchestrator.distributed.head import open_head
 from orchestrator.errors import RefusedError
 
@@ -116,6 +116,23 @@ def server(request: pytest.FixtureRequest) -> Iterator[http.server.ThreadingHTTP
     with served(request.param) as one:
         one.asked = []  # type: ignore[attr-defined]
         yield one
+
+
+def test_a_token_file_that_others_may_read_is_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a driver joins; in a pod it is a Secret that is mounted, as a link, and nobody else is there."""
+    token = tmp_path / "token"
+    token.write_text("f" * 64)
+    token.chmod(0o640)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    told = seen_by_others()
+    assert told is not None
+    assert told.text.endswith(f"can be read by others (mode 0640): chmod 600 {token}")
+    (tmp_path / "mounted").symlink_to(token)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "mounted"))
+    assert seen_by_others() is None
+    token.chmod(0o600)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    assert seen_by_others() is None
 
 
 @pytest.mark.parametrize("server", [_Open], indirect=True)
