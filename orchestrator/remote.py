@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.distributed.fetching import What, copy_run, fetch_through_cluster, settle
 from orchestrator.distributed.following import lines_of
 from orchestrator.distributed.head import ClusterJob, Head, open_head, wait_until_over
+from orchestrator.distributed.request import OF_NO_RUN
 from orchestrator.distributed.telling import Ended, error_of, parse_line
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, TrainingError, did_you_mean
 from orchestrator.job import (
@@ -28,6 +29,7 @@ from orchestrator.job import (
     local_path,
     open_run,
     open_storage,
+    run_in,
 )
 from orchestrator.progress import progress
 
@@ -188,13 +190,14 @@ class RemoteRun:
 
     def _sees_storage(self, name: str) -> bool:
         """Whether the run of that name that lies here in that place is the one that the job works on."""
+        in_store = is_uri(self.storage)
         try:
-            if is_uri(self.storage):
-                return open_storage(self.storage, patience_s=_SEEN_WITHIN_S).read(f"{name}/plan.json") is not None
-            began = open_run(Path(self.storage) / name).plan.job
+            storage = open_storage(self.storage, patience_s=_SEEN_WITHIN_S if in_store else None)
+            digest = run_in(storage, name).plan.job.digest()
         except OrchestratorError:
             return False
-        return self._job().metadata.get("orchestrator_began", "") in ("", began.digest())
+        said = self._job().metadata.get("orchestrator_began", "")
+        return said in ("", digest) or (in_store and said == OF_NO_RUN)  # two stores of one name are rare
 
     # --- asking ---
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from orchestrator.job import Plan
 
 _FILE = "orchestrator_request.json"
+OF_NO_RUN = "-"
+"""In place of the digest of a run's job, for a search, whose best run is not known before."""
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 """So that the same content is the same file."""
 
@@ -37,7 +39,7 @@ class Sent:
     """Of the other backbones of a search, which they must have too."""
     on_workers: bool = True
     """Whether it wants a place for workers; else its driver does all of it."""
-    began: str = "-"
+    began: str = OF_NO_RUN
     """Digest of the run's job: it tells the run from another one of the same name. A search's has none."""
 
 

@@ -167,6 +167,28 @@ def kill_after_first_shard(features: Path) -> list[int]:
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("_cluster")
+def test_a_worker_that_dies_when_all_are_to_stop_leaves_what_a_stop_leaves(tiny_resnet: Path, digits: Path) -> None:
+    """And not Ray's word for workers that it would start again."""
+    killed: list[int] = []
+
+    def kill(event: Event) -> None:
+        if event == Noted("stopping after this step"):
+            killed.extend(processes("TrainWorker"))
+            for process in killed:
+                os.kill(process, signal.SIGKILL)
+
+    long = {"epochs": 200, "batch_size": 16, "checkpoint_every_steps": 5}
+    with pytest.raises(InterruptedRunError) as caught:
+        train(
+            tiny_resnet, digits, 1, "dies", method="full", training=long, report=kill,
+            stop=lambda: bool(list(Path("runs/dies").glob("checkpoints/*/.manifest.json"))),
+        )  # fmt: skip
+    assert len(killed) == 1
+    assert "the same command goes on" in caught.value.mend
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("_cluster")
 def test_an_extractor_whose_node_does_not_see_the_run_says_so(tiny_resnet: Path, flat_digits: Path) -> None:
     """As on a node that has joined later: the directory is another one there."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -204,7 +205,7 @@ def test_following_outlives_the_connection(
 def test_a_stopped_job_goes_on_as_its_next_attempt(
     cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path
 ) -> None:
-    """And a laptop that goes away ends nothing."""
+    """And a laptop that goes away ends nothing; all of it by the commands."""
     job = {"backbone": str(tiny_resnet), "data": str(digits), "storage": str(tmp_path / "runs"), "name": "long", **LONG}
     run = submit(cluster, **job)
     with pytest.raises(RefusedError, match="is working on the run long, with other settings") as caught:
@@ -212,8 +213,18 @@ def test_a_stopped_job_goes_on_as_its_next_attempt(
     assert caught.value.reason == "busy"
     assert submit(cluster, **job).id == run.id
     with followed(run, until=1):
-        assert run.status()["state"] == "running"
-        assert run.stop() == "stopped"
+        assert "running, epoch" in command(cluster, "status", "long")
+        listed = json.loads(command(cluster, "list", "--json"))
+        assert [(one["state"], one["attempt"]) for one in listed if one["run"] == "long"] == [("running", 1)]
+        assert "epoch 1/2000" in command(cluster, "logs", "long")
+        for number in (signal.SIGINT, signal.SIGKILL):
+            code, said = attached_until_epoch(cluster, "long", number)
+            assert code == (130 if number == signal.SIGINT else -number), said
+            assert number == signal.SIGKILL or "long goes on, on the cluster" in said
+            assert run.state == "running"
+        assert "long has stopped" in command(cluster, "stop", "long")
+    command(cluster, "fetch", "long", "--what", "results", "--to", tmp_path / "home")
+    assert (tmp_path / "home/metrics.jsonl").read_bytes() == (tmp_path / "runs/long/metrics.jsonl").read_bytes()
     with pytest.raises(InterruptedRunError):
         run.follow(Heard())
     stopped = run.status()
@@ -227,6 +238,29 @@ def test_a_stopped_job_goes_on_as_its_next_attempt(
     with followed(second, until=stopped["epoch"] + 1) as told:
         assert told.epochs[0] > 1, "it began anew"
         assert second.stop() == "stopped"
+
+
+def command(cluster: LocalCluster, *words: object) -> str:
+    """What a command prints, which succeeds."""
+    line = [sys.executable, "-m", "orchestrator.terminal.cli", *map(str, words), "--address", cluster.dashboard]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def attached_until_epoch(cluster: LocalCluster, name: str, number: int) -> tuple[int, str]:
+    """Exit code and output of `attach`, which gets a signal once it has shown an epoch."""
+    line = [sys.executable, "-m", "orchestrator.terminal.cli", "attach", name, "--address", cluster.dashboard]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    said = ""
+    for text in process.stdout:
+        said += text
+        if "epoch" in text:
+            process.send_signal(number)
+            break
+    rest, _ = process.communicate(timeout=60)
+    return process.returncode, said + rest
 
 
 @pytest.fixture
