@@ -418,7 +418,7 @@ for num_workers in (1, 1, 2):
         backbone=sys.argv[1], data=sys.argv[2],
         scaling={"num_workers": num_workers, "address": "local", "threads_per_worker": 1},
     )
-    with cluster.joined(plan, silent):
+    with cluster.joined(plan, print):
         nodes.append(ray.nodes()[0]["NodeID"])
         assert ray.cluster_resources()["CPU"] == num_workers
         assert ray.get(ray.remote(lambda: 3).remote()) == 3
@@ -431,7 +431,7 @@ for address in ("auto", "local"):
         backbone=sys.argv[1], data=sys.argv[2],
         scaling={"num_workers": 2, "address": address, "threads_per_worker": 1},
     )
-    with cluster.joined(plan, silent):
+    with cluster.joined(plan, print):
         print(ray.nodes()[0]["NodeID"] == own)
 """
     done = subprocess.run(

@@ -69,7 +69,8 @@ def test_so_is_that_of_a_search(
     tiny_resnet: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whose trials on that node would find nothing, and be rows that failed."""
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     job = {
         "backbone": str(tiny_resnet), "data": str(digits), "method": "full", "epochs": 1, "name": "tried",
         "storage": "/proc/self/cwd/apart", "scaling": {"address": "auto"},
