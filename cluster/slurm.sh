@@ -51,7 +51,10 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')
 address=$(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" hostname --all-ip-addresses | awk '{print $1}')
 srun --overlap --ntasks-per-node=1 mkdir -p "$folder/tmp"
 export TMPDIR=$folder/tmp # what libraries put there goes with the job
-start=(ray start --block --disable-usage-stats --num-cpus="$cpus" --temp-dir="$folder")
+# Each machine's Ray takes its folder with it, since a job that is cancelled can start nothing more there.
+# shellcheck disable=SC2016 # each machine expands it
+with_folder='trap : TERM; trap "rm -rf \"$0\"" EXIT; "$@"'
+start=(bash -c "$with_folder" "$folder" ray start --block --disable-usage-stats --num-cpus="$cpus" --temp-dir="$folder")
 
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" --cpus-per-task="$cpus" \
   "${start[@]}" --head --node-ip-address="$address" --port="$port" --include-dashboard=false &
@@ -82,5 +85,5 @@ job=$!
 # Slurm says so 120 s before the end: the job writes a checkpoint and stops. It is given to Slurm once more.
 trap 'kill -TERM "$job"; wait "$job" || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
 # Cancelled by you, or by a job that goes first, which Slurm puts back into the queue by itself: it stops.
-trap 'kill -TERM "$job"; wait "$job"; exit' TERM
+trap 'rm -f "$RAY_AUTH_TOKEN_PATH"; kill -TERM "$job"; wait "$job"; exit' TERM
 wait "$job"
