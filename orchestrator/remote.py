@@ -231,10 +231,10 @@ def require_place(folder: str | Path, kind: str, name: str = "") -> None:
 
 
 def _is_copy(folder: Path, name: str) -> bool:
-    """Whether it holds a copy of a run of that name, or of any; the run of somebody who works on it has commits."""
+    """Whether it holds a copy of a run of that name, and not that run itself, which has commits. Without: any run."""
     with contextlib.suppress(OrchestratorError):
         its_name = open_run(folder).plan.name
-        return name in ("", its_name) and not open_storage(str(folder.parent)).commits(folder.name)
+        return not name or (name == its_name and not open_storage(str(folder.parent)).commits(folder.name))
     return False
 
 

@@ -139,9 +139,9 @@ def _faults(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
 
 
 def _memory(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
-    """Where workers run: on a node with cores, in its own memory or that of its GPUs."""
+    """Where the work is done, on nodes with cores, or on the head alone: in its own memory or that of its GPUs."""
     name, facts, wanted = node["node"], node["facts"], of.wanted
-    if not node["resources"]["CPU"]:
+    if not (node["resources"]["CPU"] if wanted["plan"] else node["is_head"]):
         return
     memory, needed = facts["memory_bytes"], wanted["memory_bytes"]
     gpus = facts["gpus"] if isinstance(facts["gpus"], list) and wanted["device"] != "cpu" else []

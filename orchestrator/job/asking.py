@@ -40,8 +40,8 @@ class Asker:
     patience_s: float
     note: Callable[[str], None] | None = None
     """Told when the store stays away, and when it is back."""
-    stop: Callable[[], bool] | None = None
-    """Whether the caller wants to end: then a store that stays away is waited for no longer."""
+    stop: Callable[[float], bool] | None = None
+    """Whether the caller wants to end and waits no longer for a store that has been away for so many seconds."""
 
     def __call__(self, place: str, call: Callable[[], Answer]) -> Answer:
         """What the store answers; it is asked again while it fails.
@@ -62,7 +62,7 @@ class Asker:
                 if away_s + wait_s > self.patience_s:
                     with store_errors(place):
                         raise
-                if self.stop is not None and away_s >= _SAID_S and self.stop():
+                if self.stop is not None and away_s >= _SAID_S and self.stop(away_s):
                     raise InterruptedRunError(
                         f"stopped while {self.store} did not answer: {first_line(error)}",
                         mend="the same command goes on",

@@ -52,10 +52,11 @@ class ObjectStorage(Storage):
 
     def __init__(
         self, place: str, ttl_s: float | None = None, patience_s: float | None = None,
-        note: Callable[[str], None] | None = None, stop: Callable[[], bool] | None = None,
+        note: Callable[[str], None] | None = None, stop: Callable[[float], bool] | None = None,
     ) -> None:  # fmt: skip
         """`patience_s`: a store that does not answer is asked again for so long; `note` is told of it meanwhile, and
-        where `stop` says so it is asked no more.
+        where `stop`, which is
+        told for how many seconds, says so it is asked no more.
 
         Raises `RefusedError` where no installed library opens the place.
         """

@@ -25,7 +25,7 @@ AWAY_S = 600.0
 
 def open_storage(
     place: str, ttl_s: float | None = None, patience_s: float | None = None,
-    note: Callable[[str], None] | None = None, stop: Callable[[], bool] | None = None,
+    note: Callable[[str], None] | None = None, stop: Callable[[float], bool] | None = None,
 ) -> Storage:  # fmt: skip
     """The storage at a path or a URI. Raises `RefusedError` where no installed library opens it.
 
@@ -44,10 +44,11 @@ def open_storage(
     return ObjectStorage(place, ttl_s, patience_s, note, stop)
 
 
-def patient(run: HeldRun, note: Callable[[str], None], stop: Callable[[], bool] | None = None) -> HeldRun:
+def patient(run: HeldRun, note: Callable[[str], None], stop: Callable[[float], bool] | None = None) -> HeldRun:
     """The same run for work that has begun: a store that is away is asked again for minutes, and `note` is told so.
 
-    Where `stop` says that the caller wants to end, it is not waited for: that raises `InterruptedRunError`.
+    `stop`: whether the caller wants to end, and waits no longer for one that has been away for so many seconds: that
+    raises `InterruptedRunError`.
     """
     return HeldRun(open_storage(run.storage.place, patience_s=AWAY_S, note=note, stop=stop), run.lease)
 

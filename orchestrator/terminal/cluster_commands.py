@@ -60,7 +60,8 @@ def submit(
     try:
         copy = None if fetch is None else str(remote.fetch(fetch).path)
     except OrchestratorError:
-        _show_end(remote, results, json_, None)
+        if not json_:  # which is one answer: the error
+            _show_end(remote, results, json_, None)
         raise
     _show_end(remote, results, json_, copy)
 

@@ -8,7 +8,6 @@ for good is raised in the loop, which ends with it.
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
 import threading
 import time
@@ -38,8 +37,8 @@ class Outbox:
         """How long the loop has stood still for checkpoints."""
         self._report = report
         self._should_stop = should_stop
-        self._asked_s = math.inf
-        """When somebody asked to stop, by the monotonic clock."""
+        self._is_asked = False
+        """Whether somebody has asked to stop."""
         self._notes: deque[str] = deque()
         self._queue: queue.SimpleQueue[Write] = queue.SimpleQueue()
         self._changed = threading.Condition()
@@ -77,11 +76,10 @@ class Outbox:
 
     def wait(self) -> None:
         """Return once all is written. Raises what a write failed with, and `InterruptedRunError` where somebody asks to
-        stop while the store is away, and it stays so for a minute.
+        stop and the store is away for a minute.
         """
         while self.busy:
-            if self._should_stop():
-                self._asked_s = min(self._asked_s, time.monotonic())
+            self._is_asked = self._is_asked or self._should_stop()
             with self._changed:
                 self._changed.wait_for(lambda: not self.busy, timeout=_POLL_S)
             self.check()
@@ -101,8 +99,8 @@ class Outbox:
             self._last_stall_s = time.monotonic() - began
             self.stalled_s += self._last_stall_s
 
-    def _gives_up(self) -> bool:
-        return time.monotonic() - self._asked_s > STOP_PATIENCE_S
+    def _gives_up(self, away_s: float) -> bool:
+        return self._is_asked and away_s > STOP_PATIENCE_S
 
     def _note(self, text: str) -> None:
         self._notes.append(text)

@@ -70,7 +70,7 @@ def rank(
         # A run of its own that nobody sees: it holds the sample table while features are computed of it.
         began = held.enter_context(hold(storage, f".rank-{ranking_digest(job, names)}"))
         held.callback(_forgotten, began)
-        run = patient(began, lambda text: report(Noted(text, is_warning=True)), should_stop)
+        run = patient(began, lambda text: report(Noted(text, is_warning=True)), lambda _away_s: should_stop())
         gate = Gate(job, run, report)
         known: dict[str, ResolvedBackbone] = {}
         for name in names:

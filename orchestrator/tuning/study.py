@@ -118,7 +118,7 @@ def _search(
     digest = _digest(first, space, settings, metric)
     name = first.name or search_name(first, space, settings)
     with _held(storage, name, fresh) as began:
-        held = patient(began, lambda text: report(Noted(text, is_warning=True)), should_stop)
+        held = patient(began, lambda text: report(Noted(text, is_warning=True)), lambda _away_s: should_stop())
         book = Book(held)
         if book.spec and book.spec.get("digest") != digest:
             raise _changed(held, book.spec, space)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from ray import tune
 
 import orchestrator
+from orchestrator.distributed.preflight import wanted_of
 from orchestrator.errors import JobError, RefusedError
 from orchestrator.gate import drafted
 from orchestrator.tuning import RankTable, rank_to_send, run_rank, run_search, search_to_send
@@ -110,3 +112,14 @@ def test_where_a_block_does_not_belong_it_is_said(job: dict[str, Any]) -> None:
     with pytest.raises(JobError) as caught:
         orchestrator.plan({**job, "rank": {"backbones": ["net"]}})
     assert "--kind rank" in caught.value.mend
+
+
+def test_the_nodes_are_asked_for_each_of_its_backbones(job: dict[str, Any], tiny_resnet: Path) -> None:
+    """And not for the first alone."""
+    shutil.copytree(tiny_resnet, "second")
+    sent = search_to_send(
+        drafted(None, {**job, "search.space": {**SPACE, "backbone": {"grid": ["net", "second"]}}}), silent
+    )
+    assert [one.backbone.source for one in (sent.plan, *sent.others)] == ["net", "second"]
+    wanted = wanted_of(sent, {})
+    assert [Path(one["path"]).name for one in wanted["backbones"]] == [tiny_resnet.name, "second"]
