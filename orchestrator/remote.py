@@ -160,7 +160,7 @@ class RemoteRun:
         sees_storage = self._sees_storage(name)
         is_itself = sees_storage and not is_uri(self.storage) and _is_same(target, Path(self.storage) / name)
         if not is_itself:
-            require_place(folder, self.kind, name)
+            require_place(folder, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = beside(target)
         try:
@@ -212,17 +212,12 @@ class RemoteRun:
         return job
 
 
-def require_place(folder: str | Path, kind: str, name: str = "") -> None:
+def require_place(folder: str | Path, name: str = "") -> None:
     """Return where a run can be copied to that folder of this machine: the run of that name, as far as it is known.
 
-    Raises `RefusedError` for a ranking, which has none, and for a folder that holds something else.
+    Raises `RefusedError` for a folder that holds something else.
     """
     target = local_path(folder).absolute()
-    if kind == "rank":
-        raise RefusedError(
-            "usage", "a ranking has no run that could be fetched", expected="a job that trains",
-            mend="leave --fetch out: its table is shown at its end, and by orchestrator attach",
-        )  # fmt: skip
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_copy(target, name))):
         raise RefusedError(
             "usage", f"{folder} is {'not empty' if target.is_dir() else 'a file'}, and no copy of {name or 'a run'}",

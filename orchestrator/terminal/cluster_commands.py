@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.terminal.answers_json import print_json
 from orchestrator.terminal.console import out, pairs, show_results, table, when
 from orchestrator.terminal.flags import Json, takes_flags
@@ -50,7 +50,12 @@ def submit(
     from orchestrator.submission import submit as submit_job
 
     if fetch is not None:  # before hours of training
-        require_place(fetch, kind)
+        if kind == "rank":
+            raise RefusedError(
+                "usage", "a ranking has no run that could be fetched", expected="a job that trains",
+                mend="leave --fetch out: its table is shown at its end, and by orchestrator attach",
+            )  # fmt: skip
+        require_place(fetch)
     found = None if json_ else _show_preflight
     remote = submit_job(job, address=address, kind=kind, fresh=fresh, found=found, **fields)
     if detach:

@@ -339,6 +339,12 @@ def test_a_store_that_is_away_for_a_while_holds_nothing_up(
     assert any(f"{STORAGE} answers again" in note for note in notes)
 
 
+def goes_away(proxy: s3_proxy.Proxy, event: Event) -> None:
+    """The store, for good, behind the first epoch."""
+    if isinstance(event, EpochEnded) and proxy.away_until == 0:
+        proxy.away_until = time.monotonic() + 600
+
+
 @pytest.mark.long
 def test_a_store_that_stays_away_ends_the_job_which_goes_on_later(
     proxy: s3_proxy.Proxy, whole: orchestrator.Run, tiny_resnet: Path, flat_digits: Path, tmp_path: Path,
@@ -349,8 +355,7 @@ def test_a_store_that_stays_away_ends_the_job_which_goes_on_later(
     monkeypatch.setattr(object_storage, "TTL_S", 2.0)
 
     def report(event: Event) -> None:
-        if isinstance(event, EpochEnded) and proxy.away_until == 0:
-            proxy.away_until = time.monotonic() + 600
+        goes_away(proxy, event)
 
     with pytest.raises(OrchestratorError, match=r"the storage failed: .* does not answer") as caught:
         orchestrator.finetune(job_of(tiny_resnet, flat_digits), report=report)
@@ -373,8 +378,7 @@ def test_who_stops_waits_a_minute_for_a_store_that_is_away(
     asked: list[float] = []
 
     def report(event: Event) -> None:
-        if isinstance(event, EpochEnded) and proxy.away_until == 0:
-            proxy.away_until = time.monotonic() + 600
+        goes_away(proxy, event)
         if isinstance(event, Noted) and "is asked again" in event.text and not asked:
             asked.append(time.monotonic())
 
