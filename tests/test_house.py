@@ -29,6 +29,7 @@ WINGS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 BESIDE_THE_DOOR = {
     "orchestrator.distributed.cluster": "its wing hands on nothing: Ray's event queue would load torch with it",
     "orchestrator.distributed.between_nodes": "likewise",
+    "orchestrator.distributed.events": "likewise",
     "orchestrator.distributed.joining": "likewise",
     "orchestrator.distributed.failures": "likewise",
     "orchestrator.distributed.fetching": "likewise",

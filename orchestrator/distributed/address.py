@@ -106,11 +106,12 @@ def find_token() -> Token | None:
     return Token(value) if value else None
 
 
-def refuse_unreadable_token() -> None:
-    """Raise `RefusedError` for a token file that Ray would read and cannot. Others may read it, as they may a pod's."""
-    file = None if os.environ.get("RAY_AUTH_TOKEN") else _token_file()
-    if file is not None:
-        _read(file)
+def gives_token() -> bool:
+    """Whether Ray would find a token. Raises `RefusedError` for a file that cannot be read; others may, as a pod's."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    file = _token_file()
+    return file is not None and bool(_read(file)[0])
 
 
 def seen_by_others() -> Noted | None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.distributed.address import is_loopback, refuse_unreadable_token, seen_by_others, unguarded
+from orchestrator.distributed.address import gives_token, is_loopback, seen_by_others, unguarded
 from orchestrator.distributed.events import EventQueue
 from orchestrator.distributed.leftovers import end_with_driver
 from orchestrator.errors import RefusedError, first_line
@@ -73,34 +73,40 @@ def joined(plan: Plan, report: Report, num_cpus: int | None = None, dashboard: b
         "logging_level": "ERROR",
         "runtime_env": {"env_vars": environment},
     }
-    try:
-        if here:
-            with _for_us_alone(Path("~/.ray/auth_token").expanduser()), _own_signals():
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    include_dashboard=dashboard,
-                    **quiet,
-                )
-            _started.clear()
-            _started[ray.get_runtime_context().gcs_address] = num_cpus
-            _watching.extend(end_with_driver())
-        else:
-            assert address is not None
-            where = _resolved(address)
-            _refuse_unknown(where)
-            with _own_signals():
-                ray.init(address=address, **quiet)
-            if not _gives_token() and ":" in where and not is_loopback(f"http://{where}"):
-                report(unguarded(where))
-            elif _gives_token() and (seen := seen_by_others()) is not None:
-                report(seen)
-    except (ConnectionError, ValueError) as error:
-        raise _no_cluster(address, first_line(error)) from None
-    try:
+    with contextlib.ExitStack() as leaving:
+        try:
+            if here:
+                with _for_us_alone(Path("~/.ray/auth_token").expanduser()), _own_signals():
+                    ray.init(
+                        address="local",
+                        num_cpus=num_cpus,
+                        include_dashboard=dashboard,
+                        **quiet,
+                    )
+                _started.clear()
+                _started[ray.get_runtime_context().gcs_address] = num_cpus
+                _watching.extend(end_with_driver())
+            else:
+                leaving.enter_context(_joined_at(str(address), report, quiet))
+        except (ConnectionError, ValueError) as error:
+            raise _no_cluster(address, first_line(error)) from None
         yield True
-    finally:
-        if not here:
+
+
+@contextlib.contextmanager
+def _joined_at(address: str, report: Report, settings: Mapping[str, Any]) -> Iterator[None]:
+    where = _resolved(address)
+    guarded = _is_guarded(where)
+    with _in_mode(guarded):
+        with _own_signals():
+            ray.init(address=address, **settings)
+        try:
+            if guarded is False and not is_loopback(f"http://{where}"):
+                report(unguarded(where))
+            elif guarded and (seen := seen_by_others()) is not None:
+                report(seen)
+            yield
+        finally:
             ray.shutdown()
 
 
@@ -171,6 +177,7 @@ GcsClient(address=sys.argv[1])
 """
 """Ray itself asks for 20 s, prints a raw line a second, and in the end does not tell why."""
 _PROBE_TIMEOUT_S = 30.0
+_MODE = "RAY_AUTH_MODE"
 _REFUSED = ("AuthenticationError", "InvalidAuthToken", "Unauthenticated", "couldn't find an authentication token")
 
 
@@ -185,40 +192,75 @@ def _resolved(address: str) -> str:
     return address
 
 
-def _refuse_unknown(address: str) -> None:
-    """Raise `RefusedError` where nothing answers at HOST:PORT, or where it wants another token."""
-    if os.environ.get("RAY_AUTH_MODE") == "token":
-        refuse_unreadable_token()
+def _is_guarded(address: str) -> bool | None:
+    """Whether the cluster at HOST:PORT wants a token, and takes ours; None where only Ray can tell.
+
+    Raises `RefusedError` where nothing answers, or where it wants another token.
+    """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")  # of IPv6
     if not host or not port.isdecimal() or "/" in address:  # auto, or Ray Client's ray://
-        return
+        return None
     try:
         socket.create_connection((host, int(port)), timeout=_PROBE_TIMEOUT_S).close()
     except OSError as error:
         raise _no_cluster(address, error.strerror or str(error)) from None
-    with contextlib.suppress(subprocess.TimeoutExpired):  # then Ray's own words
+    mode = os.environ.get(_MODE) or "token"
+    if mode not in ("token", "disabled"):
+        return None
+    lets_in_all = _lets_in(address, "disabled")
+    if lets_in_all is not False:
+        return None if lets_in_all is None else False
+    given = mode == "token" and gives_token()
+    if given and _lets_in(address, "token") is not False:
+        return True
+    raise RefusedError(
+        "unauthorised",
+        f"the Ray cluster at {address} refuses the token"
+        if given
+        else f"the Ray cluster at {address} wants a token, and none is given",
+        expected="the token that the cluster was started with",
+        mend="export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH with a file that holds it (mode 0600); "
+        "its administrator has it: `ray get-auth-token`, or the Secret that the cluster is given",
+    )
+
+
+def _lets_in(address: str, mode: str) -> bool | None:
+    """Whether the cluster lets a process in that is in this mode; None where it cannot be told."""
+    try:
         done = subprocess.run(
             [sys.executable, "-c", _PROBE, address], capture_output=True, text=True, errors="replace", check=False,
-            timeout=_PROBE_TIMEOUT_S,
+            timeout=_PROBE_TIMEOUT_S, env={**os.environ, _MODE: mode},
         )  # fmt: skip
-        if done.returncode and any(word in done.stderr for word in _REFUSED):
-            raise RefusedError(
-                "unauthorised",
-                f"the Ray cluster at {address} refuses the token"
-                if _gives_token()
-                else f"the Ray cluster at {address} wants a token, and none is given",
-                expected="the token that the cluster was started with",
-                mend="export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH with a file that holds it (mode 0600); "
-                "its administrator has it: `ray get-auth-token`, or the Secret that the cluster is given",
-            )
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode and any(word in done.stderr for word in _REFUSED):
+        return False
+    return None if done.returncode else True
 
 
-def _gives_token() -> bool:
-    return os.environ.get("RAY_AUTH_MODE") == "token" and (
-        bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
-        or Path("~/.ray/auth_token").expanduser().is_file()
-    )
+@contextlib.contextmanager
+def _in_mode(guarded: bool | None) -> Iterator[None]:
+    """As the cluster is: Ray gives a token where `RAY_AUTH_MODE` says so, and else none that there may be.
+
+    A process that asks for tokens joins a cluster that has none, and then hears of none of its actors; Ray itself has
+    it ask for them once it finds the file which an earlier start on this machine has left.
+    """
+    if guarded is None:
+        yield
+        return
+    from ray._raylet import Config  # type: ignore[attr-defined]  # noqa: PLC0415  # it reads the variable, once
+
+    before = os.environ.get(_MODE)
+    os.environ[_MODE] = "token" if guarded else "disabled"
+    Config.initialize("")
+    try:
+        yield
+    finally:
+        os.environ.pop(_MODE)
+        if before is not None:
+            os.environ[_MODE] = before
+        Config.initialize("")
 
 
 def _no_cluster(address: str | None, why: str) -> RefusedError:

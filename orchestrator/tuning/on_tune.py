@@ -25,8 +25,9 @@ from ray import cloudpickle, tune
 from ray.tune.search import Searcher
 
 from orchestrator.distributed.between_nodes import require_backbone
+from orchestrator.distributed.events import DriverChannel
 from orchestrator.distributed.failures import failures_of
-from orchestrator.distributed.joining import joined
+from orchestrator.distributed.joining import event_queue, joined
 from orchestrator.distributed.offer import kind_of, resources_of
 from orchestrator.distributed.shared_storage import NotSeenError, refuse_apart, require_seen
 from orchestrator.errors import InterruptedRunError, OrchestratorError, TrainingError, first_line
@@ -56,6 +57,8 @@ from orchestrator.tuning.trials import KEPT, Key, State, Trial
 _STORAGE, _RUN, _LEASE, _NUMBER, _REPEAT = "storage", "run", "lease", "number", "repeat"
 _FIRST_WAIT_S = 0.2
 """After which it is looked once more whether a probe is on the storage; each later wait is twice as long."""
+_STOP_GRACE_S = 90.0
+"""How long trials may take to stop once they are asked to: more than a run gives its workers."""
 _DRIVER_BYTES = 2**20
 """What a trial asks for that has workers of its own: a place, and no core."""
 _DRIVER_SHARE = 0.001
@@ -86,6 +89,10 @@ class TuneTrials:
     _started: dict[Key, float] = field(default_factory=dict)
     _lines: dict[Key, list[dict[str, Any]]] = field(default_factory=dict)
     _stopping: bool = False
+    _queue: Any = None
+    """Where trials ask whether to stop."""
+    _asked_at: float | None = None
+    """When they were asked to."""
     _error: Exception | None = None
     """What went wrong here; raised through Tune, it would be the text of a trace."""
     _room: Room = field(default_factory=lambda: Room(1, 1, False))
@@ -111,11 +118,18 @@ class TuneTrials:
             session = ray._private.worker._global_node.get_session_dir_path()
             folder = Path(tempfile.mkdtemp(prefix="orchestrator-tune-", dir=session))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)  # until then its grid can be looked at
-            return self._fit(first, most, own, folder)
+            self._queue = event_queue()
+            try:
+                return self._fit(first, most, own, folder)
+            finally:
+                if ray.is_initialized():
+                    ray.kill(self._queue)
 
     def _fit(self, first: Plan, most: int, modality: Modality | None, folder: Path) -> Any:
+        channel = DriverChannel(self._queue)
+
         def trial(config: dict[str, Any]) -> None:
-            train_trial(config, modality)
+            train_trial(config, channel, modality)
 
         tuner = tune.Tuner(
             tune.with_resources(trial, self._resources(first)),
@@ -232,9 +246,14 @@ class TuneTrials:
         self.context.ended([Trial(key[0], task.config, state, score, epochs, lines, seconds, error, key[1])])
 
     def stops(self) -> bool:
-        """Whether all trials are to end."""
+        """Whether Tune is to end all trials: they are asked to stop first, which leaves a checkpoint of each."""
         self._stopping = self._stopping or self.context.should_stop()
-        return self._stopping
+        if self._stopping and self._asked_at is None:
+            self._asked_at = time.monotonic()
+            self._queue.take.remote(True)
+            if self.running:
+                self.context.report(Noted("stopping: each trial writes a checkpoint"))
+        return self._asked_at is not None and (not self.running or time.monotonic() - self._asked_at > _STOP_GRACE_S)
 
 
 @contextlib.contextmanager
@@ -271,8 +290,8 @@ def lines_of(run: Run) -> list[dict[str, Any]]:
 # --- in the trial's process ---
 
 
-def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> None:
-    """Train the run of a trial up to its final figures, and tell Tune of each epoch."""
+def train_trial(config: Mapping[str, Any], channel: DriverChannel, modality: Modality | None = None) -> None:
+    """Train the run of a trial up to its final figures, or until the driver wants no more; Tune hears of each epoch."""
     if modality is not None and not registry.is_registered(modality.name):
         registry.register(modality)
     storage = open_storage(config[_STORAGE])
@@ -297,7 +316,7 @@ def train_trial(config: Mapping[str, Any], modality: Modality | None = None) -> 
     if not plan.ray:  # else its workers see to it
         require_backbone(plan)
     with contextlib.suppress(InterruptedRunError):
-        train_as_planned(run, report, lambda: trained)
+        train_as_planned(run, report, lambda: trained or channel.should_stop())
     if probed:  # by now all that the run has is on the storage
         keep_probe(run, plan, search)
 
@@ -373,7 +392,7 @@ def _key_of(trial: Any) -> Key:
 
 
 class _SearchStopper(tune.Stopper):  # type: ignore[misc]
-    """Ends all trials at once, when the search is to end."""
+    """Ends all trials when the search is to end, and they have stopped."""
 
     def __init__(self, trials: TuneTrials) -> None:
         self._trials = trials

@@ -89,7 +89,12 @@ def _told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_told")
 @pytest.mark.parametrize("address", [True], indirect=True)
-def test_a_job_waits_for_the_nodes_that_come(address: str, tiny_resnet: Path, digits: Path) -> None:
+def test_a_job_waits_for_the_nodes_that_come(
+    address: str, tiny_resnet: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cluster that has no token; that this process has one, and would ask for it, is no hindrance."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     job = waiting(tiny_resnet, digits, address, "grown")
     out, said = job.communicate(timeout=240)
     assert job.returncode == 0, out + said
@@ -105,8 +110,9 @@ def test_waiting_ends_soon_after_it_has_to(address: str, tiny_resnet: Path, digi
     job = waiting(tiny_resnet, digits, address, "late", "--set", "scaling.wait_s=5")
     assert job.stderr is not None
     lines = list(iter(job.stderr.readline, ""))
-    assert job.wait(60) == 2, lines
+    assert job.wait(60) == 2, "".join(lines)
     assert "no place on the cluster for 5 s: 2 CPUs are wanted and 0" in "".join(lines)
+    assert f"{address} asks for no token" in "".join(lines)
 
     job = waiting(tiny_resnet, digits, address, "stopped")
     assert job.stderr is not None

@@ -84,24 +84,36 @@ def test_a_cluster_that_refuses_the_token_is_said_at_once(
         monkeypatch.setenv(name, value)
     for address in (guarded, joining._resolved("auto")):
         with pytest.raises(RefusedError, match=message) as caught:
-            joining._refuse_unknown(address)
+            joining._is_guarded(address)
         assert "RAY_AUTH_TOKEN_PATH" in caught.value.mend
 
 
 JOIN = """
+import sys
 from types import SimpleNamespace
 from orchestrator.distributed.joining import joined
-scaling = SimpleNamespace(address="local")
+scaling = SimpleNamespace(address=sys.argv[1])
 plan = SimpleNamespace(job=SimpleNamespace(scaling=scaling), num_workers=1, threads_per_worker=1, num_extractors=0,
                        extractor_threads=1)
 with joined(plan, print):
-    pass
+    import ray
+    assert ray.get(ray.remote(num_cpus=0)(lambda: 1).remote(), timeout=60) == 1
 """
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("_nothing_given")
+def test_a_token_that_lies_there_is_given(guarded: str, tmp_path: Path) -> None:
+    """As Ray itself does for `auto`, whatever the address: a mode need not be exported."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text(TOKEN)
+    done = subprocess.run([sys.executable, "-c", JOIN, guarded], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("_nothing_given")
 def test_the_token_of_a_cluster_of_this_machine_is_for_its_user_alone(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", JOIN], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", JOIN, "local"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
 
@@ -156,7 +168,7 @@ def test_where_nothing_listens_it_is_said_at_once() -> None:
     from orchestrator.distributed import joining
 
     with pytest.raises(RefusedError, match=r"no Ray cluster to join at 127\.0\.0\.1:1: Connection refused") as caught:
-        joining._refuse_unknown("127.0.0.1:1")
+        joining._is_guarded("127.0.0.1:1")
     assert caught.value.mend
 
 

@@ -178,17 +178,25 @@ def test_killed_at_five_moments_it_ends_with_the_same_table(base: dict[str, Any]
         assert one.score == pytest.approx(other.score, abs=1e-6), one.number
 
 
-def test_stopped_it_goes_on_from_the_checkpoints(base: dict[str, Any]) -> None:
-    more: dict[str, Any] = {"epochs": 30, "training.checkpoint_every_steps": 2, "max_concurrent": 1}
+def test_stopped_it_goes_on_from_the_step_it_was_at(base: dict[str, Any]) -> None:
+    """A trial writes a checkpoint when it is asked to stop; no other one is due."""
+    more: dict[str, Any] = {"epochs": 30, "training.checkpoint_every_s": 600, "num_trials": 2, "max_concurrent": 1}
+    metrics = Path("runs/one.0001/metrics.jsonl")
+    told: list[Event] = []
 
-    def has_checkpoint() -> bool:
-        return bool(list(Path("runs").glob("one.0001/checkpoints/*/state.json")))
+    def has_learnt() -> bool:
+        return metrics.exists() and len(metrics.read_text().splitlines()) >= 3
 
     with pytest.raises(InterruptedRunError):
-        orchestrator.search(base, SPACE, num_trials=2, name="one", stop=has_checkpoint, report=silent, **more)
-    assert not (Path("runs/one") / "trials.jsonl").exists()
-    result = orchestrator.search(base, SPACE, num_trials=2, name="one", report=silent, **more)
-    assert [line["epoch"] for line in result.trials[0].lines] == list(range(1, 31))
+        orchestrator.search(base, SPACE, name="one", stop=has_learnt, report=told.append, **more)
+    assert any(isinstance(event, Noted) and "each trial writes a checkpoint" in event.text for event in told)
+    assert not Path("runs/one/trials.jsonl").exists()
+    assert not Path("runs/one.0002").exists(), "it was begun after the stop"
+    run = orchestrator.open_run("runs/one.0001")
+    (checkpoint,) = (run.path / "checkpoints").glob("step-*")
+    assert int(checkpoint.name.removeprefix("step-")) >= len(run.metrics) * run.plan.recipe.steps_per_epoch
+    result = orchestrator.search(base, SPACE, name="one", report=silent, **more)
+    assert [[line["epoch"] for line in trial.lines] for trial in result.trials] == [list(range(1, 31))] * 2
 
 
 def test_the_example_of_rays_documentation(base: dict[str, Any]) -> None:
