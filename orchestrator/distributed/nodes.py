@@ -17,6 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+ON_THE_HUB = "on the Hub"
+"""A backbone that has to be downloaded."""
+
 
 def look(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """{what: facts} of this node; `wanted` is the request of the preflight.
@@ -33,6 +36,7 @@ def look(wanted: Mapping[str, Any]) -> dict[str, Any]:
         "modality": _told(lambda: _loads(wanted["modality"])),
         "storage": _told(lambda: _exchange(wanted["storage"], wanted["token"], wanted["node_id"])),
         "free_bytes": _told(lambda: _free_bytes(wanted["storage"])),
+        "cache_free_bytes": _told(_cache_free_bytes),
         "data": {place: _told(lambda place=place: describe(place)) for place in wanted["data"]},  # type: ignore[misc]
         "backbones": {one["source"]: _told(lambda one=one: _backbone(one)) for one in wanted["backbones"]},  # type: ignore[misc]
         "memory_bytes": _told(_memory_bytes),
@@ -171,6 +175,17 @@ def _exchange(storage: str, token: str, node_id: str) -> str:
 def _free_bytes(storage: str) -> int:
     """On the disk that the run is written to first: the storage's own, or that of this machine's copies of a bucket."""
     place = Path(storage) if "://" not in storage else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return _free_at(place)
+
+
+def _cache_free_bytes() -> int:
+    """On the disk where a backbone of the Hub is kept."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return _free_at(Path(HF_HUB_CACHE))
+
+
+def _free_at(place: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
@@ -222,7 +237,7 @@ def _backbone(wanted: Mapping[str, Any]) -> str:
     if all(isinstance(one, str) for one in here):
         return "in the cache"
     get_hf_file_metadata(hf_hub_url(wanted["repo_id"], names[0], revision=wanted["commit"]), timeout=20)
-    return "on the Hub"
+    return ON_THE_HUB
 
 
 # --- hardware ---

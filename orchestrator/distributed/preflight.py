@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.distributed.nodes import describe
+from orchestrator.distributed.nodes import ON_THE_HUB, describe
 from orchestrator.distributed.request import Sent
 from orchestrator.distributed.telling import Ended, error_of
 from orchestrator.errors import RefusedError
@@ -131,11 +131,24 @@ def _faults(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
         if (why := _error(found)) or found != wanted["data"][place]:
             yield Fault(name, f"the data {place} {f'cannot be read: {why}' if why else 'is not the same as here'}",
                         "give a place that all nodes see: a shared folder, or s3://...")  # fmt: skip
+    yield from _cache(name, facts, of)
     for source, found in facts["backbones"].items():
         if why := _error(found):
             yield Fault(name, f"the backbone {source} is not to be had: {why}",
                         "give a folder that all nodes see, or let them reach the Hub")  # fmt: skip
     yield from _memory(node, of)
+
+
+def _cache(name: str, facts: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
+    """Room for what has to be downloaded; what lies in the node's cache already is there."""
+    coming = sum(
+        sum(one["files"].values())
+        for one in of.wanted["backbones"] if facts["backbones"].get(one["source"]) == ON_THE_HUB
+    )  # fmt: skip
+    room = facts["cache_free_bytes"]
+    if isinstance(room, int) and room < coming:
+        lacks = f"{_size(room)} are free where it keeps what comes from the Hub, and the backbone has {_size(coming)}"
+        yield Fault(name, lacks, "make room there, or set HF_HOME on that node to a disk that has it")
 
 
 def _memory(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:

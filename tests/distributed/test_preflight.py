@@ -68,6 +68,8 @@ def error(text: str) -> dict[str, str]:
         ({"data": "changed"}, "is not the same as here", "a place that all nodes see"),
         ({"backbones": {"b": error("OSError: z")}}, "the backbone b is not to be had: OSError: z", "reach the Hub"),
         ({"memory_bytes": 10}, "of memory are less than", "a larger node"),
+        ({"cache_free_bytes": 10, "backbones": "on the Hub"}, "0 MB are free where it keeps what comes from the Hub",
+         "HF_HOME"),
     ],
 )  # fmt: skip
 def test_what_a_node_lacks_is_told_with_the_node(
@@ -75,6 +77,8 @@ def test_what_a_node_lacks_is_told_with_the_node(
 ) -> None:
     other = copy.deepcopy(this_machine)
     other |= {"node": "10.0.0.2", "node_id": "n1", "is_head": False}
+    if changes.get("backbones") == "on the Hub":
+        changes |= {"backbones": dict.fromkeys(other["facts"]["backbones"], "on the Hub")}
     if "data" in changes:
         changes = {"data": dict.fromkeys(other["facts"]["data"], "0" * 12)}
     other["facts"] |= changes
