@@ -29,11 +29,13 @@ class _Percent(ProgressColumn):
 
 
 class _Rate(ProgressColumn):
-    """Samples a second, and the time left."""
+    """Samples or bytes a second, and the time left."""
 
     def render(self, task: Task) -> Text:
         per_unit = task.fields.get("samples_per_unit", 1.0)
-        rate = f"{task.speed * per_unit:,.0f}/s" if task.speed else ""
+        speed = (task.speed or 0.0) * per_unit
+        rate = f"{speed / 1e6:,.1f} MB/s" if task.fields.get("unit") == "bytes" else f"{speed:,.0f}/s"
+        rate = rate if speed else ""
         left = task.time_remaining
         return Text(f"{rate:>9} {_clock(left) if left is not None else '':>6}", style="cyan")
 
@@ -77,8 +79,9 @@ class _Bar:
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(
-                event.text, total=event.total, completed=event.done, samples_per_unit=event.samples_per_unit, status=""
-            )
+                event.text, total=event.total, completed=event.done, samples_per_unit=event.samples_per_unit,
+                unit=event.unit, status="",
+            )  # fmt: skip
         elif isinstance(event, Noted):
             what, style = ("warning", "bold yellow") if event.is_warning else ("note", "yellow")
             self._bar.console.print(Text(f"  {what} ", style=style).append(event.text, style="default"))
@@ -120,11 +123,13 @@ class _Plain:
             err.print(escape(f"{warning}{event.text}"), soft_wrap=True)
         if isinstance(event, PhaseBegan):
             self._phase, self._done = event, event.done
-            self._last = time.monotonic() if event.unit == "samples" else 0.0
+            self._last = time.monotonic() if event.unit in ("samples", "bytes") else 0.0
         elif isinstance(event, Advanced):
             self._done += event.num
             if self._phase.unit == "samples" and self._phase.total:
                 self._show(f"{self._done:,} of {self._phase.total:,} samples")
+            elif self._phase.unit == "bytes" and self._phase.total:
+                self._show(f"{self._done / 1e6:,.1f} of {self._phase.total / 1e6:,.1f} MB")
         elif isinstance(event, EpochEnded):
             self._show(epoch_line(event), at_once=event.figures["epoch"] == event.num_epochs)
         elif isinstance(event, TrialsAdvanced):

@@ -150,11 +150,12 @@ class RemoteRun:
             )  # fmt: skip
         return over.state
 
-    def fetch(self, folder: str | Path, what: What = "all") -> Run:
+    def fetch(self, folder: str | Path, what: What = "all", report: Report | None = None) -> Run:
         """The run, or its `model`, or its `results`, copied to a folder of this machine; digests were compared.
 
         Of a search that has ended it is the best trial's run. Out of its storage where this machine sees it, else
-        through the cluster. Where the folder is the run itself, it stays as it is. Raises `RefusedError`.
+        through the cluster. Where the folder is the run itself, it stays as it is. `report` is told of the bytes that
+        have come; by default a progress bar shows it. Raises `RefusedError`.
         """
         name, target = self._run_name(), local_path(folder).absolute()
         sees_storage = self._sees_storage(name)
@@ -164,10 +165,11 @@ class RemoteRun:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = beside(target)
         try:
-            if sees_storage:
-                copy_run(open_storage(self.storage), name, partial, what)
-            else:
-                fetch_through_cluster(self._head, self.storage, name, partial, what)
+            with contextlib.nullcontext(report) if report is not None else progress() as telling:
+                if sees_storage:
+                    copy_run(open_storage(self.storage), name, partial, what, telling)
+                else:
+                    fetch_through_cluster(self._head, self.storage, name, partial, what, telling)
             if not is_itself:
                 settle(partial, target)
         finally:

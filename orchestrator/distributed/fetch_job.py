@@ -16,7 +16,7 @@ from orchestrator.distributed.fetching import copy_run
 from orchestrator.distributed.request import read_request
 from orchestrator.distributed.telling import Ended, Piece, Told, as_line
 from orchestrator.errors import OrchestratorError, first_line
-from orchestrator.job import file_sha256
+from orchestrator.job import PhaseBegan, file_sha256
 
 _stopped = threading.Event()
 """The laptop has everything, or wants no more."""
@@ -34,10 +34,11 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="orchestrator-fetch-") as scratch:
             folder = Path(scratch) / "run"
             copy_run(open_storage(request["storage"]), request["name"], folder, request["what"])
-            digests = {}
-            for file, pieces in _files(folder):
+            files, digests = list(_files(folder)), {}
+            num_bytes = sum((folder / file).stat().st_size for file, _ in files)
+            _send([PhaseBegan(f"fetching {request['name']}", num_bytes, unit="bytes")])
+            for file, pieces in files:
                 digests[file] = file_sha256(folder / file)
-                num_bytes += (folder / file).stat().st_size
                 _send(pieces)
             _send([Ended(0, results={"files": digests})])
     except OrchestratorError as error:

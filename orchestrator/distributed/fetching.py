@@ -7,6 +7,7 @@ it in pieces, and the job's output is emptied once they have arrived.
 from __future__ import annotations
 
 import base64
+import contextlib
 import secrets
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from orchestrator.distributed.request import pack_request
 from orchestrator.distributed.telling import Ended, Piece, error_of, parse_line
 from orchestrator.distributed.wheels import own_delivery
 from orchestrator.errors import OrchestratorError, RefusedError
-from orchestrator.job import CHECKPOINTS, MODEL, Storage, file_sha256
+from orchestrator.job import CHECKPOINTS, MODEL, Advanced, PhaseBegan, Report, Storage, file_sha256
 
 What = Literal["all", "model", "results"]
 _STOP_WAIT_S = 600
@@ -28,9 +29,10 @@ _STOP_WAIT_S = 600
 _FETCH = "exec python -m orchestrator.distributed.fetch_job"
 
 
-def copy_run(storage: Storage, name: str, folder: Path, what: What) -> None:
+def copy_run(storage: Storage, name: str, folder: Path, what: What, report: Report = lambda _event: None) -> None:
     """Copy a run, or that part of it, into a folder that is not there yet; digests of committed folders are compared.
 
+    What is reported is the bytes of committed folders, of which nearly all of a run is.
     Raises `RefusedError`: `not_found`, or `damaged` where it is not as it was committed.
     """
     if storage.read(f"{name}/plan.json") is None:
@@ -45,15 +47,19 @@ def copy_run(storage: Storage, name: str, folder: Path, what: What) -> None:
             "not_found", f"the run {storage.place_of(name)} has no model yet", expected="a run that has finished",
             mend="follow it to its end: orchestrator attach; or fetch all of it: --what all",
         )  # fmt: skip
-    for commit in sorted(commits):
-        inside = commit.removeprefix(f"{name}/")
-        if what == "all" or (what == "model" and inside == MODEL):
-            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                storage.fetch(commit, folder / inside)
-            except RefusedError as error:  # a checkpoint that newer ones have replaced meanwhile, in a run that runs
-                if error.reason != "not_found" or inside.partition("/")[0] != CHECKPOINTS:
-                    raise
+    asked = {
+        one.removeprefix(f"{name}/"): _num_bytes(storage, one)
+        for one in sorted(commits) if what == "all" or (what == "model" and one == f"{name}/{MODEL}")
+    }  # fmt: skip
+    report(PhaseBegan(f"copying {name}", sum(asked.values()), unit="bytes"))
+    for inside, num_bytes in asked.items():
+        (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            storage.fetch(f"{name}/{inside}", folder / inside)
+        except RefusedError as error:  # a checkpoint that newer ones have replaced meanwhile, in a run that runs
+            if error.reason != "not_found" or inside.partition("/")[0] != CHECKPOINTS:
+                raise
+        report(Advanced(num_bytes))
     for file in _small_files(storage, name, commits):
         inside = file.removeprefix(f"{name}/")
         if what == "all" or "/" not in inside:
@@ -61,6 +67,13 @@ def copy_run(storage: Storage, name: str, folder: Path, what: What) -> None:
             if content is not None:  # else it is there no more
                 (folder / inside).parent.mkdir(parents=True, exist_ok=True)
                 (folder / inside).write_bytes(content)
+
+
+def _num_bytes(storage: Storage, commit: str) -> int:
+    with contextlib.suppress(RefusedError):  # damaged, which is said where it is copied
+        manifest = storage.find(commit)
+        return sum(one.size for one in manifest.files.values()) if manifest is not None else 0
+    return 0
 
 
 def _small_files(storage: Storage, name: str, commits: set[str]) -> Iterator[str]:
@@ -122,8 +135,11 @@ def settle(partial: Path, folder: Path) -> None:
     partial.rmdir()
 
 
-def fetch_through_cluster(head: Head, storage: str, name: str, folder: Path, what: What) -> None:
+def fetch_through_cluster(
+    head: Head, storage: str, name: str, folder: Path, what: What, report: Report = lambda _event: None
+) -> None:
     """Have the cluster send a run into a folder that is not there yet; digests of all files were compared."""
+    report(PhaseBegan(f"waiting for the cluster to send {name}"))
     id = f"orchestrator-fetch-{secrets.token_hex(6)}"
     with tempfile.TemporaryDirectory(prefix="orchestrator-fetch-") as scratch:
         # Once a job is over, the cluster forgets what was delivered with it.
@@ -133,9 +149,11 @@ def fetch_through_cluster(head: Head, storage: str, name: str, folder: Path, wha
     head.submit(id, _FETCH, packages, {"orchestrator_kind": "fetch"}, {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)})
     arrival, ended = Arrival(folder), None
     try:
-        for told in map(parse_line, lines_of(head, id)):
+        for told in map(parse_line, lines_of(head, id, report)):
             if isinstance(told, Piece):
-                arrival.take(told)
+                report(Advanced(arrival.take(told)))
+            elif isinstance(told, PhaseBegan):
+                report(told)
             elif isinstance(told, Ended):
                 ended = told
                 break

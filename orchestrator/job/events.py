@@ -18,7 +18,7 @@ class PhaseBegan:
     """How many units there are in all; None where that is not known."""
     done: int = 0
     """How many of them were done before."""
-    unit: Literal["", "steps", "samples"] = ""
+    unit: Literal["", "steps", "samples", "bytes"] = ""
     samples_per_unit: float = 1.0
 
 

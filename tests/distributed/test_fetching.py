@@ -15,7 +15,7 @@ import pytest
 from orchestrator.distributed.fetching import Arrival, copy_run, settle
 from orchestrator.distributed.telling import Piece
 from orchestrator.errors import OrchestratorError, RefusedError
-from orchestrator.job import DirectoryStorage, beside, file_sha256, hold
+from orchestrator.job import Advanced, DirectoryStorage, Event, PhaseBegan, beside, file_sha256, hold
 
 
 @pytest.fixture
@@ -35,7 +35,12 @@ def storage(tmp_path: Path) -> DirectoryStorage:
 def test_all_of_it_its_model_or_its_small_files(storage: DirectoryStorage, tmp_path: Path) -> None:
     def names(what: str) -> list[str]:
         folder = tmp_path / what
-        copy_run(storage, "a", folder, what)  # type: ignore[arg-type]
+        told: list[Event] = []
+        copy_run(storage, "a", folder, what, told.append)  # type: ignore[arg-type]
+        began, *steps = told
+        assert isinstance(began, PhaseBegan)
+        assert began.total == sum(one.stat().st_size for one in folder.rglob("weights.safetensors"))
+        assert sum(event.num for event in steps if isinstance(event, Advanced)) == began.total
         return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
     small = ["plan.json", "results.json"]

@@ -170,9 +170,13 @@ def test_it_trains_there_and_comes_home(
     assert replayed.epochs == [1, 2, 3]
 
     assert not Path(storage).exists()
-    home = run.fetch(tmp_path / "home")
+    coming = Heard()
+    home = run.fetch(tmp_path / "home", report=coming)
     assert home.results == results
     assert (home.path / "checkpoints").is_dir()
+    (total,) = [event.total for event in coming if isinstance(event, PhaseBegan) and event.unit == "bytes"]
+    assert sum(event.num for event in coming if isinstance(event, Advanced)) == total
+    assert total == sum(one.stat().st_size for one in home.path.rglob("*") if one.is_file())
     model = run.fetch(tmp_path / "model", "model")
     assert sorted(one.name for one in model.path.iterdir() if one.is_dir()) == ["model"]
     assert served_alone(model.path / "model", next((digits / "test").rglob("*.png"))).isdigit()
