@@ -3,7 +3,9 @@
 In: a Plan and what its workers get. Out: the same run that one process would have made. Only this wing and
 `tuning` import Ray. This file imports none of its modules: the process of the event queue would load torch with them.
 
-    cluster     the trainer with its workers, and following it to its end
+    cluster     the workers of a job, and following them to their end
+    trainer     Ray Train's trainer, run to its end
+    places      what Ray has set aside for workers, and giving it back
     joining     joining a cluster, or starting one here
     offer       what a cluster has to give: devices, threads, waiting
     waiting     waiting for a place on a cluster, shown and with an end

@@ -1,4 +1,4 @@
-"""A job on Ray: the trainer with its workers, and following it to its end."""
+"""A job on Ray: its workers, and following them to their end."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ray
     import ray.train
-    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    import ray.train.torch
 
 from orchestrator.distributed.events import DriverChannel, watch_driver
-from orchestrator.distributed.failures import Unwanted, failures_of, plain, why_no_group
 from orchestrator.distributed.joining import event_queue, joined, shut_down
 from orchestrator.distributed.leaving import Notice, wait_for_the_end
-from orchestrator.distributed.offer import offer_of, resources_of
+from orchestrator.distributed.offer import offer_of
+from orchestrator.distributed.places import places_of
 from orchestrator.distributed.shared_storage import refuse_apart, require_seen
+from orchestrator.distributed.trainer import fit
 from orchestrator.distributed.waiting import Wait
-from orchestrator.errors import InterruptedRunError, OrchestratorError, PluginError, TrainingError
-from orchestrator.job import CHECKPOINTS, ERROR_FILE, RAY_FOLDER, Event, Failed, Noted, PhaseBegan, Plan, Report
+from orchestrator.errors import InterruptedRunError, OrchestratorError, PluginError
+from orchestrator.job import RAY_FOLDER, Event, Failed, Noted, PhaseBegan, Plan, Report
 
 if TYPE_CHECKING:
     from orchestrator.training import WorkerSpec
@@ -39,12 +39,6 @@ _TRAINER_GRACE_S = 60.0
 """How long the trainer may take to see that its workers are gone, and to start those once more that then stop."""
 _NOBODY_GRACE_S = 2.0
 """The same where no worker runs, and the connection to Ray is ours to end."""
-_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-_START_TIMEOUT_S = 20.0
-"""How long Ray Train waits for the workers' place before it asks for it anew; until then it hears of nothing else."""
-_STALE_RESOURCES_S = 5.0
-"""How long a new elastic group waits for its place: what it was planned by may be of before a node was lost."""
-_MOST_RENDEZVOUS = 3
 _LOOK_EVERY_S = 2.0
 
 
@@ -67,7 +61,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
             "deterministic": plan.job.training.deterministic,
             **offer,
         }
-        thread = threading.Thread(target=lambda: failed.append(_fit(plan, spec, config)), daemon=True)
+        thread = threading.Thread(target=lambda: failed.append(fit(plan, spec, _worker, config)), daemon=True)
         thread.start()
         try:
             _follow(thread, queue, report, should_stop, Wait(plan, offer["threads"], offer["use_gpu"], report))
@@ -82,123 +76,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
         raise failed[0]
 
 
-# --- the trainer ---
-
-
-def _fit(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> Exception | None:
-    """Run the trainer to its end; what it failed with, None if it did not."""
-    scaling = plan.job.scaling
-    if os.environ.get(_START_TIMEOUT, "") in ("", str(_STALE_RESOURCES_S), str(_START_TIMEOUT_S)):  # else the user's
-        os.environ[_START_TIMEOUT] = str(_STALE_RESOURCES_S if scaling.is_elastic else _START_TIMEOUT_S)
-    for attempt in range(1, _MOST_RENDEZVOUS + 1):
-        try:
-            _trainer(plan, spec, config).fit()
-            break
-        except WorkerGroupError as error:
-            return _training_error(error, spec, scaling.max_failures)
-        except ray.exceptions.ActorDiedError:
-            return TrainingError(
-                "the process that keeps the workers (Ray Train's controller) died",
-                mend="see whether its node has memory left; the same command goes on from the last checkpoint",
-            )
-        except Exception as error:
-            if not isinstance(error, ControllerError):
-                return error
-            if isinstance(error.controller_failure, Unwanted):
-                return InterruptedRunError("stopped while workers were to be started", mend="the same command goes on")
-            # Workers that do not find one another: Ray gives up, whatever its limit of failures.
-            why = f"the workers could not be started: {why_no_group(error)}"
-            if attempt == _MOST_RENDEZVOUS:
-                return TrainingError(
-                    f"{why}, in {_MOST_RENDEZVOUS} attempts", expected="workers that reach one another",
-                    mend="see that each node reaches the others by its own address (GLOO_SOCKET_IFNAME names the "
-                    "network, where a node has several); the same command goes on from the last checkpoint",
-                )  # fmt: skip
-            config["queue"].put.remote(Noted(f"{why}; attempt {attempt + 1} of {_MOST_RENDEZVOUS}", is_warning=True))
-    return None
-
-
-def _trainer(plan: Plan, spec: WorkerSpec, config: dict[str, Any]) -> TorchTrainer:
-    scaling, use_gpu = plan.job.scaling, config["use_gpu"]
-    shares_gpus = use_gpu and scaling.gpus_per_worker < 1  # NCCL takes no two of a group on one
-    return TorchTrainer(
-        _worker,
-        train_loop_config=config,
-        torch_config=TorchConfig(
-            # Objects are exchanged between CPUs.
-            backend="cpu:gloo,cuda:nccl" if use_gpu and not shares_gpus else "gloo",
-            timeout_s=plan.exchange_timeout_s,
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=(scaling.fewest_workers, plan.num_workers) if scaling.is_elastic else plan.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker=resources_of(plan, config["threads"], use_gpu),
-            accelerator_type=scaling.accelerator_type if use_gpu else None,
-            placement_strategy=scaling.placement.replace("-", "_").upper(),
-        ),
-        run_config=RunConfig(
-            name=f"{plan.name}-{int(time.time() * 1000):x}",
-            # Ray Train's own files are of no use to us, whose checkpoints stand in the run; so they stay apart.
-            storage_path=str(spec.held_run().folder / RAY_FOLDER),
-            failure_config=FailureConfig(max_failures=scaling.max_failures),
-            callbacks=[_Failures(config["queue"], spec, scaling.max_failures), *_ends_unwanted(config["queue"])],
-        ),
-    )
-
-
-def _training_error(error: WorkerGroupError, spec: WorkerSpec, again: int) -> TrainingError:
-    with contextlib.suppress(OrchestratorError):
-        spec.held_run().write(ERROR_FILE, plain(str(error)))
-    who = "; ".join(f"worker {rank}: {why}" for rank, why in failures_of(error.worker_failures).items())
-    return TrainingError(
-        f"{who}{f', after {again} restarts' if again > 1 else ', after a restart' if again else ''}",
-        expected="workers that live to the end",
-        mend=f"{ERROR_FILE} of the run has all that they said; the same command goes on from the last checkpoint",
-    )
-
-
-class _Failures(UserCallback):  # type: ignore[misc]  # Ray has no types
-    """Tells the driver of workers that died; called in the process of Ray Train's controller."""
-
-    def __init__(self, queue: Any, spec: WorkerSpec, max_failures: int) -> None:
-        self._queue = queue
-        self._spec = spec
-        self._max_failures = max_failures
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """`worker_exceptions`: {rank: error}."""
-        self._queue.failed.remote(failures_of(worker_exceptions), self._max_failures, self._from_where())
-
-    def _from_where(self) -> str:
-        """What the next start begins with, as far as the storage tells."""
-        with contextlib.suppress(OrchestratorError):
-            if not self._spec.held_run().commits(CHECKPOINTS):
-                return "from the beginning: no checkpoint was written yet"
-        return "from the last checkpoint"
-
-
-def _ends_unwanted(queue: Any) -> list[Any]:
-    """A callback that ends the trainer before it starts workers that the driver does not want any more.
-
-    Ray Train itself hears of nothing while it waits for their place, and would begin anew when one had failed.
-    """
-    try:
-        from ray.train.v2._internal.execution.callback import ControllerCallback  # noqa: PLC0415  # for its developers
-    except ImportError:  # then they start, and stop at once
-        return []
-
-    class Ends(ControllerCallback):  # type: ignore[misc]  # Ray has no types
-        def on_controller_start_worker_group(self, **_of_group: Any) -> None:
-            try:
-                unwanted = ray.get(queue.is_stopping.remote())
-            except ray.exceptions.ActorDiedError:  # it is started again if it dies alone: the driver has gone
-                unwanted = True
-            except ray.exceptions.RayError:
-                unwanted = False
-            if unwanted:
-                raise Unwanted
-
-    return [Ends()]
+# --- one worker ---
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -206,7 +84,7 @@ def _worker(config: dict[str, Any]) -> None:
     channel = DriverChannel(config["queue"])
     if channel.wait_whether_to_stop():  # restarted after such an error, or after it had to end itself
         return
-    watch_driver(config["queue"])
+    watch_driver(config["queue"], trains=True)
     context = ray.train.get_context()
     node = ray.util.get_node_ip_address()
     config["queue"].began.remote(context.get_world_rank(), f"process {os.getpid()} on {node}")
@@ -267,7 +145,9 @@ def _follow(thread: threading.Thread, queue: Any, report: Report, should_stop: C
             report(event)
         if alive and time.monotonic() - looked_at > _LOOK_EVERY_S:
             looked_at = time.monotonic()
-            wait.look(_is_waiting(queue))
+            with contextlib.suppress(ray.exceptions.RayError):
+                waiting, controller, _num = ray.get(queue.standing.remote())
+                wait.look(waiting, places_of(controller) if controller else [])
         if alive and should_stop() and not asked_at:
             asked_at = time.monotonic()
             if _is_waiting(queue):

@@ -7,6 +7,7 @@ that are starting on the same cores.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -20,6 +21,8 @@ _TELL_EVERY_S = 0.1
 _ASK_EVERY_S = 0.5
 _WATCH_EVERY_S = 1.0
 _WATCH_TIMEOUT_S = 5.0
+_SILENT_S = 15.0
+"""A group of workers none of which has asked anything for so long is gone: each asks once a second."""
 
 
 class EventQueue:
@@ -32,20 +35,36 @@ class EventQueue:
         self._asked_at: dict[str, float] = {}
         self._places: dict[int, str] = {}
         self._num_failures = 0
-        self._waiting = True
+        self._worked_at = -math.inf
+        self._num_begun = 0
+        self._controller: str | None = None
+
+    def starting(self, controller: str) -> bool:
+        """A controller, an actor of that id, is about to start workers; whether the driver wants none any more."""
+        self._controller = controller
+        return self._stopping
 
     def began(self, rank: int, place: str) -> None:
         """The worker of that rank runs there, as a person is told."""
         self._places[rank] = place
-        self._waiting = False
+        self._worked_at = time.monotonic()
+        self._num_begun += 1
 
     def is_waiting(self) -> bool:
-        """Whether no worker has begun yet, or none since the group was lost."""
-        return self._waiting
+        """Whether no worker runs: none has begun yet, or none since the group was lost."""
+        return time.monotonic() - self._worked_at > _SILENT_S
+
+    def standing(self) -> tuple[bool, str | None, int]:
+        """(Whether no worker runs, the controller that starts them, how many have begun ever)."""
+        return self.is_waiting(), self._controller, self._num_begun
+
+    def lost(self) -> None:
+        """The group of workers is gone."""
+        self._worked_at = -math.inf
 
     def taken_away(self, ranks: list[int]) -> None:
         """The nodes of these workers are taken away: all have written a checkpoint, and it is no failure."""
-        self._waiting = True
+        self.lost()
         who = ", ".join(f"worker {rank} ({self._places[rank]})" for rank in ranks if rank in self._places)
         text = f"{who}: its node is taken away; a checkpoint is written, and it goes on without it"
         self._events.append(Noted(text, is_warning=True))
@@ -53,7 +72,7 @@ class EventQueue:
     def failed(self, why: dict[int, str], max_failures: int, from_where: str) -> None:
         """Workers have died or failed, {rank: why}: it is told which, where, and what comes of it."""
         self._num_failures += 1
-        self._waiting = True
+        self.lost()
         who = "; ".join(
             f"worker {rank}{f' ({self._places[rank]})' if rank in self._places else ''}: {why[rank]}"
             for rank in sorted(why)
@@ -82,9 +101,11 @@ class EventQueue:
         recent = time.monotonic() - _WATCH_TIMEOUT_S  # one that has died asks no more
         return sum(asked_at > recent for asked_at in self._asked_at.values())
 
-    def is_ending(self, worker: str) -> bool:
-        """Asked by each worker once a second, whether it has to end itself."""
+    def is_ending(self, worker: str, trains: bool) -> bool:
+        """Asked by each worker once a second, whether it has to end itself; one that `trains` is one of the group."""
         self._asked_at[worker] = time.monotonic()
+        if trains:
+            self._worked_at = time.monotonic()
         return self._ending
 
     def gone(self, worker: str) -> None:
@@ -92,7 +113,7 @@ class EventQueue:
         self._asked_at.pop(worker, None)
 
 
-def watch_driver(queue: Any) -> None:
+def watch_driver(queue: Any, trains: bool) -> None:
     """End this process, whatever it is at, once the driver wants that, or is no more; asked for in a thread.
 
     A worker that hangs in a sample does not stop when it is asked to, and lives on even when its Ray is shut down: it
@@ -103,7 +124,7 @@ def watch_driver(queue: Any) -> None:
     def watch() -> None:
         while True:
             try:
-                if ray.get(queue.is_ending.remote(worker), timeout=_WATCH_TIMEOUT_S):
+                if ray.get(queue.is_ending.remote(worker, trains), timeout=_WATCH_TIMEOUT_S):
                     ray.get(queue.gone.remote(worker), timeout=_WATCH_TIMEOUT_S)
                     os._exit(1)
             except ray.exceptions.ActorDiedError:  # it is started again if it dies alone: the driver has gone

@@ -175,7 +175,7 @@ class Extractor:
         self._resources = ExitStack()  # as long as this process lives
         self._error: OrchestratorError | None = None
         self._notes = False
-        watch_driver(work.of.channel.queue)
+        watch_driver(work.of.channel.queue, trains=False)
         try:
             self._prepare()
         except Exception as error:  # the driver's error, once there is somebody to tell it to

@@ -1,17 +1,20 @@
-"""Waiting for a place on a cluster: a person sees what is asked for and what there is, and it has an end."""
+"""Waiting for workers on a cluster: a person sees what is asked for and what there is, and it has an end."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 
 import ray
 
 from orchestrator.distributed.offer import lacking
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, TrainingError
 from orchestrator.job import Noted, Plan, Report
 
 _TOLD_EVERY_S = 60.0
+_MOST_STARTS = 5
+"""How often workers may get their place and end before one of them has begun."""
 
 
 class Wait:
@@ -21,12 +24,22 @@ class Wait:
         self._plan, self._threads, self._use_gpu, self._report = plan, threads, use_gpu, report
         self._began: float | None = None
         self._told = 0.0
+        self._places: list[str] = []
 
-    def look(self, waiting: bool) -> None:
-        """Called often; `waiting`: no group of workers runs. Raises `RefusedError` once that was so for too long."""
+    def look(self, waiting: bool, places: Sequence[str]) -> None:
+        """Called often; `waiting`: no worker runs. `places`: what Ray has set aside for them (`places_of`).
+
+        Raises `RefusedError` once there was no place for too long, and `TrainingError` where workers get one, and end
+        again and again before they have begun, which Ray itself tries for ever, and tells nobody.
+        """
         now = time.monotonic()
-        if not waiting or _has_place():
+        if not waiting:
             self._began = None
+            self._places.clear()
+            return
+        if places:  # they start, and wait for nobody
+            self._began = None
+            self._started_in(places[-1])
             return
         if self._began is None:
             self._began = self._told = now
@@ -47,6 +60,21 @@ class Wait:
             mend="the same command goes on once there is one; or raise scaling.wait_s, or lower scaling.num_workers",
         )
 
+    def _started_in(self, place: str) -> None:
+        if place in self._places:
+            return
+        self._places.append(place)
+        if len(self._places) > _MOST_STARTS:
+            raise TrainingError(
+                f"the workers ended {_MOST_STARTS} times before they had begun",
+                expected="nodes on which a process of the job starts",
+                mend="see on the nodes whether memory is full or a library fails to load, which the logs of Ray's "
+                "workers say; the same command goes on from the last checkpoint",
+            )
+        if len(self._places) > 1:
+            text = f"the workers ended before they had begun; attempt {len(self._places)} of {_MOST_STARTS}"
+            self._report(Noted(text, is_warning=True))
+
 
 def _count_nodes_anew() -> None:
     """Have Ray Train plan an elastic group by the nodes that there are now: by itself it counts them every 20 s.
@@ -55,10 +83,3 @@ def _count_nodes_anew() -> None:
     """
     with contextlib.suppress(ValueError, AttributeError, ray.exceptions.RayError):
         ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")._tick.remote()
-
-
-def _has_place() -> bool:
-    """Whether Ray has set aside what a group of this job wants: then it starts, and waits for nobody."""
-    job = ray.get_runtime_context().get_job_id()  # with which the ids of its placement groups end
-    groups = ray.util.placement_group_table().items()
-    return any(key.endswith(job) and group["state"] == "CREATED" for key, group in groups)

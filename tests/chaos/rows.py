@@ -69,7 +69,8 @@ def _worker(work: Work) -> None:
 
 
 def _controller(work: Work) -> None:
-    again(work, "TrainController", "kill -9 of the controller")
+    work.start()
+    several(work, "TrainController", "kill -9 of the controller")
 
 
 def _events(work: Work) -> None:
@@ -298,7 +299,7 @@ ROWS: dict[str, Row] = {
     "storage-away": Row(_storage_away, in_store=True, check=_faults_were_met),
     "driver-in-store": Row(_driver_in_store, in_store=True),
     "worker": Row(_worker, "two", TWO),
-    "controller": Row(_controller, "here", ON_RAY),
+    "controller": Row(_controller, "here", (*ON_RAY, "--set", "scaling.max_failures=9")),
     "event-actor": Row(_events, "here", ON_RAY),
     "raylet": Row(_raylet, "here", ON_RAY),
     "worker-and-driver": Row(_worker_and_driver, "two", TWO),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -155,25 +156,70 @@ def test_waiting_is_shown_and_has_an_end(plan: Plan, monkeypatch: pytest.MonkeyP
     import ray
 
     from orchestrator.distributed import waiting
+    from orchestrator.distributed.places import places_of
 
     notes: list[Event] = []
     taken = ray.util.placement_group([{"CPU": 2}, {"CPU": 4}])
     ray.get(taken.ready())
     wait = waiting.Wait(with_scaling(plan, wait_s=1e-9), 2, False, notes.append)
-    wait.look(waiting=True)
-    wait.look(waiting=True)  # what this job asked for is set aside: it starts, and waits for nobody
+    wait.look(True, places_of(None))
+    wait.look(True, places_of(None))  # what this job asked for is set aside: it starts, and waits for nobody
     ray.util.remove_placement_group(taken)
     while ray.available_resources().get("CPU") != 6:  # the nodes tell a moment later
         time.sleep(0.05)
-    wait.look(waiting=False)
-    wait.look(waiting=True)
+    assert places_of(None) == []
+    wait.look(False, [])
+    wait.look(True, [])
     with pytest.raises(RefusedError, match="no place on the cluster for 1e-09 s") as caught:
-        wait.look(waiting=True)
+        wait.look(True, [])
     assert "scaling.wait_s" in caught.value.mend
     monkeypatch.setattr(waiting, "_TOLD_EVERY_S", 0.0)
     wait = waiting.Wait(with_scaling(plan, num_workers=4), 2, False, notes.append)
-    wait.look(waiting=True)
+    wait.look(True, [])
     assert notes == [Noted("still waiting for a place: 8 CPUs are wanted and 6 are free; 30 min are left")]
+
+
+def test_workers_that_end_before_they_begin_are_told_of_and_given_up(plan: Plan) -> None:
+    """Ray starts them for ever, each time in another place; how often that was, it says nowhere."""
+    from orchestrator.distributed.waiting import Wait
+
+    notes: list[Event] = []
+    wait = Wait(plan, 2, False, notes.append)
+    for place in ("a", "a", "b"):
+        wait.look(True, [place])
+    assert notes == [Noted("the workers ended before they had begun; attempt 2 of 5", is_warning=True)]
+    wait.look(False, ["b"])  # some have begun: what was before counts no more
+    for place in "cdefg":
+        wait.look(True, [place])
+    with pytest.raises(TrainingError, match="the workers ended 5 times before they had begun"):
+        wait.look(True, ["h"])
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_what_a_controller_had_set_aside_is_given_back_when_it_has_died() -> None:
+    """With the workers in it. What others have is theirs, and Ray itself would keep all of it until the job ends."""
+    import ray
+
+    from orchestrator.distributed.places import give_back_places, places_of
+
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def start(self) -> tuple[str, int]:
+            self.place = ray.util.placement_group([{"CPU": 1}])
+            ray.get(self.place.ready())
+            return ray.get_runtime_context().get_actor_id(), os.getpid()
+
+    dying, living = Controller.remote(), Controller.remote()
+    (one, pid), (other, _) = ray.get([dying.start.remote(), living.start.remote()])
+    assert (len(places_of(one)), len(places_of(other)), places_of(None)) == (1, 1, [])
+    os.kill(pid, signal.SIGKILL)
+    give_back_places(one)
+    assert (len(places_of(one)), len(places_of(other))) == (0, 1)
+    ray.kill(living)
+    until = time.monotonic() + 30
+    while places_of(other) and time.monotonic() < until:
+        give_back_places()
+    assert places_of(other) == []
 
 
 def test_where_no_node_tells_its_kind_that_is_what_is_to_be_mended(plan: Plan) -> None:
@@ -194,11 +240,22 @@ def test_a_node_that_is_taken_away_is_told() -> None:
         queue.began(rank, f"process {rank} on 10.0.0.{rank}")
     assert not queue.is_waiting()
     queue.taken_away([1])
+    assert queue.is_waiting()
     text = (
         "worker 1 (process 1 on 10.0.0.1): its node is taken away; a checkpoint is written, and it goes on without it"
     )
     assert queue.take(stop=False) == [Noted(text, is_warning=True)]
+
+
+def test_a_queue_that_was_started_again_learns_that_workers_run() -> None:
+    """Each asks it once a second whether to end; else a stop would end them amid their step."""
+    from orchestrator.distributed.events import EventQueue
+
+    queue = EventQueue()
+    queue.is_ending("10.0.0.1:7", trains=False)  # an extractor
     assert queue.is_waiting()
+    queue.is_ending("10.0.0.1:8", trains=True)
+    assert not queue.is_waiting()
 
 
 @pytest.mark.parametrize(
@@ -279,7 +336,7 @@ def test_workers_that_do_not_find_one_another_are_started_again(
     import ray
     from ray.train import ControllerError
 
-    from orchestrator.distributed import cluster, joining
+    from orchestrator.distributed import joining, trainer
 
     failed = []
 
@@ -289,9 +346,9 @@ def test_workers_that_do_not_find_one_another_are_started_again(
                 failed.append(1)
                 raise ControllerError(RuntimeError("Traceback\n  ...\nRuntimeError: Unable to find address for: none0"))
 
-    monkeypatch.setattr(cluster, "_trainer", lambda *_: Trainer())
+    monkeypatch.setattr(trainer, "_trainer", lambda *_: Trainer())
     queue = joining.event_queue()
-    error = cluster._fit(plan, None, {"queue": queue})  # type: ignore[arg-type]
+    error = trainer.fit(plan, None, print, {"queue": queue})  # type: ignore[arg-type]
     why = "the workers could not be started: RuntimeError: Unable to find address for: none0"
     told = [Noted(f"{why}; attempt {number} of 3", is_warning=True) for number in (2, 3)]
     assert ray.get(queue.take.remote(False)) == told
