@@ -6,14 +6,46 @@ import contextlib
 import time
 from typing import Any
 
+import ray
+
 from orchestrator.distributed.events import DriverChannel
 
 _FOR_THE_CHECKPOINT_S = 30.0
 """Before the node's end; of a shorter notice, half."""
+_ASK_EVERY_S = 1.0
 _NOTICE_GRACE_S = 15.0
 """How long after one worker has heard of it another one may."""
 _END_GRACE_S = 120.0
 """How long after the node's end Ray may take to end the group."""
+
+
+class NodeNotice:
+    """Whether this process's node is taken away, for one that is no worker of Ray Train's and hears of nothing."""
+
+    def __init__(self) -> None:
+        self._asked_at = self._stop_at = 0.0
+        self._deadline_ms: int | None = None
+
+    def is_due(self) -> bool:
+        """Whether it is time to write the checkpoint and to stop."""
+        if time.monotonic() - self._asked_at > _ASK_EVERY_S:
+            self._asked_at = time.monotonic()
+            deadline_ms = _draining().get(ray.get_runtime_context().get_node_id())
+            if deadline_ms != self._deadline_ms:
+                self._deadline_ms, self._stop_at = deadline_ms, _stop_at(deadline_ms or 0)
+        return self._deadline_ms is not None and time.monotonic() >= self._stop_at
+
+    def wait_for_the_end(self, channel: DriverChannel) -> None:
+        """Stay until the node ends, which counts as no failure then; return where the driver wants to stop.
+
+        Raises `RuntimeError` where it does not end.
+        """
+        left_s = max(0.0, (self._deadline_ms or 0) / 1000 - time.time())
+        until = time.monotonic() + left_s + _END_GRACE_S
+        while not channel.wait_whether_to_stop():
+            if time.monotonic() > until:
+                raise RuntimeError("its node was to be taken away, and was not")
+            time.sleep(0.5)
 
 
 class Notice:
@@ -36,8 +68,7 @@ class Notice:
             return False
         if info.deadline_ms != self._deadline_ms or self._deadline_ms is None:  # a second node may have less
             self._deadline_ms = info.deadline_ms
-            left_s = (info.deadline_ms or 0) / 1000 - time.time()
-            self._stop_at = time.monotonic() + left_s - min(_FOR_THE_CHECKPOINT_S, left_s / 2)
+            self._stop_at = _stop_at(info.deadline_ms or 0)
         return not info.deadline_ms or time.monotonic() >= self._stop_at
 
 
@@ -62,6 +93,20 @@ def wait_for_the_end(channel: DriverChannel, rank: int) -> None:
         if time.monotonic() > until:
             raise RuntimeError("a node was taken away, and Ray has not started the workers again")
         time.sleep(0.5)
+
+
+def _stop_at(deadline_ms: int) -> float:
+    left_s = deadline_ms / 1000 - time.time()
+    return time.monotonic() + left_s - min(_FOR_THE_CHECKPOINT_S, left_s / 2)
+
+
+def _draining() -> dict[str, int]:
+    """{id of a node that is taken away: when, in ms since 1970, 0 for at once}"""
+    with contextlib.suppress(Exception):  # private to Ray: without it a node that is taken away is one that is lost
+        from ray._private.state import state  # noqa: PLC0415
+
+        return dict(state.get_draining_nodes())
+    return {}
 
 
 def _info() -> Any:

@@ -17,6 +17,10 @@ _MOST_STARTS = 5
 """How often workers may get their place and end before one of them has begun."""
 
 
+class NoPlaceError(RefusedError):
+    """The cluster had no place for too long."""
+
+
 class Wait:
     """Of one job, whose workers wait at its beginning, and again wherever a node of theirs is lost."""
 
@@ -54,7 +58,7 @@ class Wait:
             waits = f"still waiting for a place: {wanted}" if wanted else "all is free, and Ray starts the workers"
             self._report(Noted(f"{waits}; {left_s / 60:.0f} min are left"))
             return
-        raise RefusedError(
+        raise NoPlaceError(
             "resources",
             f"no place on the cluster for {self._plan.job.scaling.wait_s:g} s: {wanted or 'all is free'}",
             mend="the same command goes on once there is one; or raise scaling.wait_s, or lower scaling.num_workers",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -22,43 +21,34 @@ from typing import Any
 
 import ray
 from ray import cloudpickle, tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search import Searcher
 
-from orchestrator.distributed.between_nodes import require_backbone
 from orchestrator.distributed.events import DriverChannel
 from orchestrator.distributed.failures import failures_of
 from orchestrator.distributed.joining import event_queue, joined
 from orchestrator.distributed.offer import kind_of, resources_of
-from orchestrator.distributed.shared_storage import NotSeenError, refuse_apart, require_seen
+from orchestrator.distributed.places import give_back_places, places_of
+from orchestrator.distributed.shared_storage import NotSeenError, refuse_apart
+from orchestrator.distributed.waiting import NoPlaceError, Wait
 from orchestrator.errors import InterruptedRunError, OrchestratorError, TrainingError, first_line
 from orchestrator.gate import num_cores
 from orchestrator.job import (
     ERROR_FILE,
-    EpochEnded,
-    Event,
-    HeldRun,
-    Lease,
     Noted,
     PhaseBegan,
     Plan,
-    Run,
-    open_storage,
-    run_in,
 )
 from orchestrator.modality import Modality, registry
-from orchestrator.train import train_as_planned
-from orchestrator.training import FINAL_FIGURES
+from orchestrator.tuning.in_trial import FIGURES, LEASE, NUMBER, REPEAT, RUN, STORAGE, key_of, lines_of, run_trial
 from orchestrator.tuning.pending import PendingTrial, TrialContext
-from orchestrator.tuning.probes import keep_probe
 from orchestrator.tuning.room import Room, room_for
-from orchestrator.tuning.stopping import LAST_EPOCH
 from orchestrator.tuning.trials import KEPT, Key, State, Trial
 
-_STORAGE, _RUN, _LEASE, _NUMBER, _REPEAT = "storage", "run", "lease", "number", "repeat"
-_FIRST_WAIT_S = 0.2
-"""After which it is looked once more whether a probe is on the storage; each later wait is twice as long."""
 _STOP_GRACE_S = 90.0
 """How long trials may take to stop once they are asked to: more than a run gives its workers."""
+_LOOK_EVERY_S = 2.0
+_ANSWER_S = 30.0
 _DRIVER_BYTES = 2**20
 """What a trial asks for that has workers of its own: a place, and no core."""
 _DRIVER_SHARE = 0.001
@@ -93,6 +83,14 @@ class TuneTrials:
     """Where trials ask whether to stop."""
     _asked_at: float | None = None
     """When they were asked to."""
+    _looked_at: float = 0.0
+    _pending: set[Key] = field(default_factory=set)
+    """Laid out, and not begun."""
+    _failed: dict[Key, Exception] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
+    """What trials have told, each thing once."""
+    _have_workers: bool = False
+    _wait: Wait | None = None
     _error: Exception | None = None
     """What went wrong here; raised through Tune, it would be the text of a trace."""
     _room: Room = field(default_factory=lambda: Room(1, 1, False))
@@ -109,6 +107,8 @@ class TuneTrials:
         with joined(first, self.context.report, num_cpus=num_cores(), dashboard=None):
             refuse_apart(self.context.layout.search)
             self._room = room_for(first, most, max_concurrent)
+            self._have_workers = first.num_workers > 1 or first.num_extractors > 0
+            self._wait = Wait(first, self._room.threads, self._room.use_gpu, self.context.report)
             if first.job.scaling.device == "auto":
                 what = "trials run on GPUs" if self._room.use_gpu else "no GPU for each trial, so all run on CPUs"
                 self.context.report(Noted(f"device auto: {what}"))
@@ -129,7 +129,7 @@ class TuneTrials:
         channel = DriverChannel(self._queue)
 
         def trial(config: dict[str, Any]) -> None:
-            train_trial(config, channel, modality)
+            run_trial(config, channel, modality)
 
         tuner = tune.Tuner(
             tune.with_resources(trial, self._resources(first)),
@@ -139,9 +139,9 @@ class TuneTrials:
                 trial_dirname_creator=lambda one: str(one.trial_id),
             ),
             run_config=tune.RunConfig(
-                name="trials", storage_path=str(folder), verbose=0, callbacks=[_TrialCallback(self)],
+                name="trials", storage_path=str(folder), verbose=0, callbacks=[_TrialCallback(self), _NothingShown()],
                 stop=_SearchStopper(self),
-                failure_config=tune.FailureConfig(max_failures=0),
+                failure_config=tune.FailureConfig(max_failures=first.job.scaling.max_failures),
             ),
         )  # fmt: skip
         with _silent(_LOUD):
@@ -164,7 +164,7 @@ class TuneTrials:
         )
 
     def _resources(self, plan: Plan) -> tune.PlacementGroupFactory:
-        if plan.num_workers > 1 or plan.num_extractors:
+        if self._have_workers:
             # On this node: another one that is lost takes workers with it, which are replaced, and no trial.
             here = f"node:{ray.util.get_node_ip_address()}"
             return tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES, here: _DRIVER_SHARE}])
@@ -195,12 +195,14 @@ class TuneTrials:
         })  # fmt: skip
         run, search = self.context.layout.lay_out(task.key, task.config, plan), self.context.layout.search
         self._tasks[task.key] = task
-        where = {_STORAGE: search.storage.place, _RUN: run.name, _LEASE: vars(search.lease)}
-        return {**where, _NUMBER: task.key[0], _REPEAT: task.key[1], **task.config}
+        self._pending.add(task.key)
+        where = {STORAGE: search.storage.place, RUN: run.name, LEASE: vars(search.lease)}
+        return {**where, NUMBER: task.key[0], REPEAT: task.key[1], **task.config}
 
     def began(self, key: Key) -> None:
         """A trial has begun."""
         self.running.add(key)
+        self._pending.discard(key)
         self._started.setdefault(key, time.monotonic())
         with self._kept():
             self.began_one()
@@ -208,25 +210,48 @@ class TuneTrials:
     def epoch(self, key: Key, result: Mapping[str, Any]) -> None:
         """A trial tells of an epoch."""
         with self._kept():
-            self._hear(key, {name: result[name] for name in ("epoch", *_FIGURES, KEPT) if name in result})
+            self._hear(key, {name: result[name] for name in ("epoch", *FIGURES, KEPT) if name in result})
 
     def _hear(self, key: Key, line: dict[str, Any]) -> None:
         # Those of earlier processes the run itself has; it writes down those of this one when it finds the time.
-        known = self._lines.get(key) or [
-            one for one in lines_of(self.context.layout.run_of(key)) if one["epoch"] < line["epoch"]
-        ]
-        self._lines[key] = [*known, line]
-        self.context.heard(key, line)
+        known = self._lines.get(key) or lines_of(self.context.layout.run_of(key))
+        is_new = all(one["epoch"] < line["epoch"] for one in self._lines.get(key, ()))  # else begun once more
+        self._lines[key] = [*(one for one in known if one["epoch"] < line["epoch"]), line]
+        if is_new:
+            self.context.heard(key, line)
 
     def over(self, key: Key, error: str = "", cause: Exception | None = None) -> None:
         """A trial has ended; where all are stopped, or its storage failed, it goes on another time."""
         self.running.discard(key)
-        if not self._stopping:
-            with self._kept():
-                storage = self.context.layout.search.storage
-                if cause is not None and (isinstance(cause, NotSeenError) or storage.has_failed(cause)):
-                    raise cause  # no fault of this trial
-                self._record(key, error)
+        self._pending.discard(key)
+        with self._kept():
+            self._hear_trials()
+            if (told := self._failed.pop(key, None)) is not None:
+                cause, error = told, failures_of({0: told})[0]
+            if self._stopping:
+                return
+            storage = self.context.layout.search.storage
+            if isinstance(cause, NotSeenError | NoPlaceError) or (cause is not None and storage.has_failed(cause)):
+                raise cause  # no fault of this trial
+            self._record(key, error)
+
+    def begins_again(self, key: Key, why: str, num: int, most: int) -> None:
+        """The process of a trial has died: it goes on from its last checkpoint in another one."""
+        self.running.discard(key)
+        self._pending.add(key)
+        self.context.report(Noted(f"trial {key[0]}: {why}; restart {num} of {most}", is_warning=True))
+
+    def _hear_trials(self) -> None:
+        """What trials themselves have told: why they failed, and what their workers wait for."""
+        heard: list[tuple[Key, bytes | Noted]] = []
+        with contextlib.suppress(ray.exceptions.RayError):  # the queue's process has died, and is started again
+            heard = ray.get(self._queue.take.remote(self._stopping), timeout=_ANSWER_S)
+        for key, what in heard:
+            if isinstance(what, bytes):
+                self._failed[key] = cloudpickle.loads(what)
+            elif what.text not in self._told:
+                self._told.add(what.text)
+                self.context.report(Noted(f"trial {key[0]}: {what.text}", what.is_warning))
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
@@ -249,11 +274,22 @@ class TuneTrials:
         """Whether Tune is to end all trials: they are asked to stop first, which leaves a checkpoint of each."""
         self._stopping = self._stopping or self.context.should_stop()
         if self._stopping and self._asked_at is None:
-            self._asked_at = time.monotonic()
-            self._queue.take.remote(True)
+            self._asked_at, self._looked_at = time.monotonic(), 0.0
             if self.running:
                 self.context.report(Noted("stopping: each trial writes a checkpoint"))
+        if time.monotonic() - self._looked_at > _LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            with self._kept():
+                self._look()
         return self._asked_at is not None and (not self.running or time.monotonic() - self._asked_at > _STOP_GRACE_S)
+
+    def _look(self) -> None:
+        self._hear_trials()
+        if self._have_workers:  # a trial whose process died had workers elsewhere
+            give_back_places()
+        elif self._wait is not None:
+            waiting = bool(self._pending) and not self.running and not self._stopping
+            self._wait.look(waiting, places_of(None) if waiting else [])
 
 
 @contextlib.contextmanager
@@ -267,58 +303,6 @@ def _silent(names: tuple[str, ...]) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-_FIGURES = ("train_loss", "validation_loss", "validation_accuracy")
-
-
-def line_of(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """An epoch as the record has it, of its line in metrics.jsonl; the figures are those of what the run would keep."""
-    line = {name: figures[name] for name in ("epoch", *_FIGURES) if name in figures}
-    if KEPT not in figures:
-        return line
-    if figures[KEPT] == "average":
-        line |= {name: figures[f"average_{name}"] for name in line if f"average_{name}" in figures}
-    return {**line, KEPT: True}
-
-
-def lines_of(run: Run) -> list[dict[str, Any]]:
-    """The epochs of a trial's run."""
-    return [line_of(figures) for figures in run.metrics]
-
-
-# --- in the trial's process ---
-
-
-def train_trial(config: Mapping[str, Any], channel: DriverChannel, modality: Modality | None = None) -> None:
-    """Train the run of a trial up to its final figures, or until the driver wants no more; Tune hears of each epoch."""
-    if modality is not None and not registry.is_registered(modality.name):
-        registry.register(modality)
-    storage = open_storage(config[_STORAGE])
-    run, search = run_in(storage, config[_RUN]), HeldRun(storage, Lease(**config[_LEASE]))
-    require_seen(search, ray.util.get_node_ip_address())
-    plan = run.plan
-    trained = probed = False
-    asked_at, wait_s = -math.inf, _FIRST_WAIT_S
-
-    def report(event: Event) -> None:
-        nonlocal trained, probed, asked_at, wait_s
-        if isinstance(event, PhaseBegan):
-            trained = event.text == FINAL_FIGURES
-        if probed and time.monotonic() - asked_at > wait_s:
-            probed, asked_at, wait_s = not keep_probe(run, plan, search), time.monotonic(), 2 * wait_s
-        if isinstance(event, EpochEnded):
-            epoch = event.figures["epoch"]
-            probed = probed or epoch == plan.recipe.phases[0].epochs
-            line = line_of(event.figures)
-            tune.report({**line, "training_iteration": epoch, LAST_EPOCH: event.num_epochs})
-
-    if not plan.ray:  # else its workers see to it
-        require_backbone(plan)
-    with contextlib.suppress(InterruptedRunError):
-        train_as_planned(run, report, lambda: trained or channel.should_stop())
-    if probed:  # by now all that the run has is on the storage
-        keep_probe(run, plan, search)
 
 
 # --- Tune's parts ---
@@ -362,6 +346,11 @@ class _TrialCallback(tune.Callback):  # type: ignore[misc]
         """It has ended, by itself or because a scheduler has stopped it."""
         self._trials.over(_key_of(trial))
 
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_info: Any) -> None:  # noqa: ARG002
+        """Its process has died, and it is begun again."""
+        why = _why_failed(trial, _cause_of(trial))
+        self._trials.begins_again(_key_of(trial), why, trial.run_metadata.num_failures, trial.max_failures)
+
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_info: Any) -> None:  # noqa: ARG002
         """It has failed, or its process has died."""
         cause = _cause_of(trial)
@@ -388,7 +377,17 @@ def _why_failed(trial: Any, cause: Exception | None) -> str:
 
 
 def _key_of(trial: Any) -> Key:
-    return trial.config[_NUMBER], trial.config[_REPEAT]
+    return key_of(trial.config)
+
+
+class _NothingShown(TrialProgressCallback):  # type: ignore[misc]
+    """In place of Tune's, which prints a line for a trial that ends before its first epoch."""
+
+    def log_result(self, trial: Any, result: Any, error: bool = False) -> None:
+        """Not printed."""
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Not printed."""
 
 
 class _SearchStopper(tune.Stopper):  # type: ignore[misc]

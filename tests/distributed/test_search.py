@@ -105,30 +105,37 @@ def test_what_has_no_room_is_refused(base: dict[str, Any]) -> None:
     assert refused.value.reason == "resources"
 
 
-def test_a_trial_that_is_killed_is_a_row_and_the_others_go_on(base: dict[str, Any]) -> None:
+@pytest.mark.parametrize("max_failures", [2, 0])
+def test_a_trial_that_is_killed_goes_on_or_is_a_row(base: dict[str, Any], max_failures: int) -> None:
+    """From its last checkpoint, as often as `scaling.max_failures` allows; the others go on whatever becomes of it."""
     killed: list[int] = []
+    told: list[Event] = []
 
     def kill(event: Event) -> None:
         """The process of the first trial that has an epoch."""
-        if killed or not isinstance(event, TrialsAdvanced):
-            return
-        threading.Thread(target=kill_when_it_trains, daemon=True).start()
-        killed.append(0)
+        told.append(event)
+        if not killed and isinstance(event, TrialsAdvanced):
+            threading.Thread(target=kill_when_it_trains, daemon=True).start()
+            killed.append(0)
 
     def kill_when_it_trains() -> None:
-        while True:
-            for run in sorted(Path("runs").glob("search-*.0001")):
-                if (run / "metrics.jsonl").exists():
-                    owner = json.loads((run / ".lease.json").read_text())["owner"]
-                    killed.append(int(owner.split()[1]))
-                    os.kill(killed[-1], signal.SIGKILL)
-                    return
+        run = Path("runs/one.0001")
+        while not list(run.glob("checkpoints/step-*/state.json")):
             time.sleep(0.01)
+        owner = json.loads((run / ".lease.json").read_text())["owner"]
+        killed.append(int(owner.split()[1]))
+        os.kill(killed[-1], signal.SIGKILL)
 
-    result = orchestrator.search(base, SPACE, epochs=40, num_trials=3, report=kill)
+    more = {"training.checkpoint_every_steps": 5, "scaling.max_failures": max_failures, "name": "one"}
+    result = orchestrator.search(base, SPACE, epochs=30, num_trials=2, report=kill, **more)
     assert len(killed) == 2
-    assert [one.state for one in result.trials] == ["failed", "finished", "finished"]
-    assert "its process died" in result.trials[0].error
+    assert result.trials[1].state == "finished"
+    if max_failures:
+        assert any("trial 1: its process died; restart 1 of 2" in one.text for one in told if isinstance(one, Noted))
+        assert [line["epoch"] for line in result.trials[0].lines] == list(range(1, 31))
+    else:
+        assert result.trials[0].state == "failed"
+        assert "its process died" in result.trials[0].error
 
 
 def test_trials_that_only_fail_end_the_search(base: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
