@@ -172,7 +172,7 @@ def _software(name: str, facts: Mapping[str, Any], of: Preflight) -> Iterable[Fa
         here, head = facts[kind], of.head.get(kind)
         if why := _error(here):
             yield Fault(name, f"{title}: {why}", f"install {kind} there, as on the other nodes")
-        elif head is not None and not _error(head) and here != head:
+        elif head is not None and not _error(head) and _compared(kind, here) != _compared(kind, head):
             yield Fault(name, f"it has {title} {here}, and the head has {head}", f"install the same {kind} everywhere")
     lacking = facts["lacking"]
     if why := _error(lacking):
@@ -188,6 +188,15 @@ def _software(name: str, facts: Mapping[str, Any], of: Preflight) -> Iterable[Fa
     if why := _error(facts["modality"]):
         yield Fault(name, f"the modality {of.wanted['modality']} does not load: {why}",
                     "install on every node what its distribution needs")  # fmt: skip
+
+
+def _compared(kind: str, version: str) -> str:
+    """What has to be the same: of torch not its build (+cpu, +cu126), which differs by what a node has.
+
+    Of Python the minor version: Ray lets in a node of another patch version only where somebody told it to
+    (RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL).
+    """
+    return version.rpartition(".")[0] if kind == "python" else version.partition("+")[0]
 
 
 def _storage(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:

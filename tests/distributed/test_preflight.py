@@ -91,6 +91,23 @@ def test_what_a_node_lacks_is_told_with_the_node(
     assert mend in caught.value.mend
 
 
+def test_a_head_without_cuda_and_a_worker_with_it_are_one_cluster(
+    asked: dict[str, Any], this_machine: dict[str, Any]
+) -> None:
+    """The builds that cluster/docker has, and a patch version of Python that Ray has let in; shown is all of it."""
+    head, other = copy.deepcopy(this_machine), copy.deepcopy(this_machine)
+    other |= {"node": "10.0.0.2", "node_id": "n1", "is_head": False}
+    head["facts"] |= {"torch": "2.14.1+cpu", "python": "3.11.9"}
+    for build in ("2.14.1", "2.14.1+cu126"):
+        other["facts"] |= {"torch": build, "python": "3.11.14"}
+        preflight = Preflight([head, other], asked)
+        assert preflight.faults == []
+        assert preflight.rows[1][1:4:2] == ["3.11.14", build]
+    for changes in ({"torch": "2.14.0+cpu"}, {"python": "3.12.9"}, {"ray": "1.0.0"}):
+        (fault,) = Preflight([head, {**other, "facts": {**other["facts"], **changes}}], asked).faults
+        assert ", and the head has " in fault.lacks
+
+
 def test_what_all_nodes_together_have_no_place_for(asked: dict[str, Any], this_machine: dict[str, Any]) -> None:
     """It is said in the words of the job's driver, behind what single nodes lack."""
     refusal = RefusedError("resources", "2 processes want a GPU each, and the cluster has 1", mend="use device cpu")
