@@ -17,9 +17,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-ON_THE_HUB = "on the Hub"
-"""A backbone that has to be downloaded."""
-
 
 def look(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """{what: facts} of this node; `wanted` is the request of the preflight.
@@ -36,7 +33,8 @@ def look(wanted: Mapping[str, Any]) -> dict[str, Any]:
         "modality": _told(lambda: _loads(wanted["modality"])),
         "storage": _told(lambda: _exchange(wanted["storage"], wanted["token"], wanted["node_id"])),
         "free_bytes": _told(lambda: _free_bytes(wanted["storage"])),
-        "cache_free_bytes": _told(_cache_free_bytes),
+        "cache_free_bytes": _told(lambda: _free_at(_hub_cache())),
+        "one_disk": _told(lambda: _is_one_disk(wanted["storage"])),
         "data": {place: _told(lambda place=place: describe(place)) for place in wanted["data"]},  # type: ignore[misc]
         "backbones": {one["source"]: _told(lambda one=one: _backbone(one)) for one in wanted["backbones"]},  # type: ignore[misc]
         "memory_bytes": _told(_memory_bytes),
@@ -173,22 +171,35 @@ def _exchange(storage: str, token: str, node_id: str) -> str:
 
 
 def _free_bytes(storage: str) -> int:
-    """On the disk that the run is written to first: the storage's own, or that of this machine's copies of a bucket."""
-    place = Path(storage) if "://" not in storage else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return _free_at(place)
+    return _free_at(_written_first(storage))
 
 
-def _cache_free_bytes() -> int:
-    """On the disk where a backbone of the Hub is kept."""
+def _written_first(storage: str) -> Path:
+    """Where the run is written to first: the storage itself, or this machine's copies of a bucket."""
+    return Path(storage) if "://" not in storage else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+
+
+def _hub_cache() -> Path:
+    """Where a backbone of the Hub is kept."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return _free_at(Path(HF_HUB_CACHE))
+    return Path(HF_HUB_CACHE)
+
+
+def _is_one_disk(storage: str) -> bool:
+    """Whether the run and what comes from the Hub share their room."""
+    return _there(_written_first(storage)).stat().st_dev == _there(_hub_cache()).stat().st_dev
 
 
 def _free_at(place: Path) -> int:
+    return shutil.disk_usage(_there(place)).free
+
+
+def _there(place: Path) -> Path:
+    """The place, or what of the way to it is there already."""
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
 
 
 def describe(place: str) -> str:
@@ -213,8 +224,8 @@ def _size(file: Path) -> bytes:
     return str(file.stat().st_size).encode()
 
 
-def _backbone(wanted: Mapping[str, Any]) -> str:
-    """Where the backbone's files come from, on this node."""
+def _backbone(wanted: Mapping[str, Any]) -> int:
+    """Bytes of the backbone that this node has to download from the Hub. Raises where they are not to be had."""
     if wanted["path"]:
         for name, size in wanted["files"].items():
             file = Path(wanted["path"]) / name
@@ -222,22 +233,24 @@ def _backbone(wanted: Mapping[str, Any]) -> str:
                 raise FileNotFoundError(f"there is no {file}")
             if file.stat().st_size != size:
                 raise OSError(f"{file} has {file.stat().st_size} bytes, not {size}")
-        return "there"
+        return 0
     if "://" in wanted["source"]:
         from orchestrator.data import cached
 
         place = cached(f"{wanted['source'].rstrip('/')}/results.json")
         if place.stat() is None:
             raise FileNotFoundError(f"there is no finished run {wanted['source']}")
-        return "in the store"
+        return 0
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    names = list(wanted["files"])
-    here = [try_to_load_from_cache(wanted["repo_id"], name, revision=wanted["commit"]) for name in names]
-    if all(isinstance(one, str) for one in here):
-        return "in the cache"
-    get_hf_file_metadata(hf_hub_url(wanted["repo_id"], names[0], revision=wanted["commit"]), timeout=20)
-    return ON_THE_HUB
+    repo_id, commit = wanted["repo_id"], wanted["commit"]
+    coming = {
+        name: size for name, size in wanted["files"].items()
+        if not isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str)
+    }  # fmt: skip
+    if coming:
+        get_hf_file_metadata(hf_hub_url(repo_id, next(iter(coming)), revision=commit), timeout=20)
+    return sum(coming.values())
 
 
 # --- hardware ---

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.distributed.nodes import ON_THE_HUB, describe
+from orchestrator.backbone import files_of
+from orchestrator.distributed.nodes import describe
 from orchestrator.distributed.request import Sent
 from orchestrator.distributed.telling import Ended, error_of
 from orchestrator.errors import RefusedError
-from orchestrator.job import BackboneCard, Plan, is_dataset, is_uri, local_path
+from orchestrator.job import Plan, is_dataset, is_uri, local_path
 
 TITLES = ("node", "Python", "Ray", "torch", "storage", "free", "CPUs", "GPUs")
 _SHOWN = 4
@@ -88,7 +89,7 @@ def wanted_of(sent: Sent, code: Mapping[str, Any]) -> dict[str, Any]:
         "plan": plan.model_dump_json() if sent.on_workers else "",
         "storage": sent.storage,
         "modality": plan.job.modality,
-        "backbones": [_backbone(one.backbone) for one in plans],
+        "backbones": [_backbone(one) for one in plans],
         "data": {place: describe(place) for place in _places(plan)},
         "device": plan.job.scaling.device,
         "memory_bytes": trained,
@@ -96,9 +97,9 @@ def wanted_of(sent: Sent, code: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _backbone(card: BackboneCard) -> dict[str, Any]:
-    names = [*card.weight_files, "config.json"]
-    files = {name: card.files[name] for name in dict.fromkeys(names) if name in card.files}
+def _backbone(plan: Plan) -> dict[str, Any]:
+    card = plan.backbone
+    files = {name: card.files[name] for name in files_of(card, with_weights=plan.weights != "random")}
     here = card.path is not None and not is_uri(card.source)  # a run in a store: each node fetches it from there
     path = str(Path(str(card.path)).absolute()) if here else None
     if path is not None:
@@ -123,15 +124,11 @@ def _faults(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
         return
     yield from _software(name, facts, of)
     yield from _storage(node, of)
-    room = facts["free_bytes"]
-    if isinstance(room, int) and room < wanted["disk_bytes"]:
-        yield Fault(name, f"{_size(room)} are free on its disk, and the run takes {_size(wanted['disk_bytes'])}",
-                    "make room there, or give another storage")  # fmt: skip
+    yield from _room(node, wanted)
     for place, found in facts["data"].items():
         if (why := _error(found)) or found != wanted["data"][place]:
             yield Fault(name, f"the data {place} {f'cannot be read: {why}' if why else 'is not the same as here'}",
                         "give a place that all nodes see: a shared folder, or s3://...")  # fmt: skip
-    yield from _cache(name, facts, of)
     for source, found in facts["backbones"].items():
         if why := _error(found):
             yield Fault(name, f"the backbone {source} is not to be had: {why}",
@@ -139,22 +136,31 @@ def _faults(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
     yield from _memory(node, of)
 
 
-def _cache(name: str, facts: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
-    """Room for what has to be downloaded; what lies in the node's cache already is there."""
-    coming = sum(
-        sum(one["files"].values())
-        for one in of.wanted["backbones"] if facts["backbones"].get(one["source"]) == ON_THE_HUB
-    )  # fmt: skip
-    room = facts["cache_free_bytes"]
-    if isinstance(room, int) and room < coming:
-        lacks = f"{_size(room)} are free where it keeps what comes from the Hub, and the backbone has {_size(coming)}"
+def _room(node: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterable[Fault]:
+    """For the run, and for what has still to be downloaded from the Hub; for both where they share a disk."""
+    name, facts = node["node"], node["facts"]
+    sizes = facts["backbones"].values() if _works(node, wanted) else ()
+    coming = sum(size for size in sizes if isinstance(size, int))
+    both = coming if facts["one_disk"] is True else 0
+    room, cache_room = facts["free_bytes"], facts["cache_free_bytes"]
+    if isinstance(room, int) and room < wanted["disk_bytes"] + both:
+        takes = f"the run takes {_size(wanted['disk_bytes'])}{f', the backbone {_size(both)} more' if both else ''}"
+        yield Fault(name, f"{_size(room)} are free on its disk, and {takes}",
+                    "make room there, or give another storage")  # fmt: skip
+    if isinstance(cache_room, int) and cache_room < coming - both:
+        lacks = f"{_size(cache_room)} are free where it keeps what comes from the Hub, and {_size(coming)} have to come"
         yield Fault(name, lacks, "make room there, or set HF_HOME on that node to a disk that has it")
 
 
+def _works(node: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether the work is done there: on nodes with cores, or on the head alone."""
+    return bool(node["resources"]["CPU"] if wanted["plan"] else node["is_head"])
+
+
 def _memory(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:
-    """Where the work is done, on nodes with cores, or on the head alone: in its own memory or that of its GPUs."""
+    """Where the work is done: in the node's own memory or that of its GPUs."""
     name, facts, wanted = node["node"], node["facts"], of.wanted
-    if not (node["resources"]["CPU"] if wanted["plan"] else node["is_head"]):
+    if not _works(node, wanted):
         return
     memory, needed = facts["memory_bytes"], wanted["memory_bytes"]
     gpus = facts["gpus"] if isinstance(facts["gpus"], list) and wanted["device"] != "cpu" else []
@@ -172,7 +178,7 @@ def _software(name: str, facts: Mapping[str, Any], of: Preflight) -> Iterable[Fa
         here, head = facts[kind], of.head.get(kind)
         if why := _error(here):
             yield Fault(name, f"{title}: {why}", f"install {kind} there, as on the other nodes")
-        elif head is not None and not _error(head) and here != head:
+        elif head is not None and not _error(head) and _compared(kind, here) != _compared(kind, head):
             yield Fault(name, f"it has {title} {here}, and the head has {head}", f"install the same {kind} everywhere")
     lacking = facts["lacking"]
     if why := _error(lacking):
@@ -188,6 +194,15 @@ def _software(name: str, facts: Mapping[str, Any], of: Preflight) -> Iterable[Fa
     if why := _error(facts["modality"]):
         yield Fault(name, f"the modality {of.wanted['modality']} does not load: {why}",
                     "install on every node what its distribution needs")  # fmt: skip
+
+
+def _compared(kind: str, version: str) -> str:
+    """What has to be the same: of torch not its build (+cpu, +cu126), which differs by what a node has.
+
+    Of Python the minor version: Ray lets in a node of another patch version only where somebody told it to
+    (RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL).
+    """
+    return version.rpartition(".")[0] if kind == "python" else version.partition("+")[0]
 
 
 def _storage(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 import orchestrator
+from orchestrator.backbone import fetch
 from orchestrator.distributed import nodes
 from orchestrator.distributed.nodes import describe, look, read_token, remove_tokens, token_file, write_token
 from orchestrator.distributed.preflight import Preflight, wanted_of
 from orchestrator.distributed.request import Sent
 from orchestrator.distributed.wheels import as_wanted, own_delivery
 from orchestrator.errors import RefusedError
+from tests.hub_server import Hub, Repository
 
 TOKEN = "f" * 32
 
@@ -68,8 +70,10 @@ def error(text: str) -> dict[str, str]:
         ({"data": "changed"}, "is not the same as here", "a place that all nodes see"),
         ({"backbones": {"b": error("OSError: z")}}, "the backbone b is not to be had: OSError: z", "reach the Hub"),
         ({"memory_bytes": 10}, "of memory are less than", "a larger node"),
-        ({"cache_free_bytes": 10, "backbones": "on the Hub"}, "0 MB are free where it keeps what comes from the Hub",
-         "HF_HOME"),
+        ({"cache_free_bytes": 10, "backbones": {"b": 2**30}, "one_disk": False},
+         "0 MB are free where it keeps what comes from the Hub, and 1.0 GB have to come", "HF_HOME"),
+        ({"free_bytes": 2**30, "cache_free_bytes": 2**30, "backbones": {"b": 2**30}, "one_disk": True},
+         "and the run takes 256 MB, the backbone 1.0 GB more", "make room"),
     ],
 )  # fmt: skip
 def test_what_a_node_lacks_is_told_with_the_node(
@@ -77,8 +81,6 @@ def test_what_a_node_lacks_is_told_with_the_node(
 ) -> None:
     other = copy.deepcopy(this_machine)
     other |= {"node": "10.0.0.2", "node_id": "n1", "is_head": False}
-    if changes.get("backbones") == "on the Hub":
-        changes |= {"backbones": dict.fromkeys(other["facts"]["backbones"], "on the Hub")}
     if "data" in changes:
         changes = {"data": dict.fromkeys(other["facts"]["data"], "0" * 12)}
     other["facts"] |= changes
@@ -89,6 +91,23 @@ def test_what_a_node_lacks_is_told_with_the_node(
     assert "10.0.0.2: " in caught.value.message
     assert "10.0.0.1" not in caught.value.message
     assert mend in caught.value.mend
+
+
+def test_a_head_without_cuda_and_a_worker_with_it_are_one_cluster(
+    asked: dict[str, Any], this_machine: dict[str, Any]
+) -> None:
+    """The builds that cluster/docker has, and a patch version of Python that Ray has let in; shown is all of it."""
+    head, other = copy.deepcopy(this_machine), copy.deepcopy(this_machine)
+    other |= {"node": "10.0.0.2", "node_id": "n1", "is_head": False}
+    head["facts"] |= {"torch": "2.14.1+cpu", "python": "3.11.9"}
+    for build in ("2.14.1", "2.14.1+cu126"):
+        other["facts"] |= {"torch": build, "python": "3.11.14"}
+        preflight = Preflight([head, other], asked)
+        assert preflight.faults == []
+        assert preflight.rows[1][1:4:2] == ["3.11.14", build]
+    for changes in ({"torch": "2.14.0+cpu"}, {"python": "3.12.9"}, {"ray": "1.0.0"}):
+        (fault,) = Preflight([head, {**other, "facts": {**other["facts"], **changes}}], asked).faults
+        assert ", and the head has " in fault.lacks
 
 
 def test_what_all_nodes_together_have_no_place_for(asked: dict[str, Any], this_machine: dict[str, Any]) -> None:
@@ -127,6 +146,41 @@ def test_memory_is_wanted_where_workers_run(asked: dict[str, Any], this_machine:
         Preflight([node], asked).require()
     Preflight([{**node, "resources": {"CPU": 0, "GPU": 0}}], asked).require()
     Preflight([{**node, "resources": {"CPU": 2, "GPU": 1}}], asked).require()
+
+
+def test_room_for_weights_is_wanted_where_they_are_fetched(asked: dict[str, Any], this_machine: dict[str, Any]) -> None:
+    """Not on a head without cores; and each of two disks has to hold its own part alone."""
+    node = copy.deepcopy(this_machine)
+    node["facts"] |= {"free_bytes": 2**30, "cache_free_bytes": 2**30, "backbones": {"b": 2**30}, "one_disk": True}
+    with pytest.raises(RefusedError, match=r"the backbone 1\.0 GB more"):
+        Preflight([node], asked).require()
+    Preflight([{**node, "resources": {"CPU": 0, "GPU": 0}}], asked).require()
+    Preflight([{**node, "facts": {**node["facts"], "one_disk": False}}], asked).require()
+
+
+def test_what_has_to_come_from_the_hub(hub: Hub, tiny_resnet: Path, flat_digits: Path, tmp_path: Path) -> None:
+    """A network that is trained from nothing takes the small files alone; what a node has already is not counted."""
+    sizes = {file.name: file.stat().st_size for file in tiny_resnet.iterdir()}
+    hub.repositories["org/coming"] = Repository({name: (tiny_resnet / name).read_bytes() for name in sizes})
+
+    def wanted_by(method: str) -> dict[str, Any]:
+        plan = orchestrator.plan(backbone="org/coming", data=str(flat_digits), method=method)
+        (one,) = wanted_of(Sent({}, "run", str(tmp_path), plan), as_wanted([]))["backbones"]
+        return dict(one)
+
+    scratch, full, weights = wanted_by("scratch"), wanted_by("full"), sizes["model.safetensors"]
+    assert full["files"] == {**scratch["files"], "model.safetensors": weights} == sizes
+    assert nodes._backbone(scratch) < weights
+    card = orchestrator.check("org/coming", "image")
+    fetch(card, with_weights=False)
+    assert (nodes._backbone(scratch), nodes._backbone(full)) == (0, weights)
+    fetch(card)
+    assert nodes._backbone(full) == 0
+
+
+def test_whether_a_run_and_what_comes_from_the_hub_share_a_disk() -> None:
+    assert nodes._is_one_disk(str(nodes._hub_cache() / "not" / "yet"))
+    assert not nodes._is_one_disk("/proc")
 
 
 def test_a_container_has_what_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
