@@ -23,10 +23,11 @@ def lines_of(head: Head, id: str, report: Report | None = None) -> Iterator[str]
     That the cluster does not answer is reported, and it is asked again. Raises `OrchestratorError` after half an hour,
     and where the cluster knows no such job any more.
     """
-    num, away_since = 0, 0.0
+    num, num_silent, is_told, away_since = 0, 0, False, 0.0
     while True:
         try:
             job = head.job(id)
+            away_since = 0.0
             if job is None:
                 raise OrchestratorError(
                     f"the cluster at {head.address} knows {id} no more: it was made again",
@@ -36,17 +37,21 @@ def lines_of(head: Head, id: str, report: Report | None = None) -> Iterator[str]
                 yield from last_lines(head, job, num)
                 return
             if job.node_id:
-                for i, line in enumerate(head.stream(job)):
+                num_silent += 1  # of a stream that a proxy lets not through, say, all is asked for each third time
+                lines = head.lines(id, is_over=False) if num_silent % 3 == 0 else head.stream(job)
+                for i, line in enumerate(lines):
+                    num_silent = 0
                     if i < num:
                         continue
                     num += 1
                     yield line
                     if isinstance(parse_line(line), Ended):
                         break
-            away_since = 0.0
+            is_told = is_told and num_silent > 0
         except AwayError as error:
-            if not away_since and report is not None:
+            if not is_told and report is not None:
                 report(Noted(f"{error.message}; it is asked again", is_warning=True))
+            is_told = True
             away_since = away_since or time.monotonic()
             if time.monotonic() - away_since > _PATIENCE_S:
                 raise

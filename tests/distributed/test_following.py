@@ -34,11 +34,12 @@ def as_answer(content: object) -> Answer:
 
 
 class _Head(http.server.BaseHTTPRequestHandler):
-    """Of one job, which is over; before it says so it gives the answers that the server was told."""
+    """Of one job, which is over unless the server was told otherwise; first it gives the answers that wait there."""
 
     def do_GET(self) -> None:
         waiting: list[Answer] = self.server.waiting  # type: ignore[attr-defined]
-        usual: Answer = self.server.logs if self.path.endswith("/logs") else self.server.job  # type: ignore[attr-defined]
+        place = self.path.partition("?")[0].rpartition("/")[2]
+        usual: Answer = getattr(self.server, place if place in ("logs", "stream") else "job")
         status, body = waiting.pop(0) if waiting else usual
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -53,6 +54,7 @@ class _Head(http.server.BaseHTTPRequestHandler):
 def server() -> Iterator[http.server.ThreadingHTTPServer]:
     with served(_Head) as one:
         one.waiting, one.job, one.logs = [], as_answer(JOB), as_answer({"logs": SAID})  # type: ignore[attr-defined]
+        one.stream = (502, b"")  # type: ignore[attr-defined]
         yield one
 
 
@@ -117,6 +119,28 @@ def test_output_that_is_away_for_a_moment_is_asked_for_again(
     server.waiting += [job, *[(503, b"no healthy upstream")] * 2]  # type: ignore[attr-defined]
     with pytest.raises(AwayError, match="status 503"):  # not the node alone
         remote(head, tmp_path).lines_so_far()
+
+
+def test_a_job_is_shown_where_its_stream_is_not_let_through(
+    head: Head, server: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its output is asked for whole then, half a line excepted, and as a stream again where that comes."""
+    monkeypatch.setattr(following, "_POLL_S", 0.01)
+    job = server.job = as_answer({**JOB, "status": "RUNNING"})  # type: ignore[attr-defined]
+    server.logs = as_answer({"logs": "one\ntw"})  # type: ignore[attr-defined]
+    told: list[Event] = []
+    lines = remote(head, tmp_path).lines(told.append)
+    assert next(lines) == "one"
+    server.logs = as_answer({"logs": "one\ntwo\nbar 1\nbar 2\n"})  # type: ignore[attr-defined]
+    assert [next(lines) for _ in range(3)] == ["two", "bar 1", "bar 2"]  # Ray takes a bar's \r for the end of a line
+    assert told == []
+    server.waiting += [job, (502, b""), job, (502, b""), job, NODE_GONE] * 3  # type: ignore[attr-defined]
+    server.stream = (200, b"one\r\ntwo\nbar 1\rbar 2\nlast\n")  # type: ignore[attr-defined]
+    assert next(lines) == "last"
+    assert len(told) == 1
+    assert "status 500" in str(told)
+    server.job, server.logs = as_answer(JOB), as_answer({"logs": SAID})  # type: ignore[attr-defined]
+    assert list(lines) == []
 
 
 def test_what_does_not_pass_is_said(head: Head, server: http.server.ThreadingHTTPServer) -> None:
