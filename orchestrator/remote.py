@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distributed.fetching import What, copy_run, fetch_through_cluster, settle
-from orchestrator.distributed.following import lines_of
+from orchestrator.distributed.following import last_lines, lines_of
 from orchestrator.distributed.head import ClusterJob, Head, open_head, wait_until_over
 from orchestrator.distributed.request import OF_NO_RUN
 from orchestrator.distributed.telling import Ended, error_of, parse_line
@@ -83,8 +83,11 @@ class RemoteRun:
         }  # fmt: skip
 
     def lines_so_far(self) -> list[str]:
-        """The lines of its output until now."""
-        return [] if self._job().state == "waiting" else self._head.lines(self.id)
+        """The lines of its output until now; Ray's own last words where it is over and its driver's node is gone."""
+        job = self._job()
+        if job.is_over:
+            return last_lines(self._head, job)
+        return [] if job.state == "waiting" else self._head.lines(self.id)
 
     def lines(self, report: Report | None = None) -> Iterator[str]:
         """The lines of its output from the first one on, until it is over.
@@ -129,6 +132,11 @@ class RemoteRun:
         again = "submit it again: the next attempt goes on from the last checkpoint"
         if job.state == "stopped":
             raise InterruptedRunError(f"{self.name} was stopped", mend=again)
+        if job.state == "finished":
+            raise OrchestratorError(
+                f"{self.name} has finished, and its last words are lost: the node of its driver does not answer",
+                mend=f"the run lies in its storage: {self.command('fetch')}",
+            )
         said = [line.strip() for line in job.message.splitlines() if line.strip() and parse_line(line) is None]
         raise TrainingError(f"the driver of {self.name} ended without a word: {said[-1] if said else job.state}",
                             expected="a head node that stays", mend=again)  # fmt: skip

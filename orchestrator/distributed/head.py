@@ -7,6 +7,7 @@ refused token is told at once, and no variable of the environment sends a job to
 from __future__ import annotations
 
 import hashlib
+import io
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -93,9 +94,13 @@ class Head:
 
     # --- what a job says ---
 
-    def lines(self, id: str) -> list[str]:
-        """All that a job has written until now. Raises `OrchestratorError`."""
+    def lines(self, id: str, is_over: bool = True) -> list[str]:
+        """All that a job has written until now; of one that still writes, as far as it has ended its lines.
+
+        Raises `OrchestratorError`.
+        """
         text = str(self._content(self._ask("GET", f"/api/jobs/{id}/logs"))["logs"])
+        text = text if is_over else text[: text.rfind("\n") + 1]
         return text.removesuffix("\n").split("\n") if text else []  # at no other character, as `stream` does
 
     def stream(self, job: ClusterJob) -> Iterator[str]:
@@ -105,13 +110,13 @@ class Head:
         """
         params = {"node_id": job.node_id, "filename": f"job-driver-{job.id}.log", "lines": "-1"}
         timeout = httpx2.Timeout(_QUIET_S, connect=10.0)
-        rest = ""
+        rest, newlines = "", io.IncrementalNewlineDecoder(None, translate=True)  # as Ray reads what `lines` gives
         try:
             with self._client.stream("GET", "/api/v0/logs/stream", params=params, timeout=timeout) as answer:
                 if answer.status_code != 200:
                     return
                 for text in answer.iter_text():
-                    *lines, rest = (rest + text).split("\n")
+                    *lines, rest = (rest + newlines.decode(text)).split("\n")
                     yield from lines
         except httpx2.HTTPError:
             return

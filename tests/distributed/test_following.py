@@ -14,7 +14,7 @@ import orchestrator
 from orchestrator.distributed import following
 from orchestrator.distributed.head import AwayError, Head
 from orchestrator.distributed.telling import Ended, as_line
-from orchestrator.errors import RefusedError
+from orchestrator.errors import OrchestratorError, RefusedError, TrainingError
 from orchestrator.job import Event, open_storage
 from orchestrator.remote import RemoteRun
 from tests.distributed.test_address import served
@@ -25,13 +25,22 @@ JOB = {"submission_id": ID, "status": "SUCCEEDED", "message": "", "metadata": {}
 SAID = as_line(Ended(0, results={"accuracy": 1.0}))
 
 
+Answer = tuple[int, bytes]
+NODE_GONE = (500, b"Traceback\naiohttp.client_exceptions.ClientConnectorError: Cannot connect to host 10.0.0.7:52365")
+
+
+def as_answer(content: object) -> Answer:
+    return 200, json.dumps(content).encode()
+
+
 class _Head(http.server.BaseHTTPRequestHandler):
-    """Of one job, which is over; before it says so it gives the answers that the server was told."""
+    """Of one job, which is over unless the server was told otherwise; first it gives the answers that wait there."""
 
     def do_GET(self) -> None:
-        waiting: list[tuple[int, bytes]] = self.server.waiting  # type: ignore[attr-defined]
-        text = {"logs": SAID} if self.path.endswith("/logs") else JOB
-        status, body = waiting.pop(0) if waiting else (200, json.dumps(text).encode())
+        waiting: list[Answer] = self.server.waiting  # type: ignore[attr-defined]
+        place = self.path.partition("?")[0].rpartition("/")[2]
+        usual: Answer = getattr(self.server, place if place in ("logs", "stream") else "job")
+        status, body = waiting.pop(0) if waiting else usual
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -44,7 +53,8 @@ class _Head(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[http.server.ThreadingHTTPServer]:
     with served(_Head) as one:
-        one.waiting = []  # type: ignore[attr-defined]
+        one.waiting, one.job, one.logs = [], as_answer(JOB), as_answer({"logs": SAID})  # type: ignore[attr-defined]
+        one.stream = (502, b"")  # type: ignore[attr-defined]
         yield one
 
 
@@ -68,6 +78,69 @@ def test_following_outlives_a_head_that_is_started_again(
     told: list[Event] = []
     assert remote(head, tmp_path).follow(told.append) == {"accuracy": 1.0}
     assert "status 503: no healthy upstream; it is asked again" in str(told)
+
+
+@pytest.fixture
+def node_gone(server: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node where the driver ran is gone: the head knows the job, and has nobody to ask for its output."""
+    monkeypatch.setattr(following, "_POLL_S", 0.01)
+    monkeypatch.setattr(following, "_LOGS_PATIENCE_S", 0.2)
+    monkeypatch.setattr(following, "_PATIENCE_S", 2.0)
+    server.logs = NODE_GONE  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("node_gone")
+def test_a_job_whose_node_is_gone_is_over(head: Head, server: http.server.ThreadingHTTPServer, tmp_path: Path) -> None:
+    message = "Unexpected error occurred: The actor died unexpectedly\nits node has died"
+    server.job = as_answer({**JOB, "status": "FAILED", "message": message})  # type: ignore[attr-defined]
+    run = remote(head, tmp_path)
+    with pytest.raises(TrainingError, match="the driver of a ended without a word: its node has died"):
+        run.follow(print)
+    known = run.status()
+    assert (known["state"], known["phase"], known["epoch"]) == ("failed", None, 0)
+    assert run.lines_so_far() == list(run.lines()) == message.split("\n")
+
+
+@pytest.mark.usefixtures("node_gone")
+def test_what_finished_on_a_node_that_is_gone_has_not_failed(head: Head, tmp_path: Path) -> None:
+    with pytest.raises(OrchestratorError, match="a has finished, and its last words are lost") as caught:
+        remote(head, tmp_path).follow(print)
+    assert "orchestrator fetch a" in caught.value.mend
+
+
+@pytest.mark.usefixtures("node_gone")
+def test_output_that_is_away_for_a_moment_is_asked_for_again(
+    head: Head, server: http.server.ThreadingHTTPServer, tmp_path: Path
+) -> None:
+    server.logs = as_answer({"logs": SAID})  # type: ignore[attr-defined]
+    job = as_answer(JOB)
+    server.waiting += [job, NODE_GONE, job, NODE_GONE]  # type: ignore[attr-defined]
+    assert remote(head, tmp_path).follow(print) == {"accuracy": 1.0}
+    server.waiting += [job, *[(503, b"no healthy upstream")] * 2]  # type: ignore[attr-defined]
+    with pytest.raises(AwayError, match="status 503"):  # not the node alone
+        remote(head, tmp_path).lines_so_far()
+
+
+def test_a_job_is_shown_where_its_stream_is_not_let_through(
+    head: Head, server: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its output is asked for whole then, half a line excepted, and as a stream again where that comes."""
+    monkeypatch.setattr(following, "_POLL_S", 0.01)
+    job = server.job = as_answer({**JOB, "status": "RUNNING"})  # type: ignore[attr-defined]
+    server.logs = as_answer({"logs": "one\ntw"})  # type: ignore[attr-defined]
+    told: list[Event] = []
+    lines = remote(head, tmp_path).lines(told.append)
+    assert next(lines) == "one"
+    server.logs = as_answer({"logs": "one\ntwo\nbar 1\nbar 2\n"})  # type: ignore[attr-defined]
+    assert [next(lines) for _ in range(3)] == ["two", "bar 1", "bar 2"]  # Ray takes a bar's \r for the end of a line
+    assert told == []
+    server.waiting += [job, (502, b""), job, (502, b""), job, NODE_GONE] * 3  # type: ignore[attr-defined]
+    server.stream = (200, b"one\r\ntwo\nbar 1\rbar 2\nlast\n")  # type: ignore[attr-defined]
+    assert next(lines) == "last"
+    assert len(told) == 1
+    assert "status 500" in str(told)
+    server.job, server.logs = as_answer(JOB), as_answer({"logs": SAID})  # type: ignore[attr-defined]
+    assert list(lines) == []
 
 
 def test_what_does_not_pass_is_said(head: Head, server: http.server.ThreadingHTTPServer) -> None:
