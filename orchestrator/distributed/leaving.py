@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ _FOR_THE_CHECKPOINT_S = 30.0
 _ASK_EVERY_S = 1.0
 _NOTICE_GRACE_S = 15.0
 """How long after one worker has heard of it another one may."""
+_STAYS_S = 5.0
 _END_GRACE_S = 120.0
 """How long after the node's end Ray may take to end the group."""
 
@@ -36,15 +38,15 @@ class NodeNotice:
         return self._deadline_ms is not None and time.monotonic() >= self._stop_at
 
     def wait_for_the_end(self, channel: DriverChannel) -> None:
-        """Stay until the node ends, which counts as no failure then; return where the driver wants to stop.
+        """Stay until the node ends, which Ray counts as no failure; return where the driver wants to stop.
 
-        Raises `RuntimeError` where it does not end.
+        Where the node stays beyond its end, this process ends: Ray puts nothing on that node any more.
         """
         left_s = max(0.0, (self._deadline_ms or 0) / 1000 - time.time())
-        until = time.monotonic() + left_s + _END_GRACE_S
+        until = time.monotonic() + left_s + _STAYS_S
         while not channel.wait_whether_to_stop():
             if time.monotonic() > until:
-                raise RuntimeError("its node was to be taken away, and was not")
+                os._exit(1)
             time.sleep(0.5)
 
 

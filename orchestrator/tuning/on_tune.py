@@ -239,7 +239,9 @@ class TuneTrials:
         """The process of a trial has died: it goes on from its last checkpoint in another one."""
         self.running.discard(key)
         self._pending.add(key)
-        self.context.report(Noted(f"trial {key[0]}: {why}; restart {num} of {most}", is_warning=True))
+        # Of a node that was taken away with notice Tune counts none.
+        how = f"{why}; restart {num} of {most}" if num else "its node was taken away; it goes on elsewhere"
+        self.context.report(Noted(f"trial {key[0]}: {how}", is_warning=True))
 
     def _hear_trials(self) -> None:
         """What trials themselves have told: why they failed, and what their workers wait for."""

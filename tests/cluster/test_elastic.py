@@ -34,14 +34,14 @@ TRAINING = {
 
 
 class Driver:
-    """`orchestrator finetune` on the head, and what it says."""
+    """`orchestrator finetune` or `search` on the head, and what it says."""
 
-    def __init__(self, cluster: LocalCluster, folder: Path, job: dict[str, Any]) -> None:
+    def __init__(self, cluster: LocalCluster, folder: Path, job: dict[str, Any], verb: str = "finetune") -> None:
         (folder / "job.yaml").write_text(json.dumps(job))
         self._log = folder / "log"
         self._metrics = folder / "runs/run/metrics.jsonl"
         self._cluster = cluster
-        words = [cluster.python, "-m", "orchestrator.terminal.cli", "finetune", str(folder / "job.yaml")]
+        words = [cluster.python, "-m", "orchestrator.terminal.cli", verb, str(folder / "job.yaml")]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 cluster.command("node0", words), env={**cluster.node_environment("node0"), **PLANTED},
@@ -129,6 +129,38 @@ def test_a_notice_costs_no_step(cluster: LocalCluster, tiny_resnet: Path, digits
     for alone, elastic in zip(one.metrics, run.metrics, strict=True):
         assert abs(alone["train_loss"] - elastic["train_loss"]) < 1e-3
     assert found_in({**seen, **seen_in_files(cluster, tmp_path / "runs"), "its output": driver.said}, cluster) == []
+
+
+def test_a_trial_goes_on_without_a_step_lost_when_its_node_is_taken_away(
+    cluster: LocalCluster, tiny_resnet: Path, digits: Path, tmp_path: Path
+) -> None:
+    """A trial in one process on each of two nodes: it writes a checkpoint, and begins again where there is room."""
+    training = {**TRAINING, "epochs": 50}
+    del training["learning_rate"]
+    job = {
+        "backbone": str(tiny_resnet), "data": {"path": str(digits)}, "method": "full", "training": training,
+        "storage": str(tmp_path / "runs"), "name": "run",
+        "search": {"space": {"learning_rate": {"grid": [0.01, 0.02]}}},
+        "scaling": {"threads_per_worker": 1, "address": cluster.address},
+    }  # fmt: skip
+    driver = Driver(cluster, tmp_path, job, "search")
+    metrics = [tmp_path / f"runs/run.000{number}/metrics.jsonl" for number in (1, 2)]
+    while not all(one.exists() and len(one.read_text().splitlines()) >= 3 for one in metrics):
+        assert driver.process.poll() is None, driver.said
+        time.sleep(0.2)
+    before = [len(one.read_text().splitlines()) for one in metrics]
+    cluster.drain("node1", 12)
+    time.sleep(12)
+    cluster.kill_node("node1")
+    said = driver.wait_for(r"trial \d: going on from step")
+    number, step = map(int, re.findall(r"trial (\d): going on from step (\d+) of", said)[0])
+    steps_per_epoch = orchestrator.open_run(tmp_path / "runs/run.0001").plan.recipe.steps_per_epoch
+    assert step >= before[number - 1] * steps_per_epoch, "no other checkpoint was due"
+    assert driver.process.wait(600) == 0, driver.said
+    assert f"trial {number}: its node was taken away; it goes on elsewhere" in driver.said
+    assert "restart" not in driver.said, "a notice is no failure"
+    for one in metrics:
+        assert [json.loads(line)["epoch"] for line in one.read_text().splitlines()] == list(range(1, 51))
 
 
 def test_a_node_is_lost_and_another_one_joins(
