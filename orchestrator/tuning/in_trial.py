@@ -81,7 +81,7 @@ def _train(config: Mapping[str, Any], channel: DriverChannel, modality: Modality
         nonlocal trained, probed, asked_at, wait_s
         if isinstance(event, PhaseBegan):
             trained = event.text == FINAL_FIGURES
-        if isinstance(event, Noted):
+        if isinstance(event, Noted) and not event.text.startswith("device auto"):  # which the search has said
             channel.queue.put.remote((key_of(config), event))
         if probed and time.monotonic() - asked_at > wait_s:
             probed, asked_at, wait_s = not keep_probe(run, plan, search), time.monotonic(), 2 * wait_s
