@@ -11,12 +11,13 @@ import contextlib
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from orchestrator.distributed.following import lines_of
-from orchestrator.distributed.head import Head
+from orchestrator.distributed.head import AwayError, Head
 from orchestrator.distributed.request import pack_request
 from orchestrator.distributed.telling import Ended, Piece, error_of, parse_line
 from orchestrator.distributed.wheels import own_delivery
@@ -26,6 +27,7 @@ from orchestrator.job import CHECKPOINTS, MODEL, Advanced, PhaseBegan, Report, S
 What = Literal["all", "model", "results"]
 _STOP_WAIT_S = 600
 """So long Ray waits, before it kills the job that sends, for it to take back what it has written."""
+_LOOK_EVERY_S = 0.5
 _FETCH = "exec python -m orchestrator.distributed.fetch_job"
 
 
@@ -51,15 +53,16 @@ def copy_run(storage: Storage, name: str, folder: Path, what: What, report: Repo
         one.removeprefix(f"{name}/"): _num_bytes(storage, one)
         for one in sorted(commits) if what == "all" or (what == "model" and one == f"{name}/{MODEL}")
     }  # fmt: skip
-    report(PhaseBegan(f"copying {name}", sum(asked.values()), unit="bytes"))
-    for inside, num_bytes in asked.items():
-        (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            storage.fetch(f"{name}/{inside}", folder / inside)
-        except RefusedError as error:  # a checkpoint that newer ones have replaced meanwhile, in a run that runs
-            if error.reason != "not_found" or inside.partition("/")[0] != CHECKPOINTS:
-                raise
-        report(Advanced(num_bytes))
+    total = sum(asked.values())
+    report(PhaseBegan(f"copying {name}", total, unit="bytes"))
+    with _growth_told(folder, total, report):
+        for inside in asked:
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                storage.fetch(f"{name}/{inside}", folder / inside)
+            except RefusedError as error:  # a checkpoint that newer ones have replaced meanwhile, in a run that runs
+                if error.reason != "not_found" or inside.partition("/")[0] != CHECKPOINTS:
+                    raise
     for file in _small_files(storage, name, commits):
         inside = file.removeprefix(f"{name}/")
         if what == "all" or "/" not in inside:
@@ -67,6 +70,39 @@ def copy_run(storage: Storage, name: str, folder: Path, what: What, report: Repo
             if content is not None:  # else it is there no more
                 (folder / inside).parent.mkdir(parents=True, exist_ok=True)
                 (folder / inside).write_bytes(content)
+
+
+@contextlib.contextmanager
+def _growth_told(folder: Path, total: int, report: Report) -> Iterator[None]:
+    """As long as the context lasts, how many more bytes the folder holds is reported; in the end, all are."""
+    told, over = 0, threading.Event()
+
+    def tell(num_bytes: int) -> None:
+        nonlocal told
+        if (more := min(num_bytes, total) - told) > 0:
+            report(Advanced(more))
+            told += more
+
+    def watch() -> None:
+        while not over.wait(_LOOK_EVERY_S):
+            tell(_bytes_in(folder))
+
+    thread = threading.Thread(target=watch, daemon=True, name="fetch-progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    tell(total)
+
+
+def _bytes_in(folder: Path) -> int:
+    num_bytes = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # it is renamed once it is whole
+            num_bytes += file.stat().st_size if file.is_file() else 0
+    return num_bytes
 
 
 def _num_bytes(storage: Storage, commit: str) -> int:
@@ -158,7 +194,8 @@ def fetch_through_cluster(
                 ended = told
                 break
     finally:
-        head.stop(id)
+        with contextlib.suppress(AwayError):  # the sender ends by itself in the end
+            head.stop(id)
     if ended is not None and ended.exit_code:
         raise error_of(ended)
     if ended is None or ended.results is None:

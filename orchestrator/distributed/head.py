@@ -247,10 +247,17 @@ def _job(tree: Mapping[str, Any]) -> ClusterJob:
 
 
 def wait_until_over(head: Head, id: str, timeout_s: float, poll_s: float = 0.5) -> ClusterJob | None:
-    """The job once its state is the last one; as it is after `timeout_s`, None where the cluster knows none."""
+    """The job once its state is the last one; as it is after `timeout_s`, None where the cluster knows none.
+
+    Raises `AwayError` where the head does not answer even then.
+    """
     until = time.monotonic() + timeout_s
     while True:
-        job = head.job(id)
-        if job is None or job.is_over or time.monotonic() > until:
-            return job
+        try:
+            job = head.job(id)
+            if job is None or job.is_over or time.monotonic() > until:
+                return job
+        except AwayError:
+            if time.monotonic() > until:
+                raise
         time.sleep(poll_s)

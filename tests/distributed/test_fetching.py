@@ -51,6 +51,25 @@ def test_all_of_it_its_model_or_its_small_files(storage: DirectoryStorage, tmp_p
     ]  # fmt: skip
 
 
+def test_of_one_large_file_it_is_told_how_much_has_come(
+    storage: DirectoryStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.distributed.fetching._LOOK_EVERY_S", 0.005)
+    with (
+        hold(storage, "a") as run,
+        run.committing("model") as place,
+        (place / "weights.safetensors").open("wb") as large,
+    ):
+        large.truncate(100 * 2**20)
+    told: list[Event] = []
+    copy_run(storage, "a", tmp_path / "copy", "model", told.append)
+    began, *steps = told
+    assert isinstance(began, PhaseBegan)
+    assert began.total == 100 * 2**20
+    assert len(steps) > 1
+    assert sum(event.num for event in steps if isinstance(event, Advanced)) == began.total
+
+
 def test_what_is_not_there_or_not_as_it_was_committed(storage: DirectoryStorage, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="there is no run") as caught:
         copy_run(storage, "b", tmp_path / "b", "all")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.server
 import json
 from collections.abc import Iterator
@@ -12,8 +14,9 @@ import pytest
 
 import orchestrator
 from orchestrator.distributed import following
-from orchestrator.distributed.head import AwayError, Head
-from orchestrator.distributed.telling import Ended, as_line
+from orchestrator.distributed.fetching import fetch_through_cluster
+from orchestrator.distributed.head import AwayError, Head, wait_until_over
+from orchestrator.distributed.telling import Ended, Piece, as_line
 from orchestrator.errors import OrchestratorError, RefusedError, TrainingError
 from orchestrator.job import Event, open_storage
 from orchestrator.remote import RemoteRun
@@ -41,6 +44,17 @@ class _Head(http.server.BaseHTTPRequestHandler):
         place = self.path.partition("?")[0].rpartition("/")[2]
         usual: Answer = getattr(self.server, place if place in ("logs", "stream") else "job")
         status, body = waiting.pop(0) if waiting else usual
+        self._say(status, body)
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._say(200, b"{}")
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self._say(*(self.server.stop if self.path.endswith("/stop") else (200, b"{}")))  # type: ignore[attr-defined]
+
+    def _say(self, status: int, body: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -54,7 +68,7 @@ class _Head(http.server.BaseHTTPRequestHandler):
 def server() -> Iterator[http.server.ThreadingHTTPServer]:
     with served(_Head) as one:
         one.waiting, one.job, one.logs = [], as_answer(JOB), as_answer({"logs": SAID})  # type: ignore[attr-defined]
-        one.stream = (502, b"")  # type: ignore[attr-defined]
+        one.stream, one.stop = (502, b""), (200, b"{}")  # type: ignore[attr-defined]
         yield one
 
 
@@ -148,6 +162,35 @@ def test_what_does_not_pass_is_said(head: Head, server: http.server.ThreadingHTT
     with pytest.raises(AwayError, match="is no Ray cluster: '<html>' is no JSON") as caught:
         head.job(ID)
     assert "proxy" in caught.value.mend
+
+
+def test_what_has_arrived_is_kept_where_its_sender_cannot_be_told(
+    head: Head, server: http.server.ThreadingHTTPServer, tmp_path: Path
+) -> None:
+    """Nor is what went wrong hidden by that."""
+    server.job = as_answer({**JOB, "status": "RUNNING"})  # type: ignore[attr-defined]
+    server.stop = (503, b"no healthy upstream")  # type: ignore[attr-defined]
+    digest = hashlib.sha256(b"{}").hexdigest()
+    sent = [Piece("plan.json", base64.b64encode(b"{}").decode()), Ended(0, results={"files": {"plan.json": digest}})]
+    server.stream = (200, "".join(as_line(one) + "\n" for one in sent).encode())  # type: ignore[attr-defined]
+    fetch_through_cluster(head, "/runs", "a", tmp_path / "a", "all")
+    assert (tmp_path / "a/plan.json").read_bytes() == b"{}"
+    server.stream = (200, as_line(Piece("../plan.json", "")).encode() + b"\n")  # type: ignore[attr-defined]
+    with pytest.raises(RefusedError, match="the cluster sends a file to"):
+        fetch_through_cluster(head, "/runs", "a", tmp_path / "b", "all")
+
+
+def test_waiting_for_a_job_outlives_a_head_that_is_started_again(
+    head: Head, server: http.server.ThreadingHTTPServer
+) -> None:
+    away = (503, b"no healthy upstream")
+    server.waiting += [away] * 3  # type: ignore[attr-defined]
+    job = wait_until_over(head, ID, 60, poll_s=0.01)
+    assert job is not None
+    assert job.state == "finished"
+    server.job = away  # type: ignore[attr-defined]
+    with pytest.raises(AwayError, match="status 503"):
+        wait_until_over(head, ID, 0.1, poll_s=0.01)
 
 
 @pytest.mark.slow
