@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import os
 import secrets
 import shutil
 import tempfile
@@ -99,9 +100,10 @@ def _growth_told(folder: Path, total: int, report: Report) -> Iterator[None]:
 
 def _bytes_in(folder: Path) -> int:
     num_bytes = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it is renamed once it is whole
-            num_bytes += file.stat().st_size if file.is_file() else 0
+    for place, _folders, files in os.walk(folder):  # one that is renamed meanwhile is passed over
+        for file in files:
+            with contextlib.suppress(OSError):
+                num_bytes += (Path(place) / file).stat().st_size
     return num_bytes
 
 

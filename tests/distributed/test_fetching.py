@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from orchestrator.distributed import fetching
 from orchestrator.distributed.fetching import Arrival, copy_run, settle
 from orchestrator.distributed.telling import Piece
 from orchestrator.errors import OrchestratorError, RefusedError
@@ -68,6 +71,26 @@ def test_of_one_large_file_it_is_told_how_much_has_come(
     assert began.total == 100 * 2**20
     assert len(steps) > 1
     assert sum(event.num for event in steps if isinstance(event, Advanced)) == began.total
+
+
+def test_folders_that_are_renamed_while_they_are_counted_are_no_error(tmp_path: Path) -> None:
+    """As each is once it has arrived whole."""
+    over = threading.Event()
+
+    def rename() -> None:
+        while not over.is_set():
+            (tmp_path / "partial/inner").mkdir(parents=True)
+            (tmp_path / "partial/inner/weights").write_bytes(b"1")
+            (tmp_path / "partial").rename(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "whole")
+
+    thread = threading.Thread(target=rename)
+    thread.start()
+    try:
+        assert {fetching._bytes_in(tmp_path) for _ in range(1000)} <= {0, 1}
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_what_is_not_there_or_not_as_it_was_committed(storage: DirectoryStorage, tmp_path: Path) -> None:
