@@ -51,9 +51,10 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')
 address=$(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" hostname --all-ip-addresses | awk '{print $1}')
 srun --overlap --ntasks-per-node=1 mkdir -p "$folder/tmp"
 export TMPDIR=$folder/tmp # what libraries put there goes with the job
-# Each machine's Ray takes its folder with it, since a job that is cancelled can start nothing more there.
+# Each machine's Ray takes its folder with it, since a job that is cancelled can start nothing more there; for three
+# seconds, since its processes write into it until the last of them has ended.
 # shellcheck disable=SC2016 # each machine expands it
-with_folder='trap : TERM; trap "rm -rf \"$0\"" EXIT; "$@"'
+with_folder='trap : TERM; trap "for _ in 1 2 3 4 5 6; do rm -rf \"$0\"; sleep 0.5; done" EXIT; "$@"'
 start=(bash -c "$with_folder" "$folder" ray start --block --disable-usage-stats --num-cpus="$cpus" --temp-dir="$folder")
 
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" --cpus-per-task="$cpus" \
