@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,10 @@ ALL_CORES = os.sched_getaffinity(0)
 _number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
 if _number:
     os.sched_setaffinity(0, {sorted(ALL_CORES)[int(_number) % len(ALL_CORES)]})
+
+# Where tests run in the background of a shell, it has them ignore Ctrl-C, and all that they start would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The client reads its environment when it is imported, so the Hub of the tests must be there before that.
 _stack = contextlib.ExitStack()
