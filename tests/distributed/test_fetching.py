@@ -65,6 +65,14 @@ def test_of_one_large_file_it_is_told_how_much_has_come(
     ):
         large.truncate(100 * 2**20)
     told: list[Event] = []
+
+    def slowly(_self: object, _name: str, _manifest: object, _file: str, to: Path) -> None:
+        for size in (40, 80, 100):
+            with to.open("ab") as out:
+                out.truncate(size * 2**20)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(DirectoryStorage, "_copy", slowly)
     copy_run(storage, "a", tmp_path / "copy", "model", told.append)
     began, *steps = told
     assert isinstance(began, PhaseBegan)
