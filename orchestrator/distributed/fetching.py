@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -20,7 +19,7 @@ from typing import Literal
 from orchestrator.distributed.following import lines_of
 from orchestrator.distributed.head import AwayError, Head
 from orchestrator.distributed.request import pack_request
-from orchestrator.distributed.telling import Ended, Piece, error_of, parse_line
+from orchestrator.distributed.telling import Ended, Piece, error_of, parse_line, repeating
 from orchestrator.distributed.wheels import own_delivery
 from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.job import CHECKPOINTS, MODEL, Advanced, PhaseBegan, Report, Storage, file_sha256
@@ -76,7 +75,7 @@ def copy_run(storage: Storage, name: str, folder: Path, what: What, report: Repo
 @contextlib.contextmanager
 def _growth_told(folder: Path, total: int, report: Report) -> Iterator[None]:
     """As long as the context lasts, how many more bytes the folder holds is reported; in the end, all are."""
-    told, over = 0, threading.Event()
+    told = 0
 
     def tell(num_bytes: int) -> None:
         nonlocal told
@@ -84,17 +83,11 @@ def _growth_told(folder: Path, total: int, report: Report) -> Iterator[None]:
             report(Advanced(more))
             told += more
 
-    def watch() -> None:
-        while not over.wait(_LOOK_EVERY_S):
-            tell(_bytes_in(folder))
+    def look() -> None:
+        tell(_bytes_in(folder))
 
-    thread = threading.Thread(target=watch, daemon=True, name="fetch-progress")
-    thread.start()
-    try:
+    with repeating(look, _LOOK_EVERY_S):
         yield
-    finally:
-        over.set()
-        thread.join()
     tell(total)
 
 

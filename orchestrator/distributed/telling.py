@@ -11,7 +11,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -130,18 +130,29 @@ class Teller:
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
         """As long as the context lasts, something is told every two seconds."""
-        over = threading.Event()
 
         def beat() -> None:
-            while not over.wait(_BEAT_EVERY_S):
-                with self._lock:
-                    if time.monotonic() - self._told_at >= _BEAT_EVERY_S:
-                        self._write(None if self._steps else Beat())
+            with self._lock:
+                if time.monotonic() - self._told_at >= _BEAT_EVERY_S:
+                    self._write(None if self._steps else Beat())
 
-        thread = threading.Thread(target=beat, daemon=True, name="beat")
-        thread.start()
-        try:
+        with repeating(beat, _BEAT_EVERY_S):
             yield
-        finally:
-            over.set()
-            thread.join()
+
+
+@contextlib.contextmanager
+def repeating(call: Callable[[], None], every_s: float) -> Iterator[None]:
+    """As long as the context lasts, something is called in a thread, the first time after `every_s`."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(every_s):
+            call()
+
+    thread = threading.Thread(target=repeat, daemon=True, name=call.__name__)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
