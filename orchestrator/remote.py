@@ -17,6 +17,7 @@ from orchestrator.distributed.request import OF_NO_RUN
 from orchestrator.distributed.telling import Ended, error_of, parse_line
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, TrainingError, did_you_mean
 from orchestrator.job import (
+    LEASE_FILE,
     Advanced,
     EpochEnded,
     Noted,
@@ -236,10 +237,10 @@ def require_place(folder: str | Path, name: str = "") -> None:
 
 
 def _is_copy(folder: Path, name: str) -> bool:
-    """Whether it holds a copy of a run of that name, and not that run itself, which has commits. Without: any run."""
+    """Whether it holds a copy of a run of that name, and nobody has worked on it there. Without: any run."""
     with contextlib.suppress(OrchestratorError):
         its_name = open_run(folder).plan.name
-        return not name or (name == its_name and not open_storage(str(folder.parent)).commits(folder.name))
+        return not name or (name == its_name and not (folder / LEASE_FILE).exists())
     return False
 
 

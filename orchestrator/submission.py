@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.distributed.following import last_lines
 from orchestrator.distributed.head import ClusterJob, Head, open_head, wait_until_over
 from orchestrator.distributed.preflight import Preflight, wanted_of
 from orchestrator.distributed.request import Sent, pack_request
@@ -222,7 +223,7 @@ class _Submission:
         id = f"{PREFIX}preflight-{token[:12]}"
         self._head.submit(id, _PREFLIGHT, packages, {"orchestrator_kind": "preflight"}, {})
         over = wait_until_over(self._head, id, _PREFLIGHT_TIMEOUT_S)
-        said = self._head.lines(id) if over is not None and over.is_over else []
+        said = last_lines(self._head, over) if over is not None and over.is_over else []
         told = [one for line in said if isinstance(one := parse_line(line), Found)]
         if over is not None and not over.is_over:
             self._head.stop(id)

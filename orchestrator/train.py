@@ -250,9 +250,9 @@ def _worker_spec(run: HeldRun, plan: Plan, options: RunOptions) -> WorkerSpec:
 def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Plan:
     """The run's plan: of an unfinished run the one that it began with, else a new one, with its sample table."""
     if not options.fresh and held.read("plan.json") is not None:
-        _refuse_without_samples(run)
-        began, plan = run.plan, prepare(job, resolved)[0]
-        refuse_changes(run.place, began, plan)
+        with _samples_made_again(run, held, options.report) as folder:
+            began, plan = run.plan, prepare(job, resolved, folder)[0]
+            refuse_changes(run.place, began, plan)
         has_nothing = not run.finished and not held.commits(CHECKPOINTS)
         if has_nothing and began.recipe.num_microbatches != plan.recipe.num_microbatches:
             return _laid_out(run, held, job, resolved, replace(options, fresh=True))
@@ -281,17 +281,32 @@ def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, opt
     return plan
 
 
-def _refuse_without_samples(run: Run) -> None:
-    """Raise `RefusedError` where there is no sample table to go on with, or not this version's."""
-    from orchestrator.data import table_of
+@contextlib.contextmanager
+def _samples_made_again(run: Run, held: HeldRun, report: Report) -> Iterator[Path | None]:
+    """Where a run that goes on has no sample table: a folder for one, which is kept if it is the one that it had.
 
-    if not run.finished and (run.is_earlier or table_of(run) is None):
-        why = "is of an earlier version" if run.is_earlier else "has lost its samples"
-        raise RefusedError(
-            "damaged", f"the run {run.place} {why}, and cannot be gone on with",
-            expected=f"its sample table, in {DATA_FOLDER}/ of its storage",
-            mend="start over with fresh (--fresh), or keep both: name (--name)",
-        )  # fmt: skip
+    So it is in a run that was copied to another storage. Raises `RefusedError` where it is of an earlier version, or
+    the data gives another table.
+    """
+    from orchestrator.data import key_of, table_key, table_of, tables_in
+
+    if run.finished or (not run.is_earlier and table_of(run) is not None):
+        yield None
+        return
+    key, why = key_of(run), "is of an earlier version" if run.is_earlier else "has lost its samples"
+    if key is not None and not run.is_earlier:
+        with held.scratch() as folder:
+            yield folder
+            if table_key(folder) == key:
+                tables_in(held.storage).put(folder, held)
+                report(Noted("its sample table was not in its storage: made again from the data, and the same"))
+                return
+        why += ", and its data gives others"
+    raise RefusedError(
+        "damaged", f"the run {run.place} {why}, and cannot be gone on with",
+        expected=f"its sample table, in {DATA_FOLDER}/ of its storage",
+        mend="start over with fresh (--fresh), or keep both: name (--name)",
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

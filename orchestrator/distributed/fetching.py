@@ -34,7 +34,8 @@ _FETCH = "exec python -m orchestrator.distributed.fetch_job"
 def copy_run(storage: Storage, name: str, folder: Path, what: What, report: Report = lambda _event: None) -> None:
     """Copy a run, or that part of it, into a folder that is not there yet; digests of committed folders are compared.
 
-    What is reported is the bytes of committed folders, of which nearly all of a run is.
+    All of it is a run again, which the same command goes on with: committed folders keep their manifests. What is
+    reported is the bytes of those folders, of which nearly all of a run is.
     Raises `RefusedError`: `not_found`, or `damaged` where it is not as it was committed.
     """
     if storage.read(f"{name}/plan.json") is None:
@@ -59,7 +60,7 @@ def copy_run(storage: Storage, name: str, folder: Path, what: What, report: Repo
         for inside in asked:
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
             try:
-                storage.fetch(f"{name}/{inside}", folder / inside)
+                storage.fetch(f"{name}/{inside}", folder / inside).write(folder / inside)
             except RefusedError as error:  # a checkpoint that newer ones have replaced meanwhile, in a run that runs
                 if error.reason != "not_found" or inside.partition("/")[0] != CHECKPOINTS:
                     raise

@@ -114,8 +114,9 @@ def _short(value: Any) -> str:
 
 
 def _version(library: str) -> str | None:
+    """Without its build: a head has torch's of the CPU (+cpu) where its workers have one of CUDA (+cu126)."""
     try:
-        return version(library)
+        return version(library).partition("+")[0]
     except PackageNotFoundError:
         return None
 

@@ -175,7 +175,7 @@ class DirectoryStorage(Storage):
             before = self.find(name)
         manifest = make_manifest(folder, next_version(lease.number, before.version if before else None))
         with self._writing(name):
-            (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+            manifest.write(folder)
             _make_folder(path.parent)
             whole = _on_the_same_disk(folder, beside(path))
             for file in sorted(whole.rglob("*")):

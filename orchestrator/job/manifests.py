@@ -67,6 +67,10 @@ class Manifest(BaseModel):
         """That of the lease that it was committed under."""
         return number_of(self.version)
 
+    def write(self, folder: Path) -> None:
+        """Into the folder whose files it tells, so that this is a committed one of a directory."""
+        (folder / MANIFEST_FILE).write_text(self.model_dump_json(indent=1), encoding="utf-8")
+
     def changed(self, folder: Path) -> str:
         """Which file of a local folder has other bytes than were committed, '' if none has. Raises `OSError`."""
         for name, file in self.files.items():

@@ -48,9 +48,11 @@ def test_all_of_it_its_model_or_its_small_files(storage: DirectoryStorage, tmp_p
 
     small = ["plan.json", "results.json"]
     assert names("results") == small
-    assert names("model") == ["model/weights.safetensors", *small]
+    model = ["model/.manifest.json", "model/weights.safetensors"]
+    assert names("model") == [*model, *small]
+    step = "checkpoints/step-00000001"
     assert names("all") == [
-        "checkpoints/step-00000001/weights.safetensors", "model/weights.safetensors", *small, "tensorboard/events.1",
+        f"{step}/.manifest.json", f"{step}/weights.safetensors", *model, *small, "tensorboard/events.1",
     ]  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import base64
 import hashlib
 import http.server
 import json
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +18,14 @@ import orchestrator
 from orchestrator.distributed import following
 from orchestrator.distributed.fetching import fetch_through_cluster
 from orchestrator.distributed.head import AwayError, Head, wait_until_over
-from orchestrator.distributed.telling import Ended, Piece, as_line
-from orchestrator.errors import OrchestratorError, RefusedError, TrainingError
-from orchestrator.job import Event, open_storage
+from orchestrator.distributed.telling import Ended, Found, Piece, as_line
+from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, TrainingError
+from orchestrator.gate import drafted
+from orchestrator.job import EpochEnded, Event, open_storage
 from orchestrator.remote import RemoteRun
+from orchestrator.submission import _sent, _Submission
 from tests.distributed.test_address import served
-from tests.whole.test_train import train
+from tests.whole.test_train import same, train, weights_of
 
 ID = "orchestrator-a.1"
 JOB = {"submission_id": ID, "status": "SUCCEEDED", "message": "", "metadata": {}, "driver_node_id": "n"}
@@ -80,6 +84,19 @@ def head(server: http.server.ThreadingHTTPServer) -> Head:
 
 def remote(head: Head, storage: Path, name: str = "a") -> RemoteRun:
     return RemoteRun(ID, name, str(storage), 1, "finetune", head)
+
+
+def test_a_preflight_outlives_an_answer_that_is_lost(
+    head: Head, server: http.server.ThreadingHTTPServer, tiny_resnet: Path, flat_digits: Path, tmp_path: Path
+) -> None:
+    """Its node's agent is asked once more for what it has written."""
+    server.logs = as_answer({"logs": as_line(Found([]))})  # type: ignore[attr-defined]
+    package_is_there, agent_is_away = (200, b"{}"), (500, b"Traceback\nthe agent is away")
+    server.waiting += [package_is_there, as_answer(JOB), agent_is_away]  # type: ignore[attr-defined]
+    sent = _sent(drafted(None, {"backbone": str(tiny_resnet), "data": str(flat_digits)}), "finetune", lambda _: None)
+    with pytest.raises(RefusedError, match="no node that is alive"):
+        _Submission(head, sent, "finetune", False, lambda _: None, None)._preflight([], [], tmp_path)
+    assert not server.waiting  # type: ignore[attr-defined]
 
 
 def test_following_outlives_a_head_that_is_started_again(
@@ -194,6 +211,31 @@ def test_waiting_for_a_job_outlives_a_head_that_is_started_again(
 
 
 @pytest.mark.slow
+def test_a_run_that_was_brought_home_goes_on_here(
+    head: Head, tiny_resnet: Path, flat_digits: Path, tmp_path: Path
+) -> None:
+    """From its checkpoint; what it comes to is what it would have come to."""
+    options = {"method": "full", "training": {"epochs": 2, "checkpoint_every_steps": 2}}
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(InterruptedRunError):
+        train(tiny_resnet, flat_digits, name="a", storage="cluster", report=interrupt, **options)
+    home = remote(head, tmp_path / "cluster").fetch(tmp_path / "runs/a")
+    shutil.rmtree(tmp_path / "cluster")
+    assert not home.finished
+    notes: list[str] = []
+    run = train(
+        tiny_resnet, flat_digits, name="a", storage="runs",
+        report=lambda event: notes.append(getattr(event, "text", "")), **options,
+    )  # fmt: skip
+    assert any("going on from step" in note for note in notes)
+    assert same(weights_of(run), weights_of(train(tiny_resnet, flat_digits, name="whole", **options)))
+
+
+@pytest.mark.slow
 def test_a_run_that_is_here_already_stays_as_it_is(
     head: Head, tiny_resnet: Path, flat_digits: Path, tmp_path: Path
 ) -> None:
@@ -210,6 +252,9 @@ def test_a_run_that_is_here_already_stays_as_it_is(
     home = tmp_path / "home"
     assert job.fetch(home).results == run.results
     assert job.fetch(home).results == run.results  # an earlier copy is replaced
+    assert train(tiny_resnet, flat_digits, name="home", method="full", training={"epochs": 1}, storage=".").finished
+    with pytest.raises(RefusedError, match="not empty, and no copy of a"):
+        job.fetch(home)  # it has been worked on there
     other = train(tiny_resnet, flat_digits, name="a", method="full", training={"epochs": 1}, storage="other")
     with pytest.raises(RefusedError, match="not empty, and no copy of a"):
         job.fetch(other.path)  # somebody's own run of that name

@@ -76,6 +76,18 @@ def test_a_process_with_other_libraries_does_not_extract(tiny_resnet: Path, flat
     assert refused.value.mend
 
 
+def test_another_build_of_torch_is_the_same_torch(
+    tiny_resnet: Path, flat_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extractor on a node without a GPU works for workers that have one."""
+    plan, image = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits)), registry.get("image")
+    keys = []
+    for build in ("+cpu", "+cu126", ".1+cpu"):
+        monkeypatch.setattr("orchestrator.features.key.version", lambda _library, build=build: f"2.14{build}")
+        keys.append(feature_key(plan, CUT, code_digest(image)))
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_what_no_distribution_brings_has_no_code_that_others_could_compare() -> None:
     """On a worker, a modality that the driver's program has registered: its file is not all that it computes by."""
     image = registry.get("image")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -793,6 +794,32 @@ def test_a_run_of_an_earlier_layout(tiny_resnet: Path, flat_digits: Path) -> Non
             train(tiny_resnet, flat_digits, training={"epochs": 1})
         assert (caught.value.reason, "--fresh" in caught.value.mend) == ("damaged", True)
     assert train(tiny_resnet, flat_digits, training={"epochs": 1}, fresh=True).finished
+
+
+def test_a_run_without_its_sample_table_makes_it_again(tiny_resnet: Path, digits: Path) -> None:
+    """As it has to where the run alone was copied to another storage; another table is none to go on with."""
+
+    def stop(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            signal.raise_signal(signal.SIGINT)
+
+    job: dict[str, Any] = {"name": "a", "method": "full", "training": {"epochs": 2, "checkpoint_every_steps": 2}}
+    with pytest.raises(InterruptedRunError):
+        train(tiny_resnet, digits, report=stop, **job)
+    shutil.rmtree("runs/.data")
+    reference = Path("runs/a/samples.json")
+    said = reference.read_text()
+    reference.write_text(json.dumps({"table": "0" * 32}))
+    with pytest.raises(RefusedError, match="lost its samples, and its data gives others") as caught:
+        train(tiny_resnet, digits, **job)
+    assert caught.value.reason == "damaged"
+    assert not any(file.is_file() and file.name != ".lock" for file in Path("runs/.data").rglob("*"))
+    reference.write_text(said)
+    notes: list[str] = []
+    run = train(tiny_resnet, digits, report=lambda event: notes.append(getattr(event, "text", "")), **job)
+    assert any("made again from the data" in note for note in notes)
+    assert any("going on from step" in note for note in notes)
+    assert (run.finished, reference.read_text()) == (True, said)
 
 
 def test_evaluating_takes_columns_as_the_run_had_them(tmp_path: Path) -> None:
