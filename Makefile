@@ -40,8 +40,9 @@ test-ray: $(STAMP)  # wants all cores for itself
 
 # What needs several machines, made of this one, or Ray for minutes: as root, each has a network of its own (cluster/local.py).
 # At most 40 minutes. KUBERAY_CRDS names a folder with KubeRay's ray.io_rayclusters.yaml and ray.io_rayjobs.yaml, for the manifests.
+# Two at a time: they wait for nodes that go and come, and cores are idle for most of it.
 test-cluster: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=15 -m cluster
+	SHARE_CORES=1 $(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile -m cluster
 
 # Every model type of transformers and timm (after a row of a plugin or a library changed), and every kind and moment of
 # which `test` takes some.

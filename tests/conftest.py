@@ -27,10 +27,11 @@ from tests.refusals import Recorder
 from tests.tiny import REPOSITORY, make_digits, make_resnet, save_backbone
 
 # Of several processes of tests each keeps to a core of its own, and so does all that it starts: threads beyond the
-# cores make everything many times slower.
+# cores make everything many times slower. Not so where tests wait most of the time, and work on several cores
+# (SHARE_CORES).
 ALL_CORES = os.sched_getaffinity(0)
 _number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
-if _number:
+if _number and not os.environ.get("SHARE_CORES"):
     os.sched_setaffinity(0, {sorted(ALL_CORES)[int(_number) % len(ALL_CORES)]})
 
 # Where tests run in the background of a shell, it has them ignore Ctrl-C, and all that they start would too.
