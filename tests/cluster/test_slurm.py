@@ -32,7 +32,7 @@ KillWait=10
 JobRequeue=1
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir={spool}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -73,16 +73,20 @@ def machines(tmp_path: Path) -> Iterator[SlurmMachines]:
     if not namespaces_allowed():
         pytest.skip("two machines of Slurm want namespaces, and so root")
     folder = tmp_path / "slurm"
-    for name in ("state", "home", "spool-node0", "spool-node1"):
+    for name in ("state", "home"):
         (folder / name).mkdir(parents=True)
-    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder))
-    scratch = Path(f"/tmp/s{tmp_path.stat().st_ino:x}")  # short: for sockets
+    # Short, for sockets: their paths have 108 bytes at most.
+    scratch, spool = Path(f"/tmp/s{tmp_path.stat().st_ino:x}"), Path(f"/tmp/d{tmp_path.stat().st_ino:x}")
     scratch.mkdir()
+    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, spool=spool))
+    for node in ("node0", "node1"):
+        (spool / node).mkdir(parents=True)
     env = {"SLURM_CONF": str(folder / "slurm.conf"), "HOME": str(folder / "home"), "TMPDIR": str(scratch)}
     try:
         with SlurmMachines(env=env, private=[str(scratch)]) as started:
             yield started
     finally:
+        shutil.rmtree(spool)
         scratch.rmdir()
 
 
@@ -91,6 +95,7 @@ def wait_for(machines: SlurmMachines, log: Path, words: str) -> str:
     while words not in (text := log.read_text() if log.exists() else ""):
         queue = machines.run("node0", "squeue", "--noheader").stdout
         assert queue.strip(), f"the job has ended:\n{text}"
+        assert "held" not in queue, f"Slurm cannot start it: {queue}"
         time.sleep(0.5)
     return text
 
