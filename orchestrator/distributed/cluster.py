@@ -54,6 +54,7 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
         offer = offer_of(plan, report)
         queue = event_queue()
         failed: list[Exception | None] = []
+        leaving = threading.Event()
         config = {
             "spec": spec,
             "queue": queue,
@@ -61,11 +62,16 @@ def run_on_ray(plan: Plan, spec: WorkerSpec, report: Report, should_stop: Callab
             "deterministic": plan.job.training.deterministic,
             **offer,
         }
-        thread = threading.Thread(target=lambda: failed.append(fit(plan, spec, _worker, config)), daemon=True)
+
+        def train() -> None:
+            failed.append(fit(plan, spec, _worker, config, leaving.is_set))
+
+        thread = threading.Thread(target=train, daemon=True)
         thread.start()
         try:
             _follow(thread, queue, report, should_stop, Wait(plan, offer["threads"], offer["use_gpu"], report))
         except BaseException as error:
+            leaving.set()
             _end(thread, queue, error, is_ours)
             raise
         finally:

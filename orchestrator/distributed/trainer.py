@@ -35,11 +35,16 @@ _ANSWER_S = 10.0
 
 
 def fit(
-    plan: Plan, spec: WorkerSpec, work: Callable[[dict[str, Any]], None], config: dict[str, Any]
+    plan: Plan,
+    spec: WorkerSpec,
+    work: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    leaving: Callable[[], bool] = lambda: False,
 ) -> Exception | None:
     """Run the trainer to its end; what it failed with, None if it did not.
 
-    `work` runs in each worker with the `config`, which holds the `queue`, `threads` and `use_gpu` as well.
+    `work` runs in each worker with the `config`, which holds the `queue`, `threads` and `use_gpu` as well. `leaving`:
+    whether the driver ends it, and may leave Ray at any moment, which ends the process if this asks Ray for something.
     """
     scaling = plan.job.scaling
     if os.environ.get(_START_TIMEOUT, "") in ("", str(_STALE_RESOURCES_S), str(_START_TIMEOUT_S)):  # else the user's
@@ -52,6 +57,8 @@ def fit(
         except WorkerGroupError as error:
             return _training_error(error, spec, scaling.max_failures)
         except ray.exceptions.ActorDiedError:
+            if leaving():
+                return None
             num_lost += 1
             died = "the process that keeps the workers (Ray Train's controller) died"
             if num_lost > scaling.max_failures or not _goes_on_without(queue):
@@ -66,6 +73,8 @@ def fit(
                 return error
             if isinstance(error.controller_failure, Unwanted):
                 return InterruptedRunError("stopped while workers were to be started", mend="the same command goes on")
+            if leaving():
+                return None
             # Workers that do not find one another: Ray gives up, whatever its limit of failures.
             begun = _num_begun(queue)
             failed_starts, num_begun = 1 + (failed_starts if begun == num_begun else 0), begun

@@ -361,6 +361,23 @@ def test_workers_that_do_not_find_one_another_are_started_again(
         assert "GLOO_SOCKET_IFNAME" in error.mend
 
 
+def test_a_trainer_that_ends_with_its_driver_asks_ray_nothing(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray ends a process a thread of which asks it something while it is shut down: with 1, in the place of 130."""
+    import ray
+    from ray.train import ControllerError
+
+    from orchestrator.distributed import trainer
+
+    class Trainer:
+        def fit(self) -> None:
+            raise error
+
+    monkeypatch.setattr(trainer, "_trainer", lambda *_: Trainer())
+    queue = object()  # who asks it fails
+    for error in (ray.exceptions.ActorDiedError(), ControllerError(RuntimeError("gone"))):
+        assert trainer.fit(plan, None, print, {"queue": queue}, lambda: True) is None  # type: ignore[arg-type]
+
+
 @pytest.mark.usefixtures("_two_nodes")
 def test_the_queue_of_events_is_on_the_drivers_node() -> None:
     import ray
