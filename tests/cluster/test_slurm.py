@@ -28,7 +28,6 @@ SelectTypeParameters=CR_CPU
 SlurmUser=root
 SlurmdUser=root
 ReturnToService=2
-KillWait=10
 JobRequeue=1
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 StateSaveLocation={folder}/state
@@ -127,7 +126,7 @@ def nothing_is_left(machines: SlurmMachines, tmp_path: Path) -> None:
     for node in ("node0", "node1"):
         left = [line for line in machines.processes(node).values() if "raylet" in line or "gcs_server" in line]
         assert left == []
-        assert machines.run(node, "sh", "-c", 'ls "$TMPDIR"').stdout == ""
+        assert machines.run(node, "sh", "-c", 'find "$TMPDIR" -mindepth 1').stdout == ""
 
 
 @pytest.mark.cluster
