@@ -51,6 +51,9 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')
 address=$(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" hostname --all-ip-addresses | awk '{print $1}')
 srun --overlap --ntasks-per-node=1 mkdir -p "$folder/tmp"
 export TMPDIR=$folder/tmp # what libraries put there goes with the job
+# Cancelled, Ray waits so long before it ends, for the job to write a checkpoint, and no longer: Slurm kills what is left
+# after 30 s (KillWait).
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=15
 # Each machine's Ray takes its folder with it, since a job that is cancelled can start nothing more there; for three
 # seconds, since its processes write into it until the last of them has ended.
 # shellcheck disable=SC2016 # each machine expands it
