@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from orchestrator.job import (
     PhaseBegan,
     Report,
     Run,
+    Storage,
     TrialsAdvanced,
     beside,
     is_uri,
@@ -36,6 +38,8 @@ from orchestrator.progress import progress
 
 PREFIX = "orchestrator-"
 """Of the ids of our jobs, among others' on the same cluster."""
+_OF_SEVERAL = ("search", "rank")
+"""Kinds of jobs that are no run."""
 _STOP_TIMEOUT_S = 600.0
 _SEEN_WITHIN_S = 10.0
 """A store that does not answer this machine for so long is asked through the cluster."""
@@ -54,6 +58,8 @@ class RemoteRun:
     attempt: int
     kind: str
     _head: Head = field(repr=False)
+    called: str = ""
+    """What commands call it: its id, where the run's name is that of others too."""
 
     @property
     def address(self) -> str:
@@ -103,26 +109,29 @@ class RemoteRun:
         Raises the error that ended it, as `finetune` does, and `InterruptedRunError` after Ctrl-C, when it goes on.
         """
         ended: Ended | None = None
-        try:
-            with contextlib.nullcontext(report) if report is not None else progress() as telling:
-                telling(PhaseBegan("waiting for the cluster to start the job"))
-                for line in self.lines(telling):
-                    told = parse_line(line)
-                    if isinstance(told, Ended):
-                        ended = told
-                    elif isinstance(told, PhaseBegan | Advanced | EpochEnded | Noted | TrialsAdvanced):
-                        telling(told)
-        except KeyboardInterrupt:
-            raise InterruptedRunError(
-                f"{self.name} goes on, on the cluster; it is only no longer shown here",
-                mend=f"{self.command('attach')}; {self.command('stop')} ends it",
-            ) from None
+        with self.left_running(), contextlib.nullcontext(report) if report is not None else progress() as telling:
+            telling(PhaseBegan("waiting for the cluster to start the job"))
+            for line in self.lines(telling):
+                told = parse_line(line)
+                if isinstance(told, Ended):
+                    ended = told
+                elif isinstance(told, PhaseBegan | Advanced | EpochEnded | Noted | TrialsAdvanced):
+                    telling(told)
         return self._results(ended)
+
+    @contextlib.contextmanager
+    def left_running(self, how: str = "goes on, on the cluster; it is only no longer shown here") -> Iterator[None]:
+        """Around what waits for it: Ctrl-C raises `InterruptedRunError`, which says that this ends no job."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            mend = f"{self.command('attach')}; {self.command('stop')} ends it"
+            raise InterruptedRunError(f"{self.name} {how}", mend=mend) from None
 
     def command(self, verb: str) -> str:
         """The command line that does this with the run; RAY_ADDRESS stands for an address."""
-        where = "" if os.environ.get("RAY_ADDRESS") else f" --address {self.address}"
-        return f"orchestrator {verb} {self.name}{where}"
+        where = "" if os.environ.get("RAY_ADDRESS") else f" --address {shlex.quote(self.address)}"
+        return f"orchestrator {verb} {shlex.quote(self.called or self.name)}{where}"
 
     def _results(self, ended: Ended | None) -> dict[str, Any]:
         if ended is not None and ended.exit_code:
@@ -136,7 +145,8 @@ class RemoteRun:
         if job.state == "finished":
             raise OrchestratorError(
                 f"{self.name} has finished, and its last words are lost: the node of its driver does not answer",
-                mend=f"the run lies in its storage: {self.command('fetch')}",
+                mend="submit it again: its next attempt finds it done, and tells its figures"
+                + ("" if self.kind in _OF_SEVERAL else f"; or bring its run home: {self.command('fetch')}"),
             )
         said = [line.strip() for line in job.message.splitlines() if line.strip() and parse_line(line) is None]
         raise TrainingError(f"the driver of {self.name} ended without a word: {said[-1] if said else job.state}",
@@ -187,28 +197,47 @@ class RemoteRun:
 
     def _run_name(self) -> str:
         """Of the run that can be brought home. Raises `RefusedError` where there is none."""
-        if self.kind not in ("search", "rank"):
+        if self.kind not in _OF_SEVERAL:
             return self.name
         told = [parse_line(line) for line in self.lines_so_far()] if self.kind == "search" else []
         best = [one.results.get("run") for one in told if isinstance(one, Ended) and one.results]
+        if self.kind == "search" and (not best or not best[-1]):  # the driver's last words may be lost
+            with contextlib.suppress(OrchestratorError):
+                best = [open_run(self._opened().place_of(self.name)).name]
         if not best or not best[-1]:
             raise RefusedError(
                 "not_found", f"{self.name} is a {'ranking' if self.kind == 'rank' else 'search'}, and has no run"
                 + (" yet" if self.kind == "search" else ""), expected="a search that has ended, or a run",
-                mend="orchestrator attach shows what it has found"
+                mend=f"{self.command('attach')} shows what it has found; where that is lost, submit it again"
             )  # fmt: skip
         return Path(best[-1]).name
 
     def _sees_storage(self, name: str) -> bool:
-        """Whether the run of that name that lies here in that place is the one that the job works on."""
+        """Whether the run of that name that lies here in that place is the one that the job works on.
+
+        A copy that was brought home is not, though it may lie in a folder of the same name: nobody has worked on it.
+        """
         in_store = is_uri(self.storage)
         try:
-            storage = open_storage(self.storage, patience_s=_SEEN_WITHIN_S if in_store else None)
+            storage = self._opened()
             digest = run_in(storage, name).plan.job.digest()
+            if not in_store and storage.read(f"{name}/{LEASE_FILE}") is None:
+                return False
         except OrchestratorError:
             return False
         said = self._job().metadata.get("orchestrator_began", "")
         return said in ("", digest) or (in_store and said == OF_NO_RUN)  # two stores of one name are rare
+
+    def _opened(self) -> Storage:
+        return open_storage(self.storage, patience_s=_SEEN_WITHIN_S if is_uri(self.storage) else None)
+
+    def run_seen(self) -> Run | None:
+        """Its run, whole or not, where it can be told from here; of a store also that it is gone. A search has none."""
+        if self.kind in _OF_SEVERAL:
+            return None
+        run = run_in(self._opened(), self.name)
+        is_gone = is_uri(self.storage) and not run.is_there
+        return run if is_gone or self._sees_storage(self.name) else None
 
     # --- asking ---
 
@@ -267,7 +296,8 @@ def attach(name: str, /, *, address: str | None = None, report: Report | None = 
     with contextlib.nullcontext(report) if report is not None else progress() as telling:
         head = open_head(address, telling)
     ours = [run for run, _job in _ours(head)]
-    chosen = [one for one in ours if one.id == name] or [one for one in ours if one.name == name]
+    by_id = [replace(one, called=one.id) for one in ours if one.id == name]
+    chosen = by_id or [one for one in ours if one.name == name]
     if len({one.storage for one in chosen}) > 1:
         raise RefusedError(
             "usage", f"{len(chosen)} jobs are of runs that are called {name}, in different storages",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import secrets
 import tempfile
@@ -21,7 +22,7 @@ from orchestrator.distributed.following import last_lines
 from orchestrator.distributed.head import ClusterJob, Head, open_head, wait_until_over
 from orchestrator.distributed.preflight import Preflight, wanted_of
 from orchestrator.distributed.request import Sent, pack_request
-from orchestrator.distributed.telling import Found, parse_line
+from orchestrator.distributed.telling import Ended, Found, parse_line
 from orchestrator.distributed.wheels import Delivery, as_wanted, deliveries
 from orchestrator.errors import DataError, OrchestratorError, RefusedError, missing_extra
 from orchestrator.gate import drafted, planned
@@ -138,7 +139,7 @@ def _texts(tree: object) -> Iterator[str]:
 
 def _for_the_cluster(job: Job, plan: Plan) -> Job:
     """The job with whole paths, the run's name, and the cluster that it finds itself on."""
-    storage = job.storage if is_uri(job.storage) else str(local_path(job.storage).absolute())
+    storage = job.storage if is_uri(job.storage) else os.path.abspath(local_path(job.storage))
     scaling = job.scaling.model_copy(update={"address": "auto"})
     return job.at_whole_paths().model_copy(update={"name": plan.name, "storage": storage, "scaling": scaling})
 
@@ -178,10 +179,10 @@ class _Submission:
             }  # fmt: skip
             environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
             id = f"{base}.{attempt}"
-            if self._head.submit(id, _DRIVER, packages, metadata, environment):
-                started = self._head.job(id)
-                assert started is not None
-                return remote_run(self._head, started)
+            new = RemoteRun(id, self._sent.name, self._sent.storage, attempt, self._kind, self._head)
+            with new.left_running("may have started on the cluster"):
+                if self._head.submit(id, _DRIVER, packages, metadata, environment):
+                    return new
             # Somebody was faster: it is there now.
 
     def _attempts(self, base: str) -> dict[int, ClusterJob]:
@@ -204,14 +205,28 @@ class _Submission:
             name = self._sent.name
             raise RefusedError(
                 "busy", f"{last.id} is working on the run {name}" + ("" if same else ", with other settings"),
-                mend=f"stop it: orchestrator stop {name}; or give this one another name: --name",
+                mend=f"stop it: {remote_run(self._head, last).command('stop')}; or "
+                + ("wait for its end" if self._kind == "rank" else "give this one another name: --name"),
             )  # fmt: skip
         if last.state == "finished" and same and not self._fresh:
-            self._report(Noted(f"this job has finished before, as {last.id} (--fresh starts over)"))
-            return remote_run(self._head, last)
-        if last.state != "finished":
+            there = remote_run(self._head, last)
+            lost = self._lost_of(there, last)
+            if not lost:
+                self._report(Noted(f"this job has finished before, as {last.id} (--fresh starts over)"))
+                return there
+            self._report(Noted(f"{last.id} has finished, and {lost}: this is the next attempt, which makes it whole"))
+        elif last.state != "finished":
             self._report(Noted(f"{last.id} has {last.state}: this is the next attempt, which goes on with its run"))
         return None
+
+    def _lost_of(self, there: RemoteRun, job: ClusterJob) -> str:
+        """What is not there any more of a job that has finished, as far as can be told from here; '' if nothing is."""
+        if not any(isinstance(parse_line(line), Ended) for line in last_lines(self._head, job)):
+            return "its last words are lost"
+        with contextlib.suppress(OrchestratorError):
+            if (run := there.run_seen()) is not None and not run.finished:
+                return f"{run.place} is not whole"
+        return ""
 
     def _preflight(self, code: list[Delivery], packages: list[str], folder: Path) -> None:
         """Look at every node. Raises `RefusedError` where one lacks something."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +94,7 @@ def find_token() -> Token | None:
     """
     value = os.environ.get("RAY_AUTH_TOKEN", "").strip()
     if value:
-        return Token(value)
+        return Token(_one_word(value, "RAY_AUTH_TOKEN"))
     file = _token_file()
     if file is None:
         return None
@@ -103,7 +104,18 @@ def find_token() -> Token | None:
             "unauthorised", f"the token file {file} can be read by others (mode {mode:04o})",
             expected="mode 0600: whoever has the token can run code on the cluster", mend=f"chmod 600 {file}",
         )  # fmt: skip
-    return Token(value) if value else None
+    return Token(_one_word(value, f"the token file {file}")) if value else None
+
+
+def _one_word(value: str, place: str) -> str:
+    """The token, as HTTP sends it. Raises `RefusedError`, which does not show it, for what is none."""
+    if not re.fullmatch(r"[!-~]+", value):
+        raise RefusedError(
+            "unauthorised", f"{place} holds something else than a token",
+            expected="one line of printable ASCII without blanks, and nothing beside it",
+            mend="put the token alone into it: `ray get-auth-token` on the head prints it",
+        )  # fmt: skip
+    return value
 
 
 def gives_token() -> bool:
@@ -131,7 +143,7 @@ def _token_file() -> Path | None:
 def _read(file: Path) -> tuple[str, int]:
     """What a token file holds, and its mode. Raises `RefusedError`."""
     try:
-        return file.read_text(encoding="utf-8").strip(), stat.S_IMODE(file.stat().st_mode)
+        return file.read_text(encoding="utf-8-sig").strip(), stat.S_IMODE(file.stat().st_mode)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is no text"
         raise RefusedError(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -23,6 +25,7 @@ from orchestrator.job import Noted, Report
 _TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
 _QUIET_S = 8.0
 """A job tells something every two seconds: a stream that is silent for longer than this is opened again."""
+_OF_CONNECTIONS = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "SSL_CERT_DIR", "SSL_CERT_FILE")
 _MAX_PACKAGE_BYTES = 100 * 2**20
 _STATES = {
     "PENDING": "waiting", "RUNNING": "running", "SUCCEEDED": "finished", "FAILED": "failed", "STOPPED": "stopped",
@@ -188,7 +191,7 @@ def open_head(address: str | None, report: Report) -> Head:
     in clear text, is reported.
     """
     place = agreed(address)
-    client = httpx2.Client(base_url=place, timeout=_TIMEOUT, trust_env=not is_loopback(place))
+    client = _client(place)
     try:
         answer = client.get("/api/version")
         token: Token | None = None
@@ -209,10 +212,26 @@ def open_head(address: str | None, report: Report) -> Head:
         ) from None  # fmt: skip
     if token is None:
         report(unguarded(place))
-    elif place.startswith("http://") and not is_loopback(place):
+    elif urlsplit(place).scheme == "http" and not is_loopback(place):
         text = f"the token goes to {place} unencrypted: take a tunnel (ssh -L 8265:localhost:8265 HEAD) or https"
         report(Noted(text, is_warning=True))
     return Head(place, version, client)
+
+
+def _client(place: str) -> httpx2.Client:
+    """Of the head at this address. Raises `RefusedError` where this machine's settings of proxies let none be made."""
+    trusts = not is_loopback(place)
+    try:
+        return httpx2.Client(base_url=place, timeout=_TIMEOUT, trust_env=trusts)
+    except (ImportError, ValueError, OSError, httpx2.InvalidURL) as error:
+        names = sorted(name for name in os.environ if name.upper() in _OF_CONNECTIONS) if trusts else []
+        raise RefusedError(
+            "usage", f"no connection to {place} can be made: {first_line(error)}",
+            expected="an address, and settings of proxies and certificates, that an HTTP client takes",
+            mend=f"correct {', '.join(names) or '--address'}" + (
+                ", or unset them; NO_PROXY names hosts that need none" if names else ""
+            ),
+        ) from None  # fmt: skip
 
 
 def refused_token(address: str, given: bool) -> RefusedError:

@@ -21,6 +21,8 @@ NODE_TYPES = "ORCHESTRATOR_NODE_TYPES"
 _BOOTSTRAP = "ray_bootstrap_config.yaml"
 """What `ray up` leaves in the home directory of the head."""
 _MOST_NODES = 1000
+HEAD = "node:__internal_head__"
+"""What Ray calls a resource of the head alone."""
 
 
 def offer_of(plan: Plan, report: Report) -> dict[str, Any]:
@@ -146,8 +148,19 @@ def _use_gpu(plan: Plan, nodes: Sequence[Mapping[str, float]], report: Report) -
 
 
 def nodes_possible() -> list[Mapping[str, float]]:
-    """The resources of each node that there is, and of each that an autoscaler could add."""
-    return [*(node["Resources"] for node in ray.nodes() if node["Alive"]), *_node_types()]
+    """The resources of each node that there is, and of each that an autoscaler could add to these."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    coming = _node_types()
+    for node in there:
+        if HEAD not in node and (like_it := next((one for one in coming if _is_of_type(node, one)), None)):
+            coming.remove(like_it)  # it has come
+    return [*there, *coming]
+
+
+def _is_of_type(node: Mapping[str, float], type: Mapping[str, float]) -> bool:
+    """Whether the node may be one that an autoscaler has added: by its cores, its GPUs and their kind."""
+    kinds = {"CPU", "GPU", *(kind for kind in type if kind.startswith("accelerator_type:"))}
+    return all(node.get(kind, 0) == type.get(kind, 0) for kind in kinds)
 
 
 def totals(nodes: Iterable[Mapping[str, float]]) -> dict[str, float]:

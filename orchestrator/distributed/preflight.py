@@ -92,6 +92,7 @@ def wanted_of(sent: Sent, code: Mapping[str, Any]) -> dict[str, Any]:
         "backbones": [_backbone(one) for one in plans],
         "data": {place: describe(place) for place in _places(plan)},
         "device": plan.job.scaling.device,
+        "gpu_kind": plan.job.scaling.accelerator_type,
         "memory_bytes": trained,
         "disk_bytes": max(_LEAST_ROOM_BYTES, _COPIES * kept),
     }
@@ -153,8 +154,12 @@ def _room(node: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterable[Fault]
 
 
 def _works(node: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether the work is done there: on nodes with cores, or on the head alone."""
-    return bool(node["resources"]["CPU"] if wanted["plan"] else node["is_head"])
+    """Whether the work is done there: on nodes with cores, of the kind that the job asks for, or on the head alone."""
+    if not wanted["plan"]:
+        return bool(node["is_head"])
+    resources, device, kind = node["resources"], wanted["device"], wanted["gpu_kind"]
+    of_kind = kind is None or device == "cpu" or kind in node.get("gpu_kinds", ())
+    return bool(resources["CPU"] and (resources["GPU"] or device != "gpu") and of_kind)
 
 
 def _memory(node: Mapping[str, Any], of: Preflight) -> Iterable[Fault]:

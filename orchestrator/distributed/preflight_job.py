@@ -14,9 +14,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.distributed.nodes import look, read_token, remove_tokens, token_file, write_token
+from orchestrator.distributed.offer import HEAD
 from orchestrator.distributed.request import read_request
 
-_HEAD = "node:__internal_head__"
 _KIND = "accelerator_type:"
 
 
@@ -76,7 +76,7 @@ def _asked(request: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "node": node["NodeManagerAddress"],
             "node_id": id,
-            "is_head": _HEAD in node["Resources"],
+            "is_head": HEAD in node["Resources"],
             "resources": {kind: node["Resources"].get(kind, 0) for kind in ("CPU", "GPU")},
             "gpu_kinds": sorted(kind.removeprefix(_KIND) for kind in node["Resources"] if kind.startswith(_KIND)),
             "facts": facts[id],

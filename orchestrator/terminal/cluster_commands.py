@@ -59,7 +59,8 @@ def submit(
     found = None if json_ else _show_preflight
     remote = submit_job(job, address=address, kind=kind, fresh=fresh, found=found, **fields)
     if detach:
-        _show_job(remote, remote.status(), json_)
+        with remote.left_running():
+            _show_job(remote, remote.status(), json_)
         return
     results = remote.follow()
     try:

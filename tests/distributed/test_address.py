@@ -81,6 +81,43 @@ def test_the_token_as_ray_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert found.value == "of-the-environment"
 
 
+@pytest.mark.parametrize("content", ["a-secret\n# of May\n", "a secret", "a-s\0ecret", "gehe\u00efm"])
+def test_what_is_no_token_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+) -> None:
+    """HTTP could not send it; its library shows it in its error."""
+    file = tmp_path / "token"
+    file.write_text(content)
+    file.chmod(0o600)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    with pytest.raises(RefusedError, match=r"the token file .* holds something else than a token") as caught:
+        find_token()
+    assert caught.value.reason == "unauthorised"
+    assert not any(word in str(caught.value.as_dict()) for word in ("secret", "ecret", "gehe"))
+
+
+def test_a_token_file_from_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(b"\xef\xbb\xbfa-secret\r\n")
+    file.chmod(0o600)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    found = find_token()
+    assert found is not None
+    assert found.value == "a-secret"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ALL_PROXY", "socks5://127.0.0.1:1"), ("HTTPS_PROXY", "nonsense://127.0.0.1:1")]
+)
+def test_settings_of_proxies_that_let_no_connection_be_made_are_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RefusedError, match=r"no connection to https://head\.invalid can be made") as caught:
+        open_head("https://head.invalid", print)
+    assert name in caught.value.mend
+
+
 class _Open(http.server.BaseHTTPRequestHandler):
     """What a head that asks for no token says, or a server that is none."""
 

@@ -302,6 +302,17 @@ def test_what_an_autoscaler_could_give_is_waited_for(
 
 
 @pytest.mark.usefixtures("_two_nodes")
+def test_what_an_autoscaler_has_added_it_does_not_add_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.distributed import offer
+
+    there = {"CPU": 4, "GPU": 1, "accelerator_type:L4": 1}
+    for kind, most, possible in ((there, 3, 3), ({"CPU": 4, "GPU": 1}, 3, 3), ({**there, "CPU": 8}, 3, 4),
+                                 ({"CPU": 2}, 3, 4)):  # fmt: skip
+        monkeypatch.setenv(offer.NODE_TYPES, json.dumps([{"resources": kind, "max": most}]))
+        assert len(offer.nodes_possible()) == 1 + possible, kind  # and the head, which is of no type
+
+
+@pytest.mark.usefixtures("_two_nodes")
 @pytest.mark.parametrize("nonsense", ["{", "7", '[{"max": 2}]', '[{"resources": {"CPU": "x"}, "max": 1}]', "null"])
 def test_nonsense_about_node_types_is_refused(monkeypatch: pytest.MonkeyPatch, nonsense: str) -> None:
     from orchestrator.distributed import offer
@@ -368,13 +379,15 @@ def test_a_trainer_that_ends_with_its_driver_asks_ray_nothing(plan: Plan, monkey
 
     from orchestrator.distributed import trainer
 
+    errors = [ray.exceptions.ActorDiedError(), ControllerError(RuntimeError("gone"))]
+
     class Trainer:
         def fit(self) -> None:
-            raise error
+            raise errors.pop()
 
     monkeypatch.setattr(trainer, "_trainer", lambda *_: Trainer())
     queue = object()  # who asks it fails
-    for error in (ray.exceptions.ActorDiedError(), ControllerError(RuntimeError("gone"))):
+    while errors:
         assert trainer.fit(plan, None, print, {"queue": queue}, lambda: True) is None  # type: ignore[arg-type]
 
 

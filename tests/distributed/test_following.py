@@ -9,6 +9,7 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -21,7 +22,7 @@ from orchestrator.distributed.head import AwayError, Head, wait_until_over
 from orchestrator.distributed.telling import Ended, Found, Piece, as_line
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, TrainingError
 from orchestrator.gate import drafted
-from orchestrator.job import EpochEnded, Event, open_storage
+from orchestrator.job import EpochEnded, Event, Noted, open_storage
 from orchestrator.remote import RemoteRun
 from orchestrator.submission import _sent, _Submission
 from tests.distributed.test_address import served
@@ -208,6 +209,80 @@ def test_waiting_for_a_job_outlives_a_head_that_is_started_again(
     server.job = away  # type: ignore[attr-defined]
     with pytest.raises(AwayError, match="status 503"):
         wait_until_over(head, ID, 0.1, poll_s=0.01)
+
+
+@pytest.mark.slow
+def test_a_copy_at_the_place_of_the_clusters_storage_is_not_the_run(
+    head: Head, server: http.server.ThreadingHTTPServer, tiny_resnet: Path, flat_digits: Path, tmp_path: Path
+) -> None:
+    """By default both are `runs`: what was fetched before the end would be taken for the run ever after."""
+    run = train(tiny_resnet, flat_digits, name="a", method="full", training={"epochs": 1}, storage="runs")
+    remote(head, run.path.parent).fetch(tmp_path / "home", "results")
+    shutil.rmtree(run.path)
+    (tmp_path / "home").rename(run.path)
+    job = remote(head, run.path.parent)
+    assert not job._sees_storage("a")
+    server.waiting += [(200, b"{}"), (503, b"asked through the cluster")]  # type: ignore[attr-defined]
+    with pytest.raises(AwayError, match="asked through the cluster"):
+        job.fetch(run.path)
+
+
+@pytest.mark.slow
+def test_what_has_finished_is_made_whole_by_the_same_job(
+    head: Head, server: http.server.ThreadingHTTPServer, tiny_resnet: Path, flat_digits: Path
+) -> None:
+    """Where its last words are lost with a node, or its run has lost a file; else it is the same job."""
+    fields = {"method": "full", "training": {"epochs": 1}, "storage": "runs", "name": "a"}
+    run = train(tiny_resnet, flat_digits, **fields)
+    sent = _sent(drafted(None, {"backbone": str(tiny_resnet), "data": str(flat_digits), **fields}), "finetune", print)
+    told: list[Event] = []
+    submission = _Submission(head, sent, "finetune", False, told.append, None)
+    metadata = {"orchestrator_run": "a", "orchestrator_storage": sent.storage, "orchestrator_attempt": "1",
+                "orchestrator_kind": "finetune", "orchestrator_job": submission._digest,
+                "orchestrator_began": run.plan.job.digest()}  # fmt: skip
+    server.job = as_answer({**JOB, "metadata": metadata})  # type: ignore[attr-defined]
+
+    def next_attempt() -> str:
+        job = head.job(ID)
+        assert job is not None
+        there = submission._there({1: job})
+        text = told[-1].text if isinstance(told[-1], Noted) else ""
+        assert (there is None) == ("next attempt" in text), text
+        return text
+
+    assert "has finished before" in next_attempt()
+    server.logs = as_answer({"logs": "nothing of ours"})  # type: ignore[attr-defined]
+    assert "its last words are lost: this is the next attempt" in next_attempt()
+    server.logs = as_answer({"logs": SAID})  # type: ignore[attr-defined]
+    (run.path / "model/model.safetensors").unlink()
+    assert "a is not whole: this is the next attempt" in next_attempt()
+
+
+@pytest.mark.slow
+def test_the_best_run_of_a_search_is_known_without_its_drivers_last_words(
+    head: Head, server: http.server.ThreadingHTTPServer, tmp_path: Path
+) -> None:
+    server.logs = as_answer({"logs": "nothing of ours"})  # type: ignore[attr-defined]
+    job = replace(remote(head, tmp_path / "runs", "s"), kind="search")
+    with pytest.raises(RefusedError, match="is a search, and has no run yet") as caught:
+        job._run_name()
+    assert "submit it again" in caught.value.mend
+    (tmp_path / "runs/s").mkdir(parents=True)
+    (tmp_path / "runs/s/search.json").write_text('{"best": "s.0003"}')
+    assert job._run_name() == "s.0003"
+
+
+def test_commands_are_as_a_shell_takes_them(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", head.address)
+    job = remote(head, tmp_path, "my run")
+    assert job.command("attach") == "orchestrator attach 'my run'"
+    assert replace(job, called=ID).command("stop") == f"orchestrator stop {ID}"
+    with (
+        pytest.raises(InterruptedRunError, match="my run may have started") as caught,
+        job.left_running("may have started on the cluster"),
+    ):
+        raise KeyboardInterrupt
+    assert "orchestrator stop 'my run' ends it" in caught.value.mend
 
 
 @pytest.mark.slow

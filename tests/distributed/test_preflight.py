@@ -138,6 +138,25 @@ def test_a_gpu_that_is_too_small(asked: dict[str, Any], this_machine: dict[str, 
     Preflight([node], {**asked, "device": "cpu"}).require()
 
 
+def test_nodes_that_no_worker_has_a_place_on_are_no_hindrance(
+    asked: dict[str, Any], this_machine: dict[str, Any]
+) -> None:
+    """A GPU of another kind than was asked for may be too small; so may a node without one, where GPUs are wanted."""
+    small, large = (copy.deepcopy(this_machine) for _ in range(2))
+    small |= {"resources": {"CPU": 4, "GPU": 1}, "gpu_kinds": ["T4"]}
+    small["facts"]["gpus"] = [1000]
+    large |= {"resources": {"CPU": 4, "GPU": 1}, "gpu_kinds": ["H100"]}
+    large["facts"]["gpus"] = [2**40]
+    Preflight([small, large], {**asked, "device": "gpu", "gpu_kind": "H100"}).require()
+    with pytest.raises(RefusedError, match="a GPU of 0 MB is smaller than"):
+        Preflight([small, large], {**asked, "device": "gpu"}).require()
+    node = copy.deepcopy(this_machine)
+    node["facts"]["memory_bytes"] = 10
+    Preflight([node, large], {**asked, "device": "gpu"}).require()
+    with pytest.raises(RefusedError, match="of memory are less than"):
+        Preflight([node, large], asked).require()
+
+
 def test_memory_is_wanted_where_workers_run(asked: dict[str, Any], this_machine: dict[str, Any]) -> None:
     """Not on a head without cores; and where a node has GPUs, theirs."""
     node = copy.deepcopy(this_machine)

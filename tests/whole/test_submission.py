@@ -10,6 +10,7 @@ import orchestrator
 from orchestrator.errors import DataError, RefusedError
 from orchestrator.gate import drafted
 from orchestrator.submission import _checked, _for_the_cluster, _sent
+from orchestrator.tuning.sent_ranking import sent_tree
 
 
 def test_rows_of_a_program_do_not_travel() -> None:
@@ -34,6 +35,15 @@ def test_the_job_that_is_sent_means_the_same_anywhere(tiny_resnet: Path, flat_di
     assert sent.storage == str(Path("runs").absolute())
     assert sent.scaling.address == "auto"
     assert sent.digest() == plan.job.digest(), "where it runs changes nothing of what is learnt"
+
+
+def test_a_storage_is_the_same_place_however_it_is_written(
+    tiny_resnet: Path, flat_digits: Path, tmp_path: Path
+) -> None:
+    """On a node the folder that `..` leads out of need not be there; and the place says which job it is."""
+    plan = orchestrator.plan(backbone=str(tiny_resnet), data=str(flat_digits), storage="../runs")
+    assert _for_the_cluster(plan.job, plan).storage == str(tmp_path.parent / "runs")
+    assert sent_tree(plan.job)["storage"] == str(tmp_path.parent / "runs")
 
 
 @pytest.mark.parametrize("more", [{"num_workers": 16, "min_workers": 2}, {"num_workers": 4, "threads_per_worker": 64}])
