@@ -23,7 +23,7 @@ from orchestrator.distributed.leaving import Notice, wait_for_the_end
 from orchestrator.distributed.offer import offer_of
 from orchestrator.distributed.places import places_of
 from orchestrator.distributed.shared_storage import refuse_apart, require_seen
-from orchestrator.distributed.trainer import fit
+from orchestrator.distributed.trainer import end_controller, fit
 from orchestrator.distributed.waiting import Wait
 from orchestrator.errors import InterruptedRunError, OrchestratorError, PluginError
 from orchestrator.job import RAY_FOLDER, Event, Failed, Noted, PhaseBegan, Plan, Report
@@ -201,5 +201,6 @@ def _end(thread: threading.Thread, queue: Any, error: BaseException, is_ours: bo
         # Ray ends a process one of whose threads asks it something while it is shut down: so the trainer ends first.
         thread.join(_NOBODY_GRACE_S if nobody and is_ours else _TRAINER_GRACE_S)
     if thread.is_alive() and is_ours:
+        end_controller(queue, thread, _ENDED_GRACE_S)
         shut_down()  # with the driver go all processes that it has started on the cluster, restarted ones too
         thread.join(_ENDED_GRACE_S)

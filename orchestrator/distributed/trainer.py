@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,7 @@ _STALE_RESOURCES_S = 5.0
 """How long a new elastic group waits for its place: what it was planned by may be of before a node was lost."""
 _MOST_RENDEZVOUS = 3
 _ANSWER_S = 10.0
+_POLL_S = 0.5
 
 
 def fit(
@@ -86,6 +88,21 @@ def fit(
                     "network, where a node has several); the same command goes on from the last checkpoint",
                 )  # fmt: skip
             queue.put.remote(Noted(f"{why}; attempt {failed_starts + 1} of {_MOST_RENDEZVOUS}", is_warning=True))
+
+
+def end_controller(queue: Any, thread: threading.Thread, within_s: float) -> None:
+    """Kill the controller that `fit` in this thread waits for, so that it comes back, as it does where it is `leaving`.
+
+    Ray ends a process one of whose threads waits for an answer while it is shut down, if the answer comes just then. A
+    controller that has not begun yet asks whether it is wanted, and ends by itself.
+    """
+    until = time.monotonic() + within_s
+    while thread.is_alive() and time.monotonic() < until:
+        with contextlib.suppress(Exception):  # of Ray's own, by its private name: `ray.kill` wants the handle
+            controller = ray.get(queue.standing.remote(), timeout=_ANSWER_S)[1]
+            if controller is not None:
+                ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(controller), True)
+        thread.join(_POLL_S)
 
 
 def _goes_on_without(queue: Any) -> bool:

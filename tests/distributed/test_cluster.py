@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -389,6 +390,35 @@ def test_a_trainer_that_ends_with_its_driver_asks_ray_nothing(plan: Plan, monkey
     queue = object()  # who asks it fails
     while errors:
         assert trainer.fit(plan, None, print, {"queue": queue}, lambda: True) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_who_waits_for_a_controller_comes_back_before_ray_is_shut_down() -> None:
+    """It was still waiting then, and the process ended with 1 where the answer came just at that moment."""
+    import ray
+
+    from orchestrator.distributed import joining, trainer
+
+    class Controller:
+        def run(self) -> None:
+            time.sleep(1000)
+
+    came: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            ray.get(controller.run.remote())
+        except ray.exceptions.ActorDiedError as error:
+            came.append(error)
+
+    controller, queue = ray.remote(num_cpus=0)(Controller).remote(), joining.event_queue()
+    ray.get(queue.starting.remote(controller._actor_id.hex()))
+    thread = threading.Thread(target=wait)
+    thread.start()
+    trainer.end_controller(queue, thread, 30)
+    assert not thread.is_alive()
+    assert came
+    ray.kill(queue)
 
 
 @pytest.mark.usefixtures("_two_nodes")
