@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import secrets
 import tempfile
@@ -35,9 +34,8 @@ from orchestrator.job import (
     Report,
     holds_rows,
     holds_secret,
-    is_uri,
-    local_path,
     redacted,
+    whole_storage,
 )
 from orchestrator.progress import progress
 from orchestrator.rehearsal import rehearsed
@@ -139,7 +137,7 @@ def _texts(tree: object) -> Iterator[str]:
 
 def _for_the_cluster(job: Job, plan: Plan) -> Job:
     """The job with whole paths, the run's name, and the cluster that it finds itself on."""
-    storage = job.storage if is_uri(job.storage) else os.path.abspath(local_path(job.storage))
+    storage = whole_storage(job.storage)
     scaling = job.scaling.model_copy(update={"address": "auto"})
     return job.at_whole_paths().model_copy(update={"name": plan.name, "storage": storage, "scaling": scaling})
 

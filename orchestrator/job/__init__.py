@@ -124,6 +124,7 @@ from orchestrator.job.places import (
     redacted as redacted,
     shown as shown,
     whole as whole,
+    whole_storage as whole_storage,
 )
 from orchestrator.job.plans import (
     SPLITS as SPLITS,

@@ -65,6 +65,11 @@ def whole(place: str) -> str:
     return place.rstrip("/") if is_uri(place) or is_dataset(place) else os.path.abspath(local_path(place))
 
 
+def whole_storage(place: str) -> str:
+    """The same of a storage, which is no data set of the Hub: two of its names that mean one place become one."""
+    return place if is_uri(place) else os.path.abspath(local_path(place))
+
+
 def library_of(value: object) -> str:
     """The package that its type comes from."""
     return type(value).__module__.split(".")[0]

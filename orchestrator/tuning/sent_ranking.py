@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.distributed.request import Sent
 from orchestrator.errors import JobError, did_you_mean
-from orchestrator.job import Draft, Job, Report, Stop, is_uri, open_storage, whole
+from orchestrator.job import Draft, Job, Report, Stop, open_storage, whole, whole_storage
 from orchestrator.tuning.ranking import NUM_FROM_HUB, NUM_SAMPLES, first_candidate, rank, ranked_job, ranking_digest
 from orchestrator.tuning.settings import first_fault
 
@@ -62,8 +61,7 @@ def run_rank(tree: Mapping[str, Any], fresh: bool, report: Report, stop: Stop) -
 def sent_tree(job: Job) -> dict[str, Any]:
     """The job as plain data, with whole paths."""
     tree = job.at_whole_paths().model_dump(mode="json", exclude_defaults=True)
-    place = open_storage(job.storage).place
-    return {**tree, "storage": place if is_uri(place) else os.path.abspath(place)}
+    return {**tree, "storage": whole_storage(open_storage(job.storage).place)}
 
 
 def whole_backbone(name: str) -> str:
