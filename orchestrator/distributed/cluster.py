@@ -31,7 +31,7 @@ from orchestrator.job import RAY_FOLDER, Event, Failed, Noted, PhaseBegan, Plan,
 if TYPE_CHECKING:
     from orchestrator.training import WorkerSpec
 
-_POLL_S = 0.2
+_POLL_S = 0.25
 _STOP_GRACE_S = 60.0
 """How long workers may take to end their step once they are asked to stop."""
 _ENDED_GRACE_S = 10.0

@@ -17,8 +17,9 @@ import ray
 
 from orchestrator.job import Advanced, Event, Noted
 
-_TELL_EVERY_S = 0.1
-_ASK_EVERY_S = 0.5
+_TELL_EVERY_S = 0.25
+"""Each call costs a core about a millisecond, which workers that share few cores would have."""
+_ASK_EVERY_S = 1.0
 _WATCH_EVERY_S = 1.0
 _WATCH_TIMEOUT_S = 5.0
 _SILENT_S = 15.0
@@ -154,7 +155,7 @@ class DriverChannel:
         return DriverChannel, (self.queue,)
 
     def tell(self, event: Event) -> None:
-        """Pass an event on; small steps forward are summed up for a tenth of a second."""
+        """Pass an event on; small steps forward are summed up for a quarter of a second."""
         if isinstance(event, Advanced):
             self._pending += event.num
             if time.monotonic() - self._told >= _TELL_EVERY_S:
@@ -177,7 +178,7 @@ class DriverChannel:
         self._told = time.monotonic()
 
     def should_stop(self) -> bool:
-        """Whether the driver wants all to stop. Asked twice a second, without waiting for the answer."""
+        """Whether the driver wants all to stop. Asked once a second, without waiting for the answer."""
         if self._stopping:
             return True
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:

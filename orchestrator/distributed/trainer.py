@@ -132,11 +132,13 @@ def _from_where(spec: WorkerSpec) -> str:
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
-    """Without the helper that gives back the workers' place where their controller has died: see `places`."""
+    """Without two helpers, each a process of its own: one gives back the workers' place where their controller has died
+    (see `places`), the other hands out Ray's datasets, of which a job has none.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [one for one in callbacks if type(one).__name__ != "PlacementGroupCleanerCallback"]
+        without = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+        return [one for one in super()._create_default_callbacks() if type(one).__name__ not in without]
 
 
 def _trainer(
