@@ -18,8 +18,8 @@ from orchestrator.distributed.request import OF_NO_RUN
 from orchestrator.distributed.telling import Ended, error_of, parse_line
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, TrainingError, did_you_mean
 from orchestrator.job import (
-    LEASE_FILE,
     Advanced,
+    DirectoryStorage,
     EpochEnded,
     Noted,
     PhaseBegan,
@@ -221,7 +221,7 @@ class RemoteRun:
         try:
             storage = self._opened()
             digest = run_in(storage, name).plan.job.digest()
-            if not in_store and storage.read(f"{name}/{LEASE_FILE}") is None:
+            if isinstance(storage, DirectoryStorage) and not storage.was_worked_on(name):
                 return False
         except OrchestratorError:
             return False
@@ -231,13 +231,15 @@ class RemoteRun:
     def _opened(self) -> Storage:
         return open_storage(self.storage, patience_s=_SEEN_WITHIN_S if is_uri(self.storage) else None)
 
-    def run_seen(self) -> Run | None:
-        """Its run, whole or not, where it can be told from here; of a store also that it is gone. A search has none."""
-        if self.kind in _OF_SEVERAL:
-            return None
+    def lost(self) -> str:
+        """What is not there any more of what it has made, as far as can be told from here; '' where nothing is."""
+        if self.kind == "rank":  # which leaves nothing but features
+            return ""
         run = run_in(self._opened(), self.name)
-        is_gone = is_uri(self.storage) and not run.is_there
-        return run if is_gone or self._sees_storage(self.name) else None
+        if is_uri(self.storage) and not run.is_there:
+            return f"{run.place} is gone"
+        is_whole = self.kind == "search" or run.finished or not self._sees_storage(self.name)
+        return "" if is_whole else f"{run.place} is not whole"
 
     # --- asking ---
 
@@ -269,7 +271,7 @@ def _is_copy(folder: Path, name: str) -> bool:
     """Whether it holds a copy of a run of that name, and nobody has worked on it there. Without: any run."""
     with contextlib.suppress(OrchestratorError):
         its_name = open_run(folder).plan.name
-        return not name or (name == its_name and not (folder / LEASE_FILE).exists())
+        return not name or (name == its_name and not DirectoryStorage(folder.parent).was_worked_on(folder.name))
     return False
 
 

@@ -212,7 +212,7 @@ class _Submission:
             if not lost:
                 self._report(Noted(f"this job has finished before, as {last.id} (--fresh starts over)"))
                 return there
-            self._report(Noted(f"{last.id} has finished, and {lost}: this is the next attempt, which makes it whole"))
+            self._report(Noted(f"{last.id} has finished, and {lost}: this is the next attempt, which makes it again"))
         elif last.state != "finished":
             self._report(Noted(f"{last.id} has {last.state}: this is the next attempt, which goes on with its run"))
         return None
@@ -222,8 +222,7 @@ class _Submission:
         if not any(isinstance(parse_line(line), Ended) for line in last_lines(self._head, job)):
             return "its last words are lost"
         with contextlib.suppress(OrchestratorError):
-            if (run := there.run_seen()) is not None and not run.finished:
-                return f"{run.place} is not whole"
+            return there.lost()
         return ""
 
     def _preflight(self, code: list[Delivery], packages: list[str], folder: Path) -> None:

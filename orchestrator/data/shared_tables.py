@@ -54,7 +54,8 @@ class SharedTables:
 
     def in_use(self) -> dict[str, list[str]]:
         """{key of a table: names of the runs that use it}. Raises `RefusedError` where a run does not tell."""
-        return used_by(run_in(self._storage, name) for name in self._storage.children())
+        names = [*self._storage.children(), *self._storage.hidden()]
+        return used_by(run_in(self._storage, name) for name in names)
 
     def prune(self, dry_run: bool = False) -> list[StoredTable]:
         """Remove the tables that no run uses and that are a day old; which these were. `dry_run`: only tell."""

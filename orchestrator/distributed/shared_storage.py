@@ -13,7 +13,7 @@ with warnings.catch_warnings():
 
 from orchestrator.distributed.between_nodes import on_node
 from orchestrator.errors import RefusedError
-from orchestrator.job import LEASE_FILE, DirectoryStorage, HeldRun
+from orchestrator.job import DirectoryStorage, HeldRun
 
 _ANSWERED_S = 60.0
 """A node that has not answered by then says nothing: whether it can work, the job will tell."""
@@ -48,7 +48,7 @@ def refuse_apart(run: HeldRun) -> None:
 
 def require_seen(run: HeldRun, node: str) -> None:
     """Raise `RefusedError` in a worker whose node does not see the run's directory: it joined later than the driver."""
-    if isinstance(run.storage, DirectoryStorage) and run.read(LEASE_FILE) is None:
+    if isinstance(run.storage, DirectoryStorage) and not run.storage.was_worked_on(run.name):
         raise _not_shared(f"the node {node} does not see the run in {run.storage.place}")
 
 

@@ -32,7 +32,7 @@ plain data that travels to workers as JSON. Imports neither torch nor Ray.
 
 from orchestrator.job.damage import no_edit_in as no_edit_in
 from orchestrator.job.data_spec import VALIDATION_FRACTION as VALIDATION_FRACTION, Data as Data
-from orchestrator.job.directories import LEASE_FILE as LEASE_FILE, DirectoryStorage as DirectoryStorage
+from orchestrator.job.directories import DirectoryStorage as DirectoryStorage
 from orchestrator.job.drafts import (
     Draft as Draft,
     make_draft as make_draft,

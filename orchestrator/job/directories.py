@@ -90,6 +90,10 @@ class DirectoryStorage(Storage):
     def require(self) -> None:
         pass  # it is made when the first run is
 
+    def was_worked_on(self, name: str) -> bool:
+        """Whether somebody ever held it here: a copy that was brought home has no lease until it is gone on with."""
+        return self.read(f"{name}/{LEASE_FILE}") is not None
+
     def local_folder(self, name: str) -> Path:
         return self.path / name
 

@@ -128,6 +128,10 @@ class ObjectStorage(Storage):
         names = self._asked(name, self._root.join(name).names)
         return sorted(child for child in names if not child.startswith("."))
 
+    def hidden(self) -> list[str]:
+        """What `children` leaves out at the top: what is of several runs, and the run of a ranking at work."""
+        return sorted(child for child in self._asked("", self._root.names) if child.startswith("."))
+
     def times(self, name: str) -> dict[str, float]:
         files = self._asked(name, self._root.join(name).entries)
         return {file.uri: file.modified_ns / 1e9 for file in files if not file.uri.startswith(".")}

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -270,6 +271,15 @@ def test_the_best_run_of_a_search_is_known_without_its_drivers_last_words(
     (tmp_path / "runs/s").mkdir(parents=True)
     (tmp_path / "runs/s/search.json").write_text('{"best": "s.0003"}')
     assert job._run_name() == "s.0003"
+
+
+def test_a_search_that_was_removed_from_a_store_is_lost(head: Head, bucket: Any) -> None:
+    job = RemoteRun(ID, "s", "s3://bucket/runs", 1, "search", head)
+    assert job.lost() == "s3://bucket/runs/s is gone"
+    with bucket.open_output_stream("runs/s/search.json") as file:
+        file.write(b"{}")
+    assert job.lost() == ""
+    assert replace(job, name="r", kind="rank").lost() == ""  # it keeps nothing there
 
 
 def test_commands_are_as_a_shell_takes_them(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

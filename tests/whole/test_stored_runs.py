@@ -174,8 +174,13 @@ def test_features_and_tables_are_listed_and_pruned(
     cli("features", "prune", "--max-size", "0", "--storage", STORAGE)
     assert not objects(bucket, "runs/.features")
     assert objects(bucket, "runs/.data")  # a run names its table
+    bucket.create_dir("runs/.rank-0")  # a ranking works on it
+    bucket.copy_file("runs/digits/samples.json", "runs/.rank-0/samples.json")
     for name in objects(bucket, "runs/digits"):
         bucket.delete_file(name)
+    cli("features", "prune", "--max-size", "0", "--storage", STORAGE)
+    assert objects(bucket, "runs/.data")
+    bucket.delete_file("runs/.rank-0/samples.json")
     cli("features", "prune", "--max-size", "0", "--storage", STORAGE)
     assert not objects(bucket, "runs/.data")
 
