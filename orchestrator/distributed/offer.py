@@ -147,10 +147,14 @@ def _use_gpu(plan: Plan, nodes: Sequence[Mapping[str, float]], report: Report) -
     return False
 
 
+def nodes_today() -> list[Mapping[str, float]]:
+    """The resources of each node that there is."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def nodes_possible() -> list[Mapping[str, float]]:
     """The resources of each node that there is, and of each that an autoscaler could add to these."""
-    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    coming = _node_types()
+    there, coming = nodes_today(), _node_types()
     for node in there:
         if HEAD not in node and (like_it := next((one for one in coming if _is_of_type(node, one)), None)):
             coming.remove(like_it)  # it has come
@@ -246,6 +250,14 @@ def _have_a_place(plan: Plan, nodes: Iterable[Mapping[str, float]], threads: int
 
 
 def _threads_of(plan: Plan, num: int, use_gpu: bool) -> int:
-    """That each of `num` processes gets: on today's nodes, or where these have no place for all, on those to come."""
-    today = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return most_threads(plan, today, num, use_gpu) or most_threads(plan, nodes_possible(), num, use_gpu) or 1
+    """That each of `num` processes gets: on today's nodes, or where these have no place for all, on those to come.
+
+    On GPUs an elastic group has more workers, as many as there are GPUs for, and cores are divided among these.
+    """
+    for nodes in (nodes_today(), nodes_possible()):
+        more = 0
+        if use_gpu and plan.job.scaling.is_elastic:
+            more = min(plan.num_workers - plan.job.scaling.fewest_workers, sum(places(plan, nodes, 1, use_gpu)) - num)
+        if threads := most_threads(plan, nodes, num + max(0, more), use_gpu):
+            return threads
+    return 1

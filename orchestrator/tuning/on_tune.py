@@ -58,7 +58,6 @@ _ENVIRONMENT = {
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "20",  # a step may take long; after it the process serves the next trial
     "TUNE_RESULT_BUFFER_LENGTH": "0",  # a scheduler decides before the next epoch
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 _LOUD = ("ray.tune.execution.tune_controller", "ray.tune.tune")
@@ -107,6 +106,7 @@ class TuneTrials:
         with joined(first, self.context.report, num_cpus=num_cores(), dashboard=None):
             refuse_apart(self.context.layout.search)
             self._room = room_for(first, most, max_concurrent)
+            os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self._room.num_pending)
             self._have_workers = first.num_workers > 1 or first.num_extractors > 0
             self._wait = Wait(first, self._room.threads, self._room.use_gpu, self.context.report)
             if first.job.scaling.device == "auto":

@@ -98,6 +98,33 @@ def test_of_an_elastic_group_the_fewest_workers_want_a_place(plan: Plan) -> None
 
 
 @pytest.mark.usefixtures("_two_nodes")
+@pytest.mark.parametrize(("most", "threads"), [(1, 4), (2, 2), (3, 1), (16, 1)])
+def test_an_elastic_group_leaves_no_gpu_without_cores(plan: Plan, most: int, threads: int) -> None:
+    """The node with a GPU has four cores; four workers share it."""
+    from orchestrator.distributed import offer
+
+    elastic = with_scaling(plan, num_workers=most, min_workers=1, gpus_per_worker=0.25)
+    assert offer.offer_of(elastic, print) == {"use_gpu": True, "threads": threads, "extractor_threads": threads}
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_a_search_of_elastic_groups_has_room_where_the_fewest_workers_have(plan: Plan) -> None:
+    from orchestrator.tuning.room import Room, room_for
+
+    elastic = with_scaling(plan, num_workers=16, min_workers=3, device="cpu")
+    assert room_for(elastic, 8, None) == Room(2, 1, use_gpu=False)
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_a_search_asks_at_once_for_all_nodes_that_can_come(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.distributed import offer
+    from orchestrator.tuning.room import Room, room_for
+
+    monkeypatch.setenv(offer.NODE_TYPES, json.dumps([{"resources": {"CPU": 4, "GPU": 1}, "max": 8}]))
+    assert room_for(with_scaling(plan, num_workers=1), 8, None) == Room(8, 4, use_gpu=True, num_pending=7)
+
+
+@pytest.mark.usefixtures("_two_nodes")
 def test_gpus_are_shared_and_of_one_kind(plan: Plan) -> None:
     from orchestrator.distributed import offer
 
