@@ -33,6 +33,7 @@ from orchestrator.job import (
     open_run,
     open_storage,
     run_in,
+    works_for,
 )
 from orchestrator.progress import progress
 
@@ -215,18 +216,18 @@ class RemoteRun:
     def _sees_storage(self, name: str) -> bool:
         """Whether the run of that name that lies here in that place is the one that the job works on.
 
-        A copy that was brought home is not, though it may lie in a folder of the same name: nobody has worked on it.
+        In a directory its lease says that. A copy that was brought home has none, and one of a run that was begun or
+        gone on with here is another one, though they may lie in a folder of the same name.
         """
-        in_store = is_uri(self.storage)
         try:
             storage = self._opened()
             digest = run_in(storage, name).plan.job.digest()
-            if isinstance(storage, DirectoryStorage) and not storage.was_worked_on(name):
-                return False
         except OrchestratorError:
             return False
-        said = self._job().metadata.get("orchestrator_began", "")
-        return said in ("", digest) or (in_store and said == OF_NO_RUN)  # two stores of one name are rare
+        if isinstance(storage, DirectoryStorage):
+            last = storage.last_lease(name)
+            return last is not None and works_for(last, self.id)
+        return self._job().metadata.get("orchestrator_began", "") in ("", digest, OF_NO_RUN)
 
     def _opened(self) -> Storage:
         return open_storage(self.storage, patience_s=_SEEN_WITHIN_S if is_uri(self.storage) else None)
@@ -271,7 +272,7 @@ def _is_copy(folder: Path, name: str) -> bool:
     """Whether it holds a copy of a run of that name, and nobody has worked on it there. Without: any run."""
     with contextlib.suppress(OrchestratorError):
         its_name = open_run(folder).plan.name
-        return not name or (name == its_name and not DirectoryStorage(folder.parent).was_worked_on(folder.name))
+        return not name or (name == its_name and DirectoryStorage(folder.parent).last_lease(folder.name) is None)
     return False
 
 

@@ -26,6 +26,7 @@ from orchestrator.distributed.wheels import Delivery, as_wanted, deliveries
 from orchestrator.errors import DataError, OrchestratorError, RefusedError, missing_extra
 from orchestrator.gate import drafted, planned
 from orchestrator.job import (
+    JOB_VARIABLE,
     Draft,
     Job,
     Noted,
@@ -175,8 +176,8 @@ class _Submission:
                 "orchestrator_kind": self._kind, "orchestrator_attempt": str(attempt),
                 "orchestrator_job": self._digest, "orchestrator_began": self._sent.began,
             }  # fmt: skip
-            environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
             id = f"{base}.{attempt}"
+            environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S), JOB_VARIABLE: id}
             new = RemoteRun(id, self._sent.name, self._sent.storage, attempt, self._kind, self._head)
             with new.left_running("may have started on the cluster"):
                 if self._head.submit(id, _DRIVER, packages, metadata, environment):

@@ -253,7 +253,7 @@ def _laid_out(run: Run, held: HeldRun, job: Job, resolved: ResolvedBackbone, opt
         with _samples_made_again(run, held, options.report) as folder:
             began, plan = run.plan, prepare(job, resolved, folder)[0]
             refuse_changes(run.place, began, plan)
-        has_nothing = not run.finished and not held.commits(CHECKPOINTS)
+        has_nothing = not run.finished and not held.commits(CHECKPOINTS) and not held.torn(CHECKPOINTS)
         if has_nothing and began.recipe.num_microbatches != plan.recipe.num_microbatches:
             return _laid_out(run, held, job, resolved, replace(options, fresh=True))
         plan = gone_on_with(began, plan)

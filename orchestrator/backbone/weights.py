@@ -230,15 +230,15 @@ def fetch(card: BackboneCard, with_weights: bool = True) -> Path:
     cached = cached_folder(card, names)  # whatever the Hub says by now
     if cached is not None:
         return cached
+    download = partial(snapshot_download, str(card.repo_id), revision=card.commit, allow_patterns=names)
     try:
-        return Path(
-            ask_hub(
-                card.source,
-                lambda: snapshot_download(str(card.repo_id), revision=card.commit, allow_patterns=names),
-            )
-        )
+        folder = Path(ask_hub(card.source, download))
+        # Where the Hub does not answer, its client is content with a folder that holds some of them.
+        if lacking := [name for name in names if not (folder / name).is_file()]:
+            raise LocalEntryNotFoundError(f"{', '.join(lacking[:3])} cannot be downloaded now, and is not on this node")
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise offline(card.source, error) from error
+    return folder
 
 
 def files_of(card: BackboneCard, with_weights: bool) -> list[str]:

@@ -47,8 +47,14 @@ def refuse_apart(run: HeldRun) -> None:
 
 
 def require_seen(run: HeldRun, node: str) -> None:
-    """Raise `RefusedError` in a worker whose node does not see the run's directory: it joined later than the driver."""
-    if isinstance(run.storage, DirectoryStorage) and not run.storage.was_worked_on(run.name):
+    """Raise `RefusedError` in a worker whose node does not see the run's directory: it joined later than the driver.
+
+    What has its name there is a run of before, and its lease an older one.
+    """
+    if not isinstance(run.storage, DirectoryStorage):
+        return
+    last = run.storage.last_lease(run.name)
+    if last is None or (last != run.lease and last.number <= run.lease.number):
         raise _not_shared(f"the node {node} does not see the run in {run.storage.place}")
 
 

@@ -70,6 +70,7 @@ from orchestrator.job.files import (
 from orchestrator.job.held import (
     CHECKPOINTS as CHECKPOINTS,
     ERROR_FILE as ERROR_FILE,
+    JOB_VARIABLE as JOB_VARIABLE,
     METRICS_FILE as METRICS_FILE,
     MODEL as MODEL,
     RAY_FOLDER as RAY_FOLDER,
@@ -78,6 +79,7 @@ from orchestrator.job.held import (
     HeldRun as HeldRun,
     hold as hold,
     this_process as this_process,
+    works_for as works_for,
 )
 from orchestrator.job.keys import (
     all_keys as all_keys,

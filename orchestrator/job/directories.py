@@ -90,9 +90,10 @@ class DirectoryStorage(Storage):
     def require(self) -> None:
         pass  # it is made when the first run is
 
-    def was_worked_on(self, name: str) -> bool:
-        """Whether somebody ever held it here: a copy that was brought home has no lease until it is gone on with."""
-        return self.read(f"{name}/{LEASE_FILE}") is not None
+    def last_lease(self, name: str) -> Lease | None:
+        """Of who held it last; None of a copy that was brought home, until it is gone on with here."""
+        lease = self._lease(name)
+        return lease if lease.number else None
 
     def local_folder(self, name: str) -> Path:
         return self.path / name
@@ -166,6 +167,10 @@ class DirectoryStorage(Storage):
             if MANIFEST_FILE in files:
                 found.append(Path(folder).relative_to(self.path).as_posix())
         return sorted(found)
+
+    def torn(self, below: str) -> list[str]:
+        folders = [f"{below}/{child}" for child in self.children(below) if (self.path / below / child).is_dir()]
+        return [name for name in folders if not (self.path / name / MANIFEST_FILE).exists()]
 
     def find(self, name: str) -> Manifest | None:
         text = self.read(f"{name}/{MANIFEST_FILE}")

@@ -120,6 +120,10 @@ class HeldRun:
         """Names of the committed folders below a name, sorted; whether they are whole, `opened` tells."""
         return [name.removeprefix(f"{self.name}/") for name in self.storage.commits(self._of(below))]
 
+    def torn(self, below: str) -> list[str]:
+        """Names of folders right below a name that were committed, and have lost what says so."""
+        return [name.removeprefix(f"{self.name}/") for name in self.storage.torn(self._of(below))]
+
     # --- the whole run ---
 
     def collect_orphans(self, older_s: float = _OLD_S) -> None:
@@ -143,9 +147,19 @@ class HeldRun:
         return f"{self.name}/{name}".rstrip("/")
 
 
+JOB_VARIABLE = "ORCHESTRATOR_JOB"
+"""In the environment of a job that was submitted to a cluster: its id there."""
+
+
 def this_process() -> str:
     """Who holds a lease, as others are told."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
+    job = os.environ.get(JOB_VARIABLE)
+    return f"process {os.getpid()} on {socket.gethostname()}" + (f" (job {job})" if job else "")
+
+
+def works_for(lease: Lease, job: str) -> bool:
+    """Whether its holder worked for that job on a cluster, or for another attempt of it."""
+    return f" (job {job.rpartition('.')[0]}." in lease.owner
 
 
 @contextlib.contextmanager

@@ -145,6 +145,12 @@ class Storage(ABC):
     def commits(self, below: str) -> list[str]:
         """Names of the committed folders below a name, sorted."""
 
+    def torn(self, below: str) -> list[str]:  # noqa: ARG002
+        """Names of folders right below a name that were committed, and have lost what says so; an object store's are
+        never seen so.
+        """
+        return []
+
     @abstractmethod
     def find(self, name: str) -> Manifest | None:
         """The manifest of a committed folder, None where there is none. Raises `RefusedError` (`damaged`)."""

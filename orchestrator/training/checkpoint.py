@@ -93,7 +93,11 @@ def newest_step(run: HeldRun, note: Callable[[str], None] | None = None) -> int 
                 f"the checkpoints of the run {run.name} are of an earlier version", expected="those of this version",
                 mend="start over with --fresh, or go on with that version",
             )  # fmt: skip
-    for step in reversed(_committed_steps(run)):
+    torn = {step for name in run.torn(CHECKPOINTS) if (step := _step_of(name.split("/")[-1])) is not None}
+    for step in sorted({*_committed_steps(run), *torn}, reverse=True):
+        if step in torn:
+            problems.append(f"{run.place}/{checkpoint_name(step)} has lost what says that it is whole")
+            continue
         try:
             with run.opened(checkpoint_name(step)):
                 if note is not None:

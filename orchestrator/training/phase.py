@@ -31,6 +31,7 @@ from orchestrator.network import (
     set_mode,
     take_step,
 )
+from orchestrator.tasks import Predictions
 from orchestrator.training import checkpoint as ckpt
 from orchestrator.training.averaging import Average
 from orchestrator.training.batches import batches_of_pairs, epoch_batches, split_in_pairs
@@ -273,12 +274,14 @@ class PhaseLoop:
             is_seen = len(session.samples.rows("validation")) or state.epochs_ended + 1 == self.phase.epochs
             state.epoch_correct, state.epoch_samples = self._or_stop(fit_head_anew(session)) if is_seen else (0.0, 0)
         predictions = self._or_stop(predict_split(session, "validation"))
+        # Looked at before anything is noted: who stops meanwhile comes by here once more.
+        averaged = None if self.average is None else self._predictions_of(self.average)
         line = epoch_line(session, self.phase, predictions, self._epoch_samples / max(seconds, 1e-9))
         if self._best_epoch.is_found(line, predictions):
             state.best_epoch, state.best_is_average, line["kept"] = line["epoch"], False, "weights"
             self.best = ckpt.copy_of(self.tensors)
-        if self.average is not None:
-            line |= self._end_epoch_of(self.average, line["epoch"])
+        if self.average is not None and averaged is not None:
+            line |= self._end_epoch_of(self.average, averaged, line["epoch"])
         state.epoch_loss = state.epoch_correct = state.epoch_samples = state.epoch_weight = 0.0
         state.epochs_ended += 1
         if session.record is not None:
@@ -286,11 +289,13 @@ class PhaseLoop:
         session.report(EpochEnded(line, plan.recipe.num_epochs, plan.job.task))
         self._epoch_started, self._epoch_samples = time.monotonic(), 0.0
 
-    def _end_epoch_of(self, average: Average, epoch: int) -> dict[str, float | str]:
-        """The figures of the average, which is kept where it is better than all so far."""
+    def _predictions_of(self, average: Average) -> Predictions:
         with average.in_place():
             found = predict_split(self.session, "validation")
-        predictions = self._or_stop(found)  # which saves the weights, and they are back by now
+        return self._or_stop(found)  # which saves the weights, and they are back by now
+
+    def _end_epoch_of(self, average: Average, predictions: Predictions, epoch: int) -> dict[str, float | str]:
+        """The figures of the average, which is kept where it is better than all so far."""
         figures, kept = epoch_figures(self.session.plan.job.task, predictions), {}
         if self._best_epoch.is_found({"epoch": epoch, **figures}, predictions):
             self.session.state.best_epoch, self.session.state.best_is_average = epoch, True

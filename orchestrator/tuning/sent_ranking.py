@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.distributed.request import Sent
 from orchestrator.errors import JobError, did_you_mean
-from orchestrator.job import Draft, Job, Report, Stop, open_storage, whole, whole_storage
+from orchestrator.job import Draft, Job, Report, Stop, local_path, open_storage, whole, whole_storage
 from orchestrator.tuning.ranking import NUM_FROM_HUB, NUM_SAMPLES, first_candidate, rank, ranked_job, ranking_digest
 from orchestrator.tuning.settings import first_fault
 
@@ -66,7 +65,7 @@ def sent_tree(job: Job) -> dict[str, Any]:
 
 def whole_backbone(name: str) -> str:
     """The same backbone from any directory."""
-    return whole(name) if Path(name).is_dir() else name
+    return whole(name) if local_path(name).is_dir() else name
 
 
 def _rank_settings(block: Any) -> RankSettings:

@@ -47,7 +47,9 @@ def required(card: BackboneCard) -> tuple[str, dict[str, bytes]]:
     return "", {name: (fetch(card) / name).read_bytes() for name in ("config.json", "model.safetensors")}
 
 
-def test_files_of_a_backbone_come_from_a_node_that_has_them(cluster: Any, hub: Hub, tiny_resnet: Path) -> None:
+def test_files_of_a_backbone_come_from_a_node_that_has_them(
+    cluster: Any, hub: Hub, tiny_resnet: Path, tmp_path: Path
+) -> None:
     import ray
 
     from orchestrator.backbone import read_card
@@ -59,6 +61,10 @@ def test_files_of_a_backbone_come_from_a_node_that_has_them(cluster: Any, hub: H
     on = {name: ray.remote(num_cpus=1, resources={name: 1}, max_retries=0)(required) for name in ("a", "b")}
     hub.failures = 10_000
     assert ray.get(on["b"].remote(card)) == ("offline", {})  # nobody has them
+    small = tmp_path / "b/hub/models--org--tiny/snapshots" / str(card.commit) / "config.json"
+    small.parent.mkdir(parents=True)  # of which the Hub's client says that it is all
+    small.write_bytes(files["config.json"])
+    assert ray.get(on["b"].remote(card)) == ("offline", {})
     hub.failures = 0
     whole = ("", {name: files[name] for name in ("config.json", "model.safetensors")})
     assert ray.get(on["a"].remote(card)) == whole

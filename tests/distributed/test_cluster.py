@@ -21,7 +21,8 @@ import yaml
 
 import orchestrator
 from orchestrator.errors import RefusedError, TrainingError
-from orchestrator.job import Event, Noted, Plan
+from orchestrator.job import Event, HeldRun, Lease, Noted, Plan
+from tests.held import leased
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -105,6 +106,17 @@ def test_an_elastic_group_leaves_no_gpu_without_cores(plan: Plan, most: int, thr
 
     elastic = with_scaling(plan, num_workers=most, min_workers=1, gpus_per_worker=0.25)
     assert offer.offer_of(elastic, print) == {"use_gpu": True, "threads": threads, "extractor_threads": threads}
+
+
+def test_a_node_that_joins_with_an_old_run_of_that_name_does_not_see_the_run(tmp_path: Path) -> None:
+    """It would begin with a checkpoint of its own."""
+    from orchestrator.distributed.shared_storage import NotSeenError, require_seen
+
+    old = leased(tmp_path / "there/a")
+    require_seen(old, "10.0.0.7")
+    run = HeldRun(old.storage, Lease("a", "this driver", 1, "of ours"))
+    with pytest.raises(NotSeenError, match=r"the node 10\.0\.0\.7 does not see the run in .*there"):
+        require_seen(run, "10.0.0.7")
 
 
 @pytest.mark.usefixtures("_two_nodes")

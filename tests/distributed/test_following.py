@@ -214,9 +214,11 @@ def test_waiting_for_a_job_outlives_a_head_that_is_started_again(
 
 @pytest.mark.slow
 def test_a_copy_at_the_place_of_the_clusters_storage_is_not_the_run(
-    head: Head, server: http.server.ThreadingHTTPServer, tiny_resnet: Path, flat_digits: Path, tmp_path: Path
-) -> None:
+    head: Head, server: http.server.ThreadingHTTPServer, tiny_resnet: Path, flat_digits: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """By default both are `runs`: what was fetched before the end would be taken for the run ever after."""
+    monkeypatch.setenv("ORCHESTRATOR_JOB", ID)
     run = train(tiny_resnet, flat_digits, name="a", method="full", training={"epochs": 1}, storage="runs")
     remote(head, run.path.parent).fetch(tmp_path / "home", "results")
     shutil.rmtree(run.path)
@@ -226,13 +228,24 @@ def test_a_copy_at_the_place_of_the_clusters_storage_is_not_the_run(
     server.waiting += [(200, b"{}"), (503, b"asked through the cluster")]  # type: ignore[attr-defined]
     with pytest.raises(AwayError, match="asked through the cluster"):
         job.fetch(run.path)
+    shutil.rmtree(run.path)
+    monkeypatch.delenv("ORCHESTRATOR_JOB")  # the same job, begun on this machine, which works on nothing of the cluster
+    train(tiny_resnet, flat_digits, name="a", method="full", training={"epochs": 1}, storage="runs")
+    assert not job._sees_storage("a")
+    with pytest.raises(RefusedError, match="not empty, and no copy of a"):
+        job.fetch(run.path)
+    monkeypatch.setenv("ORCHESTRATOR_JOB", ID.replace(".1", ".2"))  # another attempt
+    train(tiny_resnet, flat_digits, name="a", method="full", training={"epochs": 1}, storage="runs")
+    assert job._sees_storage("a")
 
 
 @pytest.mark.slow
 def test_what_has_finished_is_made_whole_by_the_same_job(
-    head: Head, server: http.server.ThreadingHTTPServer, tiny_resnet: Path, flat_digits: Path
-) -> None:
+    head: Head, server: http.server.ThreadingHTTPServer, tiny_resnet: Path, flat_digits: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Where its last words are lost with a node, or its run has lost a file; else it is the same job."""
+    monkeypatch.setenv("ORCHESTRATOR_JOB", ID)
     fields = {"method": "full", "training": {"epochs": 1}, "storage": "runs", "name": "a"}
     run = train(tiny_resnet, flat_digits, **fields)
     sent = _sent(drafted(None, {"backbone": str(tiny_resnet), "data": str(flat_digits), **fields}), "finetune", print)
@@ -297,9 +310,10 @@ def test_commands_are_as_a_shell_takes_them(head: Head, tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 def test_a_run_that_was_brought_home_goes_on_here(
-    head: Head, tiny_resnet: Path, flat_digits: Path, tmp_path: Path
+    head: Head, tiny_resnet: Path, flat_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From its checkpoint; what it comes to is what it would have come to."""
+    monkeypatch.setenv("ORCHESTRATOR_JOB", ID)
     options = {"method": "full", "training": {"epochs": 2, "checkpoint_every_steps": 2}}
 
     def interrupt(event: Event) -> None:
@@ -322,9 +336,10 @@ def test_a_run_that_was_brought_home_goes_on_here(
 
 @pytest.mark.slow
 def test_a_run_that_is_here_already_stays_as_it_is(
-    head: Head, tiny_resnet: Path, flat_digits: Path, tmp_path: Path
+    head: Head, tiny_resnet: Path, flat_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its storage is a folder of this machine, and so is where `orchestrator fetch` puts a copy by default."""
+    monkeypatch.setenv("ORCHESTRATOR_JOB", ID)
     run = train(tiny_resnet, flat_digits, name="a", method="full", training={"epochs": 1}, storage="runs")
     storage = open_storage("runs")
     before = list(storage.commits("a"))

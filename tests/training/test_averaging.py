@@ -79,7 +79,8 @@ def test_stopped_while_the_average_is_looked_at_the_weights_are_kept_and_not_the
             train(tiny_resnet, digits, name=f"cut-{number}", stop=at_call(number), **job)
         cut = train(tiny_resnet, digits, name=f"cut-{number}", **job)
         assert same(weights_of(whole), weights_of(cut)), number
-        assert [line["train_loss"] for line in cut.metrics] == [line["train_loss"] for line in whole.metrics], number
+        for key in ("train_loss", "kept"):
+            assert [line.get(key) for line in cut.metrics] == [line.get(key) for line in whole.metrics], (number, key)
 
 
 def test_without_a_validation_the_average_is_what_is_exported(tiny_resnet: Path, digits: Path) -> None:

@@ -79,6 +79,20 @@ def test_a_damaged_manifest_is_passed_over(run: HeldRun, harm: str) -> None:
         ckpt.newest_step(run)
 
 
+def test_a_checkpoint_that_was_copied_without_its_manifest_is_damaged_and_stays(run: HeldRun) -> None:
+    """As by what leaves hidden files out; a run that was cut off leaves no such folder."""
+    for step in (5, 6):
+        ckpt.save(run, made(step))
+    (place_of(run, 6) / ".manifest.json").unlink()
+    told: list[str] = []
+    assert ckpt.newest_step(run, told.append) == 5
+    assert "step-00000006 has lost what says that it is whole" in told[0]
+    (place_of(run, 5) / ".manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* is whole: .*step-00000006 has lost"):
+        ckpt.newest_step(run)
+    assert run.torn("checkpoints") == ["checkpoints/step-00000005", "checkpoints/step-00000006"]
+
+
 def test_the_first_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:
     """Cut off at any call: either it is whole, or the run begins anew without a word."""
     number, whole = 0, False
