@@ -129,6 +129,15 @@ def processes(mark: str, sessions: set[int] | None = None) -> Iterator[tuple[int
                 yield int(folder.name), (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
 
 
+def began(pid: int) -> str:
+    """When a process began, and on which start of this machine: no other of its id says so; '' if it has ended."""
+    with contextlib.suppress(OSError):
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')} {ticks}"
+    return ""
+
+
 def is_first(pid: int) -> bool:
     """Whether a process is the first one of processes of their own, which end with it."""
     with contextlib.suppress(OSError):

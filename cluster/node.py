@@ -31,13 +31,14 @@ print(json.dumps({n.node_name: [n.node_id.hex(), n.state == 0] for n in sorted(n
 
 @dataclasses.dataclass
 class Node:
-    """One machine of the cluster; `pid` of the process whose end ends all of it."""
+    """One machine of the cluster; `pid` of the process whose end ends all of it, and when it `began`."""
 
     name: str
     address: str
     cpus: int
     gpus: int = 0
     pid: int = 0
+    began: str = ""
 
 
 def ray_start(node: Node, python: str, folder: Path, more: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from cluster.machine import (
     NAMESPACES,
     ClusterError,
     answers,
+    began,
     free_port,
     ip,
     is_first,
@@ -275,7 +276,7 @@ class LocalCluster:
                 words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True, cwd="/",
             )  # fmt: skip
-        node.pid = process.pid
+        node.pid, node.began = process.pid, began(process.pid)
         if self.namespaces:
             plug(process.pid, self._link(name), f"br-{self.name}")
         self._write()
@@ -328,7 +329,9 @@ class LocalCluster:
 
     def _kill(self, name: str) -> None:
         """Return once nothing runs on the node any more; '': on any."""
-        sessions = {node.pid for node in self.nodes.values() if name in ("", node.name) and node.pid}
+        # After a restart of this machine its id may be another session's.
+        ours = [node for node in self.nodes.values() if name in ("", node.name) and node.pid]
+        sessions = {node.pid for node in ours if began(node.pid) == node.began}
 
         def gone() -> bool:
             pids = [pid for pid, _ in processes(f"{self.folder}/{name}", sessions)]

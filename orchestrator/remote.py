@@ -42,7 +42,7 @@ PREFIX = "orchestrator-"
 _OF_SEVERAL = ("search", "rank")
 """Kinds of jobs that are no run."""
 _STOP_TIMEOUT_S = 600.0
-_SEEN_WITHIN_S = 10.0
+SEEN_WITHIN_S = 10.0
 """A store that does not answer this machine for so long is asked through the cluster."""
 
 
@@ -230,7 +230,7 @@ class RemoteRun:
         return self._job().metadata.get("orchestrator_began", "") in ("", digest, OF_NO_RUN)
 
     def _opened(self) -> Storage:
-        return open_storage(self.storage, patience_s=_SEEN_WITHIN_S if is_uri(self.storage) else None)
+        return open_storage(self.storage, patience_s=SEEN_WITHIN_S if is_uri(self.storage) else None)
 
     def lost(self) -> str:
         """What is not there any more of what it has made, as far as can be told from here; '' where nothing is."""

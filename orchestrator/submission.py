@@ -33,14 +33,19 @@ from orchestrator.job import (
     PhaseBegan,
     Plan,
     Report,
+    Scaling,
     holds_rows,
     holds_secret,
+    is_dataset,
+    is_uri,
+    open_storage,
     redacted,
     whole_storage,
 )
 from orchestrator.progress import progress
 from orchestrator.rehearsal import rehearsed
-from orchestrator.remote import PREFIX, RemoteRun, remote_run
+from orchestrator.remote import PREFIX, SEEN_WITHIN_S, RemoteRun, remote_run
+from orchestrator.train import run_like
 
 _KINDS: Mapping[str, Mapping[str, Any]] = {"finetune": {}, "pretrain": {"method": "scratch"}, "search": {}, "rank": {}}
 """What can be submitted -> the fields that it sets."""
@@ -87,6 +92,8 @@ def submit(
         sent = _sent(draft, kind, telling)
         for line in (*draft.notes, *sent.plan.warnings, *sent.plan.data.warnings):
             telling(Noted(line, is_warning=True))
+        if not fresh:
+            sent = _gone_on_with(head, sent, telling)
         return _Submission(head, sent, kind, fresh, telling, found).run()
 
 
@@ -104,8 +111,37 @@ def _sent(draft: Draft, kind: str, report: Report) -> Sent:
             raise missing_extra(error) or error from None
         return to_send(draft, report)
     plan = rehearsed(*planned(draft, {}))
-    sent = _for_the_cluster(draft.job(), plan)
-    return Sent(sent.model_dump(mode="json", exclude_defaults=True), plan.name, sent.storage, plan, began=sent.digest())
+    job = draft.job()
+    sent = _for_the_cluster(job, plan)
+    tree = sent.model_dump(mode="json", exclude_defaults=True)
+    is_open = job.name is None and job.training.num_microbatches is None
+    like = sent.model_copy(update={"scaling": Scaling()}).digest() if is_open else ""
+    return Sent(tree, plan.name, sent.storage, plan, began=sent.digest(), like=like)
+
+
+def _gone_on_with(head: Head, sent: Sent, report: Report) -> Sent:
+    """The same, or with the name of a run that learns the same and began on another number of workers.
+
+    Its own name says that number, and `finetune` too would go on with such a run.
+    """
+    places = {"orchestrator_like": sent.like, "orchestrator_storage": sent.storage}
+    before = [one for one in head.jobs() if places.items() <= one.metadata.items()] if sent.like else []
+    if not sent.like or sent.name in [one.metadata["orchestrator_run"] for one in before]:
+        return sent
+    if before:
+        last = max(before, key=lambda one: one.started).metadata
+        name, began = last["orchestrator_run"], last["orchestrator_began"]
+    else:  # on a cluster that is no more
+        run = None
+        if is_uri(sent.storage):
+            with contextlib.suppress(OrchestratorError):
+                run = run_like(open_storage(sent.storage, patience_s=SEEN_WITHIN_S), sent.name, sent.plan.job)
+        if run is None:
+            return sent
+        name, began = run.name, run.plan.job.digest()
+    report(Noted(f"going on with the run {name}, which began on another number of workers (--name begins another one)"))
+    plan = sent.plan.model_copy(update={"name": name})
+    return replace(sent, name=name, tree={**sent.tree, "name": name}, plan=plan, began=began)
 
 
 def _checked(draft: Draft) -> Draft:
@@ -166,7 +202,7 @@ class _Submission:
             attempt = max(before, default=0) + 1
             with tempfile.TemporaryDirectory(prefix="orchestrator-submit-") as folder:
                 self._report(PhaseBegan("delivering the code"))
-                code = deliveries(self._sent.plan.job.modality)
+                code = deliveries(self._sent.plan.job.modality, _libraries(self._sent))
                 packages = [self._head.upload(one.write(Path(folder))) for one in code]
                 self._preflight(code, packages, Path(folder))
                 request = {"kind": self._kind, "job": self._sent.tree, "fresh": self._fresh}
@@ -175,6 +211,7 @@ class _Submission:
                 "orchestrator_run": self._sent.name, "orchestrator_storage": self._sent.storage,
                 "orchestrator_kind": self._kind, "orchestrator_attempt": str(attempt),
                 "orchestrator_job": self._digest, "orchestrator_began": self._sent.began,
+                "orchestrator_like": self._sent.like,
             }  # fmt: skip
             id = f"{base}.{attempt}"
             environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S), JOB_VARIABLE: id}
@@ -261,6 +298,19 @@ def _no_preflight(job: ClusterJob | None, said: list[str]) -> OrchestratorError:
         "cluster", f"the preflight did not end: {why}", expected="a cluster that runs a small job",
         mend="look at the head's dashboard, under Jobs",
     )  # fmt: skip
+
+
+def _libraries(sent: Sent) -> set[str]:
+    """Names of the libraries that this job needs of all that are optional, as they are installed."""
+    tree = sent.tree
+    found = {"mlflow-skinny" if name == "mlflow" else name for name in tree.get("log", ())}
+    if any(plan.recipe.adapter is not None for plan in (sent.plan, *sent.others)):
+        found.add("peft")
+    if is_dataset(sent.plan.job.data.path):
+        found.add("datasets")
+    if tree.get("search", {}).get("search_alg") == "optuna":
+        found.add("optuna")
+    return found
 
 
 def _slug(name: str) -> str:

@@ -47,9 +47,9 @@ from orchestrator.job import (
     Report,
     Run,
     Stop,
+    Storage,
     hold,
     is_uri,
-    list_runs,
     open_storage,
     run_in,
     stop_on_signal,
@@ -227,14 +227,19 @@ def _run_of(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
     run = run_in(storage, job.name or run_name(job, resolved.card))
     if job.name is not None or job.training.num_microbatches is not None or options.fresh or run.is_there:
         return run
-    prefix = run.name.rpartition("-")[0]
-    for other in list_runs(storage.place):
+    return run_like(storage, run.name, job) or run
+
+
+def run_like(storage: Storage, name: str, job: Job) -> Run | None:
+    """A run that has begun and learns what the job asks for, though the job's own name would be that one."""
+    prefix = name.rpartition("-")[0]
+    for other in (run_in(storage, one) for one in storage.children()):
         with contextlib.suppress(RefusedError):  # damaged, or of an earlier version
             like_it = other.name.rpartition("-")[0] == prefix and not other.is_earlier
             has_begun = like_it and (other.finished or storage.commits(f"{other.name}/{CHECKPOINTS}"))
             if has_begun and same_learning(job, other.plan):
                 return other
-    return run
+    return None
 
 
 def _worker_spec(run: HeldRun, plan: Plan, options: RunOptions) -> WorkerSpec:

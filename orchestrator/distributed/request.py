@@ -41,6 +41,8 @@ class Sent:
     """Whether it wants a place for workers; else its driver does all of it."""
     began: str = OF_NO_RUN
     """Digest of the run's job: it tells the run from another one of the same name. A search's has none."""
+    like: str = ""
+    """Digest of what it learns on any number of workers, where the name was left open."""
 
 
 def write_zip(file: Path, contents: Mapping[str, bytes]) -> None:

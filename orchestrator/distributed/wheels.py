@@ -15,9 +15,10 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, entry_points
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -59,9 +60,11 @@ class Delivery:
         """Top-level module or package -> digest of its code."""
         tops: dict[str, dict[str, bytes]] = {}
         for name, content in self.contents.items():
-            top = name.split("/")[0]
-            if not top.endswith(".dist-info") and is_code(name):
-                tops.setdefault(top.removesuffix(".py"), {})[name] = content
+            top, is_inside, _ = name.partition("/")
+            if not is_inside:
+                top = top.partition(".")[0] if top.endswith((".py", *EXTENSION_SUFFIXES)) else ""
+            if top.isidentifier() and is_code(name):  # the others are no modules: NAME.libs, NAME.dist-info
+                tops.setdefault(top, {})[name] = content
         return {top: contents_digest(part) for top, part in sorted(tops.items())}
 
     @property
@@ -76,8 +79,11 @@ class Delivery:
         return file
 
 
-def deliveries(modality: str) -> list[Delivery]:
-    """What the nodes need to import this package and a modality. Raises `PluginError` for what cannot be delivered."""
+def deliveries(modality: str, libraries: Collection[str] = ()) -> list[Delivery]:
+    """What the nodes need to import this package and a modality. Raises `PluginError` for what cannot be delivered.
+
+    `libraries`: names of those that this job needs of all that are optional, `peft`.
+    """
     if registry.is_registered(modality):
         raise PluginError(
             f"the modality {modality!r} was registered by this program alone, and the cluster cannot import it",
@@ -87,25 +93,25 @@ def deliveries(modality: str) -> list[Delivery]:
     registry.get(modality)
     extra = registry.get(modality).extra
     (point,) = entry_points(group=registry.GROUP, name=modality)
-    ours = own_delivery(extra)
+    ours = own_delivery(extra, libraries)
     if point.dist is None or point.dist.name == _OURS:
         return [ours]
     return [ours, _delivery(point.dist, point.module, set())]
 
 
-def own_delivery(extra: str = "") -> Delivery:
-    """This distribution, with what its training and one of its extras require."""
-    return _delivery(distribution(_OURS), _OURS, {"train", extra})
+def own_delivery(extra: str = "", libraries: Collection[str] = ()) -> Delivery:
+    """This distribution, with what its training and one of its extras require, and these libraries of all extras."""
+    return _delivery(distribution(_OURS), _OURS, {"train", extra}, libraries)
 
 
-def _delivery(dist: Distribution, module: str, extras: set[str]) -> Delivery:
+def _delivery(dist: Distribution, module: str, extras: set[str], libraries: Collection[str] = ()) -> Delivery:
     contents = _contents(dist, module.split(".")[0])
     version = dist.version
     for name, content in contents.items():
         if name.endswith(".dist-info/METADATA"):
             found = re.search(rb"^Version: (.+)$", content, re.MULTILINE)
             version = found[1].decode().strip() if found else version
-    return Delivery(dist.name, version, contents, tuple(_requires(dist, extras)))
+    return Delivery(dist.name, version, contents, tuple(_requires(dist, extras, libraries)))
 
 
 # --- what a wheel holds ---
@@ -188,8 +194,11 @@ def _built(root: Path, folder: Path, name: str) -> Path:
 # --- what it requires ---
 
 
-def _requires(dist: Distribution, extras: set[str]) -> list[str]:
-    """Requirements of a distribution with these extras, those of its own name followed; each once."""
+def _requires(dist: Distribution, extras: set[str], libraries: Collection[str] = ()) -> list[str]:
+    """Requirements of a distribution with these extras, those of its own name followed; each once.
+
+    `libraries`: those of that name too, whatever extra has them.
+    """
     found: dict[str, None] = {}
     done: set[tuple[str, str]] = set()
     open_: list[tuple[Distribution, set[str]]] = [(dist, extras)]
@@ -198,7 +207,8 @@ def _requires(dist: Distribution, extras: set[str]) -> list[str]:
         for text in one.requires or []:
             need = Requirement(text)
             marker = str(need.marker or "")
-            if "extra" in marker and not any(need.marker.evaluate({"extra": name}) for name in wanted):  # type: ignore[union-attr]
+            has_part = need.name in libraries or "extra" not in marker
+            if not has_part and not any(need.marker.evaluate({"extra": name}) for name in wanted):  # type: ignore[union-attr]
                 continue
             if _plain(need.name) in (_OURS, _plain(one.name)):
                 key = (_plain(need.name), ",".join(sorted(need.extras)))

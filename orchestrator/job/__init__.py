@@ -154,6 +154,7 @@ from orchestrator.job.runs import (
     read_lines as read_lines,
     run_in as run_in,
 )
+from orchestrator.job.scaling_spec import Scaling as Scaling
 from orchestrator.job.spec import (
     IN_A_STORE as IN_A_STORE,
     NOT_LEARNT as NOT_LEARNT,

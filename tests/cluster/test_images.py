@@ -41,7 +41,7 @@ def pins() -> dict[str, str]:
 def wanted() -> list[Requirement]:
     """What this package wants on a node: all that its modalities need, and no tool of its developers."""
     lines = list(PROJECT["dependencies"])
-    for extra in ("train", "image", "audio", "text", "datasets"):
+    for extra in ("train", "image", "audio", "text", "datasets", "lora", "search", "mlflow", "wandb"):
         lines += PROJECT["optional-dependencies"][extra]
     return [one for line in lines if (one := Requirement(line)).name != PROJECT["name"]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -76,6 +77,23 @@ def test_up_and_down_leave_nothing(loopback: bool, name: str, stand_in: Path) ->
     assert (again.returncode, "down` ends it" in again.stderr) == (1, True)
     assert command("down", "--name", name).returncode == 0
     assert left_of(name) == []
+
+
+def test_down_ends_no_stranger_whose_id_a_node_had(name: str, stand_in: Path) -> None:
+    """As after a restart of the machine, which leaves the folder and counts processes anew."""
+    assert command("up", "--name", name, "--python", stand_in, "--loopback").returncode == 0
+    stranger = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        file = Path(f"/tmp/cluster-{name}/cluster.json")
+        told = json.loads(file.read_text())
+        told["nodes"]["node0"]["pid"] = stranger.pid
+        file.write_text(json.dumps(told))
+        assert command("down", "--name", name).returncode == 0
+        assert left_of(name) == []
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
 
 
 @needs_namespaces

@@ -20,12 +20,13 @@ import orchestrator
 from orchestrator.distributed import following
 from orchestrator.distributed.fetching import fetch_through_cluster
 from orchestrator.distributed.head import AwayError, Head, wait_until_over
+from orchestrator.distributed.request import Sent
 from orchestrator.distributed.telling import Ended, Found, Piece, as_line
 from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError, TrainingError
 from orchestrator.gate import drafted
 from orchestrator.job import EpochEnded, Event, Noted, open_storage
 from orchestrator.remote import RemoteRun
-from orchestrator.submission import _sent, _Submission
+from orchestrator.submission import _gone_on_with, _sent, _Submission
 from tests.distributed.test_address import served
 from tests.whole.test_train import same, train, weights_of
 
@@ -270,6 +271,37 @@ def test_what_has_finished_is_made_whole_by_the_same_job(
     server.logs = as_answer({"logs": SAID})  # type: ignore[attr-defined]
     (run.path / "model/model.safetensors").unlink()
     assert "a is not whole: this is the next attempt" in next_attempt()
+
+
+@pytest.mark.parametrize("cluster", ["the same", "a new one"])
+def test_a_job_without_a_name_goes_on_with_its_run_on_other_workers(
+    head: Head, server: http.server.ThreadingHTTPServer, tiny_resnet: Path, flat_digits: Path, bucket: Any, cluster: str
+) -> None:
+    """The name says the number of workers; `finetune` too finds the run that there is."""
+    fields: dict[str, Any] = {"backbone": str(tiny_resnet), "data": str(flat_digits), "method": "full",
+                              "training": {"epochs": 1}, "storage": "s3://bucket/runs"}  # fmt: skip
+
+    def sent(num_workers: int, **more: Any) -> Sent:
+        asked = drafted(None, {**fields, **more, "scaling": {"num_workers": num_workers}})
+        return _gone_on_with(head, _sent(asked, "finetune", print), told.append)
+
+    told: list[Event] = []
+    server.job = as_answer([])  # type: ignore[attr-defined]
+    one = sent(1)
+    assert one.name != sent(2).name
+    if cluster == "the same":
+        metadata = {"orchestrator_run": one.name, "orchestrator_storage": one.storage, "orchestrator_like": one.like,
+                    "orchestrator_began": one.began}  # fmt: skip
+        server.job = as_answer([{**JOB, "metadata": metadata}])  # type: ignore[attr-defined]
+    else:
+        assert bucket
+        orchestrator.finetune(fields, report=print)
+    assert not told
+    two = sent(2)
+    assert (two.name, two.tree["name"], two.plan.name, two.began) == (one.name, one.name, one.name, one.began)
+    assert f"going on with the run {one.name}, which began on another number" in str(told)
+    assert sent(2, name="other").name == "other"
+    assert sent(2, **{"training.epochs": 2}).name not in (one.name, "other")
 
 
 @pytest.mark.slow

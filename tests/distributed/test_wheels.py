@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 import orchestrator
 from orchestrator.distributed.nodes import module_digest
-from orchestrator.distributed.wheels import as_wanted, deliveries, own_delivery
+from orchestrator.distributed.wheels import Delivery, as_wanted, deliveries, own_delivery
 from orchestrator.errors import PluginError
 from orchestrator.modality import registry
 from tests.conftest import REPOSITORY
@@ -59,7 +60,17 @@ def test_this_package_is_what_runs_here(tmp_path: Path) -> None:
     assert any(name.endswith(".dist-info/entry_points.txt") for name in inside)
 
 
+def test_what_is_no_module_is_none_of_a_wheels() -> None:
+    """Compiled code goes by the name that it is imported by, and libraries beside it by none."""
+    suffix = EXTENSION_SUFFIXES[0]
+    code = {"plug/__init__.py": b"", f"plug/_in{suffix}": b"1", f"_fast{suffix}": b"2", "alone.py": b"3",
+            "plug.libs/libgomp.so.1": b"4", "plug-1.dist-info/METADATA": b"5", "LICENSE": b"6"}  # fmt: skip
+    assert set(Delivery("plug", "1", code, ()).modules) == {"plug", "_fast", "alone"}
+
+
 def test_what_it_requires_is_told_with_the_extra_of_the_modality() -> None:
+    assert not [one for one in as_wanted([own_delivery("image")])["requires"] if one.startswith("peft")]
+    assert [one for one in as_wanted(deliveries("image", {"peft"}))["requires"] if one.startswith("peft>=")]
     wanted = as_wanted([own_delivery("image")])["requires"]
     names = {text.split(">")[0].split("[")[0] for text in wanted}
     assert {"pydantic", "typer", "torch", "ray", "timm", "pillow"} <= names
