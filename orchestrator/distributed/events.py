@@ -53,7 +53,15 @@ class EventQueue:
 
     def is_waiting(self) -> bool:
         """Whether no worker runs: none has begun yet, or none since the group was lost."""
-        return time.monotonic() - self._worked_at > _SILENT_S
+        return self.idle_s() > _SILENT_S
+
+    def works(self) -> None:
+        """Workers have made a step, of a search some trial's."""
+        self._worked_at = time.monotonic()
+
+    def idle_s(self) -> float:
+        """Seconds since a worker was last heard of."""
+        return time.monotonic() - self._worked_at
 
     def standing(self) -> tuple[bool, str | None, int]:
         """(Whether no worker runs, the controller that starts them, how many have begun ever)."""

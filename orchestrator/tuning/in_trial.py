@@ -19,8 +19,9 @@ from orchestrator.distributed.between_nodes import require_backbone
 from orchestrator.distributed.events import DriverChannel
 from orchestrator.distributed.leaving import NodeNotice
 from orchestrator.distributed.shared_storage import require_seen
+from orchestrator.distributed.waiting import NoPlaceError
 from orchestrator.errors import InterruptedRunError, TrainingError, first_line
-from orchestrator.job import EpochEnded, Event, HeldRun, Lease, Noted, PhaseBegan, Run, open_storage, run_in
+from orchestrator.job import Advanced, EpochEnded, Event, HeldRun, Lease, Noted, PhaseBegan, Run, open_storage, run_in
 from orchestrator.modality import Modality, registry
 from orchestrator.train import train_as_planned
 from orchestrator.training import FINAL_FIGURES
@@ -31,6 +32,7 @@ from orchestrator.tuning.trials import KEPT, Key
 STORAGE, RUN, LEASE, NUMBER, REPEAT = "storage", "run", "lease", "number", "repeat"
 """What a trial's process is given, beside what was drawn for it."""
 FIGURES = ("train_loss", "validation_loss", "validation_accuracy")
+_TELL_EVERY_S = 5.0
 _FIRST_WAIT_S = 0.2
 """After which it is looked once more whether a probe is on the storage; each later wait is twice as long."""
 
@@ -75,10 +77,13 @@ def _train(config: Mapping[str, Any], channel: DriverChannel, modality: Modality
     require_seen(search, ray.util.get_node_ip_address())
     plan, notice = run.plan, NodeNotice()
     trained = probed = False
-    asked_at, wait_s = -math.inf, _FIRST_WAIT_S
+    asked_at, wait_s, told_at = -math.inf, _FIRST_WAIT_S, -math.inf
 
     def report(event: Event) -> None:
-        nonlocal trained, probed, asked_at, wait_s
+        nonlocal trained, probed, asked_at, wait_s, told_at
+        if plan.ray and isinstance(event, Advanced) and time.monotonic() - told_at > _TELL_EVERY_S:
+            told_at = time.monotonic()
+            channel.queue.works.remote()
         if isinstance(event, PhaseBegan):
             trained = event.text == FINAL_FIGURES
         if isinstance(event, Noted) and not event.text.startswith("device auto"):  # which the search has said
@@ -93,9 +98,18 @@ def _train(config: Mapping[str, Any], channel: DriverChannel, modality: Modality
 
     if not plan.ray:  # else its workers see to it
         require_backbone(plan)
+
+    def should_stop() -> bool:  # workers of its own hear of their nodes' ends themselves
+        return trained or channel.should_stop() or (not plan.ray and notice.is_due())
+
     with contextlib.suppress(InterruptedRunError):
-        # Workers of its own hear of their nodes' ends themselves.
-        train_as_planned(run, report, lambda: trained or channel.should_stop() or (not plan.ray and notice.is_due()))
+        while True:
+            try:
+                train_as_planned(run, report, should_stop)
+                break
+            except NoPlaceError:  # as long as others of the search work, theirs becomes free
+                if ray.get(channel.queue.idle_s.remote()) > plan.job.scaling.wait_s:
+                    raise
     if not trained and not plan.ray and notice.is_due() and not channel.wait_whether_to_stop():
         notice.wait_for_the_end(channel)
     if probed:  # by now all that the run has is on the storage

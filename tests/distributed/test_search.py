@@ -98,6 +98,26 @@ def test_two_workers_a_trial_on_two_cores(base: dict[str, Any]) -> None:
     assert result.best_run.lineage["num_workers"] == 2
 
 
+def test_a_trial_waits_for_workers_as_long_as_another_one_works(base: dict[str, Any]) -> None:
+    """There would be room for two trials, were it not for somebody else on the cluster; `wait_s` is of the idle."""
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        busy = ray.remote(num_cpus=2)(threading.Event).remote()
+        ray.get(busy.is_set.remote())
+        address = ray.get_runtime_context().gcs_address
+        result = orchestrator.search(
+            {**base, "epochs": 250, "scaling": {
+                "num_workers": 2, "threads_per_worker": 1, "address": address, "wait_s": 30,
+            }},
+            SPACE, num_trials=2, max_concurrent=2, report=silent,
+        )  # fmt: skip
+        assert [one.state for one in result.trials] == ["finished"] * 2
+        first, second = sorted(result.trials, key=lambda one: one.seconds)
+        assert second.seconds - first.seconds > 20  # which it waited for the first one
+    finally:
+        ray.shutdown()
+
+
 def test_what_has_no_room_is_refused(base: dict[str, Any]) -> None:
     cores = len(os.sched_getaffinity(0))
     with pytest.raises(RefusedError, match=r"more than the|a trial needs") as refused:
