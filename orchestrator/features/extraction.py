@@ -91,7 +91,7 @@ class Extraction:
                 continue
             stored = self._agreed(features, rows, ids)
             in_use = sorted(set().union(*worker.all_gather(set(stored.shards))))
-            broken = self._damaged(features, in_use[worker.rank :: worker.num_workers])
+            broken = self._damaged(features, in_use[sharers.index(worker.rank) :: len(sharers)])
             if not broken:
                 self._remember(rows, ids)
                 features.flush_uploads(whole=worker.rank == 0)

@@ -316,3 +316,24 @@ def test_a_store_that_stays_away_is_said_and_gets_later_what_it_lacks(
         assert [said for said, _ in machines.look()] == [["computed", 0]] * 2
         assert len(shards_of(0)) == 2
         assert shards_of(0) == shards_of(1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("machine", range(2))
+def test_a_flipped_bit_is_found_on_the_machine_that_has_it(
+    machine: int, tiny_resnet: Path, flat_digits: Path
+) -> None:  # fmt: skip
+    with Apart(tiny_resnet, flat_digits) as machines:
+        assert machines.go() == ["ready", "ready"]
+        assert [said for said, _ in machines.look()] == [["computed", 300]] * 2
+        whole = shards_of(0)
+        assert len(whole) == 2
+        for file in Path(f"machine-{machine}").rglob("*.safetensors"):
+            content = bytearray(file.read_bytes())
+            content[-10] ^= 1
+            file.write_bytes(content)
+        (said, notes), _ = machines.look()
+        assert said == ["computed", 0]
+        assert "stored features were damaged, and are replaced (2 of 2 shards)" in notes
+        assert shards_of(0) == shards_of(1) == whole
