@@ -201,6 +201,9 @@ class Extractor:
             note=self._note, should_stop=work.of.channel.should_stop,
         )  # fmt: skip
         self._features = self._resources.enter_context(opened(work.cache.set(work.name, self._note), work.cache.key))
+        if work.cache.apart:  # what an earlier pool has computed here, and could not send
+            self._features.refresh()
+            self._features.send(self._features.names)
 
     def _note(self, text: str) -> None:
         if self._notes:  # all of them would say the same
@@ -240,5 +243,7 @@ class Extractor:
             self._features, rows[order], ids[order], work.view, work.backwards, to_come // work.of.num
         )
         self._features.flush_uploads(whole=False)
+        if work.cache.apart:
+            self._features.send(result.names)
         result.skipped = dict(self._body_pass.source.skipped)
         return result

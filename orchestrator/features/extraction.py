@@ -62,22 +62,23 @@ class Extraction:
         """Where the features of these rows (ascending) lie; `view`: which random view of the samples.
 
         All workers call this, each with all of the rows; which shards are read is decided by rank 0. Raises
-        `InterruptedRunError` when asked to stop, and `TrainingError` where a sample cannot be read or the storage does
-        not keep what is written.
+        `InterruptedRunError` when asked to stop, `TrainingError` where a sample cannot be read or the storage does not
+        keep what is written, and `OrchestratorError` where machines need the object store and it stays away.
         """
         worker, note = self.body_pass.worker, self.body_pass.note
         ids = self._known(rows)
         written: list[str] = []
         counted = False
-        fetches = self._fetches(features)
+        sharers = self._sharers(features)
+        fetches = worker.rank == sharers[0]  # one of those that share a folder
+        exchanges = self.apart and (self.remote is not None or len(sharers) < worker.num_workers)
         if fetches:
             features.fetch_missing(ids)
         for _ in range(_MOST_ROUNDS):
-            features.refresh(written)
-            # What one worker sees on a shared file system another one may not see yet: rank 0's shards are named, and
-            # what any worker misses is missing.
-            features.refresh(worker.all_gather(features.names if worker.rank == 0 else None)[0])
-            missing = np.unique(np.concatenate(worker.all_gather(self._missing(features, rows, ids))))
+            missing = self._missing_anywhere(features, rows, ids, written)
+            if exchanges and len(missing):
+                self._exchange(features, ids, fetches)
+                missing = self._missing_anywhere(features, rows, ids, written)
             if not counted:
                 self.body_pass.advance(len(rows) - len(missing))
                 counted = True
@@ -87,16 +88,10 @@ class Extraction:
                 names = self._fill(features, missing, rows, ids, view)
                 written = [name for part in worker.all_gather(names) for name in part]
                 ids = self._with_read(rows, ids)
-                if self.apart:
-                    features.flush_uploads(whole=False)
-                    worker.barrier()
-                    if fetches:
-                        features.fetch_missing(ids)
-                    worker.barrier()
                 continue
             stored = self._agreed(features, rows, ids)
             in_use = sorted(set().union(*worker.all_gather(set(stored.shards))))
-            broken = self._damaged(features, in_use[worker.rank :: worker.num_workers])
+            broken = self._damaged(features, in_use[sharers.index(worker.rank) :: len(sharers)])
             if not broken:
                 self._remember(rows, ids)
                 features.flush_uploads(whole=worker.rank == 0)
@@ -110,14 +105,28 @@ class Extraction:
             mend="look at that storage; the same command goes on",
         )
 
-    def _fetches(self, features: FeatureSet) -> bool:
-        """Whether this worker brings here what the store has: one of those that share a folder does."""
+    def _sharers(self, features: FeatureSet) -> list[int]:
+        """The ranks of the workers that have the same folder as this one, its own among them."""
         worker = self.body_pass.worker
         if not self.apart:
-            return worker.rank == 0
+            return list(range(worker.num_workers))
         status = features.folder.stat()
         own = (socket.gethostname(), status.st_dev, status.st_ino)
-        return worker.all_gather(own).index(own) == worker.rank
+        return [rank for rank, folder in enumerate(worker.all_gather(own)) if folder == own]
+
+    def _exchange(self, features: FeatureSet, ids: Ids, fetches: bool) -> None:
+        """Bring to the object store what each machine has and it lacks, then to each machine what the others have.
+
+        `fetches`: whether this worker does it for its machine.
+        """
+        worker = self.body_pass.worker
+        features.flush_uploads(whole=False)
+        worker.barrier()
+        broken = worker.all_gather(features.send(features.names) if fetches else [])
+        features.forget([name for part in broken for name in part])
+        if fetches:
+            features.fetch_missing(ids, needed=True)
+        worker.barrier()
 
     def _agreed(self, features: FeatureSet, rows: Ints, ids: Ids) -> StoredRows:
         """Where the features lie: in the shards that rank 0 reads, where another worker would find a row in two."""
@@ -142,6 +151,16 @@ class Extraction:
         if self.verify:
             return np.zeros((len(rows), 2), np.uint64)
         return known_contents(self.body_pass.source.samples, self.catalog, rows)
+
+    def _missing_anywhere(self, features: FeatureSet, rows: Ints, ids: Ids, written: list[str]) -> Ints:
+        """The rows that any worker misses, `written` being the shards that all of them should see by now.
+
+        What one worker sees on a shared file system another one may not see yet: rank 0's shards are named too.
+        """
+        worker = self.body_pass.worker
+        features.refresh(written)
+        features.refresh(worker.all_gather(features.names if worker.rank == 0 else None)[0])
+        return np.unique(np.concatenate(worker.all_gather(self._missing(features, rows, ids))))
 
     def _missing(self, features: FeatureSet, rows: Ints, ids: Ids) -> Ints:
         """The rows that have no features yet, and are not left out."""

@@ -11,14 +11,16 @@ import contextlib
 import hashlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from orchestrator.data import Ids, Location, known
-from orchestrator.errors import first_line
+from orchestrator.data import PATIENCE_S, Answer, Asker, Ids, Location, known
+from orchestrator.errors import RefusedError, first_line, storage_failed
 from orchestrator.job import sync, write_file
 from orchestrator.store.sets import USED
 from orchestrator.store.shards import NUM_READERS, FeatureSet, Format, Shard, Values
@@ -36,7 +38,8 @@ class MirroredSet(FeatureSet):
     """A feature set whose shards are kept in `place` too.
 
     A store that falls silent costs no features: they stand on the storage, `note` is told so once, and a later job
-    brings there what is missing.
+    brings there what is missing. Where other machines need them it is waited for (`send`, and `needed`): these raise
+    `OrchestratorError` once that has taken too long.
     """
 
     def __init__(self, folder: Path, place: Location, note: Callable[[str], None]) -> None:
@@ -48,35 +51,37 @@ class MirroredSet(FeatureSet):
         self._ignored: set[str] = set()
         """Manifests of the store that are of no use: of a later version, or of what was found damaged or gone."""
         self._uploader: ThreadPoolExecutor | None = None
-        self._uploads: list[Future[None]] = []
+        self._uploads: list[Future[Any]] = []
         self._silent_until = 0.0
-        """0 as long as it has answered."""
+        self._told = False
+        """Whether `note` knows that the store has failed."""
 
-    def fetch_missing(self, ids: Ids) -> None:
+    def fetch_missing(self, ids: Ids, needed: bool = False) -> None:
         """Copy the shards that hold any of these contents from the store to the folder, as far as they are not there.
 
         Where few of the contents are known, all shards of the set.
         """
         self.refresh()
-        if time.monotonic() < self._silent_until:
+        if needed:
+            self._ignored.clear()  # who has what was damaged sends it anew
+        elif time.monotonic() < self._silent_until:
             return
+        ask: Callable[[Callable[[], Any]], Any] = self._waited if needed else self._tried
         missing = ids[self.find(ids)[0] < 0]
         if not len(missing):
             return
         # A sample that cannot be read is never known: for a few such nobody wants all that there is.
         everything = (~known(missing)).mean() > _MANY_UNKNOWN
-        try:
-            listed = self._listed()
-        except Exception as error:  # each store's library has errors of its own
-            self._failed(error)
+        listed = ask(self._listed)
+        if listed is None:
             return
         self._stored |= listed & set(self._shards)
         new = sorted(listed - set(self._shards) - self._ignored)
 
         def fetch(name: str) -> None:
-            answer = self._manifest_of(name)
+            answer = ask(partial(self._manifest_of, name))
             if answer is not None and (everything or np.isin(answer[0].ids[:, 0], missing[:, 0]).any()):
-                self._fetch(*answer)
+                ask(partial(self._fetch, *answer))
 
         with ThreadPoolExecutor(NUM_READERS) as pool:
             list(pool.map(fetch, new))
@@ -91,9 +96,6 @@ class MirroredSet(FeatureSet):
         try:
             text = self._place.join(f"{name}.json").read()
         except FileNotFoundError:
-            return None
-        except Exception as error:
-            self._failed(error)
             return None
         try:
             shard = Shard.from_manifest(name, text)
@@ -125,8 +127,6 @@ class MirroredSet(FeatureSet):
             self._stored.add(name)
         except FileNotFoundError:  # a store whose old files go, the manifest after its shard
             self._remove(name)
-        except Exception as error:
-            self._failed(error)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -146,28 +146,40 @@ class MirroredSet(FeatureSet):
 
     def flush_uploads(self, whole: bool) -> None:
         """Return once what this process wrote is in the store; `whole`: and all other shards of the folder too."""
+        self._wait(0)
         if whole and time.monotonic() >= self._silent_until:
-            try:
-                self._stored |= self._listed()  # what other workers have uploaded
-                self._upload(sorted(set(self._shards) - self._stored))
-            except Exception as error:
-                self._failed(error)
+            self._stored |= self._tried(self._listed) or set()  # what other workers have uploaded
+            self._upload(sorted(set(self._shards) - self._stored))
+            self._wait(0)
             if self._shards:
                 with contextlib.suppress(Exception):  # a job that may only read; all else is there
                     self._place.join(USED).write(b"")  # its time tells what may be pruned
-        self._wait(0)
         if self._uploader is not None:
             self._uploader.shutdown()
             self._uploader = None
+
+    def send(self, names: Iterable[str]) -> list[str]:
+        """Copy the shards of these names to the store, as far as it lacks them.
+
+        The names of those that were found damaged, and were removed instead.
+        """
+        lacked = set(names)
+        if lacked:
+            lacked -= self._waited(self._listed)
+        broken = self.damaged(number for number, name in enumerate(self._names) if name in lacked)
+        if broken:
+            self._note(f"stored features were damaged, and are replaced ({len(broken)} of {len(lacked)} shards)")
+        for name in sorted(lacked - set(broken)):
+            self._waited(partial(self._put, name))
+        return broken
 
     def _upload(self, names: list[str]) -> None:
         """Begin to copy shards to the store, while this job computes."""
         for name in names:
             if time.monotonic() < self._silent_until:
                 break
-            self._stored.add(name)
             self._uploader = self._uploader or ThreadPoolExecutor(1)
-            self._uploads.append(self._uploader.submit(self._put, name))
+            self._uploads.append(self._uploader.submit(self._tried, partial(self._put, name)))
             self._wait(_MAX_UPLOADS)
 
     def _wait(self, most: int) -> None:
@@ -176,22 +188,36 @@ class MirroredSet(FeatureSet):
             self._uploads.pop(0).result()
 
     def _put(self, name: str) -> None:
-        try:
-            for file in (self._file(name), self._manifest(name)):
-                self._place.join(file.name).upload(file)
-        except Exception as error:
-            self._stored.discard(name)
-            self._failed(error)
+        for file in (self._file(name), self._manifest(name)):
+            self._place.join(file.name).upload(file)
+        self._stored.add(name)
 
-    def _failed(self, error: Exception) -> None:
-        """Leave the store alone for a while; say so the first time."""
-        told = bool(self._silent_until)
-        self._silent_until = time.monotonic() + _SILENT_S
-        if not told:
-            self._note(
-                f"{self._place.text} does not answer: features stay on the storage, and a later job brings them there "
+    def _tried(self, call: Callable[[], Answer]) -> Answer | None:
+        """What the store answers; None where it fails, and is then left alone for a while."""
+        try:
+            return call()
+        except Exception as error:  # each store's library has errors of its own
+            self._silent_until = time.monotonic() + _SILENT_S
+            self._say(
+                f"{self._place.text} does not answer: features stay here, and are brought there later "
                 f"({first_line(error)})"
             )
+            return None
+
+    def _waited(self, call: Callable[[], Answer]) -> Answer:
+        """What the store answers, which is asked again while it fails."""
+        try:
+            answer = Asker(self._place.text, PATIENCE_S, self._say)(self._place.text, call)
+        except RefusedError as error:
+            raise storage_failed(error) from None
+        self._silent_until = 0.0
+        return answer
+
+    def _say(self, text: str) -> None:
+        """Note that the store fails, the first time."""
+        told, self._told = self._told, True
+        if not told:
+            self._note(text)
 
 
 def share_note(file: Path, place: Location) -> None:

@@ -241,11 +241,19 @@ class FeatureSet:
             self._values.pop(name, None)
         self._index()
 
-    def fetch_missing(self, ids: Ids) -> None:
+    def fetch_missing(self, ids: Ids, needed: bool = False) -> None:
         """Copy the shards that hold these contents from wherever else the set is kept: nowhere, for this class.
 
-        `ids`, uint64 [samples, 2]. Called by one worker of a job, before `find` is asked for them.
+        `ids`, uint64 [samples, 2]. Called by one worker of a job, before `find` is asked for them. `needed`: only there
+        are they, and a place that is away is waited for.
         """
+
+    def send(self, names: Iterable[str]) -> list[str]:  # noqa: ARG002
+        """Copy the shards of these names to wherever else the set is kept, as other machines need them.
+
+        The names of those that were found damaged, and were removed instead.
+        """
+        return []
 
     def flush_uploads(self, whole: bool) -> None:
         """Return once what this process wrote is wherever else the set is kept: nowhere, for this class.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from orchestrator.errors import InterruptedRunError
 from orchestrator.features.formats import as_values
 from orchestrator.features.sources import as_float32
 from orchestrator.store import FOLDER, FeatureSet, inventory
+from tests import s3_proxy
+from tests.conftest import REPOSITORY
 from tests.features.conftest import FORMATS, head
 from tests.features.test_stage import computed, same_head
 from tests.whole.test_train import train, weights_of
@@ -85,6 +90,98 @@ loading.compute = together
 print(job(name, lambda event: None).lineage["num_computed"])
 """
 )
+# One of two workers, each on a machine of its own. It looks for features once for each line that it is sent, and waits
+# for one more before its body runs for the first time.
+APART = """
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+import torch, torch.distributed as dist
+from orchestrator.errors import OrchestratorError
+from orchestrator.features import body_pass, compute_features, loading
+from orchestrator.job import HeldRun, Noted, hold, open_storage
+from orchestrator.network import start_worker
+from orchestrator.store import mirror
+from tests.features.test_stage import stage
+backbone, data, rank, mirror.PATIENCE_S = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+body_pass.FIRST_FLUSH_S = body_pass.FLUSH_S = 1000.0
+compute = loading.compute
+def wait():
+    print("ready", flush=True)
+    return sys.stdin.readline()
+def first(*what):
+    loading.compute = compute
+    wait()
+    return compute(*what)
+loading.compute = first
+dist.init_process_group("gloo", init_method=f"file://{Path('meeting').absolute()}", rank=rank, world_size=2)
+with ExitStack() as resources:
+    plan, _, network, modality, source, worker = stage(backbone, data, f"work-{rank}", resources)
+    storage = open_storage("s3://bucket/runs")
+    held = resources.enter_context(hold(storage, "same")) if rank == 0 else None
+    run = HeldRun(storage, worker.all_gather(held and held.lease)[0])
+    while wait():
+        notes = []
+        def hear(event):
+            if isinstance(event, Noted):
+                notes.append(event.text)
+        try:
+            with ExitStack() as used:
+                ref = compute_features(plan, run, network, modality, source, worker, hear, lambda: False, used)
+            said = ["computed", ref.lineage["num_computed"]]
+        except OrchestratorError as error:
+            said = ["failed", error.message, error.mend]
+        print([said, notes], flush=True)
+dist.destroy_process_group()
+"""
+
+
+class Apart:
+    """Two machines that a job has a worker on each."""
+
+    def __init__(self, backbone: Path, data: Path, patience_s: float = 60.0) -> None:
+        self._workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", APART, backbone, data, str(rank), str(patience_s)],
+                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, "XDG_CACHE_HOME": str(Path(f"machine-{rank}").absolute()),
+                     "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'plugins'}"},
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+
+    def __enter__(self) -> Apart:
+        assert self._said() == ["ready", "ready"]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for worker in self._workers:
+            if kind is not None:
+                worker.kill()
+            worker.communicate(timeout=60)
+        assert kind is not None or [worker.returncode for worker in self._workers] == [0, 0]
+
+    def go(self) -> list[str]:
+        """What both say next, once they are told to go on."""
+        for worker in self._workers:
+            assert worker.stdin is not None
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+        return self._said()
+
+    def look(self) -> list[tuple[list[Any], list[str]]]:
+        """What came of looking for features on each, and the notes of it."""
+        said = [ast.literal_eval(text) for text in self.go()]
+        assert self._said() == ["ready", "ready"]
+        return said
+
+    def _said(self) -> list[str]:
+        return [worker.stdout.readline().strip() for worker in self._workers if worker.stdout is not None]
+
+
+def shards_of(machine: int) -> dict[str, bytes]:
+    """Names of the shards on a machine, and what is in them."""
+    return {file.name: file.read_bytes() for file in Path(f"machine-{machine}").rglob("*.safetensors")}
 
 
 def run_script(script: str, *arguments: object) -> subprocess.Popen[str]:
@@ -183,3 +280,60 @@ def test_a_run_that_goes_on_reads_what_it_began_with(
     assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(run).items())
     other = train(tiny_resnet, digits, **head(precision), name="other")
     assert not all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(other).items())
+
+
+# --- machines that have only an object store in common ---
+
+
+@pytest.mark.slow
+def test_a_store_that_is_away_when_machines_need_it_is_waited_for(
+    proxy: s3_proxy.Proxy, tiny_resnet: Path, flat_digits: Path
+) -> None:
+    with Apart(tiny_resnet, flat_digits) as machines:
+        assert machines.go() == ["ready", "ready"]  # before the body
+        proxy.away_until = time.monotonic() + 16  # the client itself tries for 6 s
+        (said, notes), (other, _) = machines.look()
+        assert time.monotonic() > proxy.away_until
+        assert said == other == ["computed", 300]
+        assert sum("does not answer" in note for note in notes) == 1
+        assert len(shards_of(0)) == 2
+        assert shards_of(0) == shards_of(1)
+
+
+@pytest.mark.slow
+def test_a_store_that_stays_away_is_said_and_gets_later_what_it_lacks(
+    proxy: s3_proxy.Proxy, tiny_resnet: Path, flat_digits: Path
+) -> None:
+    with Apart(tiny_resnet, flat_digits, patience_s=1.0) as machines:
+        assert machines.go() == ["ready", "ready"]
+        proxy.away_until = time.monotonic() + 600
+        for said, _ in machines.look():
+            assert said[:1] == ["failed"]
+            assert said[1].startswith("the storage failed: s3://bucket/runs/.features/")
+            assert "check the connection" in said[2]
+        assert [len(shards_of(machine)) for machine in range(2)] == [1, 1]
+        proxy.away_until = 0
+        assert [said for said, _ in machines.look()] == [["computed", 0]] * 2
+        assert len(shards_of(0)) == 2
+        assert shards_of(0) == shards_of(1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("machine", range(2))
+def test_a_flipped_bit_is_found_on_the_machine_that_has_it(
+    machine: int, tiny_resnet: Path, flat_digits: Path
+) -> None:  # fmt: skip
+    with Apart(tiny_resnet, flat_digits) as machines:
+        assert machines.go() == ["ready", "ready"]
+        assert [said for said, _ in machines.look()] == [["computed", 300]] * 2
+        whole = shards_of(0)
+        assert len(whole) == 2
+        for file in Path(f"machine-{machine}").rglob("*.safetensors"):
+            content = bytearray(file.read_bytes())
+            content[-10] ^= 1
+            file.write_bytes(content)
+        (said, notes), _ = machines.look()
+        assert said == ["computed", 0]
+        assert "stored features were damaged, and are replaced (2 of 2 shards)" in notes
+        assert shards_of(0) == shards_of(1) == whole

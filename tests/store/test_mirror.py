@@ -16,13 +16,14 @@ import pytest
 import torch
 
 import orchestrator
-from orchestrator.errors import InterruptedRunError, JobError, RefusedError
+from orchestrator.errors import InterruptedRunError, JobError, OrchestratorError, RefusedError
 from orchestrator.job import Event, Noted
 from orchestrator.job.locations import cached
-from orchestrator.store import inventory
+from orchestrator.store import inventory, mirror
 from orchestrator.store.mirror import MirroredSet
 from orchestrator.store.sets import USED
 from orchestrator.store.shards import FeatureSet
+from tests import s3_proxy
 from tests.store.test_shards import ids_of
 from tests.whole.test_train import weights_of
 
@@ -160,8 +161,7 @@ def test_a_store_that_falls_silent_costs_nothing(tmp_path: Path, monkeypatch: py
             features.flush_uploads(whole=False)
     assert len(tried) == 1  # it is left alone for a while
     assert notes == [
-        f"{PLACE}/cache_group/float32 does not answer: features stay on the storage, and a later job brings them there "
-        "(timed out)"
+        f"{PLACE}/cache_group/float32 does not answer: features stay here, and are brought there later (timed out)"
     ]
     features.refresh()
     assert (features.find(ids_of(1, 2, 3))[0] >= 0).all()
@@ -179,6 +179,64 @@ def test_a_store_that_falls_silent_costs_nothing(tmp_path: Path, monkeypatch: py
     alone = FeatureSet(tmp_path / "two")
     alone.refresh()
     assert alone.num_samples == 3
+
+
+def test_a_store_that_is_needed_is_waited_for(proxy: s3_proxy.Proxy, tmp_path: Path) -> None:
+    notes: list[str] = []
+    place = cached(PLACE).join("cache_group/float32")
+    one, two = (MirroredSet(tmp_path / name, place, notes.append) for name in ("one", "two"))
+    proxy.away_until = time.monotonic() + 16  # the client itself tries for 6 s
+    name = one.add(ids_of(1), np.array([[1.0, 2.0]], np.float32), "float32")
+    one.flush_uploads(whole=False)
+    assert one.send([name]) == []
+    assert time.monotonic() > proxy.away_until
+    assert len(notes) == 1
+    two.fetch_missing(ids_of(1), needed=True)
+    assert two.names == [name]
+
+
+def test_a_store_that_is_needed_and_stays_away_is_said(
+    proxy: s3_proxy.Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "PATIENCE_S", 0.5)
+    features = MirroredSet(tmp_path / "one", cached(PLACE).join("cache_group/float32"), lambda _: None)
+    proxy.away_until = time.monotonic() + 600
+    with pytest.raises(OrchestratorError, match=f"the storage failed: {PLACE}/.* does not answer") as failed:
+        features.fetch_missing(ids_of(1), needed=True)
+    assert "the same command goes on" in failed.value.mend
+    proxy.away_until = 0
+    proxy.always = "403"
+    with pytest.raises(OrchestratorError, match=f"the storage failed: {PLACE}/.* refuses us"):
+        features.send(["a" * 32])
+
+
+def test_what_is_damaged_on_its_way_to_who_needs_it_is_sent_again(tmp_path: Path, bucket: Any) -> None:
+    name = written(tmp_path / "one", 1)
+    put(bucket, f"features/cache_group/float32/{name}.safetensors", b"something else")
+    notes: list[str] = []
+    place = cached(PLACE).join("cache_group/float32")
+    one, two = (MirroredSet(tmp_path / folder, place, notes.append) for folder in ("one", "two"))
+    one.refresh()
+    assert one.send([name]) == []
+    two.fetch_missing(ids_of(1), needed=True)
+    assert (two.names, len(notes)) == ([], 1)
+    assert one.send([name]) == []
+    two.fetch_missing(ids_of(1), needed=True)
+    assert two.names == [name]
+
+
+def test_what_is_damaged_here_is_not_sent_but_removed(tmp_path: Path, bucket: Any) -> None:
+    name = FeatureSet(tmp_path / "one").add(ids_of(1), np.array([[1.0, 2.0]], np.float32), "float32")
+    (file,) = (tmp_path / "one").glob("*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    notes: list[str] = []
+    features = MirroredSet(tmp_path / "one", cached(PLACE).join("cache_group/float32"), notes.append)
+    features.refresh()
+    assert features.send(features.names) == [name]
+    assert notes == ["stored features were damaged, and are replaced (1 of 1 shards)"]
+    assert not bucket.get_file_info("features").type
+    assert not file.exists()
 
 
 def put(bucket: Any, name: str, content: bytes) -> None:
