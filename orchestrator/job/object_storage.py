@@ -60,7 +60,7 @@ class ObjectStorage(Storage):
 
         Raises `RefusedError` where no installed library opens the place.
         """
-        self._root = _asked_once(cached(place.rstrip("/")))
+        self._root = asked_once(cached(place.rstrip("/")))
         self.place = self._root.text
         self._ttl_s = TTL_S if ttl_s is None else ttl_s
         self._ask = Asker(self.place, PATIENCE_S if patience_s is None else patience_s, note, stop)
@@ -339,7 +339,8 @@ class ObjectStorage(Storage):
         return self._cache / _COPIES / name
 
 
-def _asked_once(root: Location) -> Location:
+def asked_once(root: Location) -> Location:
+    """The same place without the client's own retries, for use under `Asker`."""
     known = _opened.get(root.text)
     if known is None or known[0] is not root:
         known = _opened[root.text] = (root, root.asked_once(REQUEST_TIMEOUT_S))
