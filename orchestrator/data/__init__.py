@@ -51,7 +51,12 @@ from orchestrator.data.unlabelled import Unlabelled as Unlabelled, read_unlabell
 from orchestrator.job import open_storage as open_storage
 
 # What needs pyarrow, as this wing does, and the job's wing does not.
-from orchestrator.job.asking import PATIENCE_S as PATIENCE_S, Answer as Answer, Asker as Asker
+from orchestrator.job.asking import (
+    PATIENCE_S as PATIENCE_S,
+    Answer as Answer,
+    Asker as Asker,
+    UnansweredError as UnansweredError,
+)
 from orchestrator.job.locations import (
     Found as Found,
     Location as Location,

@@ -11,6 +11,7 @@ import posixpath
 import stat
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,9 @@ from orchestrator.data.tables import suffix_of
 from orchestrator.data.text_files import POINTER_PROBLEM
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job import POINTER, BackboneCard, TaskName
+from orchestrator.job.asking import PATIENCE_S, Asker, UnansweredError, is_of_the_file
 from orchestrator.job.locations import Location
+from orchestrator.job.object_storage import asked_once
 from orchestrator.modality import Facts, Modality, Profile, Sample
 
 NUM_MEASURED_ALL = 5_000
@@ -49,14 +52,15 @@ def ingest(
 ) -> IngestedRows:
     """Read the source to its end; rows that can be used go to `writer`, the others are listed as skipped.
 
-    Raises `DataError` where a path leaves its root. Unless broken rows may be skipped, the reading ends after
-    `_MAX_PROBLEMS` of them.
+    Raises `DataError` where a path leaves its root, and `RefusedError` where a store does not answer. Unless broken
+    rows may be skipped, the reading ends after `_MAX_PROBLEMS` of them.
     """
     ingested = IngestedRows(label=array("d" if task == "regression" else "i"))
     measured: list[tuple[int, Facts]] = []
     looker, examples = _Looker(source, modality, card), _Examples(ingested.examples)
     rows = source.rows()
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool, ExitStack() as behind:
+        behind.callback(pool.shutdown, cancel_futures=True)
         while chunk := list(islice(rows, _CHUNK_ROWS)):
             usable = [row for row in chunk if not row.problem]
             for row in usable:
@@ -64,7 +68,11 @@ def ingest(
             usable = [row for row in usable if not row.problem]
             numbers = range(len(ingested), len(ingested) + len(usable))
             run = pool.map if looker.is_work(usable, numbers) else map
-            looks = zip(numbers, run(looker.look, usable, numbers), strict=True)
+            first = run(looker.look_once, usable, numbers)
+            looks = [
+                (number, look or looker.ask_again(row, number))
+                for row, number, look in zip(usable, numbers, first, strict=True)
+            ]
             look_of = dict(zip(map(id, usable), looks, strict=True))
             for row in chunk:
                 if row.problem:
@@ -235,8 +243,23 @@ class _Looker:
         reads = self.total_bytes <= MAX_HASHED_BYTES and any(row.content is None for row in rows)
         return reads or any(number % _step(number + 1) == 0 for number in numbers)
 
+    def look_once(self, row: Row, number: int) -> _Look | None:
+        """`look`; None where the row's store does not answer."""
+        try:
+            return self.look(row, number)
+        except UnansweredError:
+            return None
+
+    def ask_again(self, row: Row, number: int) -> _Look:
+        """`look`, for a minute. Raises `RefusedError` where the store does not answer."""
+        store = self._source.origins[row.origin].root_text
+        return Asker(store, PATIENCE_S)(f"{store.rstrip('/')}/{row.uri}", lambda: self.look(row, number))
+
     def look(self, row: Row, number: int) -> _Look:
-        """Size, digests and, of a row that is one of the measured, its facts."""
+        """Size, digests and, of a row that is one of the measured, its facts.
+
+        Raises `UnansweredError` where the row's store does not answer.
+        """
         is_measured = number % _step(number + 1) == 0
         size_and_time, content = row.stat, row.content
         if content is None:
@@ -268,8 +291,8 @@ class _Looker:
         try:
             if isinstance(root, Location):
                 # In a store each file asked about is a request: those that are not measured are met when they are used.
-                place = root.join(row.uri)
-                listed = row.stat if row.stat is not None or not is_measured else place.stat()
+                place = asked_once(root).join(row.uri)
+                listed = row.stat if row.stat is not None or not is_measured else _stat(place)
                 if listed is None and is_measured:
                     row.problem = self._missing(root, row.uri)
                 return listed, place.read() if is_measured and not row.problem else None
@@ -283,6 +306,18 @@ class _Looker:
             row.problem = self._missing(root, row.uri) if row.number else "is no file"
         except ValueError:  # half a character
             row.problem = "has a path that is no Unicode"
+        except UnansweredError:
+            raise
         except OSError as error:
+            if isinstance(root, Location) and not is_of_the_file(error):
+                raise UnansweredError(str(error)) from None
             row.problem = f"cannot be read: {error.strerror or error}"
         return None, None
+
+
+def _stat(place: Location) -> tuple[int, int] | None:
+    """What the store says of a file, None where there is none. Raises `UnansweredError`, of a refusal too."""
+    try:
+        return place.asked_stat()
+    except OSError as error:
+        raise UnansweredError(str(error)) from None

@@ -21,7 +21,9 @@ from orchestrator.data.contents import Ids, Ints, Marks, content_id
 from orchestrator.data.rows import Row
 from orchestrator.errors import BadSampleError
 from orchestrator.job import SPLITS, is_uri
+from orchestrator.job.asking import UnansweredError, is_of_the_file
 from orchestrator.job.locations import cached
+from orchestrator.job.object_storage import asked_once
 from orchestrator.modality import Sample
 
 ROWS_FILE, INDEX_FILE = "samples.arrow", "index.arrow"
@@ -213,8 +215,16 @@ class Samples:
             return f"table row {self._number[at].as_py()}"
         return os.path.join(self._roots[self._origin[at].as_py()], uri)
 
+    def store_of(self, row: int) -> str:
+        """The store, or the folder, that the sample's file lies in."""
+        root: str = self._roots[self._origin[int(self._row[row])].as_py()]
+        return root
+
     def read(self, row: int) -> Sample:
-        """{field: its bytes} of one sample. Raises `BadSampleError` where they cannot be read."""
+        """{field: its bytes} of one sample.
+
+        Raises `BadSampleError` where they cannot be read, and `UnansweredError` where their store does not answer.
+        """
         at = int(self._row[row])
         sample = {name: column[at].as_py() for name, column in self._content.items() if column[at].is_valid}
         if self._first not in sample:
@@ -244,8 +254,10 @@ def _mapped(file: Path) -> pa.Table:
 def _read(root: str, uri: str) -> bytes:
     try:
         if is_uri(root):
-            return cached(root).join(uri).read()
+            return asked_once(cached(root)).join(uri).read()
         with open(os.path.join(root, uri), "rb") as file:
             return file.read()
     except OSError as error:
+        if is_uri(root) and not is_of_the_file(error):
+            raise UnansweredError(str(error)) from None
         raise BadSampleError(f"cannot be read: {error.strerror or error}") from None

@@ -58,7 +58,10 @@ class SharedTables:
         return used_by(run_in(self._storage, name) for name in names)
 
     def prune(self, dry_run: bool = False) -> list[StoredTable]:
-        """Remove the tables that no run uses and that are a day old; which these were. `dry_run`: only tell."""
+        """Remove the tables that no run uses and that are a day old; which these were. `dry_run`: only tell.
+
+        So old left-overs go too, of tables that were replaced or whose upload was cut off.
+        """
         in_use, removed = self.in_use(), []
         for name in self._storage.commits(DATA_FOLDER):
             key, written = name.rpartition("/")[2], max(self._storage.times(name).values(), default=0.0)
@@ -68,6 +71,8 @@ class SharedTables:
             removed.append(StoredTable(key, sum(file.size for file in manifest.files.values())))
             if not dry_run:
                 self._storage.drop_shared(name)
+        if not dry_run:
+            self._storage.collect_shared(DATA_FOLDER, _YOUNG_S)
         return removed
 
 

@@ -158,6 +158,7 @@ class DriverChannel:
         self._told = self._asked = 0.0
         self._answer: Any = None
         self._stopping = False
+        self._asking = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DriverChannel, (self.queue,)
@@ -186,16 +187,17 @@ class DriverChannel:
         self._told = time.monotonic()
 
     def should_stop(self) -> bool:
-        """Whether the driver wants all to stop. Asked once a second, without waiting for the answer."""
+        """Whether the driver wants all to stop. Asked once a second, without waiting for the answer; by any thread."""
         if self._stopping:
             return True
-        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            with contextlib.suppress(ray.exceptions.RayError):
-                self._stopping = ray.get(self._answer)
-            self._answer = None
-        if self._answer is None and time.monotonic() - self._asked >= _ASK_EVERY_S:
-            self._asked = time.monotonic()
-            self._answer = self.queue.is_stopping.remote()
+        with self._asking:
+            if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    self._stopping = ray.get(self._answer)
+                self._answer = None
+            if self._answer is None and time.monotonic() - self._asked >= _ASK_EVERY_S:
+                self._asked = time.monotonic()
+                self._answer = self.queue.is_stopping.remote()
         return self._stopping
 
     def wait_whether_to_stop(self) -> bool:

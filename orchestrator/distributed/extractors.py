@@ -192,7 +192,9 @@ class Extractor:
             start_worker(work.of.threads, device, deterministic=plan.job.training.deterministic)
         )
         require_backbone(plan)
-        network, source = assembled(plan, spec.held_run(), worker, modality, self._resources)
+        network, source = assembled(
+            plan, spec.held_run(), worker, modality, self._resources, self._note, work.of.channel.should_stop
+        )
         work.cache.require_same(plan, modality)
         self._body_pass = BodyPass(
             Body(network, work.cache.cut), source, worker, work.format, modality.length_bucketing,

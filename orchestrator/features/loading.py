@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from orchestrator.data import Ids, Ints
-from orchestrator.errors import BadSampleError, TrainingError
+from orchestrator.errors import BadSampleError, OrchestratorError, RefusedError, TrainingError
 from orchestrator.features.bodies import Compiled
 from orchestrator.features.formats import compute
 from orchestrator.features.readers import Readers, ReadersLostError
@@ -55,6 +55,8 @@ class Loading:
     """Which random view of the samples, from 0; None: as they are."""
     _reading: threading.Lock = field(default_factory=threading.Lock)
     """Threads wait for readers side by side; what reads here, reads alone."""
+    _away: OrchestratorError | None = None
+    """What was raised where a store did not answer: nobody waits for it once more."""
     _collating: threading.Lock = field(default_factory=threading.Lock)
     """Tokenizers of transformers are for one thread at a time, and torch's random numbers are one sequence."""
 
@@ -67,13 +69,20 @@ class Loading:
         rows = rows[shard < 0]
         readers = self._readers
         if readers is not None and readers.ready and len(rows):
-            with contextlib.suppress(ReadersLostError, TrainingError):
+            with contextlib.suppress(ReadersLostError, TrainingError, RefusedError):
                 batch, skipped = readers.begin(Request(rows, with_contents=True)).result()
-                if not skipped:  # on a sample that cannot be read the worker has the last word
+                # On a sample that cannot be read, and on a store that is away, the worker has the last word.
+                if not skipped:
                     return self._unless_stored(batch)
         with self._reading:
+            if self._away is not None:
+                raise self._away
             began = time.monotonic()
-            loaded = self._load(rows)
+            try:
+                loaded = self._load(rows)
+            except OrchestratorError as error:
+                self._away = None if isinstance(error, TrainingError) else error
+                raise
             if readers is not None:
                 readers.was_read(time.monotonic() - began)
         return loaded
@@ -107,7 +116,7 @@ class Loading:
     def _load(self, rows: Ints) -> Loaded:
         contents: dict[int, Content] = {}
         decoded: dict[Content, object] = {}  # the same content twice need not be computed twice; nor written
-        for row, answer in zip(rows.tolist(), self.source.pool.map(self._read, rows.tolist()), strict=True):
+        for row, answer in self.source.each(rows, self._read):
             if isinstance(answer, BadSampleError):
                 self.source.leave_out(row, answer)
                 continue

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from orchestrator.data import Ids, Ints
+from orchestrator.data import Asker, Ids, Ints
 from orchestrator.features.mixing import make_mix
 from orchestrator.features.sources import Batch, SampleSource, Source, SourceSpec
 from orchestrator.network import seed_for
@@ -28,6 +29,8 @@ from orchestrator.network import seed_for
 STEP = 2
 """What the random numbers of a microbatch are for."""
 _ALIGNED = 64  # bytes
+_PATIENCE_S = 5.0
+"""A store that does not answer is asked again for so long here, then by the worker, which can say so."""
 
 Key = tuple[int, ...]
 """(seed, step, microbatch)"""
@@ -68,7 +71,7 @@ def serve() -> None:
     torch.set_num_threads(1)
     spec: SourceSpec = pickle.load(sys.stdin.buffer)
     mix = make_mix(spec.plan, spec.find_modality())
-    source = spec.opened(ThreadPoolExecutor(1))  # whose thread begins with its first sample
+    source = spec.opened(ThreadPoolExecutor(1), _ask)  # whose thread begins with its first sample
     pairs = list(zip(fds[::2], fds[1::2], strict=True))
     for number, (pipe, memory) in enumerate(pairs):
         if os.fork():
@@ -91,6 +94,10 @@ def serve() -> None:
     with contextlib.suppress(ChildProcessError):
         while True:
             os.wait()
+
+
+def _ask(store: str, place: str, call: Callable[[], Any]) -> Any:
+    return Asker(store, _PATIENCE_S)(place, call)
 
 
 def _read_for(pipe: Connection, memory: int, source: SampleSource, mix: Callable[[Batch], Batch] | None) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.data import Ids, Ints, Samples
+from orchestrator.data import PATIENCE_S, Asker, Ids, Ints, Samples, UnansweredError
 from orchestrator.errors import BadSampleError, TrainingError, fault_of_sample
 from orchestrator.job import Plan
 from orchestrator.modality import Collate, Decode, Modality, registry
@@ -22,6 +22,16 @@ from orchestrator.store import Values
 
 if TYPE_CHECKING:
     from orchestrator.features.readers import Readers
+
+T = TypeVar("T")
+
+Ask = Callable[[str, str, Callable[[], Any]], Any]
+"""(a store, a place there, what asks for it) -> what it answers, asked again while the store fails."""
+
+
+def ask_for_a_minute(store: str, place: str, call: Callable[[], Any]) -> Any:
+    """An `Ask` that raises `RefusedError` then."""
+    return Asker(store, PATIENCE_S)(place, call)
 
 
 @dataclass
@@ -58,8 +68,8 @@ class SourceSpec:
         """The plan's. Raises `PluginError`."""
         return self.modality or registry.get(self.plan.job.modality)
 
-    def opened(self, pool: ThreadPoolExecutor) -> SampleSource:
-        """The source. Raises what the plugin raises."""
+    def opened(self, pool: ThreadPoolExecutor, ask: Ask = ask_for_a_minute) -> SampleSource:
+        """The source; `ask` is that of `SampleSource`. Raises what the plugin raises."""
         modality = self.find_modality()
         assert modality.decode is not None
         assert modality.batch is not None
@@ -70,6 +80,7 @@ class SourceSpec:
             skip=self.plan.job.data.on_bad_sample == "skip",
             pool=pool,
             spec=self,
+            ask=ask,
         )
 
 
@@ -88,6 +99,8 @@ class SampleSource:
     spec: SourceSpec | None = None
     readers: Readers | None = None
     """Processes that read instead, once that is worth it; None where they never are."""
+    ask: Ask = ask_for_a_minute
+    """Asks the store of the samples again that does not answer: what it raises is raised whatever `skip` says."""
 
     def batch(self, rows: Ints, train: bool, with_contents: bool = False) -> Batch | None:
         """The rows that can be read, None if there is none. Raises `TrainingError` unless `skip`."""
@@ -112,14 +125,30 @@ class SampleSource:
         `contents` gets the ids of what was read, by row.
         """
         decoded, readable = [], []
-        decode = partial(self._decode, contents=contents)
-        for row, one in zip(rows.tolist(), self.pool.map(decode, rows.tolist()), strict=True):
+        for row, one in self.each(rows, partial(self._decode, contents=contents)):
             if isinstance(one, BadSampleError):
                 self.leave_out(row, one)
                 continue
             decoded.append(one)
             readable.append(row)
         return decoded, np.array(readable, dtype=np.int64)
+
+    def each(self, rows: Ints, read: Callable[[int], T]) -> Iterator[tuple[int, T]]:
+        """(row, what `read` gives for it in a thread), one after the other; who calls asks a store again that is away.
+
+        Raises what `ask` does.
+        """
+        reading = [(row, self.pool.submit(read, row)) for row in rows.tolist()]
+        try:
+            for row, future in reading:
+                try:
+                    answer = future.result()
+                except UnansweredError:
+                    answer = self.ask(self.samples.store_of(row), self.samples.place(row), partial(read, row))
+                yield row, answer
+        finally:
+            for _, future in reading:
+                future.cancel()
 
     def leave_out(self, row: int, error: BadSampleError) -> None:
         """Note a row that cannot be read; raises `TrainingError` unless `skip`."""

@@ -148,6 +148,7 @@ from orchestrator.job.reference import (
     settings_of as settings_of,
 )
 from orchestrator.job.runs import (
+    AWAY_S as AWAY_S,
     Run as Run,
     open_storage as open_storage,
     patient as patient,

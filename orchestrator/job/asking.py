@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +27,23 @@ _REFUSED = (
 """Errors as pyarrow's S3 names them, which no waiting mends."""
 _NO_BUCKET = "NO_SUCH_BUCKET"
 """Likewise, of a bucket that is not there."""
+_OF_THE_FILE = re.compile(
+    r"ACCESS_DENIED|PERMISSION_DENIED|NO_SUCH_KEY|\b40[34]\b(?=\)| Client Error| Forbidden| Not Found)"
+)
+"""In errors that say nothing of the store."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Answer = TypeVar("Answer")
+
+
+class UnansweredError(OSError):
+    """A store does not answer, and may do so later."""
+
+
+def is_of_the_file(error: OSError) -> bool:
+    """Whether a store says that the file which it was asked for is not there, or not for us; else it has failed."""
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, kinds) or _OF_THE_FILE.search(str(error)) is not None
 
 
 @dataclass(frozen=True)

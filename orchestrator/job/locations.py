@@ -78,7 +78,11 @@ class Location:
     def stat(self) -> tuple[int, int] | None:
         """(bytes, time of modification in ns), None where there is no such file."""
         with store_errors(self.text):
-            (info,) = self.fs.get_file_info([self.path])
+            return self.asked_stat()
+
+    def asked_stat(self) -> tuple[int, int] | None:
+        """The same. Raises `OSError`."""
+        (info,) = self.fs.get_file_info([self.path])
         return (info.size, info.mtime_ns or 0) if info.type == pa.fs.FileType.File else None
 
     def children(self) -> list[tuple[str, bool]]:

@@ -18,8 +18,9 @@ import hashlib
 import os
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.job.asking import PATIENCE_S, Answer, Asker
 from orchestrator.job.files import PARTIAL, beside, remove_old
 from orchestrator.job.leases import Leases
-from orchestrator.job.locations import Location, cached
+from orchestrator.job.locations import Found, Location, cached
 from orchestrator.job.manifests import VERSION, Manifest, make_manifest, next_version, number_of
 from orchestrator.job.storage import Lease, Storage, run_was_taken
 
@@ -60,7 +61,7 @@ class ObjectStorage(Storage):
 
         Raises `RefusedError` where no installed library opens the place.
         """
-        self._root = _asked_once(cached(place.rstrip("/")))
+        self._root = asked_once(cached(place.rstrip("/")))
         self.place = self._root.text
         self._ttl_s = TTL_S if ttl_s is None else ttl_s
         self._ask = Asker(self.place, PATIENCE_S if patience_s is None else patience_s, note, stop)
@@ -220,10 +221,17 @@ class ObjectStorage(Storage):
             remove_old(self.local_folder(lease.name), pattern, older_s)
         files = self._asked(lease.name, partial(self._root.join(lease.name).entries, recursive=True))
         now_ns = max((file.modified_ns for file in files), default=0)  # the lease was renewed just now
+        return self._collect(lease.name, files, now_ns - int(older_s * 1e9))
+
+    def _collect(self, below: str, files: Sequence[Found], before_ns: int) -> list[str]:
+        """Remove the versions that no marker counts and that were written before; which these were.
+
+        `files`: what lies below that name.
+        """
         newest_ns: dict[tuple[str, str], int] = {}
         current: dict[str, str] = {}
         for file in files:
-            match = _COMMITTED.fullmatch(f"{lease.name}/{file.uri}")
+            match = _COMMITTED.fullmatch(f"{below}/{file.uri}")
             if match:
                 name, version = match[1], match[2]
                 newest_ns[name, version] = max(file.modified_ns, newest_ns.get((name, version), 0))
@@ -232,7 +240,7 @@ class ObjectStorage(Storage):
         orphans = [
             (name, version)
             for (name, version), modified_ns in newest_ns.items()
-            if modified_ns and current.get(name) != version and now_ns - modified_ns >= older_s * 1e9
+            if modified_ns and current.get(name) != version and modified_ns <= before_ns
         ]
         for name, version in orphans:
             self._remove_version(name, version)
@@ -296,6 +304,11 @@ class ObjectStorage(Storage):
         if not versions:
             self._remove(name)
 
+    def collect_shared(self, below: str, older_s: float) -> list[str]:
+        """Remove what is left of shared folders whose upload was cut off, or that were replaced; which these were."""
+        files = self._asked(below, partial(self._root.join(below).entries, recursive=True))
+        return self._collect(below, files, time.time_ns() - int(older_s * 1e9))
+
     def copy_of(self, name: str, but: str = "") -> Path:
         while True:
             manifest = self._manifest(name)
@@ -339,7 +352,8 @@ class ObjectStorage(Storage):
         return self._cache / _COPIES / name
 
 
-def _asked_once(root: Location) -> Location:
+def asked_once(root: Location) -> Location:
+    """The same place without the client's own retries, for use under `Asker`."""
     known = _opened.get(root.text)
     if known is None or known[0] is not root:
         known = _opened[root.text] = (root, root.asked_once(REQUEST_TIMEOUT_S))

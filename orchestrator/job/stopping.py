@@ -9,7 +9,10 @@ from collections.abc import Callable, Container, Iterator
 from types import FrameType
 
 Stop = Callable[[], bool]
-"""Whether a job is to stop: asked often, after steps and batches, from the thread that called."""
+"""Whether a job is to stop: asked often, after steps and batches, from the thread that called.
+
+Where the store of the samples does not answer, who reads them asks, which may be another thread.
+"""
 
 
 @contextlib.contextmanager

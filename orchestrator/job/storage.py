@@ -69,10 +69,10 @@ class Storage(ABC):
     """As messages name it, and as another process opens it."""
 
     def has_failed(self, error: BaseException) -> bool:
-        """Whether an error says that this storage does not answer, or lets us do nothing any more."""
+        """Whether an error says that this storage, or the one of the samples, does not answer or refuses us by now."""
         if isinstance(error, RefusedError):
             return error.reason in _UNREACHABLE and self.place in error.message
-        return isinstance(error, OrchestratorError) and error.message.startswith(f"{FAILED}{self.place}")
+        return isinstance(error, OrchestratorError) and error.message.startswith(FAILED)
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:

@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from orchestrator.data import open_storage, table_of
-from orchestrator.errors import TrainingError
+from orchestrator.data import Asker, open_storage, table_of
+from orchestrator.errors import RefusedError, TrainingError, storage_failed
 from orchestrator.features import Readers, SampleSource, SourceSpec
-from orchestrator.job import HeldRun, Lease, Plan
+from orchestrator.job import AWAY_S, HeldRun, Lease, Plan
 from orchestrator.modality import Modality, registry
 from orchestrator.network import Network, Worker
 from orchestrator.training.handed_over import backbone_files
@@ -51,11 +52,12 @@ class WorkerSpec:
 
 def assembled(
     plan: Plan, run: HeldRun, worker: Worker, modality: Modality, resources: ExitStack,
-    note: Callable[[str], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None, should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Network, SampleSource]:  # fmt: skip
     """The plan's network on the worker's device, as for evaluation, and the run's samples.
 
-    Samples are decoded in threads, which end with `resources`, as do the processes that read for a GPU.
+    Samples are decoded in threads, which end with `resources`, as do the processes that read for a GPU. Where their
+    store does not answer it is asked again for minutes, `note` is told so, and `should_stop` says when to end.
 
     Raises `WeightsError` and what the plugin raises.
     """
@@ -76,7 +78,14 @@ def assembled(
     name = modality.name
     is_installed = not registry.is_registered(name) and registry.claims(name) and registry.get(name) is modality
     spec = SourceSpec(plan, table, directory, None if is_installed else modality)
-    source = spec.opened(resources.enter_context(ThreadPoolExecutor(max_workers=worker.threads)))
+
+    def ask(store: str, place: str, call: Callable[[], Any]) -> Any:
+        try:
+            return Asker(store, AWAY_S, note, lambda _away_s: should_stop())(place, call)
+        except RefusedError as error:
+            raise storage_failed(error) from None
+
+    source = spec.opened(resources.enter_context(ThreadPoolExecutor(max_workers=worker.threads)), ask)
     source.readers = _readers(spec, worker, note)
     if source.readers is not None:
         resources.callback(source.readers.close)

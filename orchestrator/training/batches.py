@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from orchestrator.data import Ints, Samples
-from orchestrator.errors import TrainingError
+from orchestrator.errors import RefusedError, TrainingError
 from orchestrator.features import (
     STEP,
     Batch,
@@ -162,8 +162,9 @@ class BatchLoader:
             batch, skipped = future.result()
             if skipped:
                 raise ReadersLostError
-        except (ReadersLostError, TrainingError):
-            # The worker has the last word on a sample: what a script has set for its decoder is known here alone.
+        except (ReadersLostError, TrainingError, RefusedError):
+            # The worker has the last word on a sample: what a script has set for its decoder is known here alone. It
+            # waits for a store, too.
             assert self._reader is not None
             batch, skipped = self._reader.submit(self._read, source, request).result()
         if isinstance(source, SampleSource):

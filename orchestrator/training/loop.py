@@ -62,7 +62,7 @@ def _prepare(
     plan, run = spec.read_plan(), spec.held_run()
     modality = spec.find_modality(plan)
     report(PhaseBegan("loading the backbone"))
-    network, raw = assembled(plan, run, worker, modality, resources, lambda text: report(Noted(text)))
+    network, raw = assembled(plan, run, worker, modality, resources, lambda text: report(Noted(text)), should_stop)
     if plan.recipe.adapter is not None:
         adapt(network, plan.recipe.adapter, plan.job.training.seed)
     strategy = Replicated(network, worker)

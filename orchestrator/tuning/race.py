@@ -139,7 +139,10 @@ class Race:
 
     def _loaded(self, candidate: Candidate, resources: ExitStack) -> tuple[Network, SampleSource]:
         self.report(PhaseBegan(f"{candidate.name}: loading"))
-        return assembled(candidate.plan, self.held, self.worker, self.modality, resources)
+        return assembled(
+            candidate.plan, self.held, self.worker, self.modality, resources, lambda text: self.report(Noted(text)),
+            self.should_stop,
+        )  # fmt: skip
 
     def _features(
         self, candidate: Candidate, network: Network, source: SampleSource, rows: Ints, resources: ExitStack

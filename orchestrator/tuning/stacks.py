@@ -43,7 +43,9 @@ class Stacks:
             report(PhaseBegan("loading the backbone"))
             layout.use_table_of(plan)
             run = layout.search
-            network, raw = assembled(plan, run, worker, modality, resources)
+            network, raw = assembled(
+                plan, run, worker, modality, resources, lambda text: report(Noted(text)), self.context.should_stop
+            )
             run.delete(_FEATURES_FILE)  # of another backbone, perhaps
             ref = compute_features(
                 plan, run, network, modality, raw, worker, report, self.context.should_stop, resources

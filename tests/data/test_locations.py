@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import pyarrow.parquet
 import pytest
 
 import orchestrator
-from orchestrator.data import ingest
+from orchestrator.data import UnansweredError, ingest
 from orchestrator.data.prepare import Prepared, prepare_data
 from orchestrator.data.samples import Samples
 from orchestrator.errors import BadSampleError, RefusedError
 from orchestrator.job.plans import BackboneCard
 from orchestrator.job.spec import Data
 from orchestrator.modality import registry
+from tests import s3_proxy
 from tests.data.test_prepare import into, png
 
 CARD = BackboneCard(source="b", kind="directory", name="b")
@@ -123,6 +125,53 @@ def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.reason == "offline"
     assert "s3://bucket/photos does not answer" in error.message
     assert "AWS_ENDPOINT_URL" in error.mend
+
+
+def goes_away(proxy: s3_proxy.Proxy, num_read: int, seconds: float) -> None:
+    """The store, once so many images were asked for."""
+    left = [num_read]
+
+    def look(_method: str, path: str) -> None:
+        left[0] -= path.endswith(".png")
+        if left[0] == 0:
+            proxy.away_until = time.monotonic() + seconds
+
+    proxy.on_request = look
+
+
+@pytest.mark.parametrize("place", ["photos", "photos/t.csv"])
+def test_a_store_that_is_away_while_the_data_is_read_makes_no_bad_samples(
+    place: str, proxy: s3_proxy.Proxy, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than its own client asks it again."""
+    local_and_stored(bucket, tmp_path / "photos")
+    lines = [f"{'cat' if i % 2 else 'dog'}/{i:02}.png,{i % 2}\n" for i in range(20)]
+    put(bucket, "photos/t.csv", ("path,label\n" + "".join(lines)).encode())
+    whole = read(f"s3://bucket/{place}", on_bad_sample="skip")
+    goes_away(proxy, 10, 8.0)
+    found = read(f"s3://bucket/{place}", on_bad_sample="skip")
+    assert not found.skipped
+    assert found.summary.fingerprint == whole.summary.fingerprint
+    monkeypatch.setattr(ingest, "PATIENCE_S", 0.5)
+    goes_away(proxy, 10, 600.0)
+    began = time.monotonic()
+    error = refusal(f"s3://bucket/{place}", on_bad_sample="skip")
+    assert error.reason == "offline"
+    assert "s3://bucket/photos/" in error.message
+    assert time.monotonic() - began < 5  # nobody waits for each of the others
+
+
+def test_what_is_a_sample_of_a_store_that_fails(proxy: s3_proxy.Proxy, bucket: Any, tmp_path: Path) -> None:
+    local_and_stored(bucket, tmp_path / "photos")
+    read("s3://bucket/photos")
+    found = samples()
+    for fault in ("500", "cut"):
+        proxy.always = fault  # type: ignore[assignment]
+        with pytest.raises(UnansweredError):
+            found.read(0)
+    proxy.always = "403"
+    with pytest.raises(BadSampleError, match="cannot be read"):
+        found.read(0)
 
 
 def test_of_many_files_in_a_store_some_are_read(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

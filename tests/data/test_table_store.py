@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -15,13 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs
 import pytest
 
-from orchestrator.data import Samples, TableStore, prepare_data, table_key, table_of
+from orchestrator.data import (
+    Samples,
+    TableStore,
+    open_storage,
+    prepare_data,
+    shared_tables,
+    table_key,
+    table_of,
+    tables_in,
+)
 from orchestrator.data.samples import INDEX_FILE, ROWS_FILE
 from orchestrator.errors import RefusedError
-from orchestrator.job import SAMPLES, SPLITS, BackboneCard, Data, Run, TaskName
+from orchestrator.job import SAMPLES, SPLITS, BackboneCard, Data, Run, TaskName, hold
 from orchestrator.modality import registry
+from tests import s3_proxy
 from tests.held import leased
 
 CARD = BackboneCard(source="b", kind="directory", name="b")
@@ -370,3 +382,65 @@ def test_nobody_writes_a_table_by_mistake(storage: Path) -> None:
         with pytest.raises(PermissionError):
             write()
     assert TableStore(storage).prune() == []
+
+
+# --- in an object store ---
+
+
+PUTS = """
+import sys
+from pathlib import Path
+from orchestrator.data import open_storage
+
+open_storage(sys.argv[1]).share(Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+def stored(bucket: Any) -> list[str]:
+    infos = bucket.get_file_info(pyarrow.fs.FileSelector("runs/.data", recursive=True, allow_not_found=True))
+    return sorted(info.path for info in infos if info.is_file)
+
+
+def test_what_is_left_of_a_table_that_was_cut_off_or_replaced_is_pruned(
+    bucket: Any, proxy: s3_proxy.Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    storage = open_storage("s3://bucket/runs")
+    tables = tables_in(storage)
+    make_table(tmp_path / "made")
+    name = f".data/{table_key(tmp_path / 'made')}"
+    child: list[subprocess.Popen[bytes]] = []
+    puts: list[str] = []
+
+    def kill(method: str, path: str) -> None:
+        puts.extend([path] if method == "PUT" else [])
+        if len(puts) == 2 and child[0].poll() is None:
+            child[0].kill()
+
+    proxy.on_request = kill
+    child.append(subprocess.Popen([sys.executable, "-c", PUTS, storage.place, str(tmp_path / "made"), name]))
+    assert child[0].wait() == -signal.SIGKILL
+    proxy.on_request = None
+    cut_off = stored(bucket)
+    assert cut_off
+    assert tables.prune() == []
+    assert stored(bucket) == cut_off  # whoever writes it may be at it
+    with hold(storage, "run") as run:
+        tables.put(tmp_path / "made", run)
+    whole = sorted(set(stored(bucket)) - set(cut_off))
+    rows = next(file for file in whole if file.endswith(ROWS_FILE))
+    with bucket.open_output_stream(rows) as out:
+        out.write(b"cut")
+    make_table(tmp_path / "again")
+    with hold(storage, "run") as run:
+        tables.put(tmp_path / "again", run)
+    new = sorted(set(stored(bucket)) - set(cut_off) - set(whole))
+    assert len(new) == len(whole)
+    monkeypatch.setattr(shared_tables, "_YOUNG_S", 0.0)
+    assert tables.prune(dry_run=True) == []
+    assert len(stored(bucket)) == len(cut_off) + 2 * len(whole)
+    assert tables.prune() == []  # a run uses it
+    assert stored(bucket) == new
+    bucket.delete_file("runs/run/samples.json")
+    assert [f".data/{one.key}" for one in tables.prune()] == [name]
+    assert stored(bucket) == []

@@ -21,11 +21,12 @@ import torch
 
 import orchestrator
 from orchestrator.data import table_of
-from orchestrator.errors import TrainingError
+from orchestrator.errors import RefusedError, TrainingError
 from orchestrator.features import Batch, Readers, Request, SampleSource, SourceSpec
 from orchestrator.modality import Modality, registry
 from orchestrator.training import assembly, loop
 from orchestrator.training.batches import BatchLoader
+from tests import s3_proxy
 from tests.training.test_loop import train
 from tests.whole.test_train import same, weights_of
 
@@ -181,6 +182,32 @@ def test_what_fails_in_the_other_process_is_said(
     assert not started(source, resources, notes).ready
     assert "no process that reads samples could be started" in notes[0]
     assert "nowhere" in notes[0]
+
+
+def test_a_store_that_is_away_makes_no_bad_samples(
+    tiny_resnet: Path, flat_digits: Path, tmp_path: Path, bucket: Any, proxy: s3_proxy.Proxy, resources: ExitStack
+) -> None:
+    """A reader says so soon, and the worker waits."""
+    for file in sorted(flat_digits.glob("*/*.png"))[::3]:
+        with bucket.open_output_stream(f"digits/{file.parent.name}/{file.name}") as out:
+            out.write(file.read_bytes())
+    run = orchestrator.finetune(
+        backbone=str(tiny_resnet), data="s3://bucket/digits", on_bad_sample="skip", storage=str(tmp_path / "runs"),
+        report=lambda _: None, **{**AS_IT_IS, "training": {"epochs": 1}},
+    )  # fmt: skip
+    source, notes = source_of(run, tiny_resnet, resources), list[str]()
+    readers = started(source, resources, notes)
+    assert readers.ready, notes
+    loader = BatchLoader(torch.device("cpu"), resources, True)
+    plain = loaded(loader, source, 2)
+    proxy.away_until = time.monotonic() + 600
+    with pytest.raises(RefusedError, match=r"s3://bucket/digits/.* does not answer") as caught:
+        readers.begin(Request(np.arange(9))).result()
+    assert caught.value.reason == "offline"
+    proxy.away_until = time.monotonic() + 8
+    assert_equal(loaded(loader, source, 2), plain)
+    assert source.skipped == {}
+    assert readers.ready
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from safetensors.torch import load_file
 
 import orchestrator
 from orchestrator.errors import InterruptedRunError, JobError, OrchestratorError, RefusedError
+from orchestrator.features import sources
 from orchestrator.job import (
     Advanced,
+    Data,
     EpochEnded,
     Event,
     Noted,
@@ -32,7 +35,7 @@ from orchestrator.job import (
     object_storage,
     runs,
 )
-from orchestrator.training import outbox
+from orchestrator.training import assembly, outbox
 from tests import s3_proxy
 from tests.conftest import REPOSITORY
 
@@ -394,6 +397,99 @@ def test_who_stops_waits_a_minute_for_a_store_that_is_away(
     proxy.away_until = 0
     another_machine(tmp_path, monkeypatch)
     assert same(orchestrator.finetune(job_of(tiny_resnet, flat_digits), report=silent), whole)
+
+
+# --- samples in a store ---
+
+
+@pytest.fixture
+def few_digits(flat_digits: Path, tmp_path: Path) -> Path:
+    """100 of them: a store of these tests takes its time."""
+    for file in sorted(flat_digits.glob("*/*.png"))[::3]:
+        (tmp_path / "few" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "few" / file.parent.name)
+    return tmp_path / "few"
+
+
+@pytest.fixture
+def stored_digits(bucket: Any, few_digits: Path) -> str:
+    for file in few_digits.glob("*/*.png"):
+        with bucket.open_output_stream(f"photos/{file.parent.name}/{file.name}") as out:
+            out.write(file.read_bytes())
+    return "s3://bucket/photos"
+
+
+def job_on(backbone: Path, data: str, on_bad_sample: str = "skip", **fields: Any) -> dict[str, Any]:
+    """The same job, its run in a directory and its samples in a store."""
+    return {**job_of(backbone, Path("-"), storage="runs", **fields), "data": data, "on_bad_sample": on_bad_sample}
+
+
+@pytest.mark.parametrize(("method", "on_bad_sample"), [("full", "fail"), ("full", "skip"), ("head", "skip")])
+def test_samples_of_a_store_that_is_away_for_a_while_are_no_bad_ones(
+    method: str, on_bad_sample: str, proxy: s3_proxy.Proxy, few_digits: Path, stored_digits: str, tiny_resnet: Path,
+) -> None:  # fmt: skip
+    """Longer than its own client asks it again."""
+    job, notes = job_on(tiny_resnet, stored_digits, on_bad_sample, method=method), list[str]()
+    plain = orchestrator.finetune({**job, "data": str(few_digits)}, report=silent)
+
+    def report(event: Event) -> None:
+        if isinstance(event, Noted):
+            notes.append(event.text)
+        began = isinstance(event, PhaseBegan) and event.text.startswith("running the frozen body")
+        if proxy.away_until == 0 and (began or isinstance(event, EpochEnded)):
+            proxy.away_until = time.monotonic() + 8
+
+    run = orchestrator.finetune({**job, "storage": "others"}, report=report)
+    assert same(run, plain)
+    assert run.figures == plain.figures
+    assert not (run.path / "skipped.jsonl").exists()
+    assert any(f"{stored_digits} does not answer, and is asked again" in note for note in notes)
+    assert any(f"{stored_digits} answers again" in note for note in notes)
+
+
+@pytest.mark.parametrize("ends", ["by itself", "asked to stop"])
+def test_a_job_whose_samples_stay_away_ends_and_goes_on_later(
+    ends: str, proxy: s3_proxy.Proxy, few_digits: Path, stored_digits: str, tiny_resnet: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    stops = ends == "asked to stop"
+    if not stops:
+        monkeypatch.setattr(assembly, "AWAY_S", 0.5)
+    monkeypatch.setattr(asking, "_SAID_S", 0.2)
+    asked: list[str] = []
+
+    def report(event: Event) -> None:
+        goes_away(proxy, event)
+        if isinstance(event, Noted) and "is asked again" in event.text:
+            asked.append(event.text)
+
+    job = job_on(tiny_resnet, stored_digits)
+    with pytest.raises(OrchestratorError, match=rf"{stored_digits}.* (does|did) not answer") as caught:
+        orchestrator.finetune(job, report=report, stop=lambda: stops and bool(asked))
+    assert not isinstance(caught.value, RefusedError)
+    assert (caught.value.exit_code, "the same command goes on" in caught.value.mend) == (130 if stops else 1, True)
+    proxy.away_until = 0
+    run = orchestrator.finetune(job, report=silent)
+    plain = orchestrator.finetune({**job, "data": str(few_digits), "storage": "others"}, report=silent)
+    assert same(run, plain)
+    assert not (run.path / "skipped.jsonl").exists()
+
+
+def test_evaluate_leaves_out_nothing_of_a_store_that_is_away(
+    proxy: s3_proxy.Proxy, stored_digits: str, whole: orchestrator.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PATIENCE_S", 0.5)
+    read: list[str] = []
+
+    def look(method: str, path: str) -> None:
+        read.extend([path] if method == "GET" and path.endswith(".png") else [])
+        if len(read) == 120:  # behind the preparation, which reads all 100
+            proxy.away_until = time.monotonic() + 600
+
+    proxy.on_request = look
+    with pytest.raises(RefusedError, match=f"{stored_digits}.* does not answer") as caught:
+        orchestrator.evaluate(whole, Data(path=stored_digits, on_bad_sample="skip"))
+    assert caught.value.reason == "offline"
 
 
 def test_a_checkpoint_that_was_damaged_is_passed_over_and_said(
