@@ -11,8 +11,10 @@ from orchestrator.data.rows import Row, inside, inside_store
 from orchestrator.data.table_rows import fill_file, fill_text
 from orchestrator.data.tables import TextForm, open_table
 from orchestrator.errors import BadSampleError, DataError
-from orchestrator.job import Data, shown as as_shown
-from orchestrator.job.locations import path_or_location
+from orchestrator.job import Data, is_uri, shown as as_shown
+from orchestrator.job.asking import PATIENCE_S, Asker, is_of_the_file
+from orchestrator.job.locations import cached, path_or_location
+from orchestrator.job.object_storage import asked_once
 from orchestrator.modality import Sample, SampleField
 
 
@@ -31,14 +33,27 @@ class Unlabelled:
     problem: str = ""
 
     def read(self) -> Sample:
-        """{field: its bytes}. Raises `BadSampleError` or `OSError` where they cannot be read."""
+        """{field: its bytes}. Raises `BadSampleError` or `OSError` where they cannot be read.
+
+        `RefusedError` (`offline`) where their store does not answer for a minute.
+        """
         if self.problem:
             raise BadSampleError(self.problem)
         if not self.file:
             return self.sample
         (name,) = self.sample
-        place = path_or_location(self.file)
-        return {name: place.read_bytes() if isinstance(place, Path) else place.read()}
+        return {name: _of_store(self.file) if is_uri(self.file) else Path(self.file).read_bytes()}
+
+
+def _of_store(file: str) -> bytes:
+    folder, _, name = file.rpartition("/")
+    place = asked_once(cached(folder)).join(name)
+    try:
+        return place.read()
+    except OSError as error:
+        if is_of_the_file(error):
+            raise
+    return Asker(folder, PATIENCE_S)(file, place.read)
 
 
 def read_unlabelled(spec: Data, sample: Sequence[SampleField], notes: list[str]) -> Iterator[Unlabelled]:

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 import orchestrator
-from orchestrator.data import UnansweredError, ingest
+from orchestrator.data import UnansweredError, Unlabelled, ingest, unlabelled
 from orchestrator.data.prepare import Prepared, prepare_data
 from orchestrator.data.samples import Samples
 from orchestrator.errors import BadSampleError, RefusedError
@@ -159,6 +159,23 @@ def test_a_store_that_is_away_while_the_data_is_read_makes_no_bad_samples(
     assert error.reason == "offline"
     assert "s3://bucket/photos/" in error.message
     assert time.monotonic() - began < 5  # nobody waits for each of the others
+
+
+def test_what_a_run_is_asked_about_in_a_store_that_is_away_is_waited_for(
+    proxy: s3_proxy.Proxy, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local_and_stored(bucket, tmp_path / "photos")
+    files = [Unlabelled(i, "", {"image": b""}, f"s3://bucket/photos/{'cat' if i % 2 else 'dog'}/{i:02}.png")
+             for i in range(10)]  # fmt: skip
+    goes_away(proxy, 5, 8.0)
+    assert all(file.read()["image"] for file in files)
+    with pytest.raises(FileNotFoundError):
+        Unlabelled(11, "", {"image": b""}, "s3://bucket/photos/none.png").read()
+    monkeypatch.setattr(unlabelled, "PATIENCE_S", 0.5)
+    goes_away(proxy, 1, 600.0)
+    with pytest.raises(RefusedError, match=r"s3://bucket/photos/dog/00\.png") as caught:
+        files[0].read()
+    assert caught.value.reason == "offline"
 
 
 def test_what_is_a_sample_of_a_store_that_fails(proxy: s3_proxy.Proxy, bucket: Any, tmp_path: Path) -> None:
