@@ -16,6 +16,7 @@ share is done once: the data is read, a frozen body runs, and heads are trained 
     arithmetic  their losses and optimizers
     probes      the first phase of lp-ft, which trials share
     on_tune     trials as Ray Tune's, each a run in a process of its own
+    tune_parts  what Ray Tune calls while it runs them
     in_trial    one of them, in its own process
     room        how many of them a cluster has room for, and what each gets
     stopping    Tune's schedulers that stop trials early

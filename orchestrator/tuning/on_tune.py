@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import os
 import shutil
 import tempfile
@@ -21,8 +20,6 @@ from typing import Any
 
 import ray
 from ray import cloudpickle, tune
-from ray.tune.progress_reporter import TrialProgressCallback
-from ray.tune.search import Searcher
 
 from orchestrator.distributed.events import DriverChannel
 from orchestrator.distributed.failures import failures_of
@@ -40,10 +37,11 @@ from orchestrator.job import (
     Plan,
 )
 from orchestrator.modality import Modality, registry
-from orchestrator.tuning.in_trial import FIGURES, LEASE, NUMBER, REPEAT, RUN, STORAGE, key_of, lines_of, run_trial
+from orchestrator.tuning.in_trial import FIGURES, LEASE, NUMBER, REPEAT, RUN, STORAGE, lines_of, run_trial
 from orchestrator.tuning.pending import PendingTrial, TrialContext
 from orchestrator.tuning.room import Room, room_for
 from orchestrator.tuning.trials import KEPT, Key, State, Trial
+from orchestrator.tuning.tune_parts import NothingShown, SearchStopper, TrialCallback, TrialFeed, silent
 
 _STOP_GRACE_S = 90.0
 """How long trials may take to stop once they are asked to: more than a run gives its workers."""
@@ -60,8 +58,6 @@ _ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-_LOUD = ("ray.tune.execution.tune_controller", "ray.tune.tune")
-"""Loggers that print the whole trace of a trial that fails, whose row says why in a line."""
 
 
 @dataclass
@@ -134,17 +130,17 @@ class TuneTrials:
         tuner = tune.Tuner(
             tune.with_resources(trial, self._resources(first)),
             tune_config=tune.TuneConfig(
-                search_alg=_TrialFeed(self), scheduler=self.context.stopping, num_samples=most,
+                search_alg=TrialFeed(self), scheduler=self.context.stopping, num_samples=most,
                 max_concurrent_trials=self._room.num_side_by_side, reuse_actors=True,
                 trial_dirname_creator=lambda one: str(one.trial_id),
             ),
             run_config=tune.RunConfig(
-                name="trials", storage_path=str(folder), verbose=0, callbacks=[_TrialCallback(self), _NothingShown()],
-                stop=_SearchStopper(self),
+                name="trials", storage_path=str(folder), verbose=0, callbacks=[TrialCallback(self), NothingShown()],
+                stop=SearchStopper(self),
                 failure_config=tune.FailureConfig(max_failures=first.job.scaling.max_failures),
             ),
         )  # fmt: skip
-        with _silent(_LOUD):
+        with silent():
             grid = tuner.fit()
         if self._error is not None:
             raise self._as_ours(self._error)
@@ -292,116 +288,3 @@ class TuneTrials:
         elif self._wait is not None:
             waiting = bool(self._pending) and not self.running and not self._stopping
             self._wait.look(waiting, places_of(None) if waiting else [])
-
-
-@contextlib.contextmanager
-def _silent(names: tuple[str, ...]) -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in names]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-
-
-# --- Tune's parts ---
-
-
-class _TrialFeed(Searcher):  # type: ignore[misc]  # Ray has no types
-    """Gives Tune one trial after the other."""
-
-    def __init__(self, trials: TuneTrials) -> None:
-        super().__init__()
-        self._trials = trials
-
-    def suggest(self, trial_id: str) -> Any:  # noqa: ARG002  # trials have names of their own
-        """The next one's configuration."""
-        return self._trials.propose() or Searcher.FINISHED
-
-    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Its row is written elsewhere."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: our own record is what a search goes on with."""
-
-    restore = save
-
-
-class _TrialCallback(tune.Callback):  # type: ignore[misc]
-    """Passes on what Tune's trials do."""
-
-    def __init__(self, trials: TuneTrials) -> None:
-        self._trials = trials
-
-    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_info: Any) -> None:  # noqa: ARG002
-        """A trial begins."""
-        self._trials.began(_key_of(trial))
-
-    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_info: Any) -> None:  # noqa: ARG002
-        """It tells of an epoch."""
-        self._trials.epoch(_key_of(trial), result)
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_info: Any) -> None:  # noqa: ARG002
-        """It has ended, by itself or because a scheduler has stopped it."""
-        self._trials.over(_key_of(trial))
-
-    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_info: Any) -> None:  # noqa: ARG002
-        """Its process has died, and it is begun again."""
-        why = _why_failed(trial, _cause_of(trial))
-        self._trials.begins_again(_key_of(trial), why, trial.run_metadata.num_failures, trial.max_failures)
-
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_info: Any) -> None:  # noqa: ARG002
-        """It has failed, or its process has died."""
-        cause = _cause_of(trial)
-        self._trials.over(_key_of(trial), _why_failed(trial, cause), cause)
-
-
-def _cause_of(trial: Any) -> Exception | None:
-    """Tune has written the error into this process's own folder, and not yet where it keeps trials."""
-    pickled = trial.pickled_error_file
-    if pickled is None or not Path(pickled).exists():
-        return None
-    error = cloudpickle.loads(Path(pickled).read_bytes())
-    found: Exception = getattr(error, "cause", None) or error
-    return found
-
-
-def _why_failed(trial: Any, cause: Exception | None) -> str:
-    """In a few words."""
-    if cause is not None:
-        return failures_of({0: cause})[0]
-    text = trial.error_file
-    lines = Path(text).read_text().split("\n") if text is not None and Path(text).exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it failed")
-
-
-def _key_of(trial: Any) -> Key:
-    return key_of(trial.config)
-
-
-class _NothingShown(TrialProgressCallback):  # type: ignore[misc]
-    """In place of Tune's, which prints a line for a trial that ends before its first epoch."""
-
-    def log_result(self, trial: Any, result: Any, error: bool = False) -> None:
-        """Not printed."""
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Not printed."""
-
-
-class _SearchStopper(tune.Stopper):  # type: ignore[misc]
-    """Ends all trials when the search is to end, and they have stopped."""
-
-    def __init__(self, trials: TuneTrials) -> None:
-        self._trials = trials
-
-    def __call__(self, trial_id: str, result: Any) -> bool:  # noqa: ARG002
-        """No single one."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Whether all of them end."""
-        return self._trials.stops()
