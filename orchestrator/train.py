@@ -233,6 +233,7 @@ def _run_of(job: Job, resolved: ResolvedBackbone, options: RunOptions) -> Run:
 def run_like(storage: Storage, name: str, job: Job) -> Run | None:
     """A run that has begun and learns what the job asks for, though the job's own name would be that one."""
     prefix = name.rpartition("-")[0]
+    storage.require()
     for other in (run_in(storage, one) for one in storage.children()):
         with contextlib.suppress(RefusedError):  # damaged, or of an earlier version
             like_it = other.name.rpartition("-")[0] == prefix and not other.is_earlier

@@ -88,7 +88,7 @@ class DirectoryStorage(Storage):
         return "" if free else self._lease(name).owner or "another process"
 
     def require(self) -> None:
-        pass  # it is made when the first run is
+        require_no_file(self.path, self.place)  # it is made when the first run is
 
     def last_lease(self, name: str) -> Lease | None:
         """Of who held it last; None of a copy that was brought home, until it is gone on with here."""
@@ -241,6 +241,15 @@ class DirectoryStorage(Storage):
                 expected="a directory that may be written, on a disk with room",
                 mend="make room, or give it another place: --storage; then the same command goes on",
             ) from error
+
+
+def require_no_file(path: Path, shown: str) -> None:
+    """Raise `RefusedError` where the place of runs is a file; `shown`: as the message has it."""
+    if path.exists() and not path.is_dir():
+        raise RefusedError(
+            "usage", f"{shown} is a file", expected="the directory that holds the runs",
+            mend="name a directory: --storage runs",
+        )  # fmt: skip
 
 
 def _locked(file: TextIO, how: int, waits: tuple[float, ...] = _LOOKED_AT_S) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.errors import RefusedError
 from orchestrator.job.damage import is_run
-from orchestrator.job.directories import DirectoryStorage
+from orchestrator.job.directories import DirectoryStorage, require_no_file
 from orchestrator.job.manifests import GONE
 from orchestrator.job.places import is_uri, local_path, plain_path
 from orchestrator.job.runs import Run, open_storage, run_in
@@ -113,13 +113,7 @@ def list_places(storage: str | Path) -> tuple[list[Run], list[Run]]:
             ]
     else:
         place = local_path(storage)
-        if place.exists() and not place.is_dir():
-            raise RefusedError(
-                "usage",
-                f"{storage} is a file",
-                expected="the directory that holds the runs",
-                mend="name a directory: --storage runs",
-            )
+        require_no_file(place, str(storage))
         here = DirectoryStorage(place)
         folders = [(Run(place / name), here.children(name)) for name in here.children()]
     return [run for run, names in folders if is_run(names)], [run for run, names in folders if SEARCH_FILE in names]

@@ -424,7 +424,10 @@ def job_on(backbone: Path, data: str, on_bad_sample: str = "skip", **fields: Any
     return {**job_of(backbone, Path("-"), storage="runs", **fields), "data": data, "on_bad_sample": on_bad_sample}
 
 
-@pytest.mark.parametrize(("method", "on_bad_sample"), [("full", "fail"), ("full", "skip"), ("head", "skip")])
+@pytest.mark.parametrize(
+    ("method", "on_bad_sample"),
+    [pytest.param("full", "fail", marks=pytest.mark.long), ("full", "skip"), ("head", "skip")],
+)
 def test_samples_of_a_store_that_is_away_for_a_while_are_no_bad_ones(
     method: str, on_bad_sample: str, proxy: s3_proxy.Proxy, few_digits: Path, stored_digits: str, tiny_resnet: Path,
 ) -> None:  # fmt: skip
@@ -447,7 +450,7 @@ def test_samples_of_a_store_that_is_away_for_a_while_are_no_bad_ones(
     assert any(f"{stored_digits} answers again" in note for note in notes)
 
 
-@pytest.mark.parametrize("ends", ["by itself", "asked to stop"])
+@pytest.mark.parametrize("ends", ["by itself", pytest.param("asked to stop", marks=pytest.mark.long)])
 def test_a_job_whose_samples_stay_away_ends_and_goes_on_later(
     ends: str, proxy: s3_proxy.Proxy, few_digits: Path, stored_digits: str, tiny_resnet: Path,
     monkeypatch: pytest.MonkeyPatch,
