@@ -122,7 +122,7 @@ class Checkpoints(RuleBasedStateMachine):
     @rule(cut=st.none() | st.integers(0, 20))
     def go_on(self, cut: int | None) -> None:
         whole = self.whole()
-        if not whole and self.committed():
+        if not whole and steps_in(self.run_):  # one that lacks its manifest was damaged too: none is seen before it
             with pytest.raises(CheckpointError, match="is whole"):
                 ckpt.newest_step(self.run_)
             shutil.rmtree(self.folder)  # --fresh
