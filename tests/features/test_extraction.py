@@ -320,7 +320,7 @@ def test_a_store_that_stays_away_is_said_and_gets_later_what_it_lacks(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("bucket")
-@pytest.mark.parametrize("machine", range(2))
+@pytest.mark.parametrize("machine", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_flipped_bit_is_found_on_the_machine_that_has_it(
     machine: int, tiny_resnet: Path, flat_digits: Path
 ) -> None:  # fmt: skip

@@ -432,7 +432,8 @@ def test_samples_of_a_store_that_is_away_for_a_while_are_no_bad_ones(
     method: str, on_bad_sample: str, proxy: s3_proxy.Proxy, few_digits: Path, stored_digits: str, tiny_resnet: Path,
 ) -> None:  # fmt: skip
     """Longer than its own client asks it again."""
-    job, notes = job_on(tiny_resnet, stored_digits, on_bad_sample, method=method), list[str]()
+    training = {"epochs": 2, "batch_size": 16}
+    job, notes = job_on(tiny_resnet, stored_digits, on_bad_sample, method=method, training=training), list[str]()
     plain = orchestrator.finetune({**job, "data": str(few_digits)}, report=silent)
 
     def report(event: Event) -> None:
