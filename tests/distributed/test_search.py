@@ -18,6 +18,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 import orchestrator
+from orchestrator.distributed.joining import shut_down
 from orchestrator.errors import InterruptedRunError, RefusedError, TrainingError
 from orchestrator.job import Event, Noted, TrialsAdvanced
 from orchestrator.tuning import SearchResult
@@ -100,6 +101,7 @@ def test_two_workers_a_trial_on_two_cores(base: dict[str, Any]) -> None:
 
 def test_a_trial_waits_for_workers_as_long_as_another_one_works(base: dict[str, Any]) -> None:
     """There would be room for two trials, were it not for somebody else on the cluster; `wait_s` is of the idle."""
+    shut_down()  # what a search before this one has started for itself
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         busy = ray.remote(num_cpus=2)(threading.Event).remote()
