@@ -108,8 +108,8 @@ def test_a_trial_waits_for_workers_as_long_as_another_one_works(base: dict[str, 
         ray.get(busy.is_set.remote())
         address = ray.get_runtime_context().gcs_address
         result = orchestrator.search(
-            {**base, "epochs": 250, "scaling": {
-                "num_workers": 2, "threads_per_worker": 1, "address": address, "wait_s": 30,
+            {**base, "epochs": 300, "scaling": {
+                "num_workers": 2, "threads_per_worker": 1, "address": address, "wait_s": 45,
             }},
             SPACE, num_trials=2, max_concurrent=2, report=silent,
         )  # fmt: skip
