@@ -24,9 +24,9 @@ from orchestrator.data.tables import suffix_of
 from orchestrator.data.text_files import POINTER_PROBLEM
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job import POINTER, BackboneCard, TaskName
-from orchestrator.job.asking import PATIENCE_S, Asker, UnansweredError, is_of_the_file
+from orchestrator.job.asking import PATIENCE_S, Asker, UnansweredError
 from orchestrator.job.locations import Location
-from orchestrator.job.object_storage import asked_once
+from orchestrator.job.object_storage import asked_once, read_once
 from orchestrator.modality import Facts, Modality, Profile, Sample
 
 NUM_MEASURED_ALL = 5_000
@@ -291,11 +291,10 @@ class _Looker:
         try:
             if isinstance(root, Location):
                 # In a store each file asked about is a request: those that are not measured are met when they are used.
-                place = asked_once(root).join(row.uri)
-                listed = row.stat if row.stat is not None or not is_measured else _stat(place)
+                listed = row.stat if row.stat is not None or not is_measured else _stat(root, row.uri)
                 if listed is None and is_measured:
                     row.problem = self._missing(root, row.uri)
-                return listed, place.read() if is_measured and not row.problem else None
+                return listed, read_once(root, row.uri) if is_measured and not row.problem else None
             file = root / row.uri
             status = os.stat(file)
             if not stat.S_ISREG(status.st_mode):
@@ -309,15 +308,13 @@ class _Looker:
         except UnansweredError:
             raise
         except OSError as error:
-            if isinstance(root, Location) and not is_of_the_file(error):
-                raise UnansweredError(str(error)) from None
             row.problem = f"cannot be read: {error.strerror or error}"
         return None, None
 
 
-def _stat(place: Location) -> tuple[int, int] | None:
+def _stat(root: Location, uri: str) -> tuple[int, int] | None:
     """What the store says of a file, None where there is none. Raises `UnansweredError`, of a refusal too."""
     try:
-        return place.asked_stat()
+        return asked_once(root).join(uri).asked_stat()
     except OSError as error:
         raise UnansweredError(str(error)) from None

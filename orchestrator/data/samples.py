@@ -21,9 +21,9 @@ from orchestrator.data.contents import Ids, Ints, Marks, content_id
 from orchestrator.data.rows import Row
 from orchestrator.errors import BadSampleError
 from orchestrator.job import SPLITS, is_uri
-from orchestrator.job.asking import UnansweredError, is_of_the_file
+from orchestrator.job.asking import UnansweredError
 from orchestrator.job.locations import cached
-from orchestrator.job.object_storage import asked_once
+from orchestrator.job.object_storage import read_once
 from orchestrator.modality import Sample
 
 ROWS_FILE, INDEX_FILE = "samples.arrow", "index.arrow"
@@ -254,10 +254,10 @@ def _mapped(file: Path) -> pa.Table:
 def _read(root: str, uri: str) -> bytes:
     try:
         if is_uri(root):
-            return asked_once(cached(root)).join(uri).read()
+            return read_once(cached(root), uri)
         with open(os.path.join(root, uri), "rb") as file:
             return file.read()
+    except UnansweredError:
+        raise
     except OSError as error:
-        if is_uri(root) and not is_of_the_file(error):
-            raise UnansweredError(str(error)) from None
         raise BadSampleError(f"cannot be read: {error.strerror or error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from orchestrator.data.columns import find_inputs, input_columns
@@ -12,9 +13,9 @@ from orchestrator.data.table_rows import fill_file, fill_text
 from orchestrator.data.tables import TextForm, open_table
 from orchestrator.errors import BadSampleError, DataError
 from orchestrator.job import Data, is_uri, shown as as_shown
-from orchestrator.job.asking import PATIENCE_S, Asker, is_of_the_file
+from orchestrator.job.asking import PATIENCE_S, Asker, UnansweredError
 from orchestrator.job.locations import cached, path_or_location
-from orchestrator.job.object_storage import asked_once
+from orchestrator.job.object_storage import read_once
 from orchestrator.modality import Sample, SampleField
 
 
@@ -47,13 +48,11 @@ class Unlabelled:
 
 def _of_store(file: str) -> bytes:
     folder, _, name = file.rpartition("/")
-    place = asked_once(cached(folder)).join(name)
+    read = partial(read_once, cached(folder), name)
     try:
-        return place.read()
-    except OSError as error:
-        if is_of_the_file(error):
-            raise
-    return Asker(folder, PATIENCE_S)(file, place.read)
+        return read()
+    except UnansweredError:
+        return Asker(folder, PATIENCE_S)(file, read)
 
 
 def read_unlabelled(spec: Data, sample: Sequence[SampleField], notes: list[str]) -> Iterator[Unlabelled]:

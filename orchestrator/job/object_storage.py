@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from orchestrator.errors import OrchestratorError, RefusedError
-from orchestrator.job.asking import PATIENCE_S, Answer, Asker
+from orchestrator.job.asking import PATIENCE_S, Answer, Asker, UnansweredError, is_of_the_file
 from orchestrator.job.files import PARTIAL, beside, remove_old
 from orchestrator.job.leases import Leases
 from orchestrator.job.locations import Found, Location, cached
@@ -350,6 +350,19 @@ class ObjectStorage(Storage):
 
     def _copies_of(self, name: str) -> Path:
         return self._cache / _COPIES / name
+
+
+def read_once(root: Location, uri: str) -> bytes:
+    """The content of a file below a place in a store, which is asked once.
+
+    Raises `UnansweredError` where the store fails, and another `OSError` where it says that this file cannot be had.
+    """
+    try:
+        return asked_once(root).join(uri).read()
+    except OSError as error:
+        if is_of_the_file(error):
+            raise
+        raise UnansweredError(str(error)) from None
 
 
 def asked_once(root: Location) -> Location:
