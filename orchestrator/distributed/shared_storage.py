@@ -54,7 +54,7 @@ def require_seen(run: HeldRun, node: str) -> None:
     if not isinstance(run.storage, DirectoryStorage):
         return
     last = run.storage.last_lease(run.name)
-    if last is None or (last != run.lease and last.number <= run.lease.number):
+    if last is None or (last != run.lease and 0 < last.number <= run.lease.number):
         raise _not_shared(f"the node {node} does not see the run in {run.storage.place}")
 
 

@@ -91,9 +91,11 @@ class DirectoryStorage(Storage):
         require_no_file(self.path, self.place)  # it is made when the first run is
 
     def last_lease(self, name: str) -> Lease | None:
-        """Of who held it last; None of a copy that was brought home, until it is gone on with here."""
-        lease = self._lease(name)
-        return lease if lease.number else None
+        """Of who held it last; None of a copy that was brought home, until it is gone on with here.
+
+        Its number is 0 where it cannot be understood any more.
+        """
+        return None if self.read(f"{name}/{LEASE_FILE}") is None else self._lease(name)
 
     def local_folder(self, name: str) -> Path:
         return self.path / name

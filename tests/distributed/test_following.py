@@ -229,6 +229,9 @@ def test_a_copy_at_the_place_of_the_clusters_storage_is_not_the_run(
     server.waiting += [(200, b"{}"), (503, b"asked through the cluster")]  # type: ignore[attr-defined]
     with pytest.raises(AwayError, match="asked through the cluster"):
         job.fetch(run.path)
+    (run.path / ".lease.json").write_text("{")  # somebody has worked on it, whoever it was
+    with pytest.raises(RefusedError, match="not empty, and no copy of a"):
+        job.fetch(run.path)
     shutil.rmtree(run.path)
     monkeypatch.delenv("ORCHESTRATOR_JOB")  # the same job, begun on this machine, which works on nothing of the cluster
     train(tiny_resnet, flat_digits, name="a", method="full", training={"epochs": 1}, storage="runs")
